@@ -1,0 +1,53 @@
+"""loss_agg_mode -> one weight per token. The only place that decides what a loss is divided by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MODES = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "none",
+)
+SEQUENCE_MODES = MODES[2:5]
+MODES_WITHOUT_COUNT = ("token-sum", "none")
+
+
+def sequence_counts(live: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+    """Live tokens of each sequence. live: (N,) bool; sequence: (N,) int64 index of the row's sequence -> (S,) int64."""
+    counts = torch.zeros(sequences, dtype=torch.int64, device=live.device)
+    return counts.index_add_(0, sequence, live.to(torch.int64))
+
+
+def token_weights(
+    mode: str,
+    live: Tensor,
+    sequence: Tensor,
+    sequences: int,
+    dtype: torch.dtype,
+    divisor: Tensor | None = None,
+    max_length: float | None = None,
+) -> Tensor:
+    """Weight w_t of every row, (N,) of `dtype`; the loss is sum_t w_t l_t over live rows.
+
+    live: (N,) bool. sequence: (N,) int64, the sequence of each row. `divisor` replaces the outer count: tokens for
+    `token-mean`, sequences with a live token for the seq modes. Counts are clamped to >= 1, so an empty or fully masked
+    input has finite weights.
+    """
+    if mode in MODES_WITHOUT_COUNT:
+        return live.to(dtype)
+    per_sequence = sequence_counts(live, sequence, sequences)
+    outer = live.sum() if mode == "token-mean" else (per_sequence > 0).sum()
+    outer = outer.clamp_min(1).to(dtype) if divisor is None else divisor
+    if mode == "seq-mean-token-mean":
+        inner = per_sequence.clamp_min(1).to(dtype)[sequence]
+    elif mode == "seq-mean-token-sum-norm":
+        assert max_length is not None
+        inner = torch.full((), float(max_length), dtype=dtype, device=live.device)
+    else:
+        inner = torch.ones((), dtype=dtype, device=live.device)
+    return live.to(dtype) / (inner * outer)

@@ -1,0 +1,144 @@
+"""Checks of public arguments: each raises a TypeError or ValueError that names the argument, what it got and takes.
+
+Float values are checked; values of tensors on a device are not, since that would sync it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+IGNORED_TOKEN = -100
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VALUE_DTYPES = (torch.float32, torch.float64)
+ID_DTYPES = (torch.int64, torch.int32)
+COST_MODES = ("rectified", "split", "lagrangian")
+KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+BACKENDS = ("eager",)
+
+Scalar = float | Tensor
+
+
+def describe(value: object) -> str:
+    """How an error message shows what it got."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """ValueError unless value is one of choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_tensor(
+    name: str, value: object, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> Tensor:
+    """The tensor itself, or TypeError (type, dtype) or ValueError (shape, device) that names the argument."""
+    takes = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
+    wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        raise TypeError(f"{name} must be a tensor of {takes}, shape {wanted}; got {describe(value)}")
+    if tuple(value.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {wanted}; got {describe(value)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} with the logits; got {describe(value)}")
+    return value
+
+
+def check_scalar(name: str, value: object, accepts: Callable[[float], bool], takes: str) -> None:
+    """A finite float in range, or a 0-d tensor (whose value is not looked at)."""
+    if isinstance(value, Tensor):
+        if value.ndim or not (value.is_floating_point() or value.dtype in ID_DTYPES):
+            raise ValueError(f"{name} as a tensor must be 0-d and numeric; got {describe(value)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
+    if not math.isfinite(value) or not accepts(value):
+        raise ValueError(f"{name} must be {takes}; got {value!r}")
+
+
+def check_matrix(name: str, value: object) -> Tensor:
+    """(T, V) or (B, L, V) of a floating type with unit column stride and at least one column."""
+    names = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
+    if not isinstance(value, Tensor) or value.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be a tensor of {names}; got {describe(value)}")
+    if value.ndim not in (2, 3) or value.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape (T, V) or (B, L, V) with V >= 1; got {describe(value)}")
+    if value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} must have unit stride in its last dimension; got strides {value.stride()}")
+    return value
+
+
+def check_backend(backend: str | None) -> str:
+    """The backend that runs: the one place where it is decided."""
+    if backend is None:
+        return "eager"
+    check_choice("backend", backend, BACKENDS)
+    return backend
+
+
+def check_temperature(temperature: Scalar, softcap: float | None) -> None:
+    """temperature > 0; softcap a positive float or None."""
+    check_scalar("temperature", temperature, lambda x: x > 0, "> 0")
+    if softcap is not None:
+        if isinstance(softcap, Tensor):
+            raise TypeError(f"softcap must be a float or None; got {describe(softcap)}")
+        check_scalar("softcap", softcap, lambda x: x > 0, "> 0 or None")
+
+
+def check_ids(token_ids: Tensor, rows: Tensor, vocabulary: int) -> Tensor:
+    """Ids of the live rows as int64, (n,); IndexError when one is outside [0, V)."""
+    ids = token_ids.reshape(-1)[rows].to(torch.int64)
+    if ids.numel() and (ids.min() < 0 or ids.max() >= vocabulary):
+        worst = ids[(ids < 0) | (ids >= vocabulary)][0].item()
+        raise IndexError(f"token_ids of live rows must be in [0, {vocabulary}) or -100; got {worst}")
+    return ids
+
+
+def compute_dtype(value: Tensor) -> torch.dtype:
+    """fp64 for fp64 logits, else fp32."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor) -> None:
+    """(B+1,) int32 from 0 to T, non-decreasing (values looked at on the CPU only)."""
+    if len(leading) != 1:
+        raise ValueError(f"cu_seqlens is for packed (T, ...) rows; the rows here have leading shape {leading}")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be a tensor of int32, shape (B+1,); got {describe(cu_seqlens)}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens must have shape (B+1,); got {describe(cu_seqlens)}")
+    if cu_seqlens.device != like.device:
+        raise ValueError(f"cu_seqlens must be on {like.device} with the logits; got {describe(cu_seqlens)}")
+    if cu_seqlens.device.type == "cpu":
+        rising = bool((cu_seqlens.diff() >= 0).all())
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != leading[0] or not rising:
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {leading[0]}; got {cu_seqlens.tolist()[:8]} ...")
+
+
+def check_head(
+    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, leading: tuple[int, ...] | None = None
+) -> None:
+    """hidden (T, H) or (B, L, H), weight (V, H), bias (V,): one dtype and device, unit column stride."""
+    check_matrix(f"{prefix}hidden", hidden)
+    shapes = ((weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 0, hidden.shape[-1]),)
+    check_tensor(f"{prefix}weight", weight, shapes, (hidden.dtype,), hidden)
+    if weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight must have shape (V, H) with V >= 1; got {describe(weight)}")
+    if bias is not None:
+        check_tensor(f"{prefix}bias", bias, ((weight.shape[0],),), (hidden.dtype,), hidden)
+    if leading is not None and tuple(hidden.shape[:-1]) != leading:
+        raise ValueError(f"{prefix}hidden must have leading shape {leading}; got {describe(hidden)}")
+
+
+def check_chunk_tokens(chunk_tokens: int | None) -> None:
+    """A positive int or None."""
+    if chunk_tokens is not None and (isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int)):
+        raise TypeError(f"chunk_tokens must be an int >= 1 or None; got {describe(chunk_tokens)}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be an int >= 1 or None; got {chunk_tokens}")
