@@ -9,7 +9,6 @@ with respect to the logits follows from three scalars per token (algorithm.md se
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +46,18 @@ class TokenInputs:
 
     def rows(self, start: int, stop: int) -> TokenInputs:
         """The tokens start..stop."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenInputs(**{k: None if v is None else v[start:stop] for k, v in values.items()})
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[start:stop]
+
+        return TokenInputs(
+            advantages=self.advantages[start:stop],
+            weights=self.weights[start:stop],
+            unsafe=self.unsafe[start:stop],
+            old_logps=cut(self.old_logps),
+            ref_logps=cut(self.ref_logps),
+            is_weights=cut(self.is_weights),
+        )
 
 
 @dataclass(frozen=True)
