@@ -1,0 +1,141 @@
+"""Metrics: what a batch of scored responses says about safety, and the files and lines that tell it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from .advantages import rectified_cost
+
+
+def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) -> dict[str, float]:
+    """Every quantity that a constrained run must report. rewards, costs: (B,); group: (B,) prompt of each response.
+
+    compensation_gap = E{C-d}+ - {E[C]-d}+ is 0 iff no safe response pays for an unsafe one.
+    prompts_mostly_unsafe is the share of prompts with more than half of their responses unsafe.
+    """
+    rewards, costs = rewards.double(), costs.double()
+    hinge = rectified_cost(costs, cost_limit)
+    safe = costs <= cost_limit
+    _, index = group.unique(return_inverse=True)
+    prompts = int(index.max()) + 1
+    unsafe_share = torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, (~safe).double())
+    unsafe_share /= torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, torch.ones_like(costs))
+    mean_cost = costs.mean()
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_safe_mean": rewards[safe].sum().item() / max(1, int(safe.sum())),
+        "cost_mean": mean_cost.item(),
+        "cost_p95": costs.quantile(0.95).item(),
+        "cost_max": costs.max().item(),
+        "safe_rate": safe.double().mean().item(),
+        "rectified_cost": hinge.mean().item(),
+        "compensation_gap": (hinge.mean() - rectified_cost(mean_cost, cost_limit)).item(),
+        "prompts_mostly_unsafe": (unsafe_share > 0.5).double().mean().item(),
+    }
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one per line; `size` is the offset a checkpoint keeps."""
+
+    def __init__(self, path: Path, offset: int | None = None) -> None:
+        """Open for appending; with an offset, first cut the file back to it."""
+        self.path = path
+        if offset is not None:
+            with path.open("r+b") as file:
+                file.truncate(offset)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object; NaN and infinities become null."""
+        self.file.write(json.dumps(_finite(dict(record)), ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Force the file to disk; returns its size in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the console table."""
+
+    key: str
+    title: str
+    form: str
+
+
+COLUMNS = (
+    Column("step", "step", "{:>4d}"),
+    Column("reward_mean", "reward", "{:>7.3f}"),
+    Column("cost_mean", "cost", "{:>7.3f}"),
+    Column("safe_rate", "safe", "{:>5.0%}"),
+    Column("rectified_cost", "E{C-d}+", "{:>7.3f}"),
+    Column("compensation_gap", "gap", "{:>6.3f}"),
+    Column("lam", "lambda", "{:>6.3f}"),
+    Column("kl", "kl", "{:>7.4f}"),
+    Column("entropy", "entropy", "{:>7.3f}"),
+    Column("clip_frac", "clip", "{:>5.1%}"),
+    Column("tokens_per_second", "tok/s", "{:>6.1f}"),
+)
+
+
+class ConsoleTable:
+    """One line per step under a header that comes back every 20 lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.lines = 0
+
+    def row(self, record: Mapping[str, Any], suffix: str = "") -> None:
+        """Print the step; `suffix` (the ETA) follows it."""
+        cells = [c.form.format(record[c.key]) for c in COLUMNS]
+        if self.lines % 20 == 0:
+            titles = (c.title.rjust(len(cell)) for c, cell in zip(COLUMNS, cells, strict=True))
+            self.console.print("  ".join(titles), style="bold", highlight=False)
+        self.lines += 1
+        self.console.print("  ".join(cells) + f"  {suffix}", highlight=False)
+
+
+def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None:
+    """A few prompts and responses with their scores."""
+    for s in samples:
+        mark = "safe" if s["safe"] else "UNSAFE"
+        console.print(
+            f"    [{mark}] reward {s['reward']:.2f} cost {s['cost']:.2f} advantage {s['advantage']:.2f}",
+            style="green" if s["safe"] else "red",
+            highlight=False,
+            markup=False,
+        )
+        prompt, response = (" ".join(s[k].split())[:160] for k in ("prompt", "response"))
+        console.print(f"      > {prompt}\n      < {response}", style="dim", highlight=False, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

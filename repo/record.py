@@ -1,0 +1,73 @@
+"""Record: the lines that a step leaves in metrics.jsonl and samples.jsonl, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .advantages import Advantages
+from .metrics import summarize
+from .rollout import Rollout
+from .scoring import Scores
+from .update import UpdateResult
+
+
+def step_record(
+    step: int,
+    config: Config,
+    rollout: Rollout,
+    scores: Scores,
+    lam: float,
+    result: UpdateResult,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The line of metrics.jsonl; `lam` is the lambda used in the step."""
+    stats = result.stats
+    return {
+        "step": step,
+        **summarize(scores.rewards, scores.costs, rollout.group, limit),
+        "lam": lam,
+        "kl": stats.kl_ref.item(),
+        "entropy": stats.entropy.item(),
+        "clip_frac": stats.clip_fraction.item(),
+        "ratio_max": stats.ratio_max.item(),
+        "effective_sample_size": stats.effective_sample_size.item(),
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "skipped": result.skipped,
+        "response_tokens": rollout.tokens,
+        "tokens_per_second": rollout.tokens / seconds["rollout"],
+        "update_tokens_per_second": int((rollout.sequences.attention_mask).sum()) / seconds["update"],
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+    }
+
+
+def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Advantages, limit: float) -> list[dict]:
+    """The lines of samples.jsonl."""
+    return [
+        {
+            "step": step,
+            "id": rollout.prompts[i].id,
+            "category": rollout.prompts[i].category,
+            "prompt": rollout.prompts[i].text,
+            "response": text,
+            "reward": scores.rewards[i].item(),
+            "cost": scores.costs[i].item(),
+            "safe": bool(scores.costs[i] <= limit),
+            "advantage": advantages.combined[i].item(),
+        }
+        for i, text in enumerate(rollout.texts)
+    ]
+
+
+class Timer:
+    """Seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self.last, self.seconds = time.perf_counter(), dict[str, float]()
+
+    def mark(self, name: str) -> None:
+        """Book the time since the previous mark under `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now

@@ -1,0 +1,164 @@
+"""Setup: from the configuration to the loaded parts of a run, and the arithmetic of its memory and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from . import assets
+from .config import Config
+from .data import Prompt, load_prompts, tokenize_prompts
+from .errors import UserError
+from .judge import Judge
+from .policy import Policy, choose_device, load_policy
+from .scoring import EMBEDDED, Scorers, load_scorers
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with. reference is frozen; the judge takes no part in training."""
+
+    policy: Policy
+    reference: Policy
+    scorers: Scorers
+    judge: Judge | None
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+
+
+def find_assets(config: Config, console: Console) -> Path | None:
+    """The assets folder, built when something embedded is asked for; None when nothing is."""
+    required = EMBEDDED in (
+        config.model.path,
+        config.data.train,
+        config.data.eval,
+        config.scoring.reward,
+        config.scoring.cost,
+    )
+    wants_judge = config.evaluation.judge and config.evaluation.prompts > 0
+    if not (required or wants_judge):
+        return None
+    try:
+        return assets.ensure(config.model.assets_dir)
+    except assets.AssetError as error:
+        if required:
+            raise UserError(str(error)) from None
+        console.print(f"no held-out judge in the evaluation: {error}", style="yellow", markup=False)
+        return None
+
+
+def prompt_file(name: str, folder: Path | None, split: str) -> Path:
+    """The JSONL file behind data.train or data.eval."""
+    if name != EMBEDDED:
+        return Path(name)
+    assert folder is not None
+    return folder / "prompts" / f"{split}.jsonl"
+
+
+def model_path(config: Config, folder: Path | None) -> str:
+    """The folder or hub name behind model.path."""
+    if config.model.path != EMBEDDED:
+        return config.model.path
+    assert folder is not None
+    return str(folder / "policy")
+
+
+def load_parts(config: Config, console: Console) -> Parts:
+    """Load everything. UserError on what cannot be loaded."""
+    folder = find_assets(config, console)
+    device = choose_device(config.model.device)
+    path = model_path(config, folder)
+    policy, reference = load_policy(path, device, True), load_policy(path, device, False)
+    shared = reference if config.model.path == EMBEDDED else None
+    scorers = load_scorers(
+        config.scoring,
+        folder,
+        None if shared is None else shared.model,
+        None if shared is None else shared.tokenizer,
+        str(device),
+    )
+    wants_judge = config.evaluation.judge and config.evaluation.prompts > 0 and folder is not None
+    judge = Judge.load(folder / "judge", device=str(device)) if wants_judge and folder is not None else None
+    train = load_split(config, folder, policy, "train", console)
+    held_out = load_split(config, folder, policy, "eval", console) if config.evaluation.prompts else []
+    _require_disjoint(train, held_out)
+    return Parts(policy, reference, scorers, judge, train, held_out[: config.evaluation.prompts])
+
+
+def load_split(config: Config, folder: Path | None, policy: Policy, split: str, console: Console) -> list[Prompt]:
+    """Tokenised prompts of "train" or "eval"; says how many were too long."""
+    name = config.data.train if split == "train" else config.data.eval
+    prompts = load_prompts(prompt_file(name, folder, split))
+    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    room = config.data.max_prompt_tokens
+    if limit is not None:
+        room = min(room, limit - config.rollout.max_new_tokens)
+    kept, dropped = tokenize_prompts(prompts, policy.tokenizer, config.data.system_prompt, room)
+    if dropped:
+        console.print(f"{split} prompts: dropped {dropped} of {len(prompts)} longer than {room} tokens", style="yellow")
+    return kept
+
+
+def _require_disjoint(train: list[Prompt], held_out: list[Prompt]) -> None:
+    shared = {p.text for p in train} & {p.text for p in held_out}
+    if shared:
+        raise UserError(f"{len(shared)} prompts are both in data.train and data.eval, e.g. {sorted(shared)[0][:80]!r}")
+
+
+def describe_memory(config: Config, parameters: int, vocabulary: int) -> str:
+    """Bytes before the first step, by arithmetic: weights, gradients, Adam and the logits of a micro-batch."""
+    rollout, optimizer = config.rollout, config.optimizer
+    weights = 4 * parameters
+    responses = rollout.prompts_per_step * rollout.samples_per_prompt
+    rows = min(optimizer.micro_batch_tokens, responses * rollout.max_new_tokens)
+    every = responses * (config.data.max_prompt_tokens + rollout.max_new_tokens)
+    lines = {
+        "policy weights fp32": weights,
+        "reference weights fp32": weights,
+        "gradients fp32": weights,
+        "AdamW states fp32": 2 * weights,
+        "packed decode weights (CPU rollout)": weights,
+        f"logits and their gradient, <= {rows} rows x {vocabulary}, fp32, one buffer": 4 * rows * vocabulary,
+    }
+    text = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in lines.items()]
+    avoided = 4 * every * vocabulary
+    text.append(f"  {avoided / GIB:7.2f} GiB  avoided: logits of every prompt and response token at once")
+    return "\n".join(text)
+
+
+def describe_batch(config: Config) -> str:
+    """One line of batch arithmetic."""
+    r, o = config.rollout, config.optimizer
+    responses = r.prompts_per_step * r.samples_per_prompt
+    return (
+        f"batch: {r.prompts_per_step} prompts x {r.samples_per_prompt} samples = {responses} responses of <= "
+        f"{r.max_new_tokens} tokens; {o.epochs} epochs x {o.minibatches} minibatches = {o.epochs * o.minibatches} "
+        f"optimiser steps per rollout, {config.steps} rollouts; micro-batches of <= {o.micro_batch_tokens} tokens"
+    )
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Resolve the configuration, read tokenizer, shapes and prompts, print memory and batch arithmetic."""
+    folder = find_assets(config, console)
+    path = model_path(config, folder)
+    try:
+        tokenizer, shape = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: cannot load {path!r}: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    device = choose_device(config.model.device)
+    console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
+    for split, name in (("train", config.data.train), ("eval", config.data.eval)):
+        prompts = load_prompts(prompt_file(name, folder, split))
+        kept, dropped = tokenize_prompts(prompts, tokenizer, config.data.system_prompt, config.data.max_prompt_tokens)
+        tokens = sum(len(p.token_ids) for p in kept) / len(kept)
+        console.print(f"{split} prompts: {len(kept)} ({dropped} dropped), mean {tokens:.0f} tokens", highlight=False)
+    console.print(describe_batch(config), markup=False, highlight=False)
+    console.print("memory:\n" + describe_memory(config, parameters, shape.vocab_size), markup=False, highlight=False)

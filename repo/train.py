@@ -1,0 +1,189 @@
+"""Train a policy under a cost constraint: sample -> score -> reference -> advantages -> update -> record.
+
+python -m repo.train                                  RePO on the embedded default
+python -m repo.train --config run.yaml --steps 100    your own model, prompts, reward and cost
+python -m repo.train --resume runs/repo-...           go on from the last checkpoint
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import checkpoint, run
+from .advantages import Advantages, divide_by_group_std, make_advantages
+from .config import Config, make_parser, parse
+from .data import batch_at
+from .errors import UserError, exit_with_sentence
+from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
+from .metrics import ConsoleTable, duration, show_samples
+from .penalty import Penalty
+from .policy import response_logps
+from .record import Timer, sample_records, step_record
+from .rollout import sample
+from .run import Run, StopRequest
+from .scoring import Scores
+from .setup import Parts, describe_batch, describe_memory, dry_run, load_parts
+from .update import Batch, Updater, loss_mode
+
+
+def advantages_of(config: Config, scores: Scores, group: torch.Tensor, lam: float) -> Advantages:
+    """Leave-one-out advantages as the method combines them."""
+    a = config.algorithm
+    found = make_advantages(scores.rewards, scores.costs, group, lam, loss_mode(a), a.cost_limit, a.normalize)
+    if not a.scale_by_std:
+        return found
+    return Advantages(found.reward, found.cost, divide_by_group_std(found.combined, group))
+
+
+def train(
+    config: Config, folder: Run, parts: Parts, console: Console, resume: tuple[checkpoint.State, Path] | None
+) -> None:
+    """The loop. Returns after the last step, or early, with a checkpoint, when a signal asked for it."""
+    a, r = config.algorithm, config.rollout
+    penalty = Penalty(a, config.penalty)
+    updater = Updater(parts.policy, a, config.optimizer, r.temperature, config.seed)
+    first, stop = 0, StopRequest()
+    before = evaluated(config, parts, folder, "before", console, parts.reference)
+    if resume:
+        state, saved = resume
+        first, updater.skipped_in_a_row = state.step, state.skipped_in_a_row
+        penalty.load_state_dict(state.penalty)
+        checkpoint.restore(saved, parts.policy.model, updater.optimizer)
+    table, started = ConsoleTable(console), time.perf_counter()
+    with progress_bar(console) as bar:
+        task = bar.add_task("training", total=config.steps, completed=first)
+        for step in range(first, config.steps):
+            timer = Timer()
+            prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
+            rollout = sample(parts.policy, prompts, r.samples_per_prompt, r, config.seed, step)
+            timer.mark("rollout")
+            scores = parts.scorers([p.text for p in rollout.prompts], rollout.texts)
+            timer.mark("score")
+            budget = config.optimizer.micro_batch_tokens
+            ref_logps = response_logps(parts.reference, rollout.sequences, r.temperature, budget)
+            timer.mark("reference")
+            lam = penalty.value
+            advantages = advantages_of(config, scores, rollout.group, lam)
+            result = updater.update(
+                Batch(rollout.sequences, advantages, scores.costs, ref_logps, lam), step, config.steps
+            )
+            timer.mark("update")
+
+            record = step_record(step, a.cost_limit, rollout, scores, lam, result, timer.seconds)
+            penalty.update(scores.costs.tolist(), record["rectified_cost"])
+            samples = sample_records(step, rollout, scores, advantages, a.cost_limit)
+            folder.metrics.write(record)
+            for line in samples:
+                folder.samples.write(line)
+            done = step + 1
+            eta = (time.perf_counter() - started) / (done - first) * (config.steps - done)
+            table.row(record, f"eta {duration(eta)}")
+            if config.sample_every and done % config.sample_every == 0:
+                show_samples(console, samples[:: r.samples_per_prompt][:2])
+            bar.advance(task)
+            if stop.requested or done == config.steps or (config.save_every and done % config.save_every == 0):
+                state = checkpoint.State(done, penalty.state_dict(), updater.skipped_in_a_row, folder.offsets)
+                checkpoint.save(folder.folder, state, parts.policy.model, updater.optimizer)
+            if stop.requested and done < config.steps:
+                console.print(f"stopped after step {done}; continue with: {folder.resume_command}", markup=False)
+                return
+    stop.restore()
+    finish(config, parts, folder, console, before)
+
+
+def evaluated(config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Any) -> Evaluation | None:
+    """Evaluate on the held-out prompts and write RUN/eval/<name>.json and its responses."""
+    e = config.evaluation
+    if not parts.eval_prompts:
+        return None
+    with console.status(f"evaluating {name} training on {len(parts.eval_prompts)} held-out prompts") as status:
+        found = evaluate(
+            policy,
+            parts.eval_prompts,
+            e.samples_per_prompt,
+            config.rollout,
+            parts.scorers,
+            parts.judge,
+            config.algorithm.cost_limit,
+            config.seed,
+            lambda stage: status.update(f"evaluating {name} training: {stage}"),
+        )
+    folder.write_json(name, {"summary": found.summary(), "responses": found.records()})
+    return found
+
+
+def finish(config: Config, parts: Parts, folder: Run, console: Console, before: Evaluation | None) -> None:
+    """Evaluate again, print the comparison, export the model."""
+    after = evaluated(config, parts, folder, "after", console, parts.policy)
+    rows = comparison_rows(before, after) if before and after else []
+    final = folder.export(parts.policy, run.model_card(config, config.steps, rows))
+    if before and after:
+        print_comparison(console, before, after)
+    console.print(f"model: {final}   metrics: {folder.metrics.path}   samples: {folder.samples.path}", markup=False)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Steps done, elapsed and remaining time; shown on terminals only."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def run_command(argv: list[str]) -> None:
+    """Parse, then dry-run, resume or start."""
+    console = Console(soft_wrap=True)
+    parser = make_parser("repo.train", __doc__ or "")
+    parser.add_argument("--resume", type=str, default=None, metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")
+    resumed = parse_resume(argv)
+    if resumed:
+        checkpoint.latest(resumed)
+        argv = ["--config", str(resumed / "config.yaml"), *argv]
+    config, flags = parse(parser, argv)
+    if flags["dry_run"]:
+        dry_run(config, console)
+        return
+    if resumed:
+        folder, state, saved = run.reopen(resumed, config)
+        resume = (state, saved)
+    else:
+        (folder, config), resume = run.create(config), None
+    parts = load_parts(config, console)
+    parameters, vocabulary = parts.policy.parameters, parts.policy.model.config.vocab_size
+    console.print(f"run: {folder.folder}   {describe_batch(config)}", markup=False, highlight=False)
+    console.print(f"memory:\n{describe_memory(config, parameters, vocabulary)}", markup=False, highlight=False)
+    console.print(parts.scorers.describe(), markup=False, highlight=False)
+    train(config, folder, parts, console, resume)
+
+
+def parse_resume(argv: list[str]) -> Path | None:
+    """The folder after --resume, needed before parsing because its config.yaml comes first."""
+    for i, word in enumerate(argv):
+        if word.startswith("--resume="):
+            return Path(word.split("=", 1)[1])
+        if word == "--resume":
+            if i + 1 == len(argv):
+                raise UserError("--resume needs a run folder")
+            return Path(argv[i + 1])
+    return None
+
+
+def main() -> None:
+    """Console script."""
+    exit_with_sentence(lambda: run_command(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
