@@ -14,7 +14,7 @@ from .update import UpdateResult
 
 def step_record(
     step: int,
-    config: Config,
+    limit: float,
     rollout: Rollout,
     scores: Scores,
     lam: float,

@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """loss: mean over optimiser steps; grad_norm: of the last one, before clipping; skipped: non-finite ones left out."""
+    """loss: mean over optimiser steps; grad_norm: of the last one, before clipping; skipped: non-finite steps."""
 
     loss: float
     grad_norm: float
@@ -182,5 +182,5 @@ class Updater:
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient (last: loss {loss}, "
-                f"gradient norm {norm}); the policy was left unchanged by them. Lower optimizer.lr or look at the scores"
+                f"gradient norm {norm}) and were left out; lower optimizer.lr or look at the scores"
             )

