@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -259,7 +258,7 @@ def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
 
 def _explain(error: Exception) -> UserError:
     """One sentence; for an unknown key, with the nearest name."""
-    text = " ".join(str(error).split())
+    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(str(error).split()))
     known = field_names()
     group = re.search(r"[Gg]roup '([\w.]+)' does not accept option '(\w+)'", text)
     flag = re.search(r"unrecognized arguments: --([\w.\-]+)", text)
@@ -282,9 +281,6 @@ def _explain(error: Exception) -> UserError:
 
 def parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> tuple[Config, Any]:
     """(checked Config, the parsed namespace with the command's own flags). UserError on bad input."""
-    for flag in ("--config",):
-        if flag in argv[:-1] and not Path(argv[argv.index(flag) + 1]).is_file():
-            raise UserError(f"--config: no such file: {argv[argv.index(flag) + 1]}")
     try:
         namespace = parser.parse_args(argv)
         init = parser.instantiate(namespace)
@@ -296,7 +292,3 @@ def parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> tuple[Config,
 def load(path: Path) -> Config:
     """The config saved in a run folder."""
     return parse(make_parser("repo", ""), ["--config", str(path)])[0]
-
-
-if __name__ == "__main__":
-    print(to_yaml(Config()), file=sys.stdout)

@@ -1,0 +1,49 @@
+"""Fixtures of all suites: no network, the tiny model on disk, the embedded assets."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random chat model."""
+    from tests.loop.tiny import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(train.jsonl, eval.jsonl) with disjoint prompts."""
+    from tests.loop.tiny import QUESTIONS
+
+    folder = tmp_path_factory.mktemp("prompts")
+    paths = folder / "train.jsonl", folder / "eval.jsonl"
+    for path, questions in zip(paths, (QUESTIONS[:4], QUESTIONS[4:]), strict=True):
+        records = [{"id": f"{path.stem}-{i}", "prompt": q, "category": "test"} for i, q in enumerate(questions)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tiny_model: Path, tiny_prompts: tuple[Path, Path]) -> list[str]:
+    """Command line of a run on the tiny model with Python scorers, but for --out."""
+    return [
+        f"--model.path={tiny_model}",
+        f"--data.train={tiny_prompts[0]}",
+        f"--data.eval={tiny_prompts[1]}",
+        "--scoring.reward=tests.loop.scorers:reward",
+        "--scoring.cost=tests.loop.scorers:cost",
+        "--evaluation.judge=false",
+        "--rollout.prompts_per_step=2",
+        "--rollout.samples_per_prompt=3",
+        "--rollout.max_new_tokens=8",
+        "--optimizer.lr=1e-3",
+        "--steps=4",
+        "--save_every=2",
+    ]

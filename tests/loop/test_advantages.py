@@ -1,0 +1,107 @@
+"""Advantages and the lambda rules against hand-computed values."""
+
+import math
+
+import pytest
+import torch
+
+from repo.advantages import divide_by_group_std, group_advantages, make_advantages, rectified_advantages, rectified_cost
+from repo.config import AlgorithmConfig, PenaltyConfig
+from repo.penalty import Penalty, lagrangian_lambda, repo_lambda
+
+GROUP = torch.tensor([0, 0, 0, 1, 1])
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
+    values = torch.tensor([1.0, 2.0, 6.0, 3.0, 5.0])
+    expected = torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, 3 - 5.0, 5 - 3.0])
+    assert torch.equal(group_advantages(values, GROUP), expected)
+
+
+def test_groups_may_be_interleaved_and_have_any_labels():
+    values = torch.tensor([1.0, 3.0, 2.0, 5.0, 6.0])
+    shuffled = group_advantages(values, torch.tensor([9, 4, 9, 4, 9]))
+    assert torch.allclose(shuffled, torch.tensor([-3.0, -2.0, -1.5, 2.0, 4.5]))
+
+
+def test_a_single_response_has_no_baseline():
+    with pytest.raises(ValueError, match="at least 2 responses per prompt"):
+        group_advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
+
+
+def test_the_rectifier_acts_before_the_mean():
+    costs = torch.tensor([-4.0, 2.0])
+    assert rectified_cost(costs, 0.0).mean() == 1.0
+    assert rectified_cost(costs.mean(), 0.0) == 0.0
+
+
+def test_cost_at_the_limit_is_safe():
+    costs = torch.tensor([1.0, 1.0 + 1e-6])
+    gated = rectified_advantages(torch.zeros(2), torch.ones(2), costs, 2.0, "split", cost_limit=1.0)
+    assert gated.tolist() == [0.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # rewards 0, 1; costs -2, 4; lambda 3; limit 0
+        (None, [-1.0, 1.0]),
+        ("rectified", [-1 + 3 * 4.0, 1 - 3 * 4.0]),
+        ("split", [-1.0, 1 - 3 * 6.0]),
+        ("lagrangian", [-1 + 3 * 6.0, 1 - 3 * 6.0]),
+    ],
+)
+def test_modes_combine_the_signals(mode, expected):
+    found = make_advantages(
+        torch.tensor([0.0, 1.0]), torch.tensor([-2.0, 4.0]), torch.tensor([0, 0]), 3.0, mode, 0.0, False
+    )
+    assert found.combined.tolist() == expected
+
+
+def test_normalize_divides_by_one_plus_lambda():
+    plain = rectified_advantages(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1.0]), 3.0, "rectified")
+    scaled = rectified_advantages(
+        torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1.0]), 3.0, "rectified", normalize=True
+    )
+    assert scaled == plain / 4
+
+
+def test_group_std_is_ddof_zero_and_a_constant_group_gives_zero():
+    found = divide_by_group_std(torch.tensor([1.0, -1.0, 0.0, 2.0, 2.0]), GROUP)
+    std = math.sqrt(2 / 3)
+    assert torch.allclose(found, torch.tensor([1 / std, -1 / std, 0.0, 0.0, 0.0]), atol=1e-5)
+
+
+def test_repo_lambda_rises_by_the_rectified_cost_and_is_capped():
+    assert repo_lambda(1.0, 0.5, 0.1, 5.0) == 1.05
+    assert repo_lambda(4.99, 1.0, 0.1, 5.0) == 5.0
+    assert repo_lambda(1.0, 0.0, 0.1, 5.0) == 1.0
+
+
+def test_lagrangian_lambda_falls_when_the_mean_is_met():
+    assert lagrangian_lambda(1.0, -1.0, 0.0, 0.1, 5.0) == pytest.approx(math.exp(-0.1))
+    assert lagrangian_lambda(2.0, 3.0, 1.0, 0.1, 50.0) == pytest.approx(math.exp(math.log(2) + 0.1 * 2 * 2))
+    assert lagrangian_lambda(4.9, 100.0, 0.0, 0.1, 5.0) == pytest.approx(5.0)
+
+
+def test_lagrangian_penalty_uses_a_window_of_costs():
+    penalty = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(window=3))
+    penalty.update([1.0, 1.0, 1.0], 1.0)
+    after_first = penalty.value
+    penalty.update([-2.0, -2.0], 0.0)  # window is now 1, -2, -2
+    assert penalty.value == pytest.approx(lagrangian_lambda(after_first, -1.0, 0.0, 0.1, 5.0))
+
+
+@pytest.mark.parametrize(("method", "value"), [("ppo", 0.0), ("fixed_penalty", 1.0)])
+def test_ppo_and_fixed_penalty_never_move_lambda(method, value):
+    penalty = Penalty(AlgorithmConfig(method=method), PenaltyConfig())
+    penalty.update([5.0] * 10, 5.0)
+    assert penalty.value == value
+
+
+def test_penalty_state_goes_on_where_it_was():
+    first = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(window=4))
+    first.update([1.0, 2.0, 3.0], 2.0)
+    second = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(window=4))
+    second.load_state_dict(first.state_dict())
+    assert first.update([0.5], 0.5) == second.update([0.5], 0.5)

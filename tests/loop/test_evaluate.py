@@ -1,0 +1,105 @@
+"""Intervals, summaries and files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from repo.checkpoint import write_folder, write_text
+from repo.errors import UserError
+from repo.evaluate import interval
+from repo.metrics import JsonLines, duration, summarize
+
+
+def test_bootstrap_interval_covers_the_mean_at_its_level():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        values = torch.randn(60, generator=generator, dtype=torch.float64)
+        found = interval(values, torch.arange(60))
+        covered += found["low"] <= 0 <= found["high"]
+    assert 180 <= covered <= 198
+
+
+def test_bootstrap_resamples_prompts_not_responses():
+    values = torch.tensor([0.0] * 20 + [1.0] * 20)  # 2 prompts, 20 identical responses each
+    group = torch.tensor([0] * 20 + [1] * 20)
+    assert interval(values, group)["low"] == 0.0
+    assert interval(values, torch.arange(40))["low"] > 0.3
+
+
+def test_summary_of_a_batch_where_compensation_hides_unsafe_prompts():
+    rewards = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    costs = torch.tensor([-3.0, -3.0, 1.0, 3.0])
+    found = summarize(rewards, costs, torch.tensor([0, 0, 1, 1]), cost_limit=0.0)
+    assert found["cost_mean"] == -0.5
+    assert found["safe_rate"] == 0.5
+    assert found["rectified_cost"] == found["compensation_gap"] == 1.0
+    assert found["prompts_mostly_unsafe"] == 0.5
+    assert found["reward_safe_mean"] == 1.5
+    assert found["cost_max"] == 3.0
+
+
+def test_summary_without_a_safe_response_is_finite():
+    found = summarize(torch.ones(2), torch.ones(2), torch.tensor([0, 0]), 0.0)
+    assert found["reward_safe_mean"] == 0.0
+    assert found["safe_rate"] == 0.0
+
+
+def test_json_lines_are_cut_back_to_the_offset(tmp_path):
+    file = JsonLines(tmp_path / "a.jsonl")
+    file.write({"a": 1, "b": float("nan")})
+    offset = file.sync()
+    file.write({"a": 2})
+    file.close()
+    again = JsonLines(tmp_path / "a.jsonl", offset)
+    again.write({"a": 3})
+    again.close()
+    assert [json.loads(x) for x in (tmp_path / "a.jsonl").read_text().splitlines()] == [{"a": 1, "b": None}, {"a": 3}]
+
+
+def test_a_failed_write_leaves_the_previous_folder(tmp_path):
+    target = tmp_path / "final"
+    write_folder(target, lambda f: (f / "a").write_text("old"))
+
+    def full_disk(folder):
+        (folder / "a").write_text("new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        write_folder(target, full_disk)
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_small_files_are_replaced_whole(tmp_path):
+    write_text(tmp_path / "latest", "one")
+    write_text(tmp_path / "latest", "two")
+    assert (tmp_path / "latest").read_text() == "two"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_durations_are_readable():
+    assert [duration(s) for s in (4, 125, 3723)] == ["0:04", "2:05", "1:02:03"]
+
+
+def test_the_command_prints_one_line_and_no_traceback():
+    command = [sys.executable, "-m", "repo.train", "--optimzer.lr=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: unknown configuration key 'optimzer.lr'; did you mean 'optimizer.lr'?"
+    assert done.stdout == ""
+
+
+def test_help_lists_every_field_with_its_docstring():
+    done = subprocess.run([sys.executable, "-m", "repo.train", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    from repo.config import field_names
+
+    assert all(f"--{name} " in text for name in field_names())
+    assert "--dry-run" in text
+    assert "--resume RUN" in text
+    assert len(field_names()) < 70

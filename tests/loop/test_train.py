@@ -1,0 +1,210 @@
+"""The command: runs on a model, prompts and scorers of the user's own, resumes, and refuses with a sentence."""
+
+import json
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from repo import train
+from repo.errors import UserError
+
+REQUIRED = (
+    "step reward_mean cost_mean safe_rate rectified_cost compensation_gap lam kl entropy clip_frac "
+    "response_tokens tokens_per_second"
+).split()
+TIME_FIELDS = ("seconds_", "tokens_per_second", "update_tokens_per_second")
+
+
+def run(arguments: list[str], out: Path, *more: str) -> Path:
+    train.run_command([*arguments, f"--out={out}", *more])
+    return out
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith(TIME_FIELDS)} for r in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_arguments, tmp_path_factory) -> Path:
+    return run(tiny_arguments, tmp_path_factory.mktemp("runs") / "a")
+
+
+def test_a_run_leaves_everything_that_was_promised(finished, tiny_model):
+    records = lines(finished)
+    assert [r["step"] for r in records] == [0, 1, 2, 3]
+    assert all(set(REQUIRED) <= r.keys() for r in records)
+    assert len(lines(finished, "samples.jsonl")) == 4 * 6
+    assert yaml.safe_load((finished / "config.yaml").read_text())["model"]["path"] == str(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(finished / "final")
+    AutoTokenizer.from_pretrained(finished / "final")
+    assert (finished / "final" / "model.safetensors").is_file()
+    start = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    card = (finished / "final" / "README.md").read_text()
+    assert "safe rate" in card
+    assert "95 % bootstrap" in card
+    for name in ("before", "after"):
+        summary = json.loads((finished / "eval" / f"{name}.json").read_text())["summary"]
+        assert summary["means"]["reward"]["low"] <= summary["means"]["reward"]["mean"]
+
+
+def test_lambda_follows_its_rule_line_by_line(finished):
+    records = lines(finished)
+    assert records[0]["lam"] == 1.0
+    for this, following in pairwise(records):
+        assert following["lam"] == min(this["lam"] + 0.1 * this["rectified_cost"], 5.0)
+
+
+def test_metrics_agree_with_the_samples(finished):
+    samples = lines(finished, "samples.jsonl")
+    for record in lines(finished):
+        costs = [s["cost"] for s in samples if s["step"] == record["step"]]
+        assert record["cost_mean"] == pytest.approx(sum(costs) / 6)
+        assert record["safe_rate"] == pytest.approx(sum(c <= 0 for c in costs) / 6)
+        hinge = sum(max(c, 0) for c in costs) / 6
+        assert record["rectified_cost"] == pytest.approx(hinge)
+        assert record["compensation_gap"] == pytest.approx(hinge - max(sum(costs) / 6, 0))
+        assert record["compensation_gap"] >= 0
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tiny_arguments, tmp_path):
+    again = run(tiny_arguments, tmp_path / "again")
+    assert without_times(lines(again)) == without_times(lines(finished))
+    other = run(tiny_arguments, tmp_path / "other", "--seed=1")
+    assert without_times(lines(other)) != without_times(lines(finished))
+
+
+def test_resuming_gives_the_run_that_was_never_stopped(finished, tiny_arguments, tmp_path):
+    part = run(tiny_arguments, tmp_path / "part", "--steps=2")
+    (part / "metrics.jsonl").open("a").write('{"step": 2, "torn')  # a line of a step that was not saved
+    train.run_command(["--resume", str(part), "--steps=4"])
+    assert without_times(lines(part)) == without_times(lines(finished))
+    assert lines(part, "samples.jsonl") == lines(finished, "samples.jsonl")
+    first, second = (load_file(f / "final" / "model.safetensors") for f in (part, finished))
+    assert all(torch.equal(first[k], second[k]) for k in second)
+
+
+def test_a_signal_saves_and_says_how_to_go_on(finished, tiny_arguments, tmp_path, monkeypatch, capsys):
+    plain = train.sample
+
+    def interrupted(policy, prompts, samples, config, seed, step):
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return plain(policy, prompts, samples, config, seed, step)
+
+    monkeypatch.setattr(train, "sample", interrupted)
+    folder = run(tiny_arguments, tmp_path / "stopped")
+    assert len(lines(folder)) == 2
+    assert f"--resume {folder}" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(train, "sample", plain)
+    train.run_command(["--resume", str(folder)])
+    assert without_times(lines(folder)) == without_times(lines(finished))
+
+
+@pytest.mark.parametrize("method", ["ppo", "fixed_penalty", "ppo_lagrangian"])
+def test_every_method_trains(method, tiny_arguments, tmp_path):
+    folder = run(
+        tiny_arguments, tmp_path / method, f"--algorithm.method={method}", "--steps=2", "--evaluation.prompts=0"
+    )
+    lams = [r["lam"] for r in lines(folder)]
+    assert lams[0] == (0.0 if method == "ppo" else 1.0)
+    assert (lams[1] != lams[0]) == (method == "ppo_lagrangian")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--algorithm.mode=split"],
+        ["--algorithm.scale_by_std=true"],
+        ["--optimizer.epochs=2", "--optimizer.minibatches=2", "--algorithm.dual_clip=3"],
+        ["--algorithm.kl_estimator=k2", "--algorithm.loss_agg_mode=seq-mean-token-mean", "--algorithm.normalize=true"],
+    ],
+)
+def test_every_option_trains(options, tiny_arguments, tmp_path):
+    folder = run(tiny_arguments, tmp_path / "run", "--steps=1", "--evaluation.prompts=0", *options)
+    assert lines(folder)[0]["skipped"] == 0
+    assert lines(folder)[0]["grad_norm"] > 0
+
+
+def test_training_towards_a_reward_raises_it(tiny_arguments, tmp_path):
+    options = ["--steps=25", "--evaluation.prompts=0", "--save_every=0", "--algorithm.method=ppo", "--algorithm.beta=0"]
+    folder = run(tiny_arguments, tmp_path / "ppo", *options, "--optimizer.lr=3e-3", "--rollout.samples_per_prompt=8")
+    rewards = [r["reward_mean"] for r in lines(folder)]
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
+
+
+def test_dry_run_reads_shapes_and_writes_nothing(tiny_arguments, tmp_path, capsys):
+    run(tiny_arguments, tmp_path / "dry", "--dry-run")
+    printed = capsys.readouterr().out
+    assert "2 prompts x 3 samples = 6 responses" in printed
+    assert "GiB  AdamW states" in printed
+    assert not (tmp_path / "dry").exists()
+
+
+def test_printed_config_is_a_config(tiny_arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(tiny_arguments, tmp_path / "x", "--print_config")
+    assert stopped.value.code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    train.run_command(["--config", str(path), "--dry-run"])
+    assert "2 prompts x 3 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--stps=3"], "unknown configuration key 'stps'; did you mean 'steps'?"),
+        (["--optimizer.learning=3"], "unknown configuration key 'optimizer.learning'"),
+        (["--steps=many"], "steps: Expected a <class 'int'>. Got value: many"),
+        (["--rollout.samples_per_prompt=1"], "rollout.samples_per_prompt must be >= 2"),
+        (["--algorithm.method=dpo"], "algorithm.method"),
+        (["--config=nowhere.yaml"], "config: File does not exist:"),
+        (["--data.train=nowhere.jsonl"], "prompt file not found: nowhere.jsonl"),
+        (["--model.path=nowhere/model"], "model.path: cannot load 'nowhere/model'"),
+        (["--scoring.reward=nowhere:f"], "scoring.reward: cannot import module 'nowhere'"),
+        (["--scoring.cost=tests.loop.scorers:none"], "has no function 'none'"),
+        (["--scoring.cost=oops"], "scoring.cost must be 'embedded' or 'module:function'; got 'oops'"),
+        (["--scoring.cost=tests.loop.scorers:not_a_number"], "scoring.cost gave nan for a response to the prompt"),
+        (["--scoring.cost=tests.loop.scorers:too_few"], "must return 6 numbers; got shape (5,)"),
+        (["--scoring.reward=tests.loop.scorers:raising"], "raised KeyError: 'harm'"),
+    ],
+)
+def test_bad_input_is_one_sentence(more, message, tiny_arguments, tmp_path):
+    with pytest.raises(UserError) as error:
+        run(tiny_arguments, tmp_path / "run", *more, "--evaluation.prompts=0")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_in_both_files_are_refused(tiny_arguments, tiny_prompts, tmp_path):
+    with pytest.raises(UserError, match="both in data.train and data.eval"):
+        run(tiny_arguments, tmp_path / "run", f"--data.eval={tiny_prompts[0]}")
+
+
+def test_an_existing_folder_is_refused_and_left_alone(tiny_arguments, tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists; choose another folder, or continue that run with --resume"):
+        run(tiny_arguments, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_resume_refuses_what_is_no_run_and_what_would_change_it(finished, tiny_arguments, tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        train.run_command(["--resume", str(tmp_path)])
+    with pytest.raises(UserError, match="already has 4 steps; ask for more with --steps"):
+        train.run_command(["--resume", str(finished)])
+    with pytest.raises(UserError, match=r"algorithm.beta was 0.02 in this run and cannot become 0.5"):
+        train.run_command(["--resume", str(finished), "--steps=9", "--algorithm.beta=0.5"])
+    with pytest.raises(UserError, match="needs a run folder"):
+        train.run_command(["--resume"])

@@ -1,0 +1,160 @@
+"""The update: invariant to the micro-batch split, guarded against non-finite gradients, scheduled as configured."""
+
+import math
+
+import pytest
+import torch
+
+from repo.advantages import Advantages
+from repo.config import AlgorithmConfig, OptimizerConfig, RolloutConfig
+from repo.data import Prompt, tokenize_prompts
+from repo.errors import UserError
+from repo.policy import load_policy, response_logits, response_logps
+from repo.rollout import sample
+from repo.update import Batch, Updater, lr_at
+
+from .tiny import QUESTIONS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def policy(tiny_model):
+    return load_policy(str(tiny_model), CPU, trainable=True)
+
+
+def make_batch(policy, lam=1.5):
+    prompts, _ = tokenize_prompts([Prompt(str(i), q, "") for i, q in enumerate(QUESTIONS)], policy.tokenizer, None, 200)
+    rollout = sample(policy, prompts, 2, RolloutConfig(max_new_tokens=14), seed=0, step=0)
+    generator = torch.Generator().manual_seed(1)
+    reward, cost, costs = (torch.randn(len(rollout.texts), generator=generator) for _ in range(3))
+    ref = response_logps(policy, rollout.sequences, 1.0, 500)
+    ref = ref + 0.1 * torch.randn(ref.shape, generator=generator)
+    return Batch(rollout.sequences, Advantages(reward, cost, reward - lam * cost), costs, ref, lam)
+
+
+def gradient_of(policy, algorithm, batch, rows, old, budget):
+    updater = Updater(policy, algorithm, OptimizerConfig(micro_batch_tokens=budget), 1.0, 0)
+    loss, stats = updater.backward(batch, old, rows)
+    gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    updater.optimizer.zero_grad()
+    return loss, gradient, stats
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_any_micro_batch_split_gives_the_same_loss_and_gradient(policy, mode, on_policy):
+    algorithm = AlgorithmConfig(loss_agg_mode=mode, beta=0.1, entropy_coef=0.01)
+    batch = make_batch(policy)
+    old = None
+    if not on_policy:
+        old = response_logps(policy, batch.sequences, 1.0, 500)
+        old = old + 0.2 * torch.randn(old.shape, generator=torch.Generator().manual_seed(2))
+    rows = torch.arange(len(batch.costs))
+    whole_loss, whole, whole_stats = gradient_of(policy, algorithm, batch, rows, old, 10**6)
+    scale = batch.advantages.combined.abs().mean().item()
+    for budget in (1, 60, 150):
+        loss, gradient, stats = gradient_of(policy, algorithm, batch, rows, old, budget)
+        assert abs(loss - whole_loss) <= 1e-6 * scale
+        assert (gradient - whole).norm() <= 1e-5 * whole.norm()
+        assert torch.allclose(stats.tensor, whole_stats.tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_is_that_of_the_loss_written_out(policy):
+    batch = make_batch(policy, lam=0.7)
+    rows = torch.tensor([0, 3, 4, 9])
+    _, gradient, _ = gradient_of(policy, AlgorithmConfig(beta=0.3), batch, rows, None, 90)
+    policy.model.zero_grad()
+    part = batch.sequences.select(rows)
+    logps = torch.log_softmax(response_logits(policy, part), -1).gather(-1, part.response_ids[..., None])[..., 0]
+    width = logps.shape[1]
+    ratio = (logps - logps.detach()).exp()
+    advantage = (batch.advantages.reward - 0.7 * batch.advantages.cost)[rows][:, None]
+    delta = logps - batch.ref_logps[rows, :width]
+    loss = -ratio * advantage + 0.3 * ratio * ((-delta).exp() + delta - 1)
+    (loss * part.response_mask).sum().div(part.response_mask.sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert (gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_an_update_raises_the_log_probs_of_better_responses(policy):
+    batch = make_batch(policy, lam=0.0)
+    updater = Updater(policy, AlgorithmConfig(beta=0.0), OptimizerConfig(lr=1e-3, warmup_steps=0), 1.0, 0)
+    before = response_logps(policy, batch.sequences, 1.0, 500).sum(1)
+    for step in range(5):
+        updater.update(batch, step, 5)
+    change = response_logps(policy, batch.sequences, 1.0, 500).sum(1) - before
+    advantages = batch.advantages.reward
+    assert change[advantages > 0].mean() > 0 > change[advantages < 0].mean()
+
+
+def test_the_first_minibatch_is_on_policy_and_later_ones_are_clipped(policy):
+    batch = make_batch(policy)
+    config = OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=3, minibatches=2)
+    result = Updater(policy, AlgorithmConfig(), config, 1.0, 0).update(batch, 0, 1)
+    assert result.stats.tokens == 3 * batch.sequences.response_lengths.sum()
+    assert result.stats.clip_fraction > 0
+    single = Updater(policy, AlgorithmConfig(), OptimizerConfig(), 1.0, 0).update(make_batch(policy), 0, 1)
+    assert single.stats.ratio_min == single.stats.ratio_max == 1
+
+
+def test_a_non_finite_gradient_is_skipped_counted_and_stops_the_run(policy):
+    batch = make_batch(policy)
+    bad = Batch(
+        batch.sequences,
+        Advantages(batch.advantages.reward * torch.inf, None, batch.advantages.reward * torch.inf),
+        batch.costs,
+        batch.ref_logps,
+        0.0,
+    )
+    updater = Updater(policy, AlgorithmConfig(method="ppo"), OptimizerConfig(max_skipped=2), 1.0, 0)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    assert updater.update(bad, 0, 9).skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    updater.update(
+        Batch(
+            batch.sequences,
+            Advantages(batch.advantages.reward, None, batch.advantages.reward),
+            batch.costs,
+            batch.ref_logps,
+            0.0,
+        ),
+        1,
+        9,
+    )
+    assert updater.skipped_in_a_row == 0
+    updater.update(bad, 2, 9)
+    with pytest.raises(UserError, match="2 updates in a row had a non-finite loss or gradient"):
+        updater.update(bad, 3, 9)
+
+
+def test_responses_of_length_zero_train(policy):
+    batch = make_batch(policy)
+    lengths = batch.sequences.response_lengths.clone()
+    lengths[::2] = 0
+    sequences = type(batch.sequences)(
+        batch.sequences.input_ids, batch.sequences.prompt_lengths, lengths, batch.sequences.prompt_width
+    )
+    updater = Updater(policy, AlgorithmConfig(), OptimizerConfig(micro_batch_tokens=60), 1.0, 0)
+    result = updater.update(Batch(sequences, batch.advantages, batch.costs, batch.ref_logps, 1.0), 0, 1)
+    assert result.skipped == 0
+    assert math.isfinite(result.loss)
+    empty = type(sequences)(sequences.input_ids, sequences.prompt_lengths, lengths * 0, sequences.prompt_width)
+    result = updater.update(Batch(empty, batch.advantages, batch.costs, batch.ref_logps, 1.0), 0, 1)
+    assert result.loss == 0.0
+
+
+def test_learning_rates_warm_up_and_decay():
+    constant = OptimizerConfig(lr=1.0, warmup_steps=3)
+    assert [lr_at(s, 10, constant) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = OptimizerConfig(lr=1.0, warmup_steps=0, schedule="cosine")
+    assert lr_at(0, 10, cosine) == 1.0
+    assert lr_at(5, 10, cosine) == pytest.approx(0.5)
+    linear = OptimizerConfig(lr=1.0, warmup_steps=0, schedule="linear")
+    assert lr_at(7, 10, linear) == pytest.approx(0.3)
+
+
+def test_weight_decay_leaves_vectors_alone(policy):
+    groups = Updater(policy, AlgorithmConfig(), OptimizerConfig(weight_decay=0.1), 1.0, 0).optimizer.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all(p.ndim < 2 for p in groups[1]["params"])
