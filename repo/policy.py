@@ -15,17 +15,22 @@ from repo_kernels import selective_log_softmax
 
 from .errors import UserError
 from .sequences import Sequences, micro_batches
+from .tree import attends_everywhere, make_tree
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM in eval mode (no dropout: the ratio is exact), its tokenizer and its stop tokens."""
+    """A causal LM in eval mode (no dropout: the ratio is exact), its tokenizer and its stop tokens.
+
+    shares_prefix: a prompt is computed once for all its responses (tree.py).
+    """
 
     model: Any
     tokenizer: Any
     eos_ids: tuple[int, ...]
     pad_id: int
     device: torch.device
+    shares_prefix: bool
 
     @property
     def parameters(self) -> int:
@@ -55,7 +60,9 @@ def load_policy(path: str, device: torch.device, trainable: bool) -> Policy:
     model.to(device).eval().requires_grad_(trainable)
     eos = end_of_sequence_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    return Policy(model, tokenizer, eos, pad, device)
+    accepted = inspect.signature(model.forward).parameters
+    shares_prefix = attends_everywhere(model.config) and {"position_ids", "logits_to_keep"} <= accepted.keys()
+    return Policy(model, tokenizer, eos, pad, device, shares_prefix)
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -71,6 +78,11 @@ def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def response_logits(policy: Policy, sequences: Sequences) -> Tensor:
     """(B, R, V): row t scores response token t. Only these rows reach the LM head where the model allows it."""
+    return _tree_logits(policy, sequences) if policy.shares_prefix else _padded_logits(policy, sequences)
+
+
+def _padded_logits(policy: Policy, sequences: Sequences) -> Tensor:
+    """One row per response, with the 2-D mask that every causal LM takes."""
     width = sequences.response_ids.shape[1]
     arguments = {
         "input_ids": sequences.input_ids[:, :-1],
@@ -85,11 +97,28 @@ def response_logits(policy: Policy, sequences: Sequences) -> Tensor:
     return policy.model(**arguments).logits[:, -width:]
 
 
+def _tree_logits(policy: Policy, sequences: Sequences) -> Tensor:
+    """One row per prompt with all its responses, with a 4-D mask."""
+    tree = make_tree(sequences)
+    slots, width = tree.columns.shape
+    hidden_keys = torch.finfo(policy.model.dtype).min * (~tree.visible).to(policy.model.dtype)
+    logits = policy.model(
+        input_ids=tree.input_ids,
+        attention_mask=hidden_keys[:, None],
+        position_ids=tree.position_ids,
+        use_cache=False,
+        logits_to_keep=tree.columns.flatten(),
+    ).logits
+    logits = logits.reshape(len(tree.input_ids) * slots, width, -1)
+    in_order = tree.slots.numel() == len(logits) and bool((tree.slots.diff() == 1).all())
+    return logits if in_order else logits[tree.slots]
+
+
 @torch.no_grad()
 def response_logps(policy: Policy, sequences: Sequences, temperature: float, budget: int) -> Tensor:
     """(B, R) fp32 log-probabilities of response tokens, 0 beyond each response; forward passes of <= budget tokens."""
     out = torch.zeros(sequences.response_ids.shape, dtype=torch.float32)
-    for rows in micro_batches(sequences, torch.arange(len(out)), budget):
+    for rows in micro_batches(sequences, torch.arange(len(out)), budget, policy.shares_prefix):
         part = sequences.select(rows).to(policy.device)
         ids = part.response_ids.masked_fill(~part.response_mask, -100)
         logps = selective_log_softmax(response_logits(policy, part), ids, temperature=temperature)

@@ -170,9 +170,10 @@ def sample(
             for row, tokens in zip(rows, decoded, strict=True):
                 responses[row] = tokens
     repeated = tuple(p for p in prompts for _ in range(samples))
+    group = torch.arange(len(prompts)).repeat_interleave(samples)
     return Rollout(
         prompts=repeated,
-        group=torch.arange(len(prompts)).repeat_interleave(samples),
-        sequences=make_sequences([p.token_ids for p in repeated], responses, policy.pad_id),
+        group=group,
+        sequences=make_sequences([p.token_ids for p in repeated], responses, policy.pad_id, group),
         texts=tuple(policy.tokenizer.batch_decode(responses, skip_special_tokens=True)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,15 @@ class Sequences:
     """Left-padded prompts beside right-padded responses, so that all responses begin in column `prompt_width`.
 
     input_ids: (B, P + R) int64. prompt_lengths, response_lengths: (B,) int64; a response length counts its
-    end-of-sequence token and may be 0. prompt_width: P. Masks come from the lengths, never from the pad id.
+    end-of-sequence token and may be 0. prompt_width: P. group: (B,) int64; rows of one group have the same prompt.
+    Masks come from the lengths, never from the pad id.
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     response_lengths: Tensor
     prompt_width: int
+    group: Tensor
 
     @property
     def attention_mask(self) -> Tensor:
@@ -48,20 +51,22 @@ class Sequences:
         prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
         width = int(prompts.max())
         stop = self.prompt_width + max(1, int(responses.max()))
-        return Sequences(self.input_ids[rows, self.prompt_width - width : stop], prompts, responses, width)
+        ids = self.input_ids[rows, self.prompt_width - width : stop]
+        return Sequences(ids, prompts, responses, width, self.group[rows])
 
     def to(self, device: torch.device) -> Sequences:
         """The same on a device."""
-        return Sequences(
-            self.input_ids.to(device),
-            self.prompt_lengths.to(device),
-            self.response_lengths.to(device),
-            self.prompt_width,
-        )
+        lengths = self.prompt_lengths.to(device), self.response_lengths.to(device)
+        return Sequences(self.input_ids.to(device), *lengths, self.prompt_width, self.group.to(device))
 
 
-def make_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Sequences:
-    """Lay B token lists out in one rectangle; columns are padded with pad_id, which no mask looks at."""
+def make_sequences(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, group: Tensor | None = None
+) -> Sequences:
+    """Lay B token lists out in one rectangle; columns are padded with pad_id, which no mask looks at.
+
+    group: (B,) int64, equal only for rows with the same prompt; None: every row is its own group.
+    """
     prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
     response_lengths = torch.tensor([len(r) for r in responses], dtype=torch.int64)
     width = int(prompt_lengths.max())
@@ -69,24 +74,32 @@ def make_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequenc
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         ids[row, width - len(prompt) : width] = torch.tensor(prompt, dtype=torch.int64)
         ids[row, width : width + len(response)] = torch.tensor(response, dtype=torch.int64)
-    return Sequences(ids, prompt_lengths, response_lengths, width)
+    return Sequences(
+        ids, prompt_lengths, response_lengths, width, torch.arange(len(ids)) if group is None else group.clone()
+    )
 
 
-def micro_batches(sequences: Sequences, rows: Tensor, budget: int) -> list[Tensor]:
-    """Cut rows (n,) into groups of similar length whose padded rectangle holds at most `budget` tokens.
+def micro_batches(sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool = False) -> list[Tensor]:
+    """Cut rows (n,) into sets of similar length that take at most `budget` padded tokens in one forward.
 
-    A single row may exceed the budget. Every row is in exactly one group.
+    With share_prefix a prompt counts once for all its responses in the set (see tree.py). A single row may exceed the
+    budget. Every row is in exactly one set.
     """
-    total = (sequences.prompt_lengths + sequences.response_lengths)[rows]
-    groups: list[list[int]] = []
-    prompt_width = response_width = 0
-    for row in rows[total.argsort(descending=True, stable=True)].tolist():
-        prompt, response = int(sequences.prompt_lengths[row]), int(sequences.response_lengths[row])
-        widest = max(prompt_width, prompt), max(response_width, response)
-        if groups and (len(groups[-1]) + 1) * sum(widest) <= budget:
-            groups[-1].append(row)
-            prompt_width, response_width = widest
+    keys = zip(sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist(), strict=True)
+    lengths, groups = list(keys), sequences.group.tolist()
+    order = sorted(rows.tolist(), key=lambda row: (-lengths[row][0], groups[row], -lengths[row][1]))
+    sets: list[list[int]] = []
+    for row in order:
+        if sets and _padded_tokens([*sets[-1], row], lengths, groups, share_prefix) <= budget:
+            sets[-1].append(row)
         else:
-            groups.append([row])
-            prompt_width, response_width = prompt, response
-    return [torch.tensor(group, dtype=torch.int64) for group in groups]
+            sets.append([row])
+    return [torch.tensor(members, dtype=torch.int64) for members in sets]
+
+
+def _padded_tokens(rows: list[int], lengths: list[tuple[int, int]], groups: list[int], share_prefix: bool) -> int:
+    prompt, response = max(lengths[row][0] for row in rows), max(lengths[row][1] for row in rows)
+    if not share_prefix:
+        return len(rows) * (prompt + response)
+    sizes = Counter(groups[row] for row in rows)
+    return len(sizes) * (prompt + max(sizes.values()) * response)

@@ -117,7 +117,8 @@ class Updater:
         tokens, sequences = int(lengths.sum()), int((lengths > 0).sum())
         divisor = max(1, tokens if self.algorithm.loss_agg_mode == "token-mean" else sequences)
         loss, stats = 0.0, []
-        for micro in micro_batches(batch.sequences, rows, self.config.micro_batch_tokens):
+        budget, share = self.config.micro_batch_tokens, self.policy.shares_prefix
+        for micro in micro_batches(batch.sequences, rows, budget, share):
             out = self._loss(batch, old_logps, micro, divisor)
             out.loss.backward()
             loss += out.loss.item()

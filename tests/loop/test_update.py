@@ -133,13 +133,19 @@ def test_responses_of_length_zero_train(policy):
     lengths = batch.sequences.response_lengths.clone()
     lengths[::2] = 0
     sequences = type(batch.sequences)(
-        batch.sequences.input_ids, batch.sequences.prompt_lengths, lengths, batch.sequences.prompt_width
+        batch.sequences.input_ids,
+        batch.sequences.prompt_lengths,
+        lengths,
+        batch.sequences.prompt_width,
+        batch.sequences.group,
     )
     updater = Updater(policy, AlgorithmConfig(), OptimizerConfig(micro_batch_tokens=60), 1.0, 0)
     result = updater.update(Batch(sequences, batch.advantages, batch.costs, batch.ref_logps, 1.0), 0, 1)
     assert result.skipped == 0
     assert math.isfinite(result.loss)
-    empty = type(sequences)(sequences.input_ids, sequences.prompt_lengths, lengths * 0, sequences.prompt_width)
+    empty = type(sequences)(
+        sequences.input_ids, sequences.prompt_lengths, lengths * 0, sequences.prompt_width, sequences.group
+    )
     result = updater.update(Batch(empty, batch.advantages, batch.costs, batch.ref_logps, 1.0), 0, 1)
     assert result.loss == 0.0
 
