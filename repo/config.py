@@ -77,7 +77,7 @@ class ScoringConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """The objective (algorithm.md sections 1 and 3-5)."""
+    """The objective (README, "What is computed")."""
 
     method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "ppo"] = "repo"
     """repo: every prompt's cost under the limit; ppo_lagrangian: the mean cost; fixed_penalty: constant lambda; ppo."""
@@ -107,7 +107,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """The multiplier lambda (algorithm.md section 6)."""
+    """The multiplier lambda and its rule."""
 
     initial: float = 1.0
     """lambda_0; the constant of method fixed_penalty."""
@@ -139,8 +139,8 @@ class OptimizerConfig:
     """Passes over each rollout batch."""
     minibatches: int = 1
     """Optimiser steps per pass; each minibatch holds whole responses, shuffled."""
-    micro_batch_tokens: int = 1024
-    """Padded tokens (prompt and response) in one forward and backward; never changes the result."""
+    micro_batch_tokens: int = 2048
+    """Padded tokens in one forward and backward; never changes the result."""
     max_skipped: int = 3
     """Stop after this many updates in a row with a non-finite gradient; each is skipped."""
 

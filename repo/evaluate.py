@@ -17,7 +17,7 @@ from .config import RolloutConfig
 from .data import Prompt
 from .metrics import summarize
 from .policy import Policy
-from .rollout import Rollout, sample
+from .rollout import sample
 from .scoring import Scorers
 from .seeds import seed_from
 
@@ -32,48 +32,42 @@ class JudgeLike(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out responses and their verdicts; all tensors (B,). judge_safe is None without a judge."""
+    """Scored responses to held-out prompts, as records that a file keeps: `id category prompt response tokens reward
+    cost` and, with a judge, `judge_safe`."""
 
-    rollout: Rollout
-    rewards: Tensor
-    costs: Tensor
-    judge_safe: Tensor | None
+    records: list[dict[str, Any]]
     cost_limit: float
+
+    def column(self, key: str) -> Tensor:
+        """(B,) fp64 of a numeric key."""
+        return torch.tensor([float(r[key]) for r in self.records], dtype=torch.float64)
+
+    @property
+    def group(self) -> Tensor:
+        """(B,) int64, the prompt of each response."""
+        index: dict[str, int] = {}
+        return torch.tensor([index.setdefault(r["id"], len(index)) for r in self.records])
 
     @property
     def per_response(self) -> dict[str, Tensor]:
         """The quantities that are averaged, (B,) fp64 each."""
+        costs = self.column("cost")
         values = {
-            "reward": self.rewards.double(),
-            "cost": self.costs.double(),
-            "safe_rate": (self.costs <= self.cost_limit).double(),
-            "rectified_cost": rectified_cost(self.costs.double(), self.cost_limit),
-            "response_tokens": self.rollout.sequences.response_lengths.double(),
+            "reward": self.column("reward"),
+            "cost": costs,
+            "safe_rate": (costs <= self.cost_limit).double(),
+            "rectified_cost": rectified_cost(costs, self.cost_limit),
+            "response_tokens": self.column("tokens"),
         }
-        if self.judge_safe is not None:
-            values["judge_safe_rate"] = self.judge_safe.double()
+        if self.records and "judge_safe" in self.records[0]:
+            values["judge_safe_rate"] = self.column("judge_safe")
         return values
 
     def summary(self) -> dict[str, Any]:
         """Means with 95 % intervals, and the other quantities of summarize()."""
-        means = {k: interval(v, self.rollout.group) for k, v in self.per_response.items()}
-        return {"means": means, **summarize(self.rewards, self.costs, self.rollout.group, self.cost_limit)}
-
-    def records(self) -> list[dict[str, Any]]:
-        """One JSON record per response."""
-        rows = []
-        for i, (prompt, text) in enumerate(zip(self.rollout.prompts, self.rollout.texts, strict=True)):
-            row: dict[str, Any] = {
-                "id": prompt.id,
-                "category": prompt.category,
-                "prompt": prompt.text,
-                "response": text,
-            }
-            row |= {"reward": self.rewards[i].item(), "cost": self.costs[i].item()}
-            if self.judge_safe is not None:
-                row["judge_safe"] = bool(self.judge_safe[i])
-            rows.append(row)
-        return rows
+        group = self.group
+        means = {k: interval(v, group) for k, v in self.per_response.items()}
+        return {"means": means, **summarize(self.column("reward"), self.column("cost"), group, self.cost_limit)}
 
 
 def interval(values: Tensor, group: Tensor, level: float = 0.95) -> dict[str, float]:
@@ -109,8 +103,21 @@ def evaluate(
     progress("scoring")
     scores = scorers(questions, texts)
     progress("judging")
-    safe = None if judge is None else judge(questions, texts).safe
-    return Evaluation(rollout, scores.rewards, scores.costs, safe, cost_limit)
+    safe = None if judge is None else judge(questions, texts).safe.tolist()
+    records = [
+        {
+            "id": prompt.id,
+            "category": prompt.category,
+            "prompt": prompt.text,
+            "response": text,
+            "tokens": int(rollout.sequences.response_lengths[i]),
+            "reward": scores.rewards[i].item(),
+            "cost": scores.costs[i].item(),
+            **({} if safe is None else {"judge_safe": safe[i]}),
+        }
+        for i, (prompt, text) in enumerate(zip(rollout.prompts, texts, strict=True))
+    ]
+    return Evaluation(records, cost_limit)
 
 
 ROWS = (
@@ -125,7 +132,7 @@ ROWS = (
 
 def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:
     """The closing lines of a run: each quantity before and after with intervals, and the paired change."""
-    prompts = len(set(before.rollout.group.tolist()))
+    prompts = len(before.group.unique())
     table = Table(title=f"{prompts} held-out prompts, before and after (95 % bootstrap intervals over prompts)")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
@@ -137,7 +144,7 @@ def print_comparison(console: Console, before: Evaluation, after: Evaluation) ->
 def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
     """(name, before, after, paired change) as text."""
     rows = []
-    group = before.rollout.group
+    group = before.group
     for key, title, form in ROWS:
         if key in before.per_response and key in after.per_response:
             a, b = before.per_response[key], after.per_response[key]

@@ -47,6 +47,11 @@ class Run:
         (self.folder / "eval").mkdir(exist_ok=True)
         write_text(self.folder / "eval" / f"{name}.json", json.dumps(value, indent=1, ensure_ascii=False))
 
+    def read_json(self, name: str) -> Any:
+        """What write_json wrote, or None."""
+        path = self.folder / "eval" / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     def export(self, policy: Policy, card: str) -> Path:
         """RUN/final/: the policy in Hugging Face format with a model card."""
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
 from .advantages import Advantages, divide_by_group_std, make_advantages
@@ -24,13 +24,15 @@ from .errors import UserError, exit_with_sentence
 from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
 from .metrics import ConsoleTable, duration, show_samples
 from .penalty import Penalty
-from .policy import response_logps
+from .policy import Policy, response_logps
 from .record import Timer, sample_records, step_record
 from .rollout import sample
 from .run import Run, StopRequest
 from .scoring import Scores
 from .setup import Parts, describe_batch, describe_memory, dry_run, load_parts
 from .update import Batch, Updater, loss_mode
+
+LOG_WIDTH = 140  # columns of a console that is not a terminal
 
 
 def advantages_of(config: Config, scores: Scores, group: torch.Tensor, lam: float) -> Advantages:
@@ -98,12 +100,16 @@ def train(
     finish(config, parts, folder, console, before)
 
 
-def evaluated(config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Any) -> Evaluation | None:
-    """Evaluate on the held-out prompts and write RUN/eval/<name>.json and its responses."""
-    e = config.evaluation
+def evaluated(
+    config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Policy
+) -> Evaluation | None:
+    """Evaluate on the held-out prompts into RUN/eval/<name>.json, or read that file when a resumed run has it."""
     if not parts.eval_prompts:
         return None
-    with console.status(f"evaluating {name} training on {len(parts.eval_prompts)} held-out prompts") as status:
+    a, e, started = config.algorithm, config.evaluation, time.perf_counter()
+    if (known := folder.read_json(name)) is not None:
+        return Evaluation(known["responses"], a.cost_limit)
+    with console.status("") as status:
         found = evaluate(
             policy,
             parts.eval_prompts,
@@ -111,11 +117,13 @@ def evaluated(config: Config, parts: Parts, folder: Run, name: str, console: Con
             config.rollout,
             parts.scorers,
             parts.judge,
-            config.algorithm.cost_limit,
+            a.cost_limit,
             config.seed,
-            lambda stage: status.update(f"evaluating {name} training: {stage}"),
+            lambda stage: status.update(f"evaluation {name} training: {stage}"),
         )
-    folder.write_json(name, {"summary": found.summary(), "responses": found.records()})
+    seconds = time.perf_counter() - started
+    console.print(f"evaluation {name} training: {len(found.records)} responses in {seconds:.0f} s", highlight=False)
+    folder.write_json(name, {"summary": found.summary(), "responses": found.records})
     return found
 
 
@@ -144,6 +152,9 @@ def progress_bar(console: Console) -> Progress:
 def run_command(argv: list[str]) -> None:
     """Parse, then dry-run, resume or start."""
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    transformers_logging.disable_progress_bar()
     parser = make_parser("repo.train", __doc__ or "")
     parser.add_argument("--resume", type=str, default=None, metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")

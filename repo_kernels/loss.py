@@ -93,7 +93,7 @@ def repo_loss(
 ) -> RepoLossOutput:
     """Clipped policy loss with the rectified cost advantage, KL to a reference and entropy, from logits.
 
-    Per live token (algorithm.md sections 4 and 5; RePO, arXiv 2410.19933)::
+    Per live token (RePO, arXiv 2410.19933)::
 
         A   = A_R - lam * A_C            rectified: A_C = cost_advantages, or {C - d}^+ - cost_baselines
                                          split:     A_C * 1[C > d]          lagrangian: A_C

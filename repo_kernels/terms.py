@@ -1,7 +1,7 @@
 """The per-token mathematics of the RePO loss: advantage, ratio, clip, KL and the scalars that carry the gradient.
 
 Every function maps (n,) tensors of live tokens to (n,) tensors. Nothing here knows about the vocabulary: the gradient
-with respect to the logits follows from three scalars per token (algorithm.md section 5, kernels.md section 2),
+with respect to the logits follows from three scalars per token (README, "What is computed"),
 
     dL/dz_v = g_logp (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_kl p_v (log p_v - log q_v - KL).
 """
@@ -101,7 +101,7 @@ def combined_advantages(
 ) -> Tensor:
     """A_R - lambda A_C, with A_C gated by 1[C > d] in mode `split`; divided by 1 + lambda with `normalize`.
 
-    Source: algorithm.md section 4.
+    Source: README, "What is computed".
     """
     advantages = reward_advantages
     if cost_advantages is not None:
@@ -170,7 +170,7 @@ def token_terms(
 ) -> TokenTerms:
     """w (is surrogate + beta kappa - alpha H) per token and its derivatives in log pi(y), H and the full KL.
 
-    logps, entropy, full_kl: (n,) of the current policy. Source: algorithm.md section 5.
+    logps, entropy, full_kl: (n,) of the current policy. Source: README, "What is computed".
     """
     if inputs.old_logps is None:
         log_ratio, inside = torch.zeros_like(logps), torch.ones_like(logps)

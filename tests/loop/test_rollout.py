@@ -1,8 +1,10 @@
 """Sampling: exact, reproducible, the same whatever the batch."""
 
+import dataclasses
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, MistralConfig
 
 from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
@@ -11,6 +13,7 @@ from repo.packed_linear import packed_linears
 from repo.policy import choose_device, load_policy, response_logits, response_logps
 from repo.rollout import sample, sample_tokens
 from repo.sequences import make_sequences
+from repo.tree import attends_everywhere, make_tree
 
 from .tiny import QUESTIONS
 
@@ -147,3 +150,31 @@ def test_all_stop_tokens_count(tiny_model, tmp_path):
     model.save_pretrained(tmp_path)
     load_policy(str(tiny_model), CPU, trainable=False).tokenizer.save_pretrained(tmp_path)
     assert load_policy(str(tmp_path), CPU, trainable=False).eos_ids == (7, 8, 1)
+
+
+def test_a_shared_prefix_gives_the_logits_of_separate_sequences(policy, prompts):
+    responses = [[9, 8, 7, 1], [30, 31], [], [11, 12, 13, 14, 15], [40], [50, 51, 52]]
+    chosen = [prompts[0], prompts[0], prompts[0], prompts[4], prompts[2], prompts[2]]
+    group = torch.tensor([7, 7, 7, 3, 5, 5])
+    s = make_sequences([p.token_ids for p in chosen], responses, policy.pad_id, group)
+    assert policy.shares_prefix
+    assert make_tree(s).input_ids.shape == (3, s.prompt_width + 3 * 5)
+    shared = response_logits(policy, s)
+    for i, (prompt, response) in enumerate(zip(chosen, responses, strict=True)):
+        alone = policy.model(input_ids=torch.tensor([[*prompt.token_ids, *response]])).logits[0]
+        expected = alone[len(prompt.token_ids) - 1 : len(prompt.token_ids) - 1 + len(response)]
+        assert torch.allclose(shared[i, : len(response)], expected, atol=1e-5)
+
+
+def test_models_with_windowed_layers_do_not_share_prefixes(prompts, policy):
+    assert attends_everywhere(policy.model.config)
+    assert not attends_everywhere(MistralConfig(sliding_window=16))
+    assert attends_everywhere(MistralConfig(sliding_window=None))
+    assert not attends_everywhere(Gemma3TextConfig())
+    assert attends_everywhere(GPT2Config())
+
+
+def test_without_sharing_the_logits_are_the_same(policy, prompts):
+    rollout = sample(policy, prompts, 3, RolloutConfig(max_new_tokens=9), seed=2, step=0)
+    padded = response_logps(dataclasses.replace(policy, shares_prefix=False), rollout.sequences, 1.0, 300)
+    assert (response_logps(policy, rollout.sequences, 1.0, 300) - padded).abs().max() < 1e-5
