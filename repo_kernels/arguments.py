@@ -150,7 +150,9 @@ def _check_costs(options: dict[str, Any]) -> None:
             f"mode={mode!r}, costs={'given' if has_costs else None}, "
             f"cost_advantages={'given' if has_advantages else None}"
         )
-    lam = options["lam"]
+    limit, lam = options["cost_limit"], options["lam"]
+    if not has_costs and (isinstance(limit, Tensor) or limit != 0):
+        raise ValueError(f"cost_limit is read with costs only; got cost_limit={describe(limit)} and costs=None")
     penalises = isinstance(lam, Tensor) or lam > 0
     if penalises and not (has_advantages or (mode == "rectified" and has_costs)):
         takes = "cost_advantages or costs" if mode == "rectified" else "cost_advantages"
@@ -170,7 +172,7 @@ def _check_reference(options: dict[str, Any], has_full_reference: bool, full_nam
     if penalises and not (has_full_reference if estimator == "full" else has_logps):
         needed = full_name if estimator == "full" else "ref_logps"
         raise ValueError(f"beta > 0 (or a tensor) with kl_estimator={estimator!r} needs {needed}; got none")
-    if penalises and estimator == "k1" and not options["kl_ratio"]:
+    if estimator == "k1" and not options["kl_ratio"]:
         raise ValueError(
             "kl_estimator='k1' needs kl_ratio=True (its gradient is zero in expectation without); got False"
         )
@@ -218,7 +220,8 @@ def make_arguments(
         limit = rows("cost_limit", limit, either)
     else:
         check_scalar("cost_limit", limit, lambda x: True, "finite")
-        limit = scalar(limit)
+        # rounded as the costs are, so that C = d is safe for fp32 costs among fp64 logits too
+        limit = scalar(limit).to(torch.float32 if options["costs"] is None else options["costs"].dtype).to(dtype)
     row_hinge = torch.zeros(n, dtype=dtype, device=source.device) if costs is None else hinge(costs, limit)
     unsafe = torch.zeros(n, dtype=torch.bool, device=source.device) if costs is None else costs > limit
     reward_rows = rows("reward_advantages", reward_advantages, either)

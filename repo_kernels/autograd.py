@@ -102,7 +102,8 @@ class LinearLoss(torch.autograd.Function):
         if gradients is None:
             ctx.save_for_backward(hidden, weight, bias)
         else:
-            ctx.save_for_backward(*gradients.rounded(weight, bias))
+            ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+            ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return flat
 
     @staticmethod
@@ -111,7 +112,9 @@ class LinearLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 6
         if ctx.args.loss_agg_mode != "none":
-            return (*(None if g is None else (g * upstream).to(g.dtype) for g in ctx.saved_tensors), None, None, None)
+            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            # the upstream gradient, which may be a loss scale, is applied before the only rounding
+            return (*(None if g is None else (g * upstream).to(dtype) for g, dtype in pairs), None, None, None)
         hidden, weight, bias = ctx.saved_tensors
         args: LossArguments = ctx.args
         head = eager.make_head(weight, bias, args.dtype)
@@ -119,4 +122,4 @@ class LinearLoss(torch.autograd.Function):
         row_upstream = upstream.reshape(-1)[args.layout.rows].to(args.dtype)
         ref_hidden, ref_head = ctx.reference or (None, None)
         eager.linear_repo_loss(args, hidden, head, ref_hidden, ref_head, gradients, ctx.chunk_tokens, row_upstream)
-        return (*gradients.rounded(weight, bias), None, None, None)
+        return gradients.hidden, gradients.weight, gradients.bias, None, None, None

@@ -55,6 +55,8 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
     if isinstance(value, Tensor):
         if value.ndim or not (value.is_floating_point() or value.dtype in ID_DTYPES):
             raise ValueError(f"{name} as a tensor must be 0-d and numeric; got {describe(value)}")
+        if value.device.type == "meta":
+            raise ValueError(f"{name} must be a float or a 0-d tensor with data, {takes}; got {describe(value)}")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
@@ -118,7 +120,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
     if cu_seqlens.device.type == "cpu":
         rising = bool((cu_seqlens.diff() >= 0).all())
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != leading[0] or not rising:
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {leading[0]}; got {cu_seqlens.tolist()[:8]} ...")
+            bounds = cu_seqlens.tolist()
+            shown = bounds if len(bounds) <= 9 else [*bounds[:7], "...", bounds[-1]]
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {leading[0]}; got {shown}")
 
 
 def check_head(

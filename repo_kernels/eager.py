@@ -42,11 +42,11 @@ def row_sum(values: Tensor) -> Tensor:
 class Rows:
     """Log-probabilities of n rows over the vocabulary and what the chain rule needs to go back to the logits.
 
-    log_probs: (n, V) of softcap(logits) / temperature. capped: (n, V) tanh(logits / softcap), None without a softcap.
+    log_probs: (n, V) of softcap(logits) / temperature. slope: (n, V) d softcap(z)/dz, None without a softcap.
     """
 
     log_probs: Tensor
-    capped: Tensor | None
+    slope: Tensor | None
 
     @property
     def probs(self) -> Tensor:
@@ -58,13 +58,18 @@ def make_rows(logits: Tensor, temperature: Tensor, softcap: float | None) -> Row
     """logits: (n, V) of the compute dtype.
 
     The maximum is subtracted before the division by the temperature: the difference is exact, the scaled value is not.
+    The sum leaves the maximum out and enters through log1p, which keeps 1 - p_y when p_y -> 1.
     """
-    capped = None
+    slope = None
     if softcap is not None:
-        capped = torch.tanh(logits / softcap)
-        logits = softcap * capped
-    centred = (logits - logits.amax(-1, keepdim=True)) / temperature
-    return Rows(torch.log_softmax(centred, -1), capped)
+        # 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2|x|), which does not cancel where the cap saturates
+        decay = torch.exp(-2 * (logits / softcap).abs())
+        slope = 4 * decay / (1 + decay) ** 2
+        logits = softcap * torch.tanh(logits / softcap)
+    top, where = logits.max(-1, keepdim=True)
+    centred = (logits - top) / temperature
+    rest = row_sum(centred.exp().scatter_(-1, where, 0.0))
+    return Rows(centred - torch.log1p(rest)[:, None], slope)
 
 
 def target_logps(rows: Rows, ids: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def row_entropy(rows: Rows) -> Tensor:
 def log_prob_difference(rows: Rows, reference: Rows) -> Tensor:
     """log p_v - log q_v, (n, V); 0 where p_v = 0."""
     difference = rows.log_probs - reference.log_probs
-    return torch.where(rows.log_probs == -torch.inf, torch.zeros_like(difference), difference)
+    return torch.where(rows.probs == 0, torch.zeros_like(difference), difference)
 
 
 def row_full_kl(rows: Rows, reference: Rows) -> Tensor:
@@ -118,9 +123,8 @@ def apply_rows(
         # dKL/dz_v = p_v (log p_v - log q_v - KL)
         grad += g_kl[:, None] * probs * (log_prob_difference(rows, reference) - kl[:, None])
     grad /= temperature
-    if rows.capped is not None:
-        # d softcap(z)/dz = 1 - tanh(z / cap)^2
-        grad *= 1 - rows.capped**2
+    if rows.slope is not None:
+        grad *= rows.slope
     return grad
 
 
@@ -257,7 +261,7 @@ def make_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
 
 @dataclass
 class HeadGradients:
-    """Sums of dL/dhidden, dL/dweight, dL/dbias over chunks; a member is None when it is not wanted."""
+    """Sums of dL/dhidden, dL/dweight, dL/dbias over chunks, in the compute dtype; None where not wanted."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -265,11 +269,11 @@ class HeadGradients:
 
     @staticmethod
     def zeros(hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool], dtype: torch.dtype) -> HeadGradients:
-        """dhidden in hidden's dtype; dweight and dbias accumulate in the compute dtype."""
+        """Nothing summed yet."""
         return HeadGradients(
-            torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted[0] else None,
-            torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None,
-            torch.zeros_like(head.bias, dtype=dtype) if wanted[2] and head.bias is not None else None,
+            torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if wanted[0] else None,
+            torch.zeros_like(head.weight) if wanted[1] else None,
+            torch.zeros_like(head.bias) if wanted[2] and head.bias is not None else None,
         )
 
     def add(self, rows: Tensor, grad: Tensor, hidden: Tensor, head: Head) -> None:
@@ -280,14 +284,6 @@ class HeadGradients:
             self.weight.addmm_(grad.t(), hidden)
         if self.bias is not None:
             self.bias += grad.sum(0)
-
-    def rounded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dhidden, dweight, dbias in the dtypes of their parameters."""
-        return (
-            self.hidden,
-            None if self.weight is None else self.weight.to(weight.dtype),
-            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
-        )
 
 
 def linear_repo_loss(

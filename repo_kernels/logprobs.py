@@ -141,7 +141,7 @@ class _LinearSelectiveLogSoftmax(torch.autograd.Function):
 
         for index, chunk in _backward(problem, weight.shape[0], logits_of, up_logps, up_entropy):
             gradients.add(index, chunk, eager.take_rows(hidden, index, problem.dtype), head)
-        return (*gradients.rounded(weight, bias), None)
+        return gradients.hidden, gradients.weight, gradients.bias, None
 
 
 def _check_tail(temperature: Scalar, softcap: float | None, return_entropy: bool, backend: str | None) -> None:

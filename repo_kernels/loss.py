@@ -47,13 +47,19 @@ def _output(flat: tuple) -> RepoLossOutput:
     return RepoLossOutput(loss, logps, entropy, kl, LossStats(stats))
 
 
-def _inplace_buffer(logits: Tensor) -> Tensor:
-    """A detached alias of the logits (one version counter), or an error where they cannot be overwritten."""
+def _check_inplace(inplace: bool, logits: Tensor) -> None:
+    """ValueError where the logits cannot be overwritten by their gradient."""
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace must be a bool; got {describe(inplace)}")
+    if not inplace:
+        return
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"logits must not be expanded with inplace=True; got strides {logits.stride()}")
-    return logits.detach()
+    reach = 1  # elements covered by the dimensions of smaller stride
+    for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(f"logits must not overlap in memory with inplace=True; got strides {logits.stride()}")
+        reach = stride * (size - 1) + reach
 
 
 def repo_loss(
@@ -139,8 +145,7 @@ def repo_loss(
     """
     check_backend(backend)
     check_matrix("logits", logits)
-    if not isinstance(inplace, bool):
-        raise TypeError(f"inplace must be a bool; got {describe(inplace)}")
+    _check_inplace(inplace, logits)
     if ref_logits is not None:
         check_tensor(
             "ref_logits", check_matrix("ref_logits", ref_logits), (tuple(logits.shape),), LOGITS_DTYPES, logits
@@ -180,8 +185,11 @@ def repo_loss(
         grad_scale=grad_scale,
         return_entropy=return_entropy,
     )
-    if inplace and logits.requires_grad and torch.is_grad_enabled():
-        return _output(InplaceLogitsLoss.apply(logits, args, ref_logits, _inplace_buffer(logits)))
+    if not torch.is_grad_enabled():
+        logits = logits.detach()
+    if inplace and logits.requires_grad:
+        # the detached alias shares the version counter, so that autograd sees the logits change
+        return _output(InplaceLogitsLoss.apply(logits, args, ref_logits, logits.detach()))
     return _output(LogitsLoss.apply(logits, ref_logits, args))
 
 
@@ -292,4 +300,6 @@ def linear_repo_loss(
         grad_scale=grad_scale,
         return_entropy=return_entropy,
     )
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return _output(LinearLoss.apply(hidden, weight, bias, args, reference, chunk_tokens))

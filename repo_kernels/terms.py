@@ -152,10 +152,11 @@ def kl_terms(
     kl, slope = kl_estimate(delta, estimator)
     if not kl_ratio or estimator == "k2":
         return kl, kl, slope * inside
-    # d(rho KL)/d log pi = rho KL + rho KL'; for k3 the exponentials cancel exactly and rho delta is left.
+    # d(rho KL)/d log pi = rho KL + rho KL'; for k3 the exponentials cancel exactly and rho delta is left. It is kept,
+    # with delta clamped, where delta's clamp acts: there rho KL alone is 1e8 and points away from the reference.
     derivative = ratio * (kl * ratio_inside + slope * inside)
     if estimator == "k3":
-        derivative = torch.where((ratio_inside * inside) > 0, ratio * delta, derivative)
+        derivative = torch.where(ratio_inside > 0, ratio * delta, ratio * slope * inside)
     return kl, ratio * kl, derivative
 
 
