@@ -30,7 +30,7 @@ test-slow: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(PIP) '.[bench]'
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only --benchmark-columns=min,median,max,rounds
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -111,8 +111,8 @@ class PenaltyConfig:
 
     initial: float = 1.0
     """lambda_0; the constant of method fixed_penalty."""
-    lr: float = 0.1
-    """eta: step size of the update, once per rollout batch."""
+    lr: float = 0.5
+    """eta: step size of the update, once per rollout batch; set so that lambda moves within a short run."""
     max: float = 5.0
     """lambda_max."""
     window: int = 128
@@ -123,8 +123,8 @@ class PenaltyConfig:
 class OptimizerConfig:
     """AdamW and the split of a rollout batch."""
 
-    lr: float = 1e-5
-    """Peak learning rate."""
+    lr: float = 5e-5
+    """Peak learning rate; set for the embedded 135 M parameters, larger models want 1e-6 to 1e-5."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's betas."""
     weight_decay: float = 0.01

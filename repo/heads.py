@@ -52,7 +52,7 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 class Trunk:
     """A frozen causal LM seen as a feature extractor of chat-formatted (prompt, response) pairs."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_prompt: int, max_response: int):
+    def __init__(self, model: Any, tokenizer: Any, max_prompt: int, max_response: int):
         self.model, self.tokenizer = model, tokenizer
         self.max_prompt, self.max_response = max_prompt, max_response
 
@@ -82,7 +82,7 @@ class Trunk:
         pairs = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         rows: list[Any] = [None] * len(pairs)
         for batch in length_batches([len(a) + len(b) for a, b in pairs], budget):
-            for i, row in zip(batch, self._forward([pairs[i] for i in batch], layer, cuts, fluency)):
+            for i, row in zip(batch, self._forward([pairs[i] for i in batch], layer, cuts, fluency), strict=True):
                 rows[i] = row
         return Features(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
@@ -109,7 +109,7 @@ class Trunk:
         """Log-probabilities (T,) in fp32 of `targets` (T,) from the final `states` (T, hidden) before them."""
         lm_head = self.model.get_output_embeddings()
         parts = []
-        for x, y in zip(states.split(LM_HEAD_ROWS), targets.split(LM_HEAD_ROWS)):
+        for x, y in zip(states.split(LM_HEAD_ROWS), targets.split(LM_HEAD_ROWS), strict=True):
             logits = lm_head(x).float()
             parts.append(logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1))
         return torch.cat(parts)

