@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .assets.heads import HeadScorer, score_all
 from .config import ScoringConfig
 from .errors import UserError
-from .heads import HeadScorer, score_all
 
 EMBEDDED = "embedded"
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import assets
+from .assets.judge import Judge
 from .config import Config
 from .data import Prompt, load_prompts, tokenize_prompts
 from .errors import UserError
-from .judge import Judge
 from .policy import Policy, choose_device, load_policy
 from .scoring import EMBEDDED, Scorers, load_scorers
 
@@ -48,7 +48,7 @@ def find_assets(config: Config, console: Console) -> Path | None:
         return assets.ensure(config.model.assets_dir)
     except assets.AssetError as error:
         if required:
-            raise UserError(str(error)) from None
+            raise
         console.print(f"no held-out judge in the evaluation: {error}", style="yellow", markup=False)
         return None
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from repo import assets
+from repo.assets.heads import HeadScorer, length_batches, score_all
+from repo.assets.judge import Judge, ProfanityModel, first_words
 from repo.assets.sources import locate
-from repo.heads import HeadScorer, length_batches, score_all
-from repo.judge import Judge, ProfanityModel, first_words
 
 pytestmark = pytest.mark.assets
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..heads import Features, Trunk
-from ..judge import JudgeFeatures
 from .build import Report, convert_policy
 from .everyday import TEMPERATURE, everyday_answers, everyday_prompts, topic
+from .heads import Features, Trunk
+from .judge import JudgeFeatures
 from .prompts import Split, split_prompts
 from .rows import (
     ON_POLICY,

@@ -16,13 +16,15 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..errors import UserError
+
 SOURCES = Path(__file__).with_name("sources.json")
 """Package -> distribution, version and the sha256 of every file that is read."""
 
 LABELS = "datasets/scorer_evals"
 
 
-class AssetError(RuntimeError):
+class AssetError(UserError):
     """The assets cannot be built or read; the message is one sentence that says what to do."""
 
 
