@@ -17,9 +17,18 @@ class Advantages:
     combined: Tensor
 
 
+def is_safe(costs: Tensor, cost_limit: float) -> Tensor:
+    """C <= d per response, (B,) bool. d is rounded to fp32 as the costs are, so that C = d is safe everywhere."""
+    return costs <= _fp32(cost_limit)
+
+
 def rectified_cost(costs: Tensor, cost_limit: float) -> Tensor:
     """{C - d}^+ per response, (B,). Rectify each sample first; average afterwards."""
-    return (costs - cost_limit).clamp_min(0)
+    return (costs - _fp32(cost_limit)).clamp_min(0)
+
+
+def _fp32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def group_advantages(values: Tensor, group: Tensor) -> Tensor:
@@ -70,7 +79,7 @@ def rectified_advantages(
     """
     combined = reward
     if cost is not None:
-        gated = torch.where(costs > cost_limit, cost, torch.zeros_like(cost)) if mode == "split" else cost
+        gated = torch.where(is_safe(costs, cost_limit), torch.zeros_like(cost), cost) if mode == "split" else cost
         combined = reward - lam * gated
     return combined / (1 + lam) if normalize else combined
 

@@ -5,11 +5,12 @@ python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jsonargparse
 import yaml
@@ -60,7 +61,7 @@ class RolloutConfig:
     top_p: float = 1.0
     """Nucleus mass. Below 1 the sampled distribution is not the policy's, which biases the ratio."""
     batch_size: int = 64
-    """Responses decoded together at most."""
+    """Responses decoded together at most; the samples of one prompt are never split."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class AlgorithmConfig:
     beta: float = 0.02
     """Weight of KL(policy || reference) in the loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL, multiplied by the ratio where its gradient needs that (k1, k3)."""
+    """Estimator of KL(policy || reference)."""
+    kl_ratio: bool = True
+    """Multiply k1 and k3 by the ratio, without which their gradient is not that of the KL (an error for k1)."""
     eps_low: float = 0.2
     """Lower clip range of the ratio."""
     eps_high: float = 0.2
@@ -132,7 +135,7 @@ class OptimizerConfig:
     warmup_steps: int = 2
     """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up, to 0 at the last step for cosine and linear."""
+    """Learning rate after the warm-up; cosine and linear would reach 0 one step after the last."""
     clip_norm: float = 1.0
     """Gradient norm above this is scaled down to it."""
     epochs: int = 1
@@ -170,7 +173,7 @@ class Config:
     seed: int = 0
     """Seed of prompts, samples and minibatches."""
     sample_every: int = 5
-    """Steps between samples shown in the console; all are in samples.jsonl."""
+    """Steps between samples shown in the console, 0: never; all are in samples.jsonl."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -203,6 +206,7 @@ def check(config: Config) -> Config:
     r, a, p, o, e = config.rollout, config.algorithm, config.penalty, config.optimizer, config.evaluation
     _require(config.steps >= 1, "steps", config.steps, ">= 1")
     _require(config.save_every >= 0, "save_every", config.save_every, ">= 0")
+    _require(config.sample_every >= 0, "sample_every", config.sample_every, ">= 0")
     _require(config.seed >= 0, "seed", config.seed, ">= 0")
     _require(r.prompts_per_step >= 1, "rollout.prompts_per_step", r.prompts_per_step, ">= 1")
     _require(
@@ -225,10 +229,14 @@ def check(config: Config) -> Config:
     _require(
         p.initial > 0 if lagrangian else p.initial >= 0, "penalty.initial", p.initial, "> 0" if lagrangian else ">= 0"
     )
-    _require(p.max >= p.initial, "penalty.max", p.max, f">= penalty.initial = {p.initial}")
+    _require(a.kl_ratio or a.kl_estimator != "k1", "algorithm.kl_ratio", a.kl_ratio, "true with kl_estimator k1")
+    bounded = a.method in ("repo", "ppo_lagrangian")
+    _require(not bounded or p.max >= p.initial, "penalty.max", p.max, f">= penalty.initial = {p.initial}")
     _require(p.lr >= 0, "penalty.lr", p.lr, ">= 0")
     _require(p.window >= 1, "penalty.window", p.window, ">= 1")
     _require(o.lr > 0, "optimizer.lr", o.lr, "> 0")
+    _require(all(0 <= b < 1 for b in o.betas), "optimizer.betas", o.betas, "two numbers in [0, 1)")
+    _require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, ">= 0")
     _require(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, ">= 0")
     _require(o.clip_norm > 0, "optimizer.clip_norm", o.clip_norm, "> 0")
     _require(o.epochs >= 1, "optimizer.epochs", o.epochs, ">= 1")
@@ -248,9 +256,20 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
-    """A parser of Config with --config, --print_config, --help and dotted overrides."""
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+def make_parser(
+    prog: str, description: str, flags: argparse.ArgumentParser | None = None
+) -> jsonargparse.ArgumentParser:
+    """A parser of Config with --config, --print_config, --help and dotted overrides.
+
+    flags: a parser of the command's own switches, which are read before and appear in --help only.
+    """
+    epilog = ""
+    if flags is not None:
+        shown = (f"{a.option_strings[0]} {a.metavar or ''}".strip() + f": {a.help}" for a in flags._actions)
+        epilog = "Besides: " + "; ".join(shown) + "."
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file of this configuration")
     parser.add_class_arguments(Config)
     return parser
@@ -279,16 +298,15 @@ def _explain(error: Exception) -> UserError:
     return UserError(f"unknown configuration key {name!r}{hint}")
 
 
-def parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> tuple[Config, Any]:
-    """(checked Config, the parsed namespace with the command's own flags). UserError on bad input."""
+def parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> Config:
+    """The checked Config. UserError on bad input."""
     try:
-        namespace = parser.parse_args(argv)
-        init = parser.instantiate(namespace)
+        init = parser.instantiate(parser.parse_args(argv))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise _explain(error) from None
-    return check(Config(**{f.name: init[f.name] for f in fields(Config)})), namespace
+    return check(Config(**{f.name: init[f.name] for f in fields(Config)}))
 
 
 def load(path: Path) -> Config:
     """The config saved in a run folder."""
-    return parse(make_parser("repo", ""), ["--config", str(path)])[0]
+    return parse(make_parser("repo", ""), ["--config", str(path)])

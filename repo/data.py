@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .seeds import generator
 
 
@@ -29,14 +29,19 @@ def load_prompts(path: Path) -> list[Prompt]:
     """Prompts of a JSONL file: `prompt` (str), optional `id` and `category`. UserError names the line at fault."""
     if not path.is_file():
         raise UserError(f"prompt file not found: {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found_at: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         prompt = _parse_line(line, f"{path}:{number}")
         if prompt.id in prompts:
-            raise UserError(f"{path}:{number}: duplicate prompt id {prompt.id!r}")
-        prompts[prompt.id] = prompt
+            raise UserError(f"{path}:{number}: same id (or, without ids, same prompt) as line {found_at[prompt.id]}")
+        prompts[prompt.id], found_at[prompt.id] = prompt, number
     if not prompts:
         raise UserError(f"no prompts in {path}")
     return list(prompts.values())
@@ -50,8 +55,10 @@ def _parse_line(line: str, where: str) -> Prompt:
     text = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: `prompt` must be a non-empty string; got {text!r}")
-    identity = record.get("id", hashlib.sha256(text.encode()).hexdigest()[:16])
-    return Prompt(str(identity), text, str(record.get("category", "")))
+    identity = record.get("id")
+    if identity is None:
+        identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Prompt(str(identity), text, str(record.get("category") or ""))
 
 
 def encode_prompt(tokenizer: Any, text: str, system_prompt: str | None = None) -> list[int]:
@@ -60,7 +67,11 @@ def encode_prompt(tokenizer: Any, text: str, system_prompt: str | None = None) -
         return list(tokenizer(text if system_prompt is None else f"{system_prompt}\n{text}").input_ids)
     messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     messages.append({"role": "user", "content": text})
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # templates raise what they like, e.g. for a system message
+        raise UserError(f"the model's chat template refuses a prompt: {first_line(error)}") from error
+    return list(encoded["input_ids"])
 
 
 def tokenize_prompts(

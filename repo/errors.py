@@ -10,10 +10,19 @@ class UserError(Exception):
     """The message says what is wrong, what was found and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The type and first line of a library's error, for a sentence of ours."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
 def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Run a command; a UserError becomes one line on stderr and exit code 2."""
+    """Run a command; a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .advantages import rectified_cost
+from .advantages import is_safe, rectified_cost
 from .config import RolloutConfig
 from .data import Prompt
 from .metrics import summarize
@@ -55,7 +55,7 @@ class Evaluation:
         values = {
             "reward": self.column("reward"),
             "cost": costs,
-            "safe_rate": (costs <= self.cost_limit).double(),
+            "safe_rate": is_safe(costs, self.cost_limit).double(),
             "rectified_cost": rectified_cost(costs, self.cost_limit),
             "response_tokens": self.column("tokens"),
         }

@@ -15,18 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .advantages import rectified_cost
+from .advantages import is_safe, rectified_cost
 
 
 def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) -> dict[str, float]:
     """Every quantity that a constrained run must report. rewards, costs: (B,); group: (B,) prompt of each response.
 
     compensation_gap = E{C-d}+ - {E[C]-d}+ is 0 iff no safe response pays for an unsafe one.
+    reward_safe_mean is NaN (null in files) when no response is safe.
     prompts_mostly_unsafe is the share of prompts with more than half of their responses unsafe.
     """
     rewards, costs = rewards.double(), costs.double()
     hinge = rectified_cost(costs, cost_limit)
-    safe = costs <= cost_limit
+    safe = is_safe(costs, cost_limit)
     _, index = group.unique(return_inverse=True)
     prompts = int(index.max()) + 1
     unsafe_share = torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, (~safe).double())
@@ -34,7 +35,7 @@ def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) 
     mean_cost = costs.mean()
     return {
         "reward_mean": rewards.mean().item(),
-        "reward_safe_mean": rewards[safe].sum().item() / max(1, int(safe.sum())),
+        "reward_safe_mean": rewards[safe].mean().item() if bool(safe.any()) else math.nan,
         "cost_mean": mean_cost.item(),
         "cost_p95": costs.quantile(0.95).item(),
         "cost_max": costs.max().item(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from typing import Any
 
@@ -16,7 +17,8 @@ def repo_lambda(lam: float, rectified_cost: float, lr: float, maximum: float) ->
 
 def lagrangian_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float, maximum: float) -> float:
     """exp(min(log lambda + eta * lambda * (mean C - d), log lambda_max)): Safe RLHF's dual step, arXiv 2310.12773."""
-    return math.exp(min(math.log(lam) + lr * lam * (mean_cost - cost_limit), math.log(maximum)))
+    log_lam = math.log(max(lam, sys.float_info.min))  # a huge negative step may have brought lambda to 0
+    return math.exp(min(log_lam + lr * lam * (mean_cost - cost_limit), math.log(maximum)))
 
 
 class Penalty:
@@ -29,15 +31,14 @@ class Penalty:
         self.value = 0.0 if self.method == "ppo" else config.initial
         self.window: deque[float] = deque(maxlen=config.window)
 
-    def update(self, costs: list[float], rectified_cost: float) -> float:
-        """Move lambda by the costs of one global rollout batch; returns the new value."""
+    def update(self, costs: list[float], rectified_cost: float) -> None:
+        """Move lambda by the costs of one global rollout batch."""
         if self.method == "repo":
             self.value = repo_lambda(self.value, rectified_cost, self.config.lr, self.config.max)
         elif self.method == "ppo_lagrangian":
             self.window.extend(costs)
             mean = sum(self.window) / len(self.window)
             self.value = lagrangian_lambda(self.value, mean, self.cost_limit, self.config.lr, self.config.max)
-        return self.value
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo_kernels import selective_log_softmax
 
-from .errors import UserError
-from .sequences import Sequences, micro_batches
+from .errors import UserError, first_line
+from .seeds import generator
+from .sequences import Sequences, make_sequences, micro_batches
 from .tree import attends_everywhere, make_tree
 
 
@@ -55,14 +57,13 @@ def load_policy(path: str, device: torch.device, trainable: bool) -> Policy:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: cannot load {path!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # each format and tokenizer library raises its own kind
+        raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
     model.to(device).eval().requires_grad_(trainable)
     eos = end_of_sequence_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    accepted = inspect.signature(model.forward).parameters
-    shares_prefix = attends_everywhere(model.config) and {"position_ids", "logits_to_keep"} <= accepted.keys()
-    return Policy(model, tokenizer, eos, pad, device, shares_prefix)
+    policy = Policy(model, tokenizer, eos, pad, device, shares_prefix=False)
+    return dataclasses.replace(policy, shares_prefix=shares_prefix_exactly(policy))
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -100,18 +101,44 @@ def _padded_logits(policy: Policy, sequences: Sequences) -> Tensor:
 def _tree_logits(policy: Policy, sequences: Sequences) -> Tensor:
     """One row per prompt with all its responses, with a 4-D mask."""
     tree = make_tree(sequences)
-    slots, width = tree.columns.shape
+    width = sequences.response_ids.shape[1]
     hidden_keys = torch.finfo(policy.model.dtype).min * (~tree.visible).to(policy.model.dtype)
     logits = policy.model(
         input_ids=tree.input_ids,
         attention_mask=hidden_keys[:, None],
         position_ids=tree.position_ids,
         use_cache=False,
-        logits_to_keep=tree.columns.flatten(),
+        logits_to_keep=tree.slots * width,
     ).logits
-    logits = logits.reshape(len(tree.input_ids) * slots, width, -1)
-    in_order = tree.slots.numel() == len(logits) and bool((tree.slots.diff() == 1).all())
-    return logits if in_order else logits[tree.slots]
+    logits = logits.reshape(len(tree.input_ids) * tree.slots, width, -1)
+    in_order = tree.slot_of.numel() == len(logits) and bool((tree.slot_of.diff() == 1).all())
+    return logits if in_order else logits[tree.slot_of]
+
+
+@torch.no_grad()
+def shares_prefix_exactly(policy: Policy) -> bool:
+    """Whether the tree gives the logits of separate sequences: by the model's config, then by trying it.
+
+    The trial catches models that ignore a 4-D mask or refuse one, which no config field tells.
+    """
+    accepted = inspect.signature(policy.model.forward).parameters
+    if not (attends_everywhere(policy.model.config) and {"position_ids", "logits_to_keep"} <= accepted.keys()):
+        return False
+    ids = torch.randint(0, vocabulary(policy), (4, 5), generator=generator("prefix probe")).tolist()
+    prompts = [ids[0], ids[0], ids[1][:3], ids[1][:3]]
+    group = torch.tensor([0, 0, 1, 1])
+    probe = make_sequences(prompts, [ids[2], ids[3][:2], ids[3], ids[2][:4]], 0, group).to(policy.device)
+    try:
+        shared, separate = _tree_logits(policy, probe), _padded_logits(policy, probe)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    difference = (torch.log_softmax(shared, -1) - torch.log_softmax(separate, -1))[probe.response_mask].abs().max()
+    return bool(difference < 1e-3)
+
+
+def vocabulary(policy: Policy) -> int:
+    """Rows of the LM head."""
+    return int(policy.model.config.get_text_config().vocab_size)
 
 
 @torch.no_grad()

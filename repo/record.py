@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .advantages import Advantages
+from .advantages import Advantages, is_safe
 from .metrics import summarize
 from .rollout import Rollout
 from .scoring import Scores
@@ -45,6 +45,7 @@ def step_record(
 
 def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Advantages, limit: float) -> list[dict]:
     """The lines of samples.jsonl."""
+    safe = is_safe(scores.costs, limit)
     return [
         {
             "step": step,
@@ -54,7 +55,7 @@ def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Adva
             "response": text,
             "reward": scores.rewards[i].item(),
             "cost": scores.costs[i].item(),
-            "safe": bool(scores.costs[i] <= limit),
+            "safe": bool(safe[i]),
             "advantage": advantages.combined[i].item(),
         }
         for i, text in enumerate(rollout.texts)

@@ -6,6 +6,7 @@ steps run with packed linear layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,12 +92,17 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
 
 
 def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: int, step: int | str) -> Tensor:
-    """(prompts * samples, length) fp64; row i depends on (seed, step, prompt id, sample) only."""
-    rows = [
-        torch.rand(length, generator=generator(seed, step, p.id, s), dtype=torch.float64)
-        for p in prompts
-        for s in range(samples)
-    ]
+    """(prompts * samples, length) fp64; row i depends on (seed, step, prompt id, sample) only.
+
+    The samples of a prompt that comes again in the step are numbered onward.
+    """
+    numbers: Counter[str] = Counter()
+    rows = []
+    for prompt in prompts:
+        for _ in range(samples):
+            number = numbers[prompt.id]
+            rows.append(torch.rand(length, generator=generator(seed, step, prompt.id, number), dtype=torch.float64))
+            numbers[prompt.id] += 1
     return torch.stack(rows)
 
 

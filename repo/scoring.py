@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .assets.heads import HeadScorer, score_all
 from .config import ScoringConfig
-from .errors import UserError
+from .errors import UserError, first_line
 
 EMBEDDED = "embedded"
 
@@ -44,7 +45,7 @@ class FunctionScorer:
         try:
             values = self.function(list(prompts), list(responses))
         except Exception as error:
-            raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
+            raise UserError(f"{where} raised {first_line(error)} ({_place(error)})") from error
         try:
             scores = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -65,12 +66,18 @@ def load_function(name: str, signal: str) -> Callable[..., Any]:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"scoring.{signal}: cannot import module {module_name!r}: {error}") from None
+    except Exception as error:  # the module's own code runs here
+        raise UserError(f"scoring.{signal}: cannot import module {module_name!r}: {first_line(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"scoring.{signal}: module {module_name!r} has no function {attribute!r}")
     return function
+
+
+def _place(error: BaseException) -> str:
+    """File and line where an exception was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 class Scorers:

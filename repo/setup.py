@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,9 +14,10 @@ from . import assets
 from .assets.judge import Judge
 from .config import Config
 from .data import Prompt, load_prompts, tokenize_prompts
-from .errors import UserError
+from .errors import UserError, first_line
 from .policy import Policy, choose_device, load_policy
 from .scoring import EMBEDDED, Scorers, load_scorers
+from .seeds import seed_from
 
 GIB = 2.0**30
 
@@ -33,24 +35,25 @@ class Parts:
 
 
 def find_assets(config: Config, console: Console) -> Path | None:
-    """The assets folder, built when something embedded is asked for; None when nothing is."""
-    required = EMBEDDED in (
-        config.model.path,
-        config.data.train,
-        config.data.eval,
-        config.scoring.reward,
-        config.scoring.cost,
-    )
-    wants_judge = config.evaluation.judge and config.evaluation.prompts > 0
-    if not (required or wants_judge):
+    """The assets folder, built when something embedded is used; None when nothing is."""
+    evaluates = config.evaluation.prompts > 0
+    used = [config.model.path, config.data.train, config.scoring.reward, config.scoring.cost]
+    used += [config.data.eval] if evaluates else []
+    required = EMBEDDED in used
+    if not (required or (evaluates and config.evaluation.judge)):
         return None
+
+    def report(stage: str, done: int, total: int) -> None:
+        console.print(f"building the embedded assets, once: {stage} ({done} of {total} done)", highlight=False)
+
     try:
-        return assets.ensure(config.model.assets_dir)
+        assets.build(config.model.assets_dir, report=report)
     except assets.AssetError as error:
         if required:
             raise
         console.print(f"no held-out judge in the evaluation: {error}", style="yellow", markup=False)
         return None
+    return assets.assets_dir(config.model.assets_dir)
 
 
 def prompt_file(name: str, folder: Path | None, split: str) -> Path:
@@ -85,23 +88,36 @@ def load_parts(config: Config, console: Console) -> Parts:
     )
     wants_judge = config.evaluation.judge and config.evaluation.prompts > 0 and folder is not None
     judge = Judge.load(folder / "judge", device=str(device)) if wants_judge and folder is not None else None
-    train = load_split(config, folder, policy, "train", console)
-    held_out = load_split(config, folder, policy, "eval", console) if config.evaluation.prompts else []
+    shape = policy.model.config.get_text_config()
+    train = load_split(config, folder, policy.tokenizer, shape, "train", console)
+    held_out = load_split(config, folder, policy.tokenizer, shape, "eval", console) if config.evaluation.prompts else []
     _require_disjoint(train, held_out)
+    # a fixed shuffle: files are often sorted by category, and the first n would be one category
+    held_out.sort(key=lambda prompt: seed_from("held out", prompt.id))
     return Parts(policy, reference, scorers, judge, train, held_out[: config.evaluation.prompts])
 
 
-def load_split(config: Config, folder: Path | None, policy: Policy, split: str, console: Console) -> list[Prompt]:
-    """Tokenised prompts of "train" or "eval"; says how many were too long."""
-    name = config.data.train if split == "train" else config.data.eval
-    prompts = load_prompts(prompt_file(name, folder, split))
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
-    room = config.data.max_prompt_tokens
-    if limit is not None:
-        room = min(room, limit - config.rollout.max_new_tokens)
-    kept, dropped = tokenize_prompts(prompts, policy.tokenizer, config.data.system_prompt, room)
-    if dropped:
-        console.print(f"{split} prompts: dropped {dropped} of {len(prompts)} longer than {room} tokens", style="yellow")
+def load_split(
+    config: Config, folder: Path | None, tokenizer: Any, shape: Any, split: str, console: Console
+) -> list[Prompt]:
+    """Tokenised prompts of "train" or "eval"; says where they come from and how many were too long.
+
+    shape: the model's text config, whose context bounds prompt and response together.
+    """
+    path = prompt_file(config.data.train if split == "train" else config.data.eval, folder, split)
+    prompts = load_prompts(path)
+    room, context = config.data.max_prompt_tokens, getattr(shape, "max_position_embeddings", None)
+    if context is not None:
+        room = min(room, context - config.rollout.max_new_tokens)
+        if room < 1:
+            limit = config.rollout.max_new_tokens
+            raise UserError(f"rollout.max_new_tokens={limit} leaves no room for a prompt in a context of {context}")
+    kept, dropped = tokenize_prompts(prompts, tokenizer, config.data.system_prompt, room)
+    tokens = sum(len(p.token_ids) for p in kept) / len(kept)
+    note = f"{dropped} longer than {room} tokens dropped"
+    console.print(
+        f"{split} prompts: {len(kept)} of {path}, mean {tokens:.0f} tokens, {note}", markup=False, highlight=False
+    )
     return kept
 
 
@@ -112,7 +128,7 @@ def _require_disjoint(train: list[Prompt], held_out: list[Prompt]) -> None:
 
 
 def describe_memory(config: Config, parameters: int, vocabulary: int) -> str:
-    """Bytes before the first step, by arithmetic: weights, gradients, Adam and the logits of a micro-batch."""
+    """Bytes by arithmetic: weights, gradients, Adam, the logits of a micro-batch. Activations come on top."""
     rollout, optimizer = config.rollout, config.optimizer
     weights = 4 * parameters
     responses = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -149,16 +165,14 @@ def dry_run(config: Config, console: Console) -> None:
     path = model_path(config, folder)
     try:
         tokenizer, shape = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: cannot load {path!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     device = choose_device(config.model.device)
     console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
-    for split, name in (("train", config.data.train), ("eval", config.data.eval)):
-        prompts = load_prompts(prompt_file(name, folder, split))
-        kept, dropped = tokenize_prompts(prompts, tokenizer, config.data.system_prompt, config.data.max_prompt_tokens)
-        tokens = sum(len(p.token_ids) for p in kept) / len(kept)
-        console.print(f"{split} prompts: {len(kept)} ({dropped} dropped), mean {tokens:.0f} tokens", highlight=False)
+    text = shape.get_text_config()
+    for split in ("train", "eval") if config.evaluation.prompts else ("train",):
+        load_split(config, folder, tokenizer, text, split, console)
     console.print(describe_batch(config), markup=False, highlight=False)
-    console.print("memory:\n" + describe_memory(config, parameters, shape.vocab_size), markup=False, highlight=False)
+    console.print("memory:\n" + describe_memory(config, parameters, text.vocab_size), markup=False, highlight=False)

@@ -7,6 +7,7 @@ python -m repo.train --resume runs/repo-...           go on from the last checkp
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -17,18 +18,20 @@ from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
 from .advantages import Advantages, divide_by_group_std, make_advantages
+from .card import model_card
 from .config import Config, make_parser, parse
 from .data import batch_at
 from .errors import UserError, exit_with_sentence
 from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .penalty import Penalty
-from .policy import Policy, response_logps
+from .policy import Policy, response_logps, vocabulary
 from .record import Timer, sample_records, step_record
 from .rollout import sample
-from .run import Run, StopRequest
+from .run import Run
 from .scoring import Scores
 from .setup import Parts, describe_batch, describe_memory, dry_run, load_parts
+from .signals import StopRequest
 from .update import Batch, Updater, loss_mode
 
 LOG_WIDTH = 140  # columns of a console that is not a terminal
@@ -44,16 +47,15 @@ def advantages_of(config: Config, scores: Scores, group: torch.Tensor, lam: floa
 
 
 def train(
-    config: Config, folder: Run, parts: Parts, console: Console, resume: tuple[checkpoint.State, Path] | None
+    config: Config, folder: Run, parts: Parts, console: Console, state: checkpoint.State | None, saved: Path | None
 ) -> None:
     """The loop. Returns after the last step, or early, with a checkpoint, when a signal asked for it."""
     a, r = config.algorithm, config.rollout
     penalty = Penalty(a, config.penalty)
     updater = Updater(parts.policy, a, config.optimizer, r.temperature, config.seed)
-    first, stop = 0, StopRequest()
+    first, stop = 0, StopRequest(console.print)
     before = evaluated(config, parts, folder, "before", console, parts.reference)
-    if resume:
-        state, saved = resume
+    if state and saved:
         first, updater.skipped_in_a_row = state.step, state.skipped_in_a_row
         penalty.load_state_dict(state.penalty)
         checkpoint.restore(saved, parts.policy.model, updater.optimizer)
@@ -61,6 +63,9 @@ def train(
     with progress_bar(console) as bar:
         task = bar.add_task("training", total=config.steps, completed=first)
         for step in range(first, config.steps):
+            if stop.requested:
+                console.print(f"stopped after step {step}; continue with: {folder.resume_command}", markup=False)
+                return
             timer = Timer()
             prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
             rollout = sample(parts.policy, prompts, r.samples_per_prompt, r, config.seed, step)
@@ -92,9 +97,6 @@ def train(
             if stop.requested or done == config.steps or (config.save_every and done % config.save_every == 0):
                 state = checkpoint.State(done, penalty.state_dict(), updater.skipped_in_a_row, folder.offsets)
                 checkpoint.save(folder.folder, state, parts.policy.model, updater.optimizer)
-            if stop.requested and done < config.steps:
-                console.print(f"stopped after step {done}; continue with: {folder.resume_command}", markup=False)
-                return
     stop.restore()
     finish(config, parts, folder, console, before)
 
@@ -106,7 +108,8 @@ def evaluated(
     if not parts.eval_prompts:
         return None
     a, e, started = config.algorithm, config.evaluation, time.perf_counter()
-    if (known := folder.read_json(name)) is not None:
+    known = folder.read_evaluation(name)
+    if known and [r["id"] for r in known["responses"]][:: e.samples_per_prompt] == [p.id for p in parts.eval_prompts]:
         return Evaluation(known["responses"], a.cost_limit)
     with console.status("") as status:
         found = evaluate(
@@ -122,7 +125,7 @@ def evaluated(
         )
     seconds = time.perf_counter() - started
     console.print(f"evaluation {name} training: {len(found.records)} responses in {seconds:.0f} s", highlight=False)
-    folder.write_json(name, {"summary": found.summary(), "responses": found.records})
+    folder.write_evaluation(name, {"summary": found.summary(), "responses": found.records})
     return found
 
 
@@ -130,7 +133,7 @@ def finish(config: Config, parts: Parts, folder: Run, console: Console, before: 
     """Evaluate again, print the comparison, export the model."""
     after = evaluated(config, parts, folder, "after", console, parts.policy)
     rows = comparison_rows(before, after) if before and after else []
-    final = folder.export(parts.policy, run.model_card(config, config.steps, rows))
+    final = folder.export(parts.policy, model_card(config, config.steps, rows))
     if before and after:
         print_comparison(console, before, after)
     console.print(f"model: {final}   metrics: {folder.metrics.path}   samples: {folder.samples.path}", markup=False)
@@ -142,40 +145,37 @@ def run_command(argv: list[str]) -> None:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     transformers_logging.disable_progress_bar()
-    parser = make_parser("repo.train", __doc__ or "")
-    parser.add_argument("--resume", type=str, default=None, metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")
-    resumed = parse_resume(argv)
-    if resumed:
-        checkpoint.latest(resumed)
-        argv = ["--config", str(resumed / "config.yaml"), *argv]
-    config, flags = parse(parser, argv)
-    if flags["dry_run"]:
+    command = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    command.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    command.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")
+    try:
+        flags, rest = command.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    if flags.resume:
+        checkpoint.latest(flags.resume)
+        rest = ["--config", str(flags.resume / "config.yaml"), *rest]
+    config = parse(make_parser("repo.train", __doc__ or "", command), rest)
+    if config.rollout.top_p < 1:
+        console.print(
+            "warning: rollout.top_p < 1 samples from another distribution than the loss assumes", style="yellow"
+        )
+    if flags.dry_run:
         dry_run(config, console)
         return
-    if resumed:
-        folder, state, saved = run.reopen(resumed, config)
-        resume = (state, saved)
+    state = saved = None
+    if flags.resume:
+        folder, state, saved = run.reopen(flags.resume, config)
+        parts = load_parts(config, console)
     else:
-        (folder, config), resume = run.create(config), None
-    parts = load_parts(config, console)
-    parameters, vocabulary = parts.policy.parameters, parts.policy.model.config.vocab_size
+        path = run.folder_of(config)
+        parts = load_parts(config, console)
+        folder = run.create(config, path)
     console.print(f"run: {folder.folder}   {describe_batch(config)}", markup=False, highlight=False)
-    console.print(f"memory:\n{describe_memory(config, parameters, vocabulary)}", markup=False, highlight=False)
+    memory = describe_memory(config, parts.policy.parameters, vocabulary(parts.policy))
+    console.print(f"memory:\n{memory}", markup=False, highlight=False)
     console.print(parts.scorers.describe(), markup=False, highlight=False)
-    train(config, folder, parts, console, resume)
-
-
-def parse_resume(argv: list[str]) -> Path | None:
-    """The folder after --resume, needed before parsing because its config.yaml comes first."""
-    for i, word in enumerate(argv):
-        if word.startswith("--resume="):
-            return Path(word.split("=", 1)[1])
-        if word == "--resume":
-            if i + 1 == len(argv):
-                raise UserError("--resume needs a run folder")
-            return Path(argv[i + 1])
-    return None
+    train(config, folder, parts, console, state, saved)
 
 
 def main() -> None:

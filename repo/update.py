@@ -147,6 +147,7 @@ class Updater:
             dual_clip=algorithm.dual_clip,
             beta=algorithm.beta,
             kl_estimator=algorithm.kl_estimator,
+            kl_ratio=algorithm.kl_ratio,
             entropy_coef=algorithm.entropy_coef,
             loss_agg_mode=algorithm.loss_agg_mode,
             divisor=divisor,

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..files import replace_folder
 from .prompts import EVAL_PER_KIND, TRAIN_BENIGN_SHARE, split_prompts
 from .sources import SOURCES, AssetError, catalogue, locate, sha256
 
@@ -229,23 +230,3 @@ def write_manifest(folder: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     folder.chmod(0o755)
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; an existing target steps aside first, since one call cannot replace a
-    folder, and comes back if the rename fails."""
-    aside = source.with_name(source.name + "-old")
-    if target.exists():
-        target.rename(aside)
-    try:
-        source.rename(target)
-    except OSError:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

@@ -104,4 +104,12 @@ def test_penalty_state_goes_on_where_it_was():
     first.update([1.0, 2.0, 3.0], 2.0)
     second = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(window=4))
     second.load_state_dict(first.state_dict())
-    assert first.update([0.5], 0.5) == second.update([0.5], 0.5)
+    first.update([0.5], 0.5)
+    second.update([0.5], 0.5)
+    assert first.value == second.value != 1.0
+
+
+def test_lagrangian_lambda_recovers_from_a_step_that_underflows():
+    lam = lagrangian_lambda(1.0, -50.0, 0.0, 100.0, 5.0)
+    assert lam == 0.0
+    assert 0 <= lagrangian_lambda(lam, 50.0, 0.0, 100.0, 5.0) < 5

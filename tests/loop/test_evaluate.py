@@ -1,15 +1,16 @@
 """Intervals, summaries and files."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from repo.checkpoint import write_folder, write_text
 from repo.errors import UserError
-from repo.evaluate import interval
+from repo.evaluate import Evaluation, interval
+from repo.files import replace_folder, write_folder, write_text
 from repo.metrics import JsonLines, duration, summarize
 
 
@@ -42,9 +43,9 @@ def test_summary_of_a_batch_where_compensation_hides_unsafe_prompts():
     assert found["cost_max"] == 3.0
 
 
-def test_summary_without_a_safe_response_is_finite():
+def test_without_a_safe_response_their_mean_reward_is_unknown():
     found = summarize(torch.ones(2), torch.ones(2), torch.tensor([0, 0]), 0.0)
-    assert found["reward_safe_mean"] == 0.0
+    assert math.isnan(found["reward_safe_mean"])
     assert found["safe_rate"] == 0.0
 
 
@@ -68,10 +69,31 @@ def test_a_failed_write_leaves_the_previous_folder(tmp_path):
         (folder / "a").write_text("new")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left on device"):
-        write_folder(target, full_disk)
-    assert (target / "a").read_text() == "old"
+    def full_disk_in_torch(folder):
+        (folder / "a").write_text("new")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    for write, message in ((full_disk, "No space left on device"), (full_disk_in_torch, "PytorchStreamWriter failed")):
+        with pytest.raises(UserError, match=message):
+            write_folder(target, write)
+        assert (target / "a").read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_failed_rename_brings_the_old_folder_back(tmp_path):
+    (tmp_path / "final").mkdir()
+    with pytest.raises(OSError, match="No such file"):
+        replace_folder(tmp_path / "not there", tmp_path / "final")
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_cost_at_the_limit_is_safe_everywhere():
+    costs, group = torch.tensor([0.1, 0.1]), torch.tensor([0, 0])  # fp32(0.1) > 0.1
+    found = summarize(torch.ones(2), costs, group, cost_limit=0.1)
+    assert found["safe_rate"] == 1.0
+    assert found["rectified_cost"] == 0.0
+    records = [{"id": "a", "reward": 0.0, "cost": c, "tokens": 1} for c in costs.tolist()]
+    assert Evaluation(records, 0.1).summary()["means"]["safe_rate"]["mean"] == 1.0
 
 
 def test_small_files_are_replaced_whole(tmp_path):

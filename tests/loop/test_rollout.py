@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 
 from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
@@ -158,7 +167,7 @@ def test_a_shared_prefix_gives_the_logits_of_separate_sequences(policy, prompts)
     group = torch.tensor([7, 7, 7, 3, 5, 5])
     s = make_sequences([p.token_ids for p in chosen], responses, policy.pad_id, group)
     assert policy.shares_prefix
-    assert make_tree(s).input_ids.shape == (3, s.prompt_width + 3 * 5)
+    assert make_tree(s).input_ids.shape == (3, s.prompt_width - 1 + 3 * 5)
     shared = response_logits(policy, s)
     for i, (prompt, response) in enumerate(zip(chosen, responses, strict=True)):
         alone = policy.model(input_ids=torch.tensor([[*prompt.token_ids, *response]])).logits[0]
@@ -178,3 +187,30 @@ def test_without_sharing_the_logits_are_the_same(policy, prompts):
     rollout = sample(policy, prompts, 3, RolloutConfig(max_new_tokens=9), seed=2, step=0)
     padded = response_logps(dataclasses.replace(policy, shares_prefix=False), rollout.sequences, 1.0, 300)
     assert (response_logps(policy, rollout.sequences, 1.0, 300) - padded).abs().max() < 1e-5
+
+
+def test_the_gradient_through_a_shared_prefix_is_the_same_every_time(policy, prompts):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=256, intermediate_size=64, num_hidden_layers=1))
+    large = dataclasses.replace(policy, model=model.eval())
+    s = make_sequences([prompts[0].token_ids] * 6, [[5] * 40] * 6, 0, torch.tensor([0, 0, 0, 1, 1, 1]))
+    gradients = []
+    for _ in range(10):
+        model.zero_grad()
+        response_logits(large, s).square().sum().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert all(torch.equal(g, gradients[0]) for g in gradients)
+
+
+def test_models_that_refuse_the_mask_are_padded_instead(tmp_path, policy):
+    config = FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    falcon = load_policy(str(tmp_path), CPU, trainable=False)
+    assert not falcon.shares_prefix
+    assert response_logits(falcon, make_sequences([[4, 5]], [[6, 7]], 0)).shape == (1, 2, 400)
+
+
+def test_a_prompt_that_comes_twice_in_a_step_gets_other_samples(policy, prompts):
+    rollout = sample(policy, [prompts[0], prompts[0]], 3, RolloutConfig(max_new_tokens=12), seed=0, step=0)
+    assert len(set(rollout.texts)) == 6
+    assert rollout.texts[:3] == sample(policy, prompts[:1], 3, RolloutConfig(max_new_tokens=12), seed=0, step=0).texts

@@ -78,7 +78,7 @@ def test_prompts_end_where_the_response_begins():
         ("", "no prompts in"),
         ("{oops\n", ":1: not JSON"),
         ('{"prompt": "a"}\n{"text": "b"}\n', ":2: `prompt` must be a non-empty string; got None"),
-        ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n', ":2: duplicate prompt id 'x'"),
+        ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n', ":2: same id .* as line 1"),
         ("[1]\n", "`prompt` must be a non-empty string"),
     ],
 )
@@ -95,3 +95,16 @@ def test_missing_ids_come_from_the_text(tmp_path):
     first, second = load_prompts(path)
     assert len(first.id) == 16
     assert second.id == "7"
+
+
+def test_line_separators_inside_a_prompt_do_not_end_the_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two\u0085three", "id": None}, ensure_ascii=False) + "\n")
+    assert load_prompts(path)[0].text == "one\u2028two\u0085three"
+
+
+def test_a_file_in_another_encoding_is_a_sentence(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_prompts(path)

@@ -86,12 +86,72 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tin
 
 def test_resuming_gives_the_run_that_was_never_stopped(finished, tiny_arguments, tmp_path):
     part = run(tiny_arguments, tmp_path / "part", "--steps=2")
+    assert (part / "final").is_dir()
     (part / "metrics.jsonl").open("a").write('{"step": 2, "torn')  # a line of a step that was not saved
     train.run_command(["--resume", str(part), "--steps=4"])
     assert without_times(lines(part)) == without_times(lines(finished))
     assert lines(part, "samples.jsonl") == lines(finished, "samples.jsonl")
+    for name in ("before", "after"):
+        assert (part / "eval" / f"{name}.json").read_text() == (finished / "eval" / f"{name}.json").read_text()
+    assert (part / "final" / "README.md").read_text() == (finished / "final" / "README.md").read_text()
     first, second = (load_file(f / "final" / "model.safetensors") for f in (part, finished))
     assert all(torch.equal(first[k], second[k]) for k in second)
+
+
+def test_a_run_that_stopped_before_its_final_evaluation_is_finished(finished, tiny_arguments, tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", out_of_memory)
+        with pytest.raises(MemoryError):
+            run(tiny_arguments, tmp_path / "run")
+    assert not (tmp_path / "run" / "final").exists()
+    train.run_command(["--resume", str(tmp_path / "run")])
+    after = json.loads((tmp_path / "run" / "eval" / "after.json").read_text())
+    assert after == json.loads((finished / "eval" / "after.json").read_text())
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(finished, tiny_arguments, tmp_path, monkeypatch):
+    def died(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "save", died)
+        with pytest.raises(MemoryError):
+            run(tiny_arguments, tmp_path / "run")
+    train.run_command(["--resume", str(tmp_path / "run")])
+    assert without_times(lines(tmp_path / "run")) == without_times(lines(finished))
+
+
+def test_a_start_that_fails_leaves_the_name_free(tiny_arguments, tmp_path):
+    with pytest.raises(UserError, match="prompt file not found"):
+        run(tiny_arguments, tmp_path / "run", "--data.train=typo.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
+def test_switches_are_not_abbreviated_and_not_read_from_yaml(tiny_arguments, tmp_path):
+    with pytest.raises(UserError, match="unknown configuration key 'resum'"):
+        train.run_command([*tiny_arguments, "--resum", str(tmp_path)])
+    path = tmp_path / "with_resume.yaml"
+    path.write_text("resume: somewhere\n")
+    with pytest.raises(UserError, match="resume"):
+        run(tiny_arguments, tmp_path / "run", f"--config={path}")
+
+
+def test_nothing_embedded_is_needed_when_nothing_embedded_is_used(tiny_arguments, tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise train.run.UserError("a package is missing")
+
+    monkeypatch.setattr("repo.assets.build", missing)
+    options = ["--data.eval=embedded", "--evaluation.prompts=0", "--steps=1"]
+    assert len(lines(run(tiny_arguments, tmp_path / "run", *options))) == 1
+
+
+def test_the_model_card_names_no_folder_of_this_machine(finished, tiny_model):
+    card = (finished / "final" / "README.md").read_text()
+    assert str(tiny_model.parent) not in card
+    assert f"Base model: `{tiny_model.name}`" in card
 
 
 def test_a_signal_saves_and_says_how_to_go_on(finished, tiny_arguments, tmp_path, monkeypatch, capsys):
@@ -146,6 +206,7 @@ def test_training_towards_a_reward_raises_it(tiny_arguments, tmp_path):
 def test_dry_run_reads_shapes_and_writes_nothing(tiny_arguments, tmp_path, capsys):
     run(tiny_arguments, tmp_path / "dry", "--dry-run")
     printed = capsys.readouterr().out
+    assert "train prompts: 4 of" in printed
     assert "2 prompts x 3 samples = 6 responses" in printed
     assert "GiB  AdamW states" in printed
     assert not (tmp_path / "dry").exists()
@@ -177,7 +238,15 @@ def test_printed_config_is_a_config(tiny_arguments, tmp_path, capsys):
         (["--scoring.cost=oops"], "scoring.cost must be 'embedded' or 'module:function'; got 'oops'"),
         (["--scoring.cost=tests.loop.scorers:not_a_number"], "scoring.cost gave nan for a response to the prompt"),
         (["--scoring.cost=tests.loop.scorers:too_few"], "must return 6 numbers; got shape (5,)"),
-        (["--scoring.reward=tests.loop.scorers:raising"], "raised KeyError: 'harm'"),
+        (["--scoring.reward=tests.loop.scorers:raising"], "raised KeyError: 'harm' ("),
+        (["--scoring.reward=tests.loop.scorers:raising"], "scorers.py:"),
+        (["--scoring.reward=tests.loop.broken:f"], "cannot import module 'tests.loop.broken': NameError"),
+        (
+            ["--rollout.max_new_tokens=300"],
+            "rollout.max_new_tokens=300 leaves no room for a prompt in a context of 256",
+        ),
+        (["--optimizer.betas=[0.9, 1.5]"], "optimizer.betas must be two numbers in [0, 1)"),
+        (["--algorithm.kl_estimator=k1", "--algorithm.kl_ratio=false"], "algorithm.kl_ratio must be true"),
     ],
 )
 def test_bad_input_is_one_sentence(more, message, tiny_arguments, tmp_path):
@@ -206,5 +275,5 @@ def test_resume_refuses_what_is_no_run_and_what_would_change_it(finished, tiny_a
         train.run_command(["--resume", str(finished)])
     with pytest.raises(UserError, match=r"algorithm.beta was 0.02 in this run and cannot become 0.5"):
         train.run_command(["--resume", str(finished), "--steps=9", "--algorithm.beta=0.5"])
-    with pytest.raises(UserError, match="needs a run folder"):
+    with pytest.raises(UserError, match="--resume: expected one argument"):
         train.run_command(["--resume"])

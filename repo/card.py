@@ -1,0 +1,39 @@
+"""The model card of an exported policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import Config
+
+
+def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]]) -> str:
+    """A model card in Markdown: what was trained, how, and what the held-out evaluation measured."""
+    algorithm = config.algorithm
+    base = "SmolLM2-135M-Instruct" if config.model.path == "embedded" else Path(config.model.path).name
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [rlhf, safe-rlhf, repo]",
+        "---",
+        "",
+        "# Policy aligned with RePO's training loop",
+        "",
+        f"Base model: `{base}`. Method: `{algorithm.method}`"
+        + (f", mode `{algorithm.mode}`" if algorithm.method == "repo" else "")
+        + f"; cost limit {algorithm.cost_limit}, beta {algorithm.beta}, {steps} steps, seed {config.seed}.",
+        f"Reward: `{config.scoring.reward}`. Cost: `{config.scoring.cost}`.",
+        "",
+    ]
+    if table:
+        lines += [
+            "Held-out prompts, mean [95 % bootstrap interval over prompts]:",
+            "",
+            "| | before | after | change |",
+            "|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in table),
+            "",
+        ]
+    lines.append("Scores are those of the scorers named above; no claim is made beyond them.")
+    return "\n".join(lines) + "\n"
