@@ -114,9 +114,9 @@ class PenaltyConfig:
 
     initial: float = 1.0
     """lambda_0; the constant of method fixed_penalty."""
-    lr: float = 0.5
+    lr: float = 2.0
     """eta: step size of the update, once per rollout batch; set so that lambda moves within a short run."""
-    max: float = 5.0
+    max: float = 10.0
     """lambda_max."""
     window: int = 128
     """Costs in the running mean of ppo_lagrangian."""
@@ -166,7 +166,7 @@ class Config:
 
     out: str | None = None
     """Run folder; must not exist. Default: runs/<method>-<date>-<time>."""
-    steps: int = 20
+    steps: int = 18
     """Rollout batches to train on."""
     save_every: int = 10
     """Steps between checkpoints; 0: only at the end."""

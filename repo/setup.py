@@ -15,11 +15,10 @@ from .assets.judge import Judge
 from .config import Config
 from .data import Prompt, load_prompts, tokenize_prompts
 from .errors import UserError, first_line
+from .memory import describe_memory
 from .policy import Policy, choose_device, load_policy
 from .scoring import EMBEDDED, Scorers, load_scorers
 from .seeds import seed_from
-
-GIB = 2.0**30
 
 
 @dataclass(frozen=True)
@@ -125,27 +124,6 @@ def _require_disjoint(train: list[Prompt], held_out: list[Prompt]) -> None:
     shared = {p.text for p in train} & {p.text for p in held_out}
     if shared:
         raise UserError(f"{len(shared)} prompts are both in data.train and data.eval, e.g. {sorted(shared)[0][:80]!r}")
-
-
-def describe_memory(config: Config, parameters: int, vocabulary: int) -> str:
-    """Bytes by arithmetic: weights, gradients, Adam, the logits of a micro-batch. Activations come on top."""
-    rollout, optimizer = config.rollout, config.optimizer
-    weights = 4 * parameters
-    responses = rollout.prompts_per_step * rollout.samples_per_prompt
-    rows = min(optimizer.micro_batch_tokens, responses * rollout.max_new_tokens)
-    every = responses * (config.data.max_prompt_tokens + rollout.max_new_tokens)
-    lines = {
-        "policy weights fp32": weights,
-        "reference weights fp32": weights,
-        "gradients fp32": weights,
-        "AdamW states fp32": 2 * weights,
-        "packed decode weights (CPU rollout)": weights,
-        f"logits and their gradient, <= {rows} rows x {vocabulary}, fp32, one buffer": 4 * rows * vocabulary,
-    }
-    text = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in lines.items()]
-    avoided = 4 * every * vocabulary
-    text.append(f"  {avoided / GIB:7.2f} GiB  avoided: logits of every prompt and response token at once")
-    return "\n".join(text)
 
 
 def describe_batch(config: Config) -> str:

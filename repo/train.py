@@ -23,6 +23,7 @@ from .config import Config, make_parser, parse
 from .data import batch_at
 from .errors import UserError, exit_with_sentence
 from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
+from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .penalty import Penalty
 from .policy import Policy, response_logps, vocabulary
@@ -30,7 +31,7 @@ from .record import Timer, sample_records, step_record
 from .rollout import sample
 from .run import Run
 from .scoring import Scores
-from .setup import Parts, describe_batch, describe_memory, dry_run, load_parts
+from .setup import Parts, describe_batch, dry_run, load_parts
 from .signals import StopRequest
 from .update import Batch, Updater, loss_mode
 
@@ -163,6 +164,7 @@ def run_command(argv: list[str]) -> None:
     if flags.dry_run:
         dry_run(config, console)
         return
+    keep_freed_memory()
     state = saved = None
     if flags.resume:
         folder, state, saved = run.reopen(flags.resume, config)

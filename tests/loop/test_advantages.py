@@ -85,7 +85,7 @@ def test_lagrangian_lambda_falls_when_the_mean_is_met():
 
 
 def test_lagrangian_penalty_uses_a_window_of_costs():
-    penalty = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(window=3, lr=0.1))
+    penalty = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(window=3, lr=0.1, max=5.0))
     penalty.update([1.0, 1.0, 1.0], 1.0)
     after_first = penalty.value
     penalty.update([-2.0, -2.0], 0.0)  # window is now 1, -2, -2

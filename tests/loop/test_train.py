@@ -62,7 +62,7 @@ def test_lambda_follows_its_rule_line_by_line(finished):
     records = lines(finished)
     assert records[0]["lam"] == 1.0
     for this, following in pairwise(records):
-        assert following["lam"] == min(this["lam"] + 0.5 * this["rectified_cost"], 5.0)
+        assert following["lam"] == min(this["lam"] + 2.0 * this["rectified_cost"], 10.0)
 
 
 def test_metrics_agree_with_the_samples(finished):
