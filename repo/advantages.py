@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import AlgorithmConfig
+
 
 @dataclass(frozen=True)
 class Advantages:
@@ -84,6 +86,41 @@ def rectified_advantages(
     return combined / (1 + lam) if normalize else combined
 
 
+def crpo_advantages(reward: Tensor, cost: Tensor, costs: Tensor, cost_limit: float, tolerance: float) -> Tensor:
+    """A_R while the batch's mean cost is <= d + tolerance, else -A_C. (B,) each. Source: CRPO, arXiv 2011.05869."""
+    return reward if bool(costs.mean() <= cost_limit + tolerance) else -cost
+
+
+def kl_in_reward(rewards: Tensor, old_logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """R - beta sum_t k_t, k_t = log pi_old - log pi_ref of the sampled tokens: the sequence KL as part of the reward.
+
+    rewards: (B,). old_logps, ref_logps: (B, R) in nats. mask: (B, R) bool. Returns (B,). Source: Safe RLHF, arXiv
+    2310.12773.
+    """
+    return rewards - beta * torch.where(mask, old_logps - ref_logps, 0.0).sum(1)
+
+
+def gae(
+    signals: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, trace: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates, right to left in fp32: delta_t = u_t + gamma V_{t+1} - V_t,
+    A_t = delta_t + gamma lambda A_{t+1}, G_t = A_t + V_t; V and A are 0 after the last token.
+
+    signals: (B, R) reward or cost u_t at each token. values: (B, R) V_t, the critic before token t. mask: (B, R) bool,
+    true on the tokens of each response, which begin in column 0. discount: gamma. trace: lambda.
+    Returns (advantages, returns), (B, R) fp32, 0 where the mask is false. Source: arXiv 1506.02438.
+    """
+    u, v = (torch.where(mask, x.float(), 0.0) for x in (signals, values))
+    advantages = torch.zeros_like(u)
+    following = following_value = torch.zeros_like(u[:, 0])
+    for t in range(u.shape[1] - 1, -1, -1):
+        delta = u[:, t] + discount * following_value - v[:, t]
+        following = torch.where(mask[:, t], delta + discount * trace * following, 0.0)
+        following_value = v[:, t]
+        advantages[:, t] = following
+    return advantages, torch.where(mask, advantages + v, 0.0)
+
+
 def make_advantages(
     rewards: Tensor, costs: Tensor, group: Tensor, lam: float, mode: str | None, cost_limit: float, normalize: bool
 ) -> Advantages:
@@ -97,3 +134,25 @@ def make_advantages(
     signal = rectified_cost(costs, cost_limit) if mode == "rectified" else costs
     cost = group_advantages(signal, group)
     return Advantages(reward, cost, rectified_advantages(reward, cost, costs, lam, mode, cost_limit, normalize))
+
+
+def loss_mode(algorithm: AlgorithmConfig) -> str | None:
+    """The mode of repo_loss: how the cost enters the advantage; None for PPO and CRPO, which have no lambda."""
+    if algorithm.method in ("ppo", "crpo"):
+        return None
+    return algorithm.mode if algorithm.method == "repo" else "lagrangian"
+
+
+def method_advantages(
+    algorithm: AlgorithmConfig, rewards: Tensor, costs: Tensor, group: Tensor, lam: float
+) -> Advantages:
+    """Leave-one-out advantages as the configured method combines them. rewards, costs, group: (B,)."""
+    mode, limit = loss_mode(algorithm), algorithm.cost_limit
+    found = make_advantages(rewards, costs, group, lam, mode, limit, algorithm.normalize)
+    if algorithm.method == "crpo":
+        cost = group_advantages(costs, group)
+        combined = crpo_advantages(found.reward, cost, costs, limit, algorithm.crpo_tolerance)
+        found = Advantages(found.reward, None, combined)
+    if algorithm.scale_by_std:
+        found = Advantages(found.reward, found.cost, divide_by_group_std(found.combined, group))
+    return found

@@ -80,14 +80,19 @@ class ScoringConfig:
 class AlgorithmConfig:
     """The objective (README, "What is computed")."""
 
-    method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "ppo"] = "repo"
-    """repo: every prompt's cost under the limit; ppo_lagrangian: the mean cost; fixed_penalty: constant lambda; ppo."""
+    method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "crpo", "ppo"] = "repo"
+    """repo: every prompt's cost under the limit; ppo_lagrangian: the mean cost; fixed_penalty: constant lambda; crpo:
+    reward steps while the batch's mean cost is met, cost steps otherwise; ppo: reward only."""
     mode: Literal["rectified", "split"] = "rectified"
     """Of repo. rectified: exact gradient of E{C-d}+; split: penalise the raw cost on unsafe samples only."""
     cost_limit: float = 0.0
     """d: a response is safe iff its cost is <= d."""
+    crpo_tolerance: float = 0.0
+    """Of crpo: the mean cost may exceed d by this before a cost step."""
     beta: float = 0.02
-    """Weight of KL(policy || reference) in the loss."""
+    """Weight of KL(policy || reference)."""
+    kl_placement: Literal["loss", "reward"] = "loss"
+    """loss: per token, with its exact gradient; reward: the sampled sequence KL is subtracted from the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of KL(policy || reference)."""
     kl_ratio: bool = True
@@ -222,6 +227,7 @@ def check(config: Config) -> Config:
     _require(config.data.max_prompt_tokens >= 1, "data.max_prompt_tokens", config.data.max_prompt_tokens, ">= 1")
     _require(config.scoring.clamp > 0, "scoring.clamp", config.scoring.clamp, "> 0")
     _require(a.beta >= 0, "algorithm.beta", a.beta, ">= 0")
+    _require(a.crpo_tolerance >= 0, "algorithm.crpo_tolerance", a.crpo_tolerance, ">= 0")
     _require(0 <= a.eps_low <= 1, "algorithm.eps_low", a.eps_low, "in [0, 1]")
     _require(a.eps_high >= 0, "algorithm.eps_high", a.eps_high, ">= 0")
     _require(a.dual_clip is None or a.dual_clip > 1, "algorithm.dual_clip", a.dual_clip, "> 1 or null")

@@ -28,7 +28,7 @@ class Penalty:
         self.method = algorithm.method
         self.cost_limit = algorithm.cost_limit
         self.config = config
-        self.value = 0.0 if self.method == "ppo" else config.initial
+        self.value = 0.0 if self.method in ("ppo", "crpo") else config.initial
         self.window: deque[float] = deque(maxlen=config.window)
 
     def update(self, costs: list[float], rectified_cost: float) -> None:

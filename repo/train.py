@@ -12,12 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
-from .advantages import Advantages, divide_by_group_std, make_advantages
+from .advantages import kl_in_reward, method_advantages
 from .card import model_card
 from .config import Config, make_parser, parse
 from .data import batch_at
@@ -30,21 +29,11 @@ from .policy import Policy, response_logps, vocabulary
 from .record import Timer, sample_records, step_record
 from .rollout import sample
 from .run import Run
-from .scoring import Scores
 from .setup import Parts, describe_batch, dry_run, load_parts
 from .signals import StopRequest
-from .update import Batch, Updater, loss_mode
+from .update import Batch, Updater
 
 LOG_WIDTH = 140  # columns of a console that is not a terminal
-
-
-def advantages_of(config: Config, scores: Scores, group: torch.Tensor, lam: float) -> Advantages:
-    """Leave-one-out advantages as the method combines them."""
-    a = config.algorithm
-    found = make_advantages(scores.rewards, scores.costs, group, lam, loss_mode(a), a.cost_limit, a.normalize)
-    if not a.scale_by_std:
-        return found
-    return Advantages(found.reward, found.cost, divide_by_group_std(found.combined, group))
 
 
 def train(
@@ -77,10 +66,14 @@ def train(
             ref_logps = response_logps(parts.reference, rollout.sequences, r.temperature, budget)
             timer.mark("reference")
             lam = penalty.value
-            advantages = advantages_of(config, scores, rollout.group, lam)
-            result = updater.update(
-                Batch(rollout.sequences, advantages, scores.costs, ref_logps, lam), step, config.steps
-            )
+            rewards, old_logps = scores.rewards, None
+            if updater.leaves_the_sampling_policy or a.kl_placement == "reward":
+                old_logps = updater.sampling_logps(rollout.sequences)
+            if old_logps is not None and a.kl_placement == "reward":
+                rewards = kl_in_reward(rewards, old_logps, ref_logps, rollout.sequences.response_mask, a.beta)
+            advantages = method_advantages(a, rewards, scores.costs, rollout.group, lam)
+            batch = Batch(rollout.sequences, advantages, scores.costs, ref_logps, lam, old_logps)
+            result = updater.update(batch, step, config.steps)
             timer.mark("update")
 
             record = step_record(step, a.cost_limit, rollout, scores, lam, result, timer.seconds)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repo_kernels import LossStats, RepoLossOutput, repo_loss
 
-from .advantages import Advantages
+from .advantages import Advantages, loss_mode
 from .config import AlgorithmConfig, OptimizerConfig
 from .errors import UserError
 from .policy import Policy, response_logits, response_logps
@@ -19,22 +19,17 @@ from .seeds import generator
 from .sequences import Sequences, micro_batches
 
 
-def loss_mode(algorithm: AlgorithmConfig) -> str | None:
-    """The mode of repo_loss: how the cost enters the advantage; None for PPO, which has no cost term."""
-    if algorithm.method == "ppo":
-        return None
-    return algorithm.mode if algorithm.method == "repo" else "lagrangian"
-
-
 @dataclass(frozen=True)
 class Batch:
-    """What one update reads. ref_logps: (B, R) fp32; costs: (B,) raw costs, for the gate and the statistics."""
+    """What one update reads. ref_logps, old_logps: (B, R) fp32, the latter None where a single optimiser step makes the
+    ratio exactly 1; costs: (B,) raw costs, for the gate and the statistics."""
 
     sequences: Sequences
     advantages: Advantages
     costs: Tensor
     ref_logps: Tensor
     lam: float
+    old_logps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,11 +85,10 @@ class Updater:
         lr = lr_at(step, steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        old_logps = self._old_logps(batch)
         losses, norms, stats, skipped = [], [], [], 0
         for epoch in range(self.config.epochs):
             for rows in self._minibatches(len(batch.costs), step, epoch):
-                loss, minibatch_stats = self.backward(batch, old_logps, rows)
+                loss, minibatch_stats = self.backward(batch, rows)
                 norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.clip_norm).item()
                 if math.isfinite(norm) and math.isfinite(loss):
                     self.optimizer.step()
@@ -108,7 +102,7 @@ class Updater:
                 stats.append(minibatch_stats)
         return UpdateResult(sum(losses) / len(losses), norms[-1], lr, skipped, stats[0].merge(*stats[1:]))
 
-    def backward(self, batch: Batch, old_logps: Tensor | None, rows: Tensor) -> tuple[float, LossStats]:
+    def backward(self, batch: Batch, rows: Tensor) -> tuple[float, LossStats]:
         """Accumulate the gradient of the minibatch `rows`; returns (loss, statistics).
 
         Every micro-batch is divided by the minibatch's own count, so that the split does not change the result.
@@ -119,13 +113,13 @@ class Updater:
         loss, stats = 0.0, []
         budget, share = self.config.micro_batch_tokens, self.policy.shares_prefix
         for micro in micro_batches(batch.sequences, rows, budget, share):
-            out = self._loss(batch, old_logps, micro, divisor)
+            out = self._loss(batch, micro, divisor)
             out.loss.backward()
             loss += out.loss.item()
             stats.append(out.stats)
         return loss, stats[0].merge(*stats[1:])
 
-    def _loss(self, batch: Batch, old_logps: Tensor | None, rows: Tensor, divisor: int) -> RepoLossOutput:
+    def _loss(self, batch: Batch, rows: Tensor, divisor: int) -> RepoLossOutput:
         algorithm, device = self.algorithm, self.policy.device
         part = batch.sequences.select(rows).to(device)
         width = part.response_ids.shape[1]
@@ -136,7 +130,7 @@ class Updater:
         return repo_loss(
             response_logits(self.policy, part),
             part.response_ids,
-            None if old_logps is None else old_logps[rows, :width].to(device),
+            None if batch.old_logps is None else batch.old_logps[rows, :width].to(device),
             **signals,
             cost_limit=algorithm.cost_limit,
             ref_logps=batch.ref_logps[rows, :width].to(device),
@@ -145,7 +139,7 @@ class Updater:
             eps_low=algorithm.eps_low,
             eps_high=algorithm.eps_high,
             dual_clip=algorithm.dual_clip,
-            beta=algorithm.beta,
+            beta=algorithm.beta if algorithm.kl_placement == "loss" else 0.0,
             kl_estimator=algorithm.kl_estimator,
             kl_ratio=algorithm.kl_ratio,
             entropy_coef=algorithm.entropy_coef,
@@ -169,11 +163,14 @@ class Updater:
             "normalize": self.algorithm.normalize,
         }
 
-    def _old_logps(self, batch: Batch) -> Tensor | None:
-        """(B, R) log-probs of the sampling policy; None where a single optimiser step makes the ratio exactly 1."""
-        if self.config.epochs * self.config.minibatches == 1:
-            return None
-        return response_logps(self.policy, batch.sequences, self.temperature, self.config.micro_batch_tokens)
+    @property
+    def leaves_the_sampling_policy(self) -> bool:
+        """Whether a rollout batch takes more than one optimiser step, so that the ratio needs the old log-probs."""
+        return self.config.epochs * self.config.minibatches > 1
+
+    def sampling_logps(self, sequences: Sequences) -> Tensor:
+        """(B, R) log-probs of the policy before the update, which sampled the responses."""
+        return response_logps(self.policy, sequences, self.temperature, self.config.micro_batch_tokens)
 
     def _minibatches(self, count: int, step: int, epoch: int) -> list[Tensor]:
         order = torch.randperm(count, generator=generator(self.seed, "minibatches", step, epoch))

@@ -4,8 +4,19 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from repo.advantages import divide_by_group_std, group_advantages, make_advantages, rectified_advantages, rectified_cost
+from repo.advantages import (
+    crpo_advantages,
+    divide_by_group_std,
+    gae,
+    group_advantages,
+    kl_in_reward,
+    make_advantages,
+    rectified_advantages,
+    rectified_cost,
+)
 from repo.config import AlgorithmConfig, PenaltyConfig
 from repo.penalty import Penalty, lagrangian_lambda, repo_lambda
 
@@ -113,3 +124,50 @@ def test_lagrangian_lambda_recovers_from_a_step_that_underflows():
     lam = lagrangian_lambda(1.0, -50.0, 0.0, 100.0, 5.0)
     assert lam == 0.0
     assert 0 <= lagrangian_lambda(lam, 50.0, 0.0, 100.0, 5.0) < 5
+
+
+def gae_by_definition(signal: list[float], value: list[float], discount: float, trace: float) -> list[float]:
+    """A_t = sum_l (gamma lambda)^l delta_{t+l}, in Python floats."""
+    deltas = [u + discount * (value[t + 1] if t + 1 < len(value) else 0.0) - value[t] for t, u in enumerate(signal)]
+    return [
+        sum((discount * trace) ** (later - t) * deltas[later] for later in range(t, len(deltas)))
+        for t in range(len(deltas))
+    ]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.floats(0.5, 1), st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_gae_is_its_definition_on_ragged_batches(lengths, discount, trace, seed):
+    generator = torch.Generator().manual_seed(seed)
+    width = max(1, *lengths, 1)
+    signals, values = torch.randn(2, len(lengths), width, generator=generator)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    signals, values = signals.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.inf)
+    advantages, returns = gae(signals, values, mask, discount, trace)
+    expected = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, n in enumerate(lengths):
+        by_hand = gae_by_definition(signals[row, :n].tolist(), values[row, :n].tolist(), discount, trace)
+        expected[row, :n] = torch.tensor(by_hand, dtype=torch.float64)
+    assert (advantages - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
+    assert torch.allclose(returns[mask], (advantages + values)[mask])
+    assert (returns[~mask] == 0).all()
+
+
+def test_with_no_discount_and_full_trace_the_return_is_the_sum_to_come():
+    signals = torch.tensor([[1.0, 2.0, 4.0]])
+    _, returns = gae(signals, torch.tensor([[0.3, -0.7, 0.1]]), torch.ones(1, 3, dtype=torch.bool), 1.0, 1.0)
+    assert torch.allclose(returns, torch.tensor([[7.0, 6.0, 4.0]]))
+
+
+def test_kl_in_the_reward_counts_response_tokens_only():
+    old, ref = torch.tensor([[-1.0, -2.0, torch.nan]]), torch.tensor([[-1.5, -1.0, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    assert kl_in_reward(torch.tensor([3.0]), old, ref, mask, beta=0.5).item() == 3.0 - 0.5 * (0.5 - 1.0)
+
+
+def test_crpo_takes_a_reward_step_only_while_the_mean_cost_is_met():
+    reward, cost = torch.tensor([1.0, -1.0]), torch.tensor([2.0, -2.0])
+    met, unmet = torch.tensor([-1.0, 1.0]), torch.tensor([0.0, 1.0])
+    assert torch.equal(crpo_advantages(reward, cost, met, 0.0, 0.0), reward)
+    assert torch.equal(crpo_advantages(reward, cost, unmet, 0.0, 0.1), -cost)
+    assert torch.equal(crpo_advantages(reward, cost, unmet, 0.0, 0.5), reward)

@@ -171,13 +171,13 @@ def test_a_signal_saves_and_says_how_to_go_on(finished, tiny_arguments, tmp_path
     assert without_times(lines(folder)) == without_times(lines(finished))
 
 
-@pytest.mark.parametrize("method", ["ppo", "fixed_penalty", "ppo_lagrangian"])
+@pytest.mark.parametrize("method", ["ppo", "crpo", "fixed_penalty", "ppo_lagrangian"])
 def test_every_method_trains(method, tiny_arguments, tmp_path):
     folder = run(
         tiny_arguments, tmp_path / method, f"--algorithm.method={method}", "--steps=2", "--evaluation.prompts=0"
     )
     lams = [r["lam"] for r in lines(folder)]
-    assert lams[0] == (0.0 if method == "ppo" else 1.0)
+    assert lams[0] == (0.0 if method in ("ppo", "crpo") else 1.0)
     assert (lams[1] != lams[0]) == (method == "ppo_lagrangian")
 
 
@@ -185,6 +185,7 @@ def test_every_method_trains(method, tiny_arguments, tmp_path):
     "options",
     [
         ["--algorithm.mode=split"],
+        ["--algorithm.kl_placement=reward", "--algorithm.beta=0.1"],
         ["--algorithm.scale_by_std=true"],
         ["--optimizer.epochs=2", "--optimizer.minibatches=2", "--algorithm.dual_clip=3"],
         ["--algorithm.kl_estimator=k2", "--algorithm.loss_agg_mode=seq-mean-token-mean", "--algorithm.normalize=true"],

@@ -1,5 +1,6 @@
 """The update: invariant to the micro-batch split, guarded against non-finite gradients, scheduled as configured."""
 
+import dataclasses
 import math
 
 import pytest
@@ -35,7 +36,7 @@ def make_batch(policy, lam=1.5):
 
 def gradient_of(policy, algorithm, batch, rows, old, budget):
     updater = Updater(policy, algorithm, OptimizerConfig(micro_batch_tokens=budget), 1.0, 0)
-    loss, stats = updater.backward(batch, old, rows)
+    loss, stats = updater.backward(dataclasses.replace(batch, old_logps=old), rows)
     gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     updater.optimizer.zero_grad()
     return loss, gradient, stats
@@ -91,7 +92,10 @@ def test_an_update_raises_the_log_probs_of_better_responses(policy):
 def test_the_first_minibatch_is_on_policy_and_later_ones_are_clipped(policy):
     batch = make_batch(policy)
     config = OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=3, minibatches=2)
-    result = Updater(policy, AlgorithmConfig(), config, 1.0, 0).update(batch, 0, 1)
+    updater = Updater(policy, AlgorithmConfig(), config, 1.0, 0)
+    assert updater.leaves_the_sampling_policy
+    batch = dataclasses.replace(batch, old_logps=updater.sampling_logps(batch.sequences))
+    result = updater.update(batch, 0, 1)
     assert result.stats.tokens == 3 * batch.sequences.response_lengths.sum()
     assert result.stats.clip_fraction > 0
     single = Updater(policy, AlgorithmConfig(), OptimizerConfig(), 1.0, 0).update(make_batch(policy), 0, 1)
