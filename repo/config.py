@@ -69,7 +69,8 @@ class ScoringConfig:
     """Reward and cost of a response."""
 
     reward: str = "embedded"
-    """"embedded", or a Python function `module:function` called with lists of prompts and responses."""
+    """"embedded"; a folder (or folder#label) of a sequence-classification model; or a Python function `module:function`
+    called with lists of prompts and responses."""
     cost: str = "embedded"
     """As reward; higher is more harmful, and a response is safe iff its cost is <= algorithm.cost_limit."""
     clamp: float = 50.0

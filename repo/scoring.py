@@ -1,4 +1,4 @@
-"""Scoring: the reward and the cost of each response, from the embedded scorers or the user's Python functions."""
+"""Scoring: the reward and the cost of each response, from embedded scorers, classifiers or Python functions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from .assets.heads import HeadScorer, score_all
+from .classifier import ClassifierScorer
 from .config import ScoringConfig
 from .errors import UserError, first_line
 
 EMBEDDED = "embedded"
+
+Scorer = Callable[[Sequence[str], Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def load_function(name: str, signal: str) -> Callable[..., Any]:
     """The function `module:function`. UserError says which part is missing."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise UserError(f"scoring.{signal} must be 'embedded' or 'module:function'; got {name!r}")
+        raise UserError(f"scoring.{signal} must be 'embedded', a model folder or 'module:function'; got {name!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -83,7 +86,7 @@ def _place(error: BaseException) -> str:
 class Scorers:
     """The two signals of a run. Embedded ones share one forward of the frozen model."""
 
-    def __init__(self, reward: HeadScorer | FunctionScorer, cost: HeadScorer | FunctionScorer, clamp: float) -> None:
+    def __init__(self, reward: Scorer, cost: Scorer, clamp: float) -> None:
         self.reward, self.cost, self.clamp = reward, cost, clamp
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Scores:
@@ -100,7 +103,8 @@ class Scorers:
         """One line: what the signals are and their units."""
         parts = []
         for name, scorer in (("reward", self.reward), ("cost", self.cost)):
-            parts.append(f"{name}: {scorer.manifest.units if isinstance(scorer, HeadScorer) else scorer.name}")
+            units = scorer.manifest.units if isinstance(scorer, HeadScorer) else getattr(scorer, "name", repr(scorer))
+            parts.append(f"{name}: {units}")
         return "; ".join(parts)
 
 
@@ -120,7 +124,7 @@ def load_scorers(
 
     model, tokenizer: the frozen reference, when it is the model the embedded scorers read; else they load their own.
     """
-    scorers: list[HeadScorer | FunctionScorer] = []
+    scorers: list[Scorer] = []
     for signal, name in (("reward", config.reward), ("cost", config.cost)):
         if name == EMBEDDED:
             if assets is None:
@@ -131,12 +135,14 @@ def load_scorers(
             scorer = HeadScorer.load(assets / "scorers" / signal, model=shared, tokenizer=tokenizer, device=device)
             check_sign(scorer)
             scorers.append(scorer)
+        elif Path(name.partition("#")[0]).is_dir():
+            scorers.append(ClassifierScorer(name, signal, device))
         else:
             scorers.append(FunctionScorer(name, signal))
     return Scorers(scorers[0], scorers[1], config.clamp)
 
 
-def _trunk_of(scorers: list[HeadScorer | FunctionScorer]) -> Any:
+def _trunk_of(scorers: list[Scorer]) -> Any:
     return next((s.trunk.model for s in scorers if isinstance(s, HeadScorer)), None)
 
 
