@@ -85,11 +85,11 @@ def create(config: Config, folder: Path) -> Run:
     return Run(folder)
 
 
-def reopen(folder: Path, config: Config) -> tuple[Run, State | None, Path | None]:
-    """The run to resume with its state and checkpoint, both None before the first one.
+def check_resume(folder: Path, config: Config) -> tuple[State | None, Path | None]:
+    """State and checkpoint of the run to resume, both None before the first one; nothing is changed.
 
-    Files are cut back to where the checkpoint was taken, and what a longer run makes stale is removed. UserError when
-    there is nothing left to do, or a field other than steps, save_every or sample_every differs from the saved one.
+    UserError when there is nothing left to do, or a field other than steps, save_every or sample_every differs from
+    the saved one.
     """
     checkpoint = latest(folder)
     saved = configuration.load(folder / "config.yaml")
@@ -102,10 +102,15 @@ def reopen(folder: Path, config: Config) -> tuple[Run, State | None, Path | None
     done = state.step if state else 0
     if done > config.steps or (done == config.steps and (folder / "final").exists()):
         raise UserError(f"--resume: the run already has {done} steps; ask for more with --steps")
+    return state, checkpoint
+
+
+def reopen(folder: Path, config: Config, state: State | None) -> Run:
+    """The run, with its files cut back to the checkpoint and without what a longer run makes stale."""
     (folder / "eval" / "after.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "final", ignore_errors=True)
     write_text(folder / "config.yaml", configuration.to_yaml(config))
-    return Run(folder, state.offsets if state else {"metrics": 0, "samples": 0}), state, checkpoint
+    return Run(folder, state.offsets if state else {"metrics": 0, "samples": 0})
 
 
 def _get(config: Config, key: str) -> Any:

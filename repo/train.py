@@ -160,8 +160,9 @@ def run_command(argv: list[str]) -> None:
     keep_freed_memory()
     state = saved = None
     if flags.resume:
-        folder, state, saved = run.reopen(flags.resume, config)
+        state, saved = run.check_resume(flags.resume, config)
         parts = load_parts(config, console)
+        folder = run.reopen(flags.resume, config, state)
     else:
         path = run.folder_of(config)
         parts = load_parts(config, console)

@@ -130,6 +130,20 @@ def test_a_start_that_fails_leaves_the_name_free(tiny_arguments, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_resume_that_fails_to_start_loses_nothing(finished, monkeypatch):
+    def files():
+        return {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+
+    def missing(*_):
+        raise UserError("a package is missing")
+
+    before = files()
+    monkeypatch.setattr(train, "load_parts", missing)
+    with pytest.raises(UserError, match="a package is missing"):
+        train.run_command(["--resume", str(finished), "--steps=9"])
+    assert files() == before
+
+
 def test_switches_are_not_abbreviated_and_not_read_from_yaml(tiny_arguments, tmp_path):
     with pytest.raises(UserError, match="unknown configuration key 'resum'"):
         train.run_command([*tiny_arguments, "--resum", str(tmp_path)])

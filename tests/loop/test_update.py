@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from repo import checkpoint
 from repo.advantages import Advantages
 from repo.config import AlgorithmConfig, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
@@ -168,3 +169,21 @@ def test_weight_decay_leaves_vectors_alone(policy):
     groups = Updater(policy, AlgorithmConfig(), OptimizerConfig(weight_decay=0.1), 1.0, 0).optimizer.param_groups
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert all(p.ndim < 2 for p in groups[1]["params"])
+
+
+def test_kl_in_the_reward_leaves_the_loss_without_a_kl(policy):
+    batch, rows = make_batch(policy), torch.arange(4)
+    _, with_beta, _ = gradient_of(policy, AlgorithmConfig(beta=0.5, kl_placement="reward"), batch, rows, None, 500)
+    _, without, _ = gradient_of(policy, AlgorithmConfig(beta=0.0), batch, rows, None, 500)
+    assert torch.equal(with_beta, without)
+
+
+def test_a_checkpoint_brings_back_weights_and_the_random_state(policy, tmp_path):
+    updater = Updater(policy, AlgorithmConfig(), OptimizerConfig(), 1.0, 0)
+    checkpoint.save(tmp_path, checkpoint.State(1, {}, 0, {}), policy.model, updater.optimizer)
+    expected, weight = torch.rand(3), policy.model.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        policy.model.model.norm.weight.add_(1)
+    checkpoint.restore(tmp_path / "checkpoints" / "step-000001", policy.model, updater.optimizer)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(policy.model.model.norm.weight, weight)
