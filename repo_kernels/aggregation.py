@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rows import device_scalar
+
 MODES = (
     "token-mean",
     "token-sum",
@@ -29,7 +31,7 @@ def token_weights(
     sequence: Tensor,
     sequences: int,
     dtype: torch.dtype,
-    divisor: Tensor | None = None,
+    divisor: float | Tensor | None = None,
     max_length: float | None = None,
 ) -> Tensor:
     """Weight w_t of every row, (N,) of `dtype`; the loss is sum_t w_t l_t over live rows.
@@ -42,12 +44,12 @@ def token_weights(
         return live.to(dtype)
     per_sequence = sequence_counts(live, sequence, sequences)
     outer = live.sum() if mode == "token-mean" else (per_sequence > 0).sum()
-    outer = outer.clamp_min(1).to(dtype) if divisor is None else divisor
+    outer = outer.clamp_min(1).to(dtype) if divisor is None else device_scalar(divisor, dtype, live.device)
     if mode == "seq-mean-token-mean":
         inner = per_sequence.clamp_min(1).to(dtype)[sequence]
     elif mode == "seq-mean-token-sum-norm":
         assert max_length is not None
-        inner = torch.full((), float(max_length), dtype=dtype, device=live.device)
+        inner = device_scalar(float(max_length), dtype, live.device)
     else:
-        inner = torch.ones((), dtype=dtype, device=live.device)
+        inner = device_scalar(1.0, dtype, live.device)
     return live.to(dtype) / (inner * outer)

@@ -1,11 +1,13 @@
-"""The checked arguments of the losses, laid out as vectors over live rows.
+"""The checked arguments of the losses, laid out flat as the backends take them.
 
-A row is live when it is unmasked and its token id is not -100. Values of dead rows are never gathered, so infinities
-and NaN there cannot reach a result.
+A row is live when it is unmasked and its token id is not -100. Dead rows get the id -100, and no backend reads their
+values, so infinities and NaN there cannot reach a result. Nothing here looks at a tensor's values on a device, and no
+shape depends on them: no host sync, and a graph of torch.compile stays whole.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,35 +18,48 @@ from . import aggregation
 from .checks import (
     COST_MODES,
     ID_DTYPES,
-    IGNORED_TOKEN,
     KL_ESTIMATORS,
     VALUE_DTYPES,
     Scalar,
     check_choice,
     check_cu_seqlens,
-    check_ids,
     check_scalar,
     check_temperature,
     check_tensor,
     compute_dtype,
     describe,
 )
-from .terms import Coefficients, TokenInputs, combined_advantages, hinge
-
-SCALARS = ("lam", "beta", "eps_low", "eps_high", "entropy_coef", "temperature", "grad_scale")
+from .rows import (
+    COST_GATED,
+    COST_GIVEN,
+    COST_HINGE,
+    COST_NONE,
+    ENTROPY_GRADIENT,
+    ENTROPY_NONE,
+    ENTROPY_VALUE,
+    IGNORED,
+    KL_NAMES,
+    KL_NONE,
+    SCALARS,
+    VALUES,
+    Code,
+    LossRows,
+    device_scalar,
+)
+from .terms import hinge
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which rows are live and to which sequence each row belongs.
 
-    leading: (T,) or (B, L). rows: (n,) int64 index of live rows. sequence: (N,) int64. Packed rows without cu_seqlens
-    are sequences of one token each.
+    leading: (T,) or (B, L). ids: (N,) int64, -100 on dead rows. live: (N,) bool. sequence: (N,) int64. Packed rows
+    without cu_seqlens are sequences of one token each.
     """
 
     leading: tuple[int, ...]
+    ids: Tensor
     live: Tensor
-    rows: Tensor
     sequence: Tensor
     sequences: int
     has_cu_seqlens: bool
@@ -56,11 +71,11 @@ class Layout:
             return self.leading, self.leading[:1]
         return (self.leading, (self.sequences,)) if self.has_cu_seqlens else (self.leading,)
 
-    def gather(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """(n,): the live rows of a per-token value, or each row's entry of a per-sequence one."""
+    def spread(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N,): a per-token value, or each row's entry of a per-sequence one."""
         if tuple(value.shape) == self.leading:
-            return value.reshape(-1)[self.rows].to(dtype)
-        return value[self.sequence[self.rows]].to(dtype)
+            return value.reshape(-1).to(dtype)
+        return value.to(dtype)[self.sequence]
 
 
 def make_layout(
@@ -68,10 +83,11 @@ def make_layout(
 ) -> Layout:
     """Check ids, mask and cu_seqlens against the leading shape of the logits and find the live rows."""
     check_tensor("token_ids", token_ids, (leading,), ID_DTYPES, like)
-    live = token_ids.reshape(-1) != IGNORED_TOKEN
+    ids = token_ids.reshape(-1).to(torch.int64)
     if response_mask is not None:
-        live = live & check_tensor("response_mask", response_mask, (leading,), (torch.bool,), like).reshape(-1)
-    count = live.numel()
+        mask = check_tensor("response_mask", response_mask, (leading,), (torch.bool,), like).reshape(-1)
+        ids = torch.where(mask, ids, IGNORED)
+    count = ids.numel()
     index = torch.arange(count, device=like.device)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, leading, like)
@@ -82,26 +98,24 @@ def make_layout(
         sequence = index // max(leading[1], 1)
     else:
         sequences, sequence = count, index
-    rows = live.nonzero().squeeze(1)
-    return Layout(leading, live, rows, sequence, sequences, cu_seqlens is not None)
+    return Layout(leading, ids, ids != IGNORED, sequence, sequences, cu_seqlens is not None)
 
 
 @dataclass(frozen=True)
 class LossArguments:
-    """The checked tail of repo_loss and linear_repo_loss, laid out per live row (n) and per sequence (S)."""
+    """The checked tail of repo_loss and linear_repo_loss.
+
+    sequence_hinge: (S,) {C - d}^+ of each sequence. sequence_live: (S,) bool, has a live token. with_entropy: whether
+    the entropy is returned. has_reference: whether the KL is.
+    """
 
     layout: Layout
-    ids: Tensor
-    inputs: TokenInputs
-    coef: Coefficients
+    rows: LossRows
     sequence_hinge: Tensor
     sequence_live: Tensor
-    dtype: torch.dtype
-    softcap: float | None
-    kl_estimator: str
-    kl_ratio: bool
-    loss_agg_mode: str
+    per_token_loss: bool
     with_entropy: bool
+    has_reference: bool
 
 
 def _check_scalars(options: dict[str, Any]) -> None:
@@ -191,79 +205,108 @@ def make_arguments(
 ) -> LossArguments:
     """Check all but the logits or hidden states; `source` is one of those and gives leading shape, dtype, device."""
     options["cost_advantages"] = cost_advantages
-    leading = tuple(source.shape[:-1])
-    layout = make_layout(leading, token_ids, options["response_mask"], options["cu_seqlens"], source)
+    layout = make_layout(tuple(source.shape[:-1]), token_ids, options["response_mask"], options["cu_seqlens"], source)
     _check_scalars(options)
     _check_aggregation(options, layout)
     _check_costs(options)
     _check_reference(options, has_full_reference, full_name)
     dtype = compute_dtype(source)
-
-    def scalar(value: Scalar) -> Tensor:
-        return torch.as_tensor(value, dtype=dtype, device=source.device).detach()
-
-    def rows(name: str, value: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> Tensor | None:
-        if value is None:
-            return None
-        return layout.gather(check_tensor(name, value, shapes, VALUE_DTYPES, source), dtype).detach()
-
-    dual_clip = options["dual_clip"]
-    coef = Coefficients(
-        **{name: scalar(options[name]) for name in SCALARS},
-        dual_clip=None if dual_clip is None else scalar(dual_clip),
+    values = _values(source, layout, old_logps, reward_advantages, options)
+    has_reference = has_full_reference or options["ref_logps"] is not None
+    code = Code(
+        cost=_cost_code(options),
+        kl=KL_NAMES.index(options["kl_estimator"]) if has_reference else KL_NONE,
+        kl_ratio=options["kl_ratio"],
+        normalize=options["normalize"],
+        on_policy=old_logps is None,
     )
-    per_token, either = (leading,), layout.shapes
-    n = layout.rows.numel()
-    costs = rows("costs", options["costs"], either)
-    limit = options["cost_limit"]
+    entropy_coef = options["entropy_coef"]
+    with_gradient = isinstance(entropy_coef, Tensor) or entropy_coef != 0
+    with_entropy = with_gradient or options["return_entropy"]
+    rows = LossRows(
+        ids=layout.ids,
+        values=values,
+        scalars=scalar_vector(source, **{name: options[name] for name in SCALARS}),
+        code=code.pack(),
+        softcap=float(options["softcap"] or 0.0),
+        entropy=ENTROPY_GRADIENT if with_gradient else ENTROPY_VALUE if with_entropy else ENTROPY_NONE,
+    )
+    counts = aggregation.sequence_counts(layout.live, layout.sequence, layout.sequences)
+    row_hinge = hinge(values[VALUES.index("costs")], values[VALUES.index("cost_limits")])
+    sequence_hinge = torch.zeros(layout.sequences, dtype=dtype, device=source.device).scatter_reduce(
+        0, layout.sequence, torch.where(layout.live, row_hinge, 0.0), "amax"
+    )
+    return LossArguments(
+        layout=layout,
+        rows=rows,
+        sequence_hinge=sequence_hinge,
+        sequence_live=counts > 0,
+        per_token_loss=options["loss_agg_mode"] == "none",
+        with_entropy=with_entropy,
+        has_reference=has_reference,
+    )
+
+
+def scalar_vector(source: Tensor, **scalars: Scalar | None) -> Tensor:
+    """(8,) by SCALARS on source's device, from floats and 0-d tensors, without a host sync; 1 where not given.
+
+    A dual_clip of None is inf, which never binds.
+    """
+    defaults = dict.fromkeys(SCALARS, 1.0) | {"dual_clip": math.inf}
+    dtype = compute_dtype(source)
+    vector = []
+    for name in SCALARS:
+        given = scalars.get(name)
+        vector.append(device_scalar(defaults[name] if given is None else given, dtype, source.device))
+    return torch.stack(vector)
+
+
+def _cost_code(options: dict[str, Any]) -> int:
+    if options["cost_advantages"] is not None:
+        return COST_GATED if options["mode"] == "split" else COST_GIVEN
+    return COST_HINGE if options["mode"] == "rectified" and options["costs"] is not None else COST_NONE
+
+
+def _values(
+    source: Tensor, layout: Layout, old_logps: Tensor | None, reward_advantages: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """The (9, N) matrix of rows.VALUES; absent values are those that change nothing."""
+    dtype, count = compute_dtype(source), layout.ids.numel()
+
+    def rows(name: str, value: Tensor | None, shapes: tuple[tuple[int, ...], ...], absent: float = 0.0) -> Tensor:
+        if value is None:
+            return torch.full((count,), absent, dtype=dtype, device=source.device)
+        return layout.spread(check_tensor(name, value, shapes, VALUE_DTYPES, source), dtype).detach()
+
+    if reward_advantages is None:
+        raise TypeError("reward_advantages must be a tensor; got None")
+    per_token, either = (layout.leading,), layout.shapes
+    costs, limit = rows("costs", options["costs"], either, absent=-math.inf), options["cost_limit"]
     if isinstance(limit, Tensor) and limit.ndim:
-        limit = rows("cost_limit", limit, either)
+        limits = rows("cost_limit", limit, either)
     else:
         check_scalar("cost_limit", limit, lambda x: True, "finite")
         # rounded as the costs are, so that C = d is safe for fp32 costs among fp64 logits too
-        limit = scalar(limit).to(torch.float32 if options["costs"] is None else options["costs"].dtype).to(dtype)
-    row_hinge = torch.zeros(n, dtype=dtype, device=source.device) if costs is None else hinge(costs, limit)
-    unsafe = torch.zeros(n, dtype=torch.bool, device=source.device) if costs is None else costs > limit
-    reward_rows = rows("reward_advantages", reward_advantages, either)
-    if reward_rows is None:
-        raise TypeError("reward_advantages must be a tensor; got None")
-    cost_rows = rows("cost_advantages", cost_advantages, either)
-    baselines = rows("cost_baselines", options["cost_baselines"], either)
-    if cost_rows is None and costs is not None and options["mode"] == "rectified":
-        cost_rows = row_hinge if baselines is None else row_hinge - baselines
-    divisor = options["divisor"]
+        rounding = torch.float32 if options["costs"] is None else options["costs"].dtype
+        limits = device_scalar(limit, dtype, source.device).to(rounding).to(dtype).expand(count)
     weights = aggregation.token_weights(
         options["loss_agg_mode"],
         layout.live,
         layout.sequence,
         layout.sequences,
         dtype,
-        None if divisor is None else scalar(divisor),
+        options["divisor"],
         options["max_length"],
     )
-    inputs = TokenInputs(
-        advantages=combined_advantages(reward_rows, cost_rows, unsafe, coef.lam, options["mode"], options["normalize"]),
-        weights=weights[layout.rows],
-        unsafe=unsafe,
-        old_logps=rows("old_logps", old_logps, per_token),
-        ref_logps=rows("ref_logps", options["ref_logps"], per_token),
-        is_weights=rows("is_weights", options["is_weights"], per_token),
-    )
-    counts = aggregation.sequence_counts(layout.live, layout.sequence, layout.sequences)
-    sequence_hinge = torch.zeros(layout.sequences, dtype=dtype, device=source.device)
-    sequence_hinge = sequence_hinge.scatter_reduce(0, layout.sequence[layout.rows], row_hinge, "amax")
-    entropy_coef = options["entropy_coef"]
-    return LossArguments(
-        layout=layout,
-        ids=check_ids(token_ids, layout.rows, vocabulary),
-        inputs=inputs,
-        coef=coef,
-        sequence_hinge=sequence_hinge,
-        sequence_live=counts > 0,
-        dtype=dtype,
-        softcap=options["softcap"],
-        kl_estimator=options["kl_estimator"],
-        kl_ratio=options["kl_ratio"],
-        loss_agg_mode=options["loss_agg_mode"],
-        with_entropy=options["return_entropy"] or isinstance(entropy_coef, Tensor) or entropy_coef != 0,
-    )
+    by_name = {
+        "reward_advantages": rows("reward_advantages", reward_advantages, either),
+        "cost_advantages": rows("cost_advantages", options["cost_advantages"], either),
+        "costs": costs,
+        "cost_limits": limits,
+        "cost_baselines": rows("cost_baselines", options["cost_baselines"], either),
+        "old_logps": rows("old_logps", old_logps, per_token),
+        "ref_logps": rows("ref_logps", options["ref_logps"], per_token),
+        "is_weights": rows("is_weights", options["is_weights"], per_token, absent=1.0),
+        "weights": weights,
+    }
+    return torch.stack([by_name[name] for name in VALUES])

@@ -11,13 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-IGNORED_TOKEN = -100
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUE_DTYPES = (torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
 COST_MODES = ("rectified", "split", "lagrangian")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
-BACKENDS = ("eager",)
 
 Scalar = float | Tensor
 
@@ -39,15 +37,18 @@ def check_tensor(
     name: str, value: object, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], like: Tensor
 ) -> Tensor:
     """The tensor itself, or TypeError (type, dtype) or ValueError (shape, device) that names the argument."""
-    takes = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
-    wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        raise TypeError(f"{name} must be a tensor of {takes}, shape {wanted}; got {describe(value)}")
+        takes = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
+        raise TypeError(f"{name} must be a tensor of {takes}, shape {_either(shapes)}; got {describe(value)}")
     if tuple(value.shape) not in shapes:
-        raise ValueError(f"{name} must have shape {wanted}; got {describe(value)}")
+        raise ValueError(f"{name} must have shape {_either(shapes)}; got {describe(value)}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} with the logits; got {describe(value)}")
     return value
+
+
+def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " or ".join(str(s) for s in dict.fromkeys(shapes))
 
 
 def check_scalar(name: str, value: object, accepts: Callable[[float], bool], takes: str) -> None:
@@ -60,7 +61,8 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
-    if not math.isfinite(value) or not accepts(value):
+    # a comparison and not isfinite, which torch.compile cannot trace for a float that varies
+    if not (-math.inf < value < math.inf and accepts(value)):
         raise ValueError(f"{name} must be {takes}; got {value!r}")
 
 
@@ -76,14 +78,6 @@ def check_matrix(name: str, value: object) -> Tensor:
     return value
 
 
-def check_backend(backend: str | None) -> str:
-    """The backend that runs: the one place where it is decided."""
-    if backend is None:
-        return "eager"
-    check_choice("backend", backend, BACKENDS)
-    return backend
-
-
 def check_temperature(temperature: Scalar, softcap: float | None) -> None:
     """temperature > 0; softcap a positive float or None."""
     check_scalar("temperature", temperature, lambda x: x > 0, "> 0")
@@ -93,13 +87,11 @@ def check_temperature(temperature: Scalar, softcap: float | None) -> None:
         check_scalar("softcap", softcap, lambda x: x > 0, "> 0 or None")
 
 
-def check_ids(token_ids: Tensor, rows: Tensor, vocabulary: int) -> Tensor:
-    """Ids of the live rows as int64, (n,); IndexError when one is outside [0, V)."""
-    ids = token_ids.reshape(-1)[rows].to(torch.int64)
+def check_live_ids(ids: Tensor, vocabulary: int) -> None:
+    """IndexError when an id of the live rows, (n,), is outside [0, V). Syncs a GPU."""
     if ids.numel() and (ids.min() < 0 or ids.max() >= vocabulary):
         worst = ids[(ids < 0) | (ids >= vocabulary)][0].item()
         raise IndexError(f"token_ids of live rows must be in [0, {vocabulary}) or -100; got {worst}")
-    return ids
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
@@ -108,7 +100,7 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor) -> None:
-    """(B+1,) int32 from 0 to T, non-decreasing (values looked at on the CPU only)."""
+    """(B+1,) int32 from 0 to T, non-decreasing (values looked at on the CPU only, and not by torch.compile)."""
     if len(leading) != 1:
         raise ValueError(f"cu_seqlens is for packed (T, ...) rows; the rows here have leading shape {leading}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
@@ -117,7 +109,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
         raise ValueError(f"cu_seqlens must have shape (B+1,); got {describe(cu_seqlens)}")
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens must be on {like.device} with the logits; got {describe(cu_seqlens)}")
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         rising = bool((cu_seqlens.diff() >= 0).all())
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != leading[0] or not rising:
             bounds = cu_seqlens.tolist()

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import eager
-from .arguments import make_arguments
-from .autograd import InplaceLogitsLoss, LinearLoss, LogitsLoss
+from .arguments import LossArguments, make_arguments
+from .autograd import InplaceLoss
+from .backends import choose_backend
 from .checks import (
-    LOGITS_DTYPES,
     Scalar,
-    check_backend,
     check_chunk_tokens,
     check_head,
     check_matrix,
@@ -21,7 +19,10 @@ from .checks import (
     compute_dtype,
     describe,
 )
-from .stats import LossStats
+from .linear import Head, LinearLoss, make_head
+from .ops import fused_loss
+from .rows import SCALARS, TOKENS
+from .stats import LossStats, collect_stats, row_sum
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,18 @@ class RepoLossOutput:
     stats: LossStats
 
 
-def _output(flat: tuple) -> RepoLossOutput:
-    loss, logps, entropy, kl, stats = flat
-    return RepoLossOutput(loss, logps, entropy, kl, LossStats(stats))
+def make_output(args: LossArguments, losses: Tensor, tokens: Tensor) -> RepoLossOutput:
+    """Aggregate the (N,) weighted losses and the (13, N) TOKENS of the rows."""
+    leading, tokens = args.layout.leading, tokens.detach()
+    by_name = dict(zip(TOKENS, tokens.unbind(0), strict=True))
+    lam = args.rows.scalars[SCALARS.index("lam")]
+    return RepoLossOutput(
+        loss=losses.view(leading) if args.per_token_loss else row_sum(losses),
+        logps=by_name["logp"].view(leading),
+        entropy=by_name["entropy"].view(leading) if args.with_entropy else None,
+        kl=by_name["kl"].view(leading) if args.has_reference else None,
+        stats=collect_stats(tokens, args.layout.live, args.sequence_hinge, args.sequence_live, lam),
+    )
 
 
 def _check_inplace(inplace: bool, logits: Tensor) -> None:
@@ -120,7 +130,7 @@ def repo_loss(
         mode: "rectified", "split" (needs costs) or "lagrangian".
         lam, cost_limit: penalty weight >= 0; limit d (float, 0-d, (B,) or leading shape).
         normalize: divide the combined advantage by 1 + lam.
-        ref_logps: leading shape, fp32, for kl_estimator k1, k2, k3. ref_logits: shape of logits, for "full".
+        ref_logps: leading shape, fp32, for kl_estimator k1, k2, k3. ref_logits: like logits, for "full".
         response_mask: leading shape, bool. cu_seqlens: (B+1,) int32, bounds of packed sequences; without it every
             packed row is a sequence of its own in the stats.
         is_weights: leading shape, fp32; multiplies the surrogate only.
@@ -133,7 +143,7 @@ def repo_loss(
             "seq-mean-token-sum-norm" (needs max_length) or "none" (per-token loss). divisor: replaces the outer count.
         grad_scale: multiplies the gradient before it is rounded to the logits' dtype; the caller divides it out.
         inplace: write the gradient over the logits. One backward only; not under torch.compile.
-        backend: None (by device) or "eager".
+        backend: None (by device: Triton on a GPU, C++ on the CPU, PyTorch for fp64), "triton", "cpu" or "eager".
 
     Returns:
         RepoLossOutput. With no live token the loss is 0.0 and the gradient zero.
@@ -143,12 +153,12 @@ def repo_loss(
         IndexError: a live id outside [0, V).
         RuntimeError: a second backward with inplace=True.
     """
-    check_backend(backend)
     check_matrix("logits", logits)
+    backend = choose_backend(backend, logits)
     _check_inplace(inplace, logits)
     if ref_logits is not None:
         check_tensor(
-            "ref_logits", check_matrix("ref_logits", ref_logits), (tuple(logits.shape),), LOGITS_DTYPES, logits
+            "ref_logits", check_matrix("ref_logits", ref_logits), (tuple(logits.shape),), (logits.dtype,), logits
         )
         ref_logits = ref_logits.detach()
     args = make_arguments(
@@ -185,17 +195,29 @@ def repo_loss(
         grad_scale=grad_scale,
         return_entropy=return_entropy,
     )
-    if not torch.is_grad_enabled():
-        logits = logits.detach()
-    if inplace and logits.requires_grad:
+    rows, want_grad = args.rows, logits.requires_grad and torch.is_grad_enabled()
+    if inplace and want_grad:
         # the detached alias shares the version counter, so that autograd sees the logits change
-        return _output(InplaceLogitsLoss.apply(logits, args, ref_logits, logits.detach()))
-    return _output(LogitsLoss.apply(logits, ref_logits, args))
+        losses, tokens = InplaceLoss.apply(logits, ref_logits, rows, logits.detach(), backend)
+    else:
+        losses, tokens, _ = fused_loss(
+            logits,
+            ref_logits,
+            rows.ids,
+            rows.values,
+            rows.scalars,
+            rows.code,
+            rows.softcap,
+            rows.entropy,
+            want_grad,
+            backend,
+        )
+    return make_output(args, losses, tokens)
 
 
 def _linear_reference(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
-) -> tuple[Tensor, eager.Head] | None:
+) -> tuple[Tensor, Head] | None:
     """The checked reference of the full KL: hidden states and head, or None when there is none."""
     if ref_hidden is None and ref_weight is None:
         if ref_bias is not None:
@@ -209,7 +231,7 @@ def _linear_reference(
         raise ValueError(f"ref_hidden must be on {hidden.device} with hidden; got {describe(ref_hidden)}")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"ref_weight must have V = {weight.shape[0]} rows like weight; got {describe(ref_weight)}")
-    return ref_hidden.detach(), eager.make_head(ref_weight, ref_bias, compute_dtype(hidden))
+    return ref_hidden.detach(), make_head(ref_weight, ref_bias, compute_dtype(hidden))
 
 
 def linear_repo_loss(
@@ -262,8 +284,8 @@ def linear_repo_loss(
         chunk_tokens: live tokens per chunk; None: about 32 MB of logits.
         The other arguments, the result and the errors are those of repo_loss.
     """
-    check_backend(backend)
     check_head("", hidden, weight, bias)
+    backend = choose_backend(backend, hidden)
     check_chunk_tokens(chunk_tokens)
     reference = _linear_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     args = make_arguments(
@@ -302,4 +324,5 @@ def linear_repo_loss(
     )
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _output(LinearLoss.apply(hidden, weight, bias, args, reference, chunk_tokens))
+    losses, tokens = LinearLoss.apply(hidden, weight, bias, args, reference, chunk_tokens, backend)
+    return make_output(args, losses, tokens)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .terms import TokenTerms
+from .rows import TOKENS
 
 SUMS = (
     "tokens",
@@ -117,39 +118,41 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
 
 
 def collect_stats(
-    terms: TokenTerms,
-    entropy: Tensor | None,
-    unsafe: Tensor,
-    sequence_hinge: Tensor,
-    sequence_live: Tensor,
-    lam: Tensor,
+    tokens: Tensor, live: Tensor, sequence_hinge: Tensor, sequence_live: Tensor, lam: Tensor
 ) -> LossStats:
-    """Reduce the terms of n live tokens and S sequences.
+    """Reduce the TOKENS (13, N) of the rows and the hinges of S sequences, in a fixed order.
 
-    unsafe: (n,) bool. sequence_hinge: (S,) {C - d}^+ per sequence. sequence_live: (S,) bool, has a live token.
+    live: (N,) bool. sequence_hinge: (S,) {C - d}^+ per sequence. sequence_live: (S,) bool, has a live token.
     """
-    dtype = sequence_hinge.dtype
-    hinge_sum = sequence_hinge.sum()
-    one = torch.ones((), dtype=dtype, device=sequence_hinge.device)
-    some = terms.ratio.numel() > 0
+    sums = dict(zip(TOKENS, tokens.sum(1).unbind(0), strict=True))
+    hinge_sum = row_sum(sequence_hinge)
+    ratio = tokens[TOKENS.index("ratio")]
+    one = torch.ones((), dtype=tokens.dtype, device=tokens.device)
+    some = sums["tokens"] > 0
+    # a dead row's ratio is 0 in `tokens`; one more entry keeps an empty call from having no extreme
+    low = torch.cat((torch.where(live, ratio, math.inf), one[None] * math.inf)).amin()
+    high = torch.cat((torch.where(live, ratio, -math.inf), one[None] * -math.inf)).amax()
     values = {
-        "tokens": one * terms.ratio.numel(),
-        "tokens_unsafe": unsafe.sum(),
+        **{name: sums[name] for name in TOKENS if name in SUMS},
         "sequences": sequence_live.sum(),
         "sequences_unsafe": ((sequence_hinge > 0) & sequence_live).sum(),
-        "clipped_low_safe": (terms.clipped_low & ~unsafe).sum(),
-        "clipped_low_unsafe": (terms.clipped_low & unsafe).sum(),
-        "clipped_high_safe": (terms.clipped_high & ~unsafe).sum(),
-        "clipped_high_unsafe": (terms.clipped_high & unsafe).sum(),
-        "ratio_sum": terms.ratio.sum(),
-        "ratio_square_sum": (terms.ratio * terms.ratio).sum(),
-        "kl_old_k1_sum": -terms.log_ratio.sum(),
-        "kl_old_k3_sum": (torch.expm1(terms.log_ratio) - terms.log_ratio).sum(),
-        "kl_ref_sum": terms.kl.sum(),
-        "entropy_sum": one * 0 if entropy is None else entropy.sum(),
+        "ratio_sum": sums["ratio"],
+        "ratio_square_sum": sums["ratio_square"],
+        "kl_old_k1_sum": sums["kl_old_k1"],
+        "kl_old_k3_sum": sums["kl_old_k3"],
+        "kl_ref_sum": sums["kl"],
+        "entropy_sum": sums["entropy"],
         "rectified_cost_sum": hinge_sum,
         "penalty_sum": lam * hinge_sum,
-        "ratio_min": terms.ratio.min() if some else one,
-        "ratio_max": terms.ratio.max() if some else one,
+        "ratio_min": torch.where(some, low, one),
+        "ratio_max": torch.where(some, high, one),
     }
-    return LossStats(torch.stack([values[name].to(dtype) for name in FIELDS]))
+    return LossStats(torch.stack([values[name].to(tokens.dtype) for name in FIELDS]))
+
+
+def row_sum(values: Tensor) -> Tensor:
+    """Sum of (n,), 0-d, its bits independent of the number of threads.
+
+    PyTorch splits the reduction over threads when there is a single output, which would change the rounding.
+    """
+    return values.expand(2, -1).sum(-1)[0]

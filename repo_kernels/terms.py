@@ -8,10 +8,12 @@ with respect to the logits follows from three scalars per token (README, "What i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .rows import COST_GATED, COST_GIVEN, COST_HINGE, KL_K1, KL_K2, KL_K3, SCALARS, TOKENS, VALUES, Code
 
 LOG_RATIO_CLAMP = 20.0
 
@@ -44,21 +46,6 @@ class TokenInputs:
     ref_logps: Tensor | None
     is_weights: Tensor | None
 
-    def rows(self, start: int, stop: int) -> TokenInputs:
-        """The tokens start..stop."""
-
-        def cut(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[start:stop]
-
-        return TokenInputs(
-            advantages=self.advantages[start:stop],
-            weights=self.weights[start:stop],
-            unsafe=self.unsafe[start:stop],
-            old_logps=cut(self.old_logps),
-            ref_logps=cut(self.ref_logps),
-            is_weights=cut(self.is_weights),
-        )
-
 
 @dataclass(frozen=True)
 class TokenTerms:
@@ -73,11 +60,6 @@ class TokenTerms:
     kl: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
-
-    @staticmethod
-    def concatenate(parts: list[TokenTerms]) -> TokenTerms:
-        """The terms of consecutive row chunks as one."""
-        return TokenTerms(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TokenTerms)})
 
 
 def log_difference(logps: Tensor, base: Tensor) -> Tensor:
@@ -96,19 +78,38 @@ def hinge(costs: Tensor, cost_limit: Tensor) -> Tensor:
     return (costs - cost_limit).clamp_min(0)
 
 
-def combined_advantages(
-    reward_advantages: Tensor, cost_advantages: Tensor | None, unsafe: Tensor, lam: Tensor, mode: str, normalize: bool
-) -> Tensor:
-    """A_R - lambda A_C, with A_C gated by 1[C > d] in mode `split`; divided by 1 + lambda with `normalize`.
+def combined_advantages(values: dict[str, Tensor], unsafe: Tensor, lam: Tensor, code: Code) -> Tensor:
+    """A_R - lambda A_C; A_C is given, gated by 1[C > d], or the hinge less its baseline. Source: README.
 
-    Source: README, "What is computed".
+    Divided by 1 + lambda with `normalize`.
     """
-    advantages = reward_advantages
-    if cost_advantages is not None:
-        if mode == "split":
-            cost_advantages = torch.where(unsafe, cost_advantages, torch.zeros_like(cost_advantages))
-        advantages = advantages - lam * cost_advantages
-    return advantages / (1 + lam) if normalize else advantages
+    advantages = values["reward_advantages"]
+    if code.cost == COST_HINGE:
+        advantages = advantages - lam * (hinge(values["costs"], values["cost_limits"]) - values["cost_baselines"])
+    elif code.cost == COST_GATED:
+        advantages = advantages - lam * torch.where(unsafe, values["cost_advantages"], 0.0)
+    elif code.cost == COST_GIVEN:
+        advantages = advantages - lam * values["cost_advantages"]
+    return advantages / (1 + lam) if code.normalize else advantages
+
+
+def token_inputs(values: Tensor, scalars: Tensor, code: Code) -> TokenInputs:
+    """The inputs of live rows from their columns (9, n) of the values matrix."""
+    by_name = dict(zip(VALUES, values.unbind(0), strict=True))
+    unsafe = by_name["costs"] > by_name["cost_limits"]
+    return TokenInputs(
+        advantages=combined_advantages(by_name, unsafe, coefficients(scalars).lam, code),
+        weights=by_name["weights"],
+        unsafe=unsafe,
+        old_logps=None if code.on_policy else by_name["old_logps"],
+        ref_logps=by_name["ref_logps"] if code.kl in (KL_K1, KL_K2, KL_K3) else None,
+        is_weights=by_name["is_weights"],
+    )
+
+
+def coefficients(scalars: Tensor) -> Coefficients:
+    """The (8,) vector by name."""
+    return Coefficients(**dict(zip(SCALARS, scalars.unbind(0), strict=True)))
 
 
 def clipped_surrogate(
@@ -210,3 +211,28 @@ def token_terms(
         clipped_low=(ratio < low) & (inputs.advantages < 0),
         clipped_high=(ratio > high) & (inputs.advantages > 0),
     )
+
+
+def token_rows(terms: TokenTerms, unsafe: Tensor, logps: Tensor, entropy: Tensor | None) -> Tensor:
+    """The (13, n) columns of rows.TOKENS of live tokens."""
+    zero, one = torch.zeros_like(logps), torch.ones_like(logps)
+
+    def split(clipped: Tensor, among: Tensor) -> Tensor:
+        return (clipped & among).to(logps.dtype)
+
+    by_name = {
+        "logp": logps,
+        "entropy": zero if entropy is None else entropy,
+        "kl": terms.kl,
+        "tokens": one,
+        "tokens_unsafe": unsafe.to(logps.dtype),
+        "clipped_low_safe": split(terms.clipped_low, ~unsafe),
+        "clipped_low_unsafe": split(terms.clipped_low, unsafe),
+        "clipped_high_safe": split(terms.clipped_high, ~unsafe),
+        "clipped_high_unsafe": split(terms.clipped_high, unsafe),
+        "ratio": terms.ratio,
+        "ratio_square": terms.ratio * terms.ratio,
+        "kl_old_k1": -terms.log_ratio,
+        "kl_old_k3": torch.expm1(terms.log_ratio) - terms.log_ratio,
+    }
+    return torch.stack([by_name[name] for name in TOKENS])

@@ -1,11 +1,21 @@
-"""One thread for the small tensors of these tests; those about threads ask for more."""
+"""The backends that the tests of the public functions run on, and one thread for their small tensors."""
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: backend="triton" then takes CPU tensors
+
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
+from repo_kernels import backends
+
+from .interpreter import patch_language_once, round_as_hardware
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -14,3 +24,36 @@ def _single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _interpreter() -> Iterator[None]:
+    """Triton's interpreter with the roundings of the hardware, and quicker."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        round_as_hardware(patch)
+        patch_language_once(patch)
+        yield
+
+
+def _skip_missing(backend: str) -> None:
+    if backend == "cpu" and not backends.load("cpu").available():
+        pytest.skip("the C++ extension was not built")
+    if backend == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+
+
+@pytest.fixture(params=["eager", "cpu", "triton"], scope="module")
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend in turn, made the one that serves fp32, bf16 and fp16 where a call names none; fp64 is eager's."""
+    name: str = request.param
+    _skip_missing(name)
+
+    def chosen(source: Tensor) -> str:
+        return name if source.dtype in backends.KERNEL_DTYPES else "eager"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "default_backend", chosen)
+        yield name

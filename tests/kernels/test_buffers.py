@@ -13,6 +13,8 @@ from repo_kernels import linear_repo_loss, repo_loss, selective_log_softmax
 
 from .cases import AGGREGATIONS, loss_arguments, make_batch
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:

@@ -17,6 +17,8 @@ from repo_kernels import linear_repo_loss, repo_loss, selective_log_softmax
 from .cases import AGGREGATIONS, Batch, loss_arguments, make_batch
 from .oracle import oracle_gradient, oracle_loss
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 INF = math.inf
 
 
@@ -274,17 +276,27 @@ def test_case_7_every_aggregation_skips_masked_tokens_and_dead_sequences(loss_ag
 
 def test_case_8_rows_beyond_two_to_the_31_elements_are_read_where_they_are() -> None:
     """Rows overlap (row t starts at element t * 64), so 2^31 addresses take little memory; few rows are live."""
-    rows, vocabulary = 70_000, 32_768
+    rows, vocabulary = 4_200, 524_288
     base = torch.randn(rows * 64 + vocabulary)
     logits = base.as_strided((rows, vocabulary), (64, 1))
     assert rows * vocabulary > 2**31
     ids = torch.full((rows,), -100)
-    live = [0, 12_345, 65_536, 69_999]
-    ids[live] = torch.tensor([1, vocabulary - 1, 77, 30_000])
+    live = [0, 1_234, 4_099, 4_199]
+    ids[live] = torch.tensor([1, vocabulary - 1, 77, 300_000])
     out = repo_loss(logits, ids, None, torch.ones(rows), loss_agg_mode="token-sum")
     alone = selective_log_softmax(logits[live].contiguous(), ids[live])
     assert torch.equal(out.logps[live], alone)
     assert out.stats.tokens == 4
+
+
+def test_more_rows_than_sixteen_bits_count_are_each_worked_on(backend: str) -> None:
+    """Peers put the row in a grid dimension that ends at 65 535."""
+    rows = 65_600 if backend != "triton" else 66  # the interpreter runs a row per millisecond; its grid is 1-D
+    logits = torch.randn(1, 9).expand(rows, 9)
+    ids = torch.arange(rows) % 9
+    logps = selective_log_softmax(logits, ids)
+    assert torch.equal(logps[9:], logps[:-9])
+    assert (logps < 0).all()
 
 
 @pytest.mark.gpu

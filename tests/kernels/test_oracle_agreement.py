@@ -20,6 +20,8 @@ from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_lo
 from .cases import AGGREGATIONS, Batch, batches, loss_arguments, make_batch, options
 from .oracle import OracleOutput, log_probs, oracle_gradient, oracle_loss
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 OUTPUT = 1e-6
 RATIO = 5e-6  # what carries exp(logp - base): as the gradients, of which rho is a factor

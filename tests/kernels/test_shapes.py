@@ -12,9 +12,11 @@ from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_lo
 from .cases import AGGREGATIONS, loss_arguments, make_batch
 from .test_numerics import alive, compare
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("view", ["[:, :-1]", "[:, 1:]", "transposed batch", "every other row", "column slice"])
-def test_case_9_views_are_read_and_differentiated_in_place(view: str) -> None:
+def test_case_9_views_are_read_and_differentiated_in_place(view: str, backend: str) -> None:
     batch = alive(10, (3, 5), 9)
     base = batch.normal(6, 12, 20).requires_grad_()
     logits = {
@@ -32,9 +34,13 @@ def test_case_9_views_are_read_and_differentiated_in_place(view: str) -> None:
     copy = logits.detach().clone().requires_grad_()
     expected = repo_loss(copy, **arguments)
     expected.loss.backward()
-    assert torch.equal(out.loss, expected.loss)
     (spread,) = torch.autograd.grad(logits, base, copy.grad)
-    assert torch.equal(got, spread)
+    if backend == "triton":  # a row's sums are grouped from its first 16-byte boundary, which is elsewhere in the copy
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=0)
+        assert (got - spread).norm() <= 1e-6 * spread.norm()
+    else:
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(got, spread)
 
 
 def test_case_9_an_expanded_row_is_read_and_its_gradient_is_the_sum() -> None:

@@ -15,6 +15,8 @@ from repo_kernels import LossStats, repo_loss
 from .cases import Batch, batches, loss_arguments, make_batch, options
 from .oracle import oracle_loss
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 EXACT = (
     "tokens",
     "tokens_unsafe",

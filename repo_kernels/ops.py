@@ -1,0 +1,138 @@
+"""The operators of torch.library: what torch.compile sees of the losses, and their autograd.
+
+The gradient of the logits is computed with the loss; the backward only multiplies its rows by the upstream gradient.
+Each operator runs the backend named in its last argument, and its fake says shapes, types and strides alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import backends
+from .rows import STATE, TOKENS, LossRows, gradient_buffer
+
+
+@custom_op("repo_kernels::fused_loss", mutates_args=())
+def fused_loss(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    ids: Tensor,
+    values: Tensor,
+    scalars: Tensor,
+    code: int,
+    softcap: float,
+    entropy: int,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses (N,), tokens (13, N), dL/dlogits times grad_scale, or an empty tensor). The arguments are a LossRows."""
+    grad = gradient_buffer(logits) if want_grad else logits.new_empty(0)
+    rows = LossRows(ids, values, scalars, code, softcap, entropy)
+    losses, tokens = backends.load(backend).fused(logits, ref_logits, rows, grad if want_grad else None)
+    return losses, tokens, grad
+
+
+@fused_loss.register_fake
+def _(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    ids: Tensor,
+    values: Tensor,
+    scalars: Tensor,
+    code: int,
+    softcap: float,
+    entropy: int,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses, tokens = values.new_empty(ids.shape[0]), values.new_empty(len(TOKENS), ids.shape[0])
+    return losses, tokens, gradient_buffer(logits) if want_grad else logits.new_empty(0)
+
+
+def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.backend = inputs[-1]
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
+    nothing = (None,) * 9
+    if upstream is None:
+        return None, *nothing
+    (grad,) = ctx.saved_tensors
+    if _consumable(grad):
+        backends.load(ctx.backend).scale_rows(grad, upstream)
+        torch.autograd.graph.increment_version(grad)
+        return grad, *nothing
+    return scaled_rows(grad, upstream, ctx.backend), *nothing
+
+
+def _consumable(grad: Tensor) -> bool:
+    """Whether nobody can ask for the buffer again: a plain tensor in a backward that does not retain its graph."""
+    return type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+fused_loss.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+
+
+@custom_op("repo_kernels::scaled_rows", mutates_args=())
+def scaled_rows(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """A copy of grad (T, V) or (B, L, V) with its rows multiplied by upstream (N,)."""
+    out = gradient_buffer(grad).copy_(grad)
+    backends.load(backend).scale_rows(out, upstream)
+    return out
+
+
+@scaled_rows.register_fake
+def _(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    return gradient_buffer(grad)
+
+
+@custom_op("repo_kernels::row_statistics", mutates_args=())
+def row_statistics(logits: Tensor, ids: Tensor, scalars: Tensor, softcap: float, entropy: int, backend: str) -> Tensor:
+    """The STATE (7, N) of each row; differentiable in the logits through its first two rows, logp and entropy."""
+    return backends.load(backend).statistics(logits, None, ids, scalars, softcap, entropy)
+
+
+@row_statistics.register_fake
+def _(logits: Tensor, ids: Tensor, scalars: Tensor, softcap: float, entropy: int, backend: str) -> Tensor:
+    return scalars.new_empty(len(STATE), ids.shape[0])
+
+
+def _keep_logits(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    logits, ids, scalars, ctx.softcap, _, ctx.backend = inputs
+    ctx.save_for_backward(logits, ids, scalars, output)
+    ctx.set_materialize_grads(False)
+
+
+def _apply_slopes(ctx: Any, upstream: Tensor | None) -> tuple:
+    if upstream is None:
+        return (None,) * 6
+    logits, ids, scalars, state = ctx.saved_tensors
+    slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # no full KL here
+    grad = row_gradient(logits.detach(), ids, state.detach(), slopes, scalars, ctx.softcap, ctx.backend)
+    return grad, None, None, None, None, None
+
+
+row_statistics.register_autograd(_apply_slopes, setup_context=_keep_logits)
+
+
+@custom_op("repo_kernels::row_gradient", mutates_args=())
+def row_gradient(
+    logits: Tensor, ids: Tensor, state: Tensor, slopes: Tensor, scalars: Tensor, softcap: float, backend: str
+) -> Tensor:
+    """dL/dlogits from the STATE (7, N) and the SLOPES (3, N)."""
+    grad = gradient_buffer(logits)
+    backends.load(backend).apply(logits, None, ids, state, slopes, scalars, softcap, grad)
+    return grad
+
+
+@row_gradient.register_fake
+def _(
+    logits: Tensor, ids: Tensor, state: Tensor, slopes: Tensor, scalars: Tensor, softcap: float, backend: str
+) -> Tensor:
+    return gradient_buffer(logits)

@@ -1,0 +1,57 @@
+"""Triton's interpreter with two roundings as the hardware does them: fused multiply-add, and fp32 to bf16.
+
+It truncates on the way to bf16, and older versions of it round a fused multiply-add twice; the kernels' accuracy rests
+on both.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def fma_in_fp64(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """x y + z of TensorHandles in fp64, where the product of fp32 factors is exact, rounded once."""
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = np.multiply(x.data, y.data, dtype=np.float64) + z.data
+    return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
+def nearest_bf16(values: np.ndarray) -> np.ndarray:
+    """Bits (uint16) of fp32 values rounded to the nearest bf16, ties to even."""
+    bits = values.astype(np.float32, copy=False).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def round_as_hardware(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_to_nearest(values: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            return nearest_bf16(values)
+        return convert(values, source, target, mode)
+
+    patch.setattr(interpreter, "_convert_float", convert_to_nearest)
+    patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma_in_fp64)
+
+
+def patch_language_once(patch: pytest.MonkeyPatch) -> None:
+    """Calls of device functions go straight in: the launch has patched the language, which takes most of a call."""
+    from triton.runtime import interpreter
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+    patch.setattr(interpreter.InterpretedFunction, "__call__", call)
