@@ -1,0 +1,97 @@
+"""The C++ backend: repo_kernels/eager.py over rows in memory, compiled from csrc/ into the module repo_kernels._cpu.
+
+Three sets of kernels (AVX-512, AVX2 with FMA, and plain vectors), chosen once for the machine. Each row is read from
+memory once and its gradient is written past the caches; a row's bits do not depend on the number of threads
+(torch.get_num_threads()) nor on the rows around it. Where the extension was not built `available` is False.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rows import ENTROPY_NONE, KL_FULL, STATE, TOKENS, Code, LossRows
+
+try:
+    from .. import _cpu
+except ImportError:  # built with REPO_KERNELS_CPU=OFF, or not at all
+    _cpu = None  # type: ignore[assignment]
+
+
+def available() -> bool:
+    """Whether the extension was built."""
+    return _cpu is not None
+
+
+def fused(logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weighted loss of each row, (N,), and its TOKENS, (13, N); dL/dlogits times grad_scale goes into `grad`.
+
+    logits, ref_logits: (T, V) or (B, L, V), any strides of the rows. grad: like logits, or the logits themselves, or
+    None. Raises IndexError, before anything is written, where the id of a live row is outside [0, V).
+    """
+    count = rows.ids.numel()
+    losses, tokens = torch.empty(count), torch.empty(len(TOKENS), count)
+    if Code.unpack(rows.code).kl != KL_FULL:
+        ref_logits = None
+    _cpu.fused(
+        logits.detach(),
+        None if ref_logits is None else ref_logits.detach(),
+        None if grad is None else grad.detach(),
+        rows.ids.contiguous(),
+        rows.values.contiguous(),
+        rows.scalars,
+        rows.code,
+        rows.softcap,
+        rows.entropy != ENTROPY_NONE,
+        losses,
+        tokens,
+        torch.get_num_threads(),
+    )
+    return losses, tokens
+
+
+def statistics(
+    logits: Tensor, ref_logits: Tensor | None, ids: Tensor, scalars: Tensor, softcap: float, entropy: int
+) -> Tensor:
+    """The STATE of each row, (7, N): log-probability of its id, entropy, full KL, and what `apply` starts from."""
+    state = torch.empty(len(STATE), ids.numel())
+    _cpu.statistics(
+        logits.detach(),
+        None if ref_logits is None else ref_logits.detach(),
+        ids.contiguous(),
+        scalars,
+        softcap,
+        entropy != ENTROPY_NONE,
+        state,
+        torch.get_num_threads(),
+    )
+    return state
+
+
+def apply(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    ids: Tensor,
+    state: Tensor,
+    slopes: Tensor,
+    scalars: Tensor,
+    softcap: float,
+    grad: Tensor,
+) -> None:
+    """dL/dlogits into `grad`, from the STATE (7, N) of the rows and their SLOPES (3, N)."""
+    _cpu.apply(
+        logits.detach(),
+        None if ref_logits is None else ref_logits.detach(),
+        grad.detach(),
+        ids.contiguous(),
+        state.detach().contiguous(),
+        slopes.contiguous(),
+        scalars,
+        softcap,
+        torch.get_num_threads(),
+    )
+
+
+def scale_rows(grad: Tensor, upstream: Tensor) -> None:
+    """Multiply each row of `grad` by its entry of `upstream` (N,), in place; rows whose entry is 1 are not touched."""
+    _cpu.scale_rows(grad.detach(), upstream.detach(), torch.get_num_threads())
