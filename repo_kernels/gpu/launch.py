@@ -1,0 +1,128 @@
+"""Launches of the kernels over flat rows: which form runs, its grid and its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import ENTROPY_NONE, SLOPES, STATE, TOKENS, LossRows, gradient_buffer, row_strides
+from .variants import Variant, apply_variant, fused_variant, scale_variant, statistics_variant
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def warp_size() -> int:
+    """Threads in a warp of the targets Triton compiles for here: 64 on AMD, 32 otherwise."""
+    return 64 if torch.version.hip else 32
+
+
+def launch(variant: Variant, count: int, *args: Any) -> None:
+    """One program per row. A grid of 0 is not a launch."""
+    if count:
+        variant.kernel[(count,)](*args, **variant.constexprs, **variant.options)
+
+
+def phase(matrix: Tensor) -> tuple[int, ...]:
+    """Where each row lies between 16-byte boundaries, as remainders of the base and of the strides that are used."""
+    strides = [s for s, n in zip(matrix.stride()[:-1], matrix.shape[:-1], strict=True) if n > 1]
+    return matrix.data_ptr() % 16, *(s * matrix.element_size() % 16 for s in strides)
+
+
+def in_phase(matrix: Tensor, logits: Tensor) -> Tensor:
+    """`matrix`, or a copy of it whose rows lie to the 16-byte boundaries as those of the logits do.
+
+    A kernel peels every row of a launch at the same columns; two rows that lie differently have no such column. The
+    copy is rare: logits and reference logits of one shape, straight from their heads, agree.
+    """
+    if phase(matrix) == phase(logits):
+        return matrix
+    return empty_in_phase(logits).copy_(matrix)
+
+
+def empty_in_phase(logits: Tensor) -> Tensor:
+    """An uninitialised tensor of the logits' shape in phase with them, also where their base is not aligned."""
+    buffer = gradient_buffer(logits)
+    if phase(buffer) == phase(logits):
+        return buffer
+    step = 16 // logits.element_size()
+    strides, reach = [1], logits.shape[-1]
+    for size, stride in zip(reversed(logits.shape[:-1]), reversed(logits.stride()[:-1]), strict=True):
+        strides.append(reach + (stride - reach) % step)
+        reach = strides[-1] * max(size, 1)
+    base = logits.new_empty(reach + step)
+    offset = (logits.data_ptr() - base.data_ptr()) // logits.element_size() % step
+    return base.as_strided(logits.shape, strides[::-1], offset)
+
+
+def fused(logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(losses (N,), tokens (13, N)) of logits (T, V) or (B, L, V); dL/dlogits goes into `grad` (or in place).
+
+    Without `grad` only the forward runs.
+    """
+    count, columns = rows.ids.shape[0], logits.shape[-1]
+    full_kl = ref_logits is not None
+    losses, tokens = rows.values.new_empty(count), rows.values.new_empty(len(TOKENS), count)
+    ref = logits if ref_logits is None else in_phase(ref_logits, logits)
+    out = logits if grad is None else grad if phase(grad) == phase(logits) else empty_in_phase(logits)
+    variant = fused_variant(DTYPES[logits.dtype], columns, rows.entropy, rows.softcap != 0, full_kl, warp_size())
+    length, *strides = row_strides(logits)
+    launch(
+        variant, count, logits, ref, out, rows.ids, rows.values, rows.scalars, losses, tokens, count, length, *strides,
+        *row_strides(ref)[1:], *row_strides(out)[1:], columns, rows.code, rows.softcap, rows.entropy, grad is not None,
+    )  # fmt: skip
+    if grad is not None and out is not grad:
+        grad.copy_(out)
+    return losses, tokens
+
+
+def statistics(
+    logits: Tensor, ref_logits: Tensor | None, ids: Tensor, scalars: Tensor, softcap: float, entropy: int
+) -> Tensor:
+    """State (7, N) by STATE of logits (T, V) or (B, L, V) at ids (N,); 0 on dead rows."""
+    count, columns = ids.shape[0], logits.shape[-1]
+    state = scalars.new_empty(len(STATE), count)
+    ref = logits if ref_logits is None else in_phase(ref_logits, logits)
+    variant = statistics_variant(
+        DTYPES[logits.dtype], entropy != ENTROPY_NONE, softcap != 0, ref_logits is not None, warp_size()
+    )
+    length, *strides = row_strides(logits)
+    launch(
+        variant, count, logits, ref, ids, scalars, state, count, length, *strides, *row_strides(ref)[1:], columns,
+        softcap, entropy,
+    )  # fmt: skip
+    return state
+
+
+def apply(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    ids: Tensor,
+    state: Tensor,
+    slopes: Tensor,
+    scalars: Tensor,
+    softcap: float,
+    grad: Tensor,
+) -> None:
+    """Writes dL/dlogits from the state (7, N) and the slopes (3, N) by SLOPES into `grad`, which may be the logits."""
+    assert slopes.shape == (len(SLOPES), ids.shape[0])
+    ref = logits if ref_logits is None else in_phase(ref_logits, logits)
+    out = grad if phase(grad) == phase(logits) else empty_in_phase(logits)
+    variant = apply_variant(DTYPES[logits.dtype], softcap != 0, ref_logits is not None, warp_size())
+    length, *strides = row_strides(logits)
+    launch(
+        variant, ids.shape[0], logits, ref, out, ids, state, slopes.contiguous(), scalars, ids.shape[0], length,
+        *strides, *row_strides(ref)[1:], *row_strides(out)[1:], logits.shape[-1], softcap,
+    )  # fmt: skip
+    if out is not grad:
+        grad.copy_(out)
+
+
+def scale_rows(grad: Tensor, upstream: Tensor) -> None:
+    """grad[r] *= upstream[r] in place, one rounding; upstream (N,) of any stride. A factor of 1 is only read."""
+    length, *strides = row_strides(grad)
+    launch(
+        scale_variant(DTYPES[grad.dtype], warp_size()), upstream.shape[0], grad, upstream, upstream.stride(0), length,
+        *strides, grad.shape[-1],
+    )  # fmt: skip

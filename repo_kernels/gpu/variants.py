@@ -1,0 +1,162 @@
+"""Every compiled form of the kernels that the API reaches, and what it is compiled with: at most 48 per target.
+
+What a launch compiles and what is inspected ahead of time come from the same list. An option that is absent runs in a
+form that has it, with slope 0: softcap and full KL exist with the entropy's gradient only.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from ..rows import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
+from . import kernels
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BLOCK_PIECES = 2048  # 16-byte pieces in a block that is held: 32 KB
+HELD_BLOCKS = (1, 3)  # a row of up to this many blocks stays in registers
+
+_POINTERS = {"ids": "*i64"} | dict.fromkeys(
+    ("values", "scalars", "losses", "tokens", "state", "slopes", "upstream"), "*fp32"
+)
+_INTEGERS = ("count", "length", "columns", "code", "entropy_mode", "want_grad")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel.
+
+    kind: fused-swept, fused-resident, statistics, apply or scale. entropy: ENTROPY_NONE, _VALUE or _GRADIENT.
+    signature: argument -> Triton type or "constexpr". divisible: positions of arguments known to be multiples of 16,
+    none: kernels find the alignment of a row themselves. elements_per_thread: logits in one trip of the swept loop, or
+    held by a thread.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    entropy: int
+    softcap: bool
+    full_kl: bool
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    elements_per_thread: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is given. Contraction is off: fma is written where it is meant."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
+
+
+def threads_and_pieces(kind: str, softcap: bool, full_kl: bool) -> tuple[int, int]:
+    """(threads of a program, 16-byte pieces of a block).
+
+    What is computed once per row is computed by every warp, so warps are few and take several pieces each. A swept
+    loss takes more than half of a multiprocessor's registers: one row is in flight on each, and its second sweep finds
+    it in L2. With a softcap the arithmetic is the bound: more warps, which again fill the registers. Full KL reads two
+    rows at a time.
+    """
+    if softcap and kind == "fused-swept":
+        return 1024, BLOCK_PIECES // 2 if full_kl else BLOCK_PIECES
+    if kind == "fused-swept" and not full_kl:
+        return 512, 2 * BLOCK_PIECES
+    if kind == "scale" or softcap:
+        return 1024, BLOCK_PIECES
+    return 512, BLOCK_PIECES
+
+
+def make_variant(
+    kind: str,
+    dtype: str,
+    warp_size: int,
+    entropy: int = ENTROPY_NONE,
+    softcap: bool = False,
+    full_kl: bool = False,
+    held: int = 0,
+) -> Variant:
+    """The form of a kernel for the given options; `held` blocks of a row in registers, 0 = swept."""
+    kernel = {"statistics": kernels.statistics, "apply": kernels.apply, "scale": kernels.scale}.get(kind, kernels.fused)
+    threads, pieces = threads_and_pieces(kind, softcap, full_kl)
+    constexprs: dict[str, Any] = {"R": pieces}
+    if kind != "scale":
+        constexprs |= {"ENTROPY": entropy, "SOFTCAP": softcap, "FULL_KL": full_kl}
+    if kernel is kernels.fused:
+        constexprs |= {"HELD": held}
+    signature = {}
+    for name in kernel.arg_names:
+        integer = "i32" if name in _INTEGERS else "i64"
+        pointer = f"*{dtype}" if name in ("logits", "ref_logits", "grad") else _POINTERS.get(name, integer)
+        signature[name] = "constexpr" if name in constexprs else "fp32" if name == "softcap" else pointer
+    parts = [kind, dtype, ("", "entropy", "entropy-gradient")[entropy], "softcap" * softcap, "full-kl" * full_kl]
+    return Variant(
+        name="-".join(part for part in (*parts, f"{held}-blocks" * bool(held)) if part),
+        kind=kind,
+        dtype=dtype,
+        entropy=entropy,
+        softcap=softcap,
+        full_kl=full_kl,
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=(),
+        num_warps=threads // warp_size,
+        num_stages=1,
+        elements_per_thread=pieces * 16 // ELEMENT_BYTES[dtype] // threads * max(held, 1),
+        # Two short rows share a multiprocessor. AMD's compiler takes no such limit and needs none.
+        max_registers=64 if held == 1 and warp_size == 32 else None,
+    )
+
+
+@functools.cache
+def fused_variant(dtype: str, columns: int, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
+    """The form that runs `fused` on rows of so many columns."""
+    if softcap or full_kl:
+        return make_variant("fused-swept", dtype, warp_size, ENTROPY_GRADIENT, softcap, full_kl)
+    block = BLOCK_PIECES * 16 // ELEMENT_BYTES[dtype]
+    held = next((blocks for blocks in HELD_BLOCKS if columns <= blocks * block), 0)
+    if entropy == ENTROPY_GRADIENT or not held:
+        return make_variant("fused-swept", dtype, warp_size, entropy)
+    return make_variant("fused-resident", dtype, warp_size, entropy, held=held)
+
+
+@functools.cache
+def statistics_variant(dtype: str, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
+    """The form that runs `statistics`. Full KL is not in `variants`: the API always fuses it."""
+    entropy = ENTROPY_VALUE if softcap or full_kl or entropy else ENTROPY_NONE
+    return make_variant("statistics", dtype, warp_size, entropy, softcap, full_kl)
+
+
+@functools.cache
+def apply_variant(dtype: str, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
+    """The form that runs `apply`. Full KL is not in `variants`: the API always fuses it."""
+    return make_variant("apply", dtype, warp_size, ENTROPY_GRADIENT, softcap, full_kl)
+
+
+@functools.cache
+def scale_variant(dtype: str, warp_size: int) -> Variant:
+    """The form that runs `scale_rows`."""
+    return make_variant("scale", dtype, warp_size)
+
+
+def variants(warp_size: int = 32) -> list[Variant]:
+    """All forms that the API can reach on a target with warps of so many threads."""
+    found: list[Variant] = []
+    for dtype, size in ELEMENT_BYTES.items():
+        block = BLOCK_PIECES * 16 // size
+        for entropy in (ENTROPY_NONE, ENTROPY_VALUE, ENTROPY_GRADIENT):
+            widths = (*(blocks * block for blocks in HELD_BLOCKS), HELD_BLOCKS[-1] * block + 1)
+            found += [fused_variant(dtype, columns, entropy, False, False, warp_size) for columns in widths]
+        for softcap, full_kl in ((True, False), (False, True), (True, True)):
+            found.append(fused_variant(dtype, block, ENTROPY_GRADIENT, softcap, full_kl, warp_size))
+        for entropy, softcap in ((ENTROPY_NONE, False), (ENTROPY_VALUE, False), (ENTROPY_VALUE, True)):
+            found.append(statistics_variant(dtype, entropy, softcap, False, warp_size))
+        found += [apply_variant(dtype, softcap, False, warp_size) for softcap in (False, True)]
+        found.append(scale_variant(dtype, warp_size))
+    return list({variant.name: variant for variant in found}.values())
