@@ -12,6 +12,7 @@ std::atomic<const RowKernels*> selected{nullptr};
 std::vector<const RowKernels*> available_kernels() {
     std::vector<const RowKernels*> found;
 #if defined(REPO_X86_KERNELS)
+    __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

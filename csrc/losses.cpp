@@ -124,17 +124,18 @@ int64_t count_live(const int64_t* ids, int64_t rows) {
 template <class Body>
 void over_rows(const RowKernels& kernels, const Tensors& tensors, const int64_t* ids, int threads, Body body) {
     const Rows& logits = tensors.logits;
+    const bool fill = tensors.grad && !tensors.zeroed;
     const auto range = [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
             if (ids[r] != kIgnored) {
                 body(r);
-            } else if (tensors.grad) {
+            } else if (fill) {
                 kernels.zero(tensors.grad->row(r), logits.row_bytes());
             }
         }
     };
     if (tensors.large_gradient()) ask_for_large_pages(*tensors.grad);
-    const int64_t busy = tensors.grad ? logits.count : count_live(ids, logits.count);
+    const int64_t busy = fill ? logits.count : count_live(ids, logits.count);
     parallel_rows(logits.count, logits.columns, busy * logits.columns, threads, range, kernels.fence);
 }
 

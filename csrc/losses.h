@@ -19,6 +19,7 @@ struct Tensors {
     Rows logits;
     const Rows* reference;
     const Rows* grad;
+    bool zeroed;  // the gradient holds zeros, so that its dead rows need not be written
 
     // A gradient that no cache could keep for its reader is written past the caches.
     bool large_gradient() const {

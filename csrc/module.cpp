@@ -54,8 +54,8 @@ struct TensorArguments {
     Tensors tensors;
 
     TensorArguments(const Array& logits, const std::optional<Array>& ref_logits, const std::optional<Array>& out,
-                    const Ids& ids)
-        : tensors{rows_of(logits), nullptr, nullptr} {
+                    const Ids& ids, bool zeroed)
+        : tensors{rows_of(logits), nullptr, nullptr, zeroed} {
         if (ref_logits) tensors.reference = &reference.emplace(alike(*ref_logits));
         if (out) tensors.grad = &grad.emplace(alike(*out));
         require(int64_t(ids.shape(0)) == tensors.logits.count, "one id per row");
@@ -88,9 +88,9 @@ void require_shape(const M& matrix, int64_t rows, int64_t columns, const char* m
 }
 
 void bind_fused(const Array& logits, const std::optional<Array>& ref_logits, const std::optional<Array>& grad,
-                const Ids& ids, const ConstMatrix& values, const ConstVector& scalars, int64_t code, float softcap,
-                bool with_entropy, const Vector& losses, const Matrix& tokens, int threads) {
-    const TensorArguments arguments(logits, ref_logits, grad, ids);
+                bool zeroed, const Ids& ids, const ConstMatrix& values, const ConstVector& scalars, int64_t code,
+                float softcap, bool with_entropy, const Vector& losses, const Matrix& tokens, int threads) {
+    const TensorArguments arguments(logits, ref_logits, grad, ids, zeroed);
     const int64_t rows = arguments.tensors.logits.count;
     require_shape(values, kValues, rows, "values must be (9, N)");
     require_shape(tokens, kTokens, rows, "tokens must be (13, N)");
@@ -102,17 +102,17 @@ void bind_fused(const Array& logits, const std::optional<Array>& ref_logits, con
 
 void bind_statistics(const Array& logits, const std::optional<Array>& ref_logits, const Ids& ids,
                      const ConstVector& scalars, float softcap, bool with_entropy, const Matrix& state, int threads) {
-    const TensorArguments arguments(logits, ref_logits, std::nullopt, ids);
+    const TensorArguments arguments(logits, ref_logits, std::nullopt, ids, false);
     require_shape(state, kStates, arguments.tensors.logits.count, "state must be (7, N)");
     const Scalars by_name = scalars_of(scalars);
     nb::gil_scoped_release unlocked;
     statistics(arguments.tensors, ids.data(), by_name, softcap, with_entropy, state.data(), threads);
 }
 
-void bind_apply(const Array& logits, const std::optional<Array>& ref_logits, const Array& grad, const Ids& ids,
-                const ConstMatrix& state, const ConstMatrix& slopes, const ConstVector& scalars, float softcap,
-                int threads) {
-    const TensorArguments arguments(logits, ref_logits, grad, ids);
+void bind_apply(const Array& logits, const std::optional<Array>& ref_logits, const Array& grad, bool zeroed,
+                const Ids& ids, const ConstMatrix& state, const ConstMatrix& slopes, const ConstVector& scalars,
+                float softcap, int threads) {
+    const TensorArguments arguments(logits, ref_logits, grad, ids, zeroed);
     const int64_t rows = arguments.tensors.logits.count;
     require_shape(state, kStates, rows, "state must be (7, N)");
     require_shape(slopes, 3, rows, "slopes must be (3, N)");
@@ -148,12 +148,12 @@ void bind_soft_cap(const ConstVector& from, const Vector& value, const Vector& s
 
 NB_MODULE(_cpu, m) {
     using namespace nb::literals;
-    m.def("fused", bind_fused, "logits"_a, "ref_logits"_a.none(), "grad"_a.none(), "ids"_a, "values"_a, "scalars"_a,
-          "code"_a, "softcap"_a, "with_entropy"_a, "losses"_a, "tokens"_a, "threads"_a);
+    m.def("fused", bind_fused, "logits"_a, "ref_logits"_a.none(), "grad"_a.none(), "zeroed"_a, "ids"_a, "values"_a,
+          "scalars"_a, "code"_a, "softcap"_a, "with_entropy"_a, "losses"_a, "tokens"_a, "threads"_a);
     m.def("statistics", bind_statistics, "logits"_a, "ref_logits"_a.none(), "ids"_a, "scalars"_a, "softcap"_a,
           "with_entropy"_a, "state"_a, "threads"_a);
-    m.def("apply", bind_apply, "logits"_a, "ref_logits"_a.none(), "grad"_a, "ids"_a, "state"_a, "slopes"_a,
-          "scalars"_a, "softcap"_a, "threads"_a);
+    m.def("apply", bind_apply, "logits"_a, "ref_logits"_a.none(), "grad"_a, "zeroed"_a, "ids"_a, "state"_a,
+          "slopes"_a, "scalars"_a, "softcap"_a, "threads"_a);
     m.def("scale_rows", bind_scale_rows, "grad"_a, "factors"_a, "threads"_a);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("_isas", instruction_sets);

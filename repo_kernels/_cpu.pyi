@@ -6,6 +6,7 @@ def fused(
     logits: Tensor,
     ref_logits: Tensor | None,
     grad: Tensor | None,
+    zeroed: bool,
     ids: Tensor,
     values: Tensor,
     scalars: Tensor,
@@ -16,7 +17,7 @@ def fused(
     tokens: Tensor,
     threads: int,
 ) -> None:
-    """Writes losses (N,), tokens (13, N) and grad."""
+    """Writes losses (N,), tokens (13, N) and grad, but for the dead rows of a zeroed one."""
 
 def statistics(
     logits: Tensor,
@@ -34,6 +35,7 @@ def apply(
     logits: Tensor,
     ref_logits: Tensor | None,
     grad: Tensor,
+    zeroed: bool,
     ids: Tensor,
     state: Tensor,
     slopes: Tensor,
@@ -41,7 +43,7 @@ def apply(
     softcap: float,
     threads: int,
 ) -> None:
-    """Writes grad."""
+    """Writes grad, but for the dead rows of a zeroed one."""
 
 def scale_rows(grad: Tensor, factors: Tensor, threads: int) -> None:
     """Multiplies the rows of grad whose factor is not 1."""

@@ -252,13 +252,12 @@ def scalar_vector(source: Tensor, **scalars: Scalar | None) -> Tensor:
 
     A dual_clip of None is inf, which never binds.
     """
-    defaults = dict.fromkeys(SCALARS, 1.0) | {"dual_clip": math.inf}
-    dtype = compute_dtype(source)
-    vector = []
-    for name in SCALARS:
-        given = scalars.get(name)
-        vector.append(device_scalar(defaults[name] if given is None else given, dtype, source.device))
-    return torch.stack(vector)
+    given = {name: value for name, value in scalars.items() if value is not None}
+    vector = list((dict.fromkeys(SCALARS, 1.0) | {"dual_clip": math.inf} | given).values())
+    dtype, device = compute_dtype(source), source.device
+    if device.type == "cpu" and not any(isinstance(value, Tensor) for value in vector):
+        return torch.tensor(vector, dtype=dtype)
+    return torch.stack([device_scalar(value, dtype, device) for value in vector])
 
 
 def _cost_code(options: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_live_ids
-from .rows import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, STATE, TOKENS, Code, LossRows
+from .rows import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, STATE, TOKENS, Code, LossRows, gradient_buffer
 from .terms import coefficients, token_inputs, token_rows, token_terms
 
 CHUNK_ELEMENTS = 1 << 23  # 32 MB of fp32 logits
@@ -159,10 +159,18 @@ def zero_dead_rows(grad: Tensor, ids: Tensor) -> None:
     put_rows(grad, dead, grad.new_zeros((dead.numel(), grad.shape[-1])))
 
 
-def fused(logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+def new_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, bool]:
+    """A gradient for logits whose rows have these ids, and whether it holds zeros."""
+    return gradient_buffer(logits), False
+
+
+def fused(
+    logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None, zeroed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Weighted loss of each row, (N,), and its TOKENS, (13, N); dL/dlogits times grad_scale goes into `grad`.
 
-    logits, ref_logits: (T, V) or (B, L, V). grad: like logits, or the logits themselves, or None.
+    logits, ref_logits: (T, V) or (B, L, V). grad: like logits, or the logits themselves, or None. zeroed: it holds
+    zeros, and dead rows are left alone.
     """
     dtype, count = rows.values.dtype, rows.ids.numel()
     code, coef = Code.unpack(rows.code), coefficients(rows.scalars)
@@ -187,7 +195,7 @@ def fused(logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tenso
         if grad is not None:
             slopes = torch.stack((terms.g_logp, terms.g_entropy, terms.g_kl)) * coef.grad_scale
             put_rows(grad, index, apply_rows(probs, ids, temperature, softcap, slopes, entropy, kl, reference))
-    if grad is not None:
+    if grad is not None and not zeroed:
         zero_dead_rows(grad, rows.ids)
     return losses, tokens
 
@@ -222,6 +230,7 @@ def apply(
     scalars: Tensor,
     softcap: float,
     grad: Tensor,
+    zeroed: bool = False,
 ) -> None:
     """dL/dlogits into `grad`, from the STATE (7, N) of the rows and their SLOPES (3, N)."""
     temperature, dtype = coefficients(scalars).temperature, scalars.dtype
@@ -237,7 +246,8 @@ def apply(
             probs, ids[index], temperature, softcap or None, slopes[:, index], entropy, kl, reference
         )
         put_rows(grad, index, rows_grad)
-    zero_dead_rows(grad, ids)
+    if not zeroed:
+        zero_dead_rows(grad, ids)
 
 
 def scale_rows(grad: Tensor, upstream: Tensor) -> None:

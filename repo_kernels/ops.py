@@ -30,10 +30,10 @@ def fused_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses (N,), tokens (13, N), dL/dlogits times grad_scale, or an empty tensor). The arguments are a LossRows."""
-    grad = gradient_buffer(logits) if want_grad else logits.new_empty(0)
-    rows = LossRows(ids, values, scalars, code, softcap, entropy)
-    losses, tokens = backends.load(backend).fused(logits, ref_logits, rows, grad if want_grad else None)
-    return losses, tokens, grad
+    kernels, rows = backends.load(backend), LossRows(ids, values, scalars, code, softcap, entropy)
+    grad, zeroed = kernels.new_gradient(logits, ids) if want_grad else (None, False)
+    losses, tokens = kernels.fused(logits, ref_logits, rows, grad, zeroed)
+    return losses, tokens, logits.new_empty(0) if grad is None else grad
 
 
 @fused_loss.register_fake
@@ -126,8 +126,9 @@ def row_gradient(
     logits: Tensor, ids: Tensor, state: Tensor, slopes: Tensor, scalars: Tensor, softcap: float, backend: str
 ) -> Tensor:
     """dL/dlogits from the STATE (7, N) and the SLOPES (3, N)."""
-    grad = gradient_buffer(logits)
-    backends.load(backend).apply(logits, None, ids, state, slopes, scalars, softcap, grad)
+    kernels = backends.load(backend)
+    grad, zeroed = kernels.new_gradient(logits, ids)
+    kernels.apply(logits, None, ids, state, slopes, scalars, softcap, grad, zeroed)
     return grad
 
 

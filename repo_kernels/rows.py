@@ -1,8 +1,8 @@
 """The flat form in which every backend takes a loss: N rows, values by row, scalars in one vector, options in one code.
 
-A backend is a module with the functions `fused`, `statistics`, `apply` and `scale_rows` (eager.py is the definition;
-cpu/ and gpu/ are the same in C++ and Triton). Rows are the leading dimensions of the logits, flattened. A dead row
-(masked or ignored) has id -100: its logits and values are never read, its outputs and its gradient are 0.
+A backend is a module with the functions `new_gradient`, `fused`, `statistics`, `apply` and `scale_rows` (eager.py is
+the definition; cpu/ and gpu/ are the same in C++ and Triton). Rows are the leading dimensions of the logits, flattened.
+A dead row (masked or ignored) has id -100: its logits and values are never read, its outputs and its gradient are 0.
 """
 
 from __future__ import annotations

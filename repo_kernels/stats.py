@@ -11,10 +11,10 @@ from torch import Tensor
 from .rows import TOKENS
 
 SUMS = (
+    "entropy_sum",
+    "kl_ref_sum",
     "tokens",
     "tokens_unsafe",
-    "sequences",
-    "sequences_unsafe",
     "clipped_low_safe",
     "clipped_low_unsafe",
     "clipped_high_safe",
@@ -22,9 +22,9 @@ SUMS = (
     "ratio_sum",
     "ratio_square_sum",
     "kl_old_k1_sum",
-    "kl_old_k3_sum",
-    "kl_ref_sum",
-    "entropy_sum",
+    "kl_old_k3_sum",  # so far the sums of rows.TOKENS, in its order
+    "sequences",
+    "sequences_unsafe",
     "rectified_cost_sum",
     "penalty_sum",
 )
@@ -124,30 +124,15 @@ def collect_stats(
 
     live: (N,) bool. sequence_hinge: (S,) {C - d}^+ per sequence. sequence_live: (S,) bool, has a live token.
     """
-    sums = dict(zip(TOKENS, tokens.sum(1).unbind(0), strict=True))
-    hinge_sum = row_sum(sequence_hinge)
-    ratio = tokens[TOKENS.index("ratio")]
-    one = torch.ones((), dtype=tokens.dtype, device=tokens.device)
-    some = sums["tokens"] > 0
-    # a dead row's ratio is 0 in `tokens`; one more entry keeps an empty call from having no extreme
-    low = torch.cat((torch.where(live, ratio, math.inf), one[None] * math.inf)).amin()
-    high = torch.cat((torch.where(live, ratio, -math.inf), one[None] * -math.inf)).amax()
-    values = {
-        **{name: sums[name] for name in TOKENS if name in SUMS},
-        "sequences": sequence_live.sum(),
-        "sequences_unsafe": ((sequence_hinge > 0) & sequence_live).sum(),
-        "ratio_sum": sums["ratio"],
-        "ratio_square_sum": sums["ratio_square"],
-        "kl_old_k1_sum": sums["kl_old_k1"],
-        "kl_old_k3_sum": sums["kl_old_k3"],
-        "kl_ref_sum": sums["kl"],
-        "entropy_sum": sums["entropy"],
-        "rectified_cost_sum": hinge_sum,
-        "penalty_sum": lam * hinge_sum,
-        "ratio_min": torch.where(some, low, one),
-        "ratio_max": torch.where(some, high, one),
-    }
-    return LossStats(torch.stack([values[name].to(tokens.dtype) for name in FIELDS]))
+    ratio, hinge_sum = tokens[TOKENS.index("ratio")], row_sum(sequence_hinge)
+    if ratio.numel():
+        extremes = torch.stack((torch.where(live, ratio, math.inf).amin(), torch.where(live, ratio, -math.inf).amax()))
+        extremes = extremes.masked_fill(extremes.isinf(), 1.0)  # no live token
+    else:
+        extremes = tokens.new_ones(2)
+    sequences = torch.stack((sequence_live.sum(), ((sequence_hinge > 0) & sequence_live).sum())).to(tokens.dtype)
+    hinges = torch.stack((hinge_sum, lam * hinge_sum))
+    return LossStats(torch.cat((tokens[1:].sum(1), sequences, hinges, extremes)))
 
 
 def row_sum(values: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import ENTROPY_NONE, KL_FULL, STATE, TOKENS, Code, LossRows
+from ..rows import ENTROPY_NONE, IGNORED, KL_FULL, STATE, TOKENS, Code, LossRows
+from . import memory
 
 try:
     from .. import _cpu
@@ -23,11 +24,19 @@ def available() -> bool:
     return _cpu is not None
 
 
-def fused(logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+def new_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, bool]:
+    """A gradient for logits whose rows have these ids, and whether it holds zeros."""
+    return memory.new_gradient(logits, int((ids == IGNORED).sum()))
+
+
+def fused(
+    logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None, zeroed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Weighted loss of each row, (N,), and its TOKENS, (13, N); dL/dlogits times grad_scale goes into `grad`.
 
     logits, ref_logits: (T, V) or (B, L, V), any strides of the rows. grad: like logits, or the logits themselves, or
-    None. Raises IndexError, before anything is written, where the id of a live row is outside [0, V).
+    None. zeroed: grad holds zeros, and dead rows are left alone. Raises IndexError, before anything is written, where
+    the id of a live row is outside [0, V).
     """
     count = rows.ids.numel()
     losses, tokens = torch.empty(count), torch.empty(len(TOKENS), count)
@@ -37,6 +46,7 @@ def fused(logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tenso
         logits.detach(),
         None if ref_logits is None else ref_logits.detach(),
         None if grad is None else grad.detach(),
+        zeroed,
         rows.ids.contiguous(),
         rows.values.contiguous(),
         rows.scalars,
@@ -77,12 +87,14 @@ def apply(
     scalars: Tensor,
     softcap: float,
     grad: Tensor,
+    zeroed: bool = False,
 ) -> None:
     """dL/dlogits into `grad`, from the STATE (7, N) of the rows and their SLOPES (3, N)."""
     _cpu.apply(
         logits.detach(),
         None if ref_logits is None else ref_logits.detach(),
         grad.detach(),
+        zeroed,
         ids.contiguous(),
         state.detach().contiguous(),
         slopes.contiguous(),

@@ -56,7 +56,14 @@ def empty_in_phase(logits: Tensor) -> Tensor:
     return base.as_strided(logits.shape, strides[::-1], offset)
 
 
-def fused(logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+def new_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, bool]:
+    """A gradient in phase with the logits, and False: its dead rows must be written."""
+    return gradient_buffer(logits), False
+
+
+def fused(
+    logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None, zeroed: bool = False
+) -> tuple[Tensor, Tensor]:
     """(losses (N,), tokens (13, N)) of logits (T, V) or (B, L, V); dL/dlogits goes into `grad` (or in place).
 
     Without `grad` only the forward runs.
@@ -104,6 +111,7 @@ def apply(
     scalars: Tensor,
     softcap: float,
     grad: Tensor,
+    zeroed: bool = False,
 ) -> None:
     """Writes dL/dlogits from the state (7, N) and the slopes (3, N) by SLOPES into `grad`, which may be the logits."""
     assert slopes.shape == (len(SLOPES), ids.shape[0])

@@ -70,7 +70,7 @@ def softcap_logits(z, cap, inverse_cap):
     """(y, dy/dz) of y = cap tanh(z / cap), of any shape.
 
     The slope 1 - tanh^2 is formed as 4 e / (1 + e)^2 with e = exp(-2 |z / cap|), which does not cancel at the cap, and
-    tanh near 0 as a polynomial, which does not cancel there.
+    tanh near 0 as a polynomial, which does not cancel there. The sign is put back by its bit.
     """
     u = tl.abs(z * inverse_cap)
     decay = tl.exp2(u * (-2 * LOG2E))
@@ -85,5 +85,5 @@ def softcap_logits(z, cap, inverse_cap):
     p = tl.fma(square, p, 0.13333324)
     p = tl.fma(square, p, -0.33333333)
     magnitude = tl.where(u < 0.55, tl.fma(u * square, p, u), tl.fma(share, -2.0, 1.0))
-    y = cap * magnitude
-    return tl.where(z < 0, -y, y), 4 * share * inverse
+    y = (cap * magnitude).to(tl.int32, bitcast=True) | (z.to(tl.int32, bitcast=True) & -0x80000000)
+    return y.to(tl.float32, bitcast=True), 4 * share * inverse

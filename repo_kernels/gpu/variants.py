@@ -55,21 +55,19 @@ class Variant:
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
-def threads_and_pieces(kind: str, softcap: bool, full_kl: bool) -> tuple[int, int]:
-    """(threads of a program, 16-byte pieces of a block).
+def warps_and_pieces(kind: str, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> tuple[int, int]:
+    """(warps of a program, 16-byte pieces of a block).
 
-    What is computed once per row is computed by every warp, so warps are few and take several pieces each. A swept
-    loss takes more than half of a multiprocessor's registers: one row is in flight on each, and its second sweep finds
-    it in L2. With a softcap the arithmetic is the bound: more warps, which again fill the registers. Full KL reads two
-    rows at a time.
+    What is computed once per row is computed by every warp: the plain loss takes few warps and many pieces. Where that
+    would spill, warps are many. Either way a swept loss takes more than half of the registers of a multiprocessor: one
+    row is in flight on each, and its second sweep finds it in L2.
     """
-    if softcap and kind == "fused-swept":
-        return 1024, BLOCK_PIECES // 2 if full_kl else BLOCK_PIECES
-    if kind == "fused-swept" and not full_kl:
-        return 512, 2 * BLOCK_PIECES
-    if kind == "scale" or softcap:
-        return 1024, BLOCK_PIECES
-    return 512, BLOCK_PIECES
+    if kind == "fused-resident" or (kind == "apply" and not softcap):
+        return 16, BLOCK_PIECES
+    if kind == "fused-swept" and entropy == ENTROPY_NONE:
+        return 16, 2 * BLOCK_PIECES
+    half = softcap or full_kl or (kind == "statistics" and entropy != ENTROPY_NONE)
+    return 32 if warp_size == 32 else 16, BLOCK_PIECES // 2 if half else BLOCK_PIECES
 
 
 def make_variant(
@@ -83,7 +81,7 @@ def make_variant(
 ) -> Variant:
     """The form of a kernel for the given options; `held` blocks of a row in registers, 0 = swept."""
     kernel = {"statistics": kernels.statistics, "apply": kernels.apply, "scale": kernels.scale}.get(kind, kernels.fused)
-    threads, pieces = threads_and_pieces(kind, softcap, full_kl)
+    warps, pieces = warps_and_pieces(kind, entropy, softcap, full_kl, warp_size)
     constexprs: dict[str, Any] = {"R": pieces}
     if kind != "scale":
         constexprs |= {"ENTROPY": entropy, "SOFTCAP": softcap, "FULL_KL": full_kl}
@@ -106,11 +104,11 @@ def make_variant(
         signature=signature,
         constexprs=constexprs,
         divisible=(),
-        num_warps=threads // warp_size,
+        num_warps=warps,
         num_stages=1,
-        elements_per_thread=pieces * 16 // ELEMENT_BYTES[dtype] // threads * max(held, 1),
-        # Two short rows share a multiprocessor. AMD's compiler takes no such limit and needs none.
-        max_registers=64 if held == 1 and warp_size == 32 else None,
+        elements_per_thread=pieces * 16 // ELEMENT_BYTES[dtype] // (warps * warp_size) * max(held, 1),
+        # Two short rows share a multiprocessor; with the entropy they would spill. AMD's compiler takes no such limit.
+        max_registers=64 if held == 1 and entropy == ENTROPY_NONE and warp_size == 32 else None,
     )
 
 

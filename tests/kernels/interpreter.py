@@ -48,10 +48,20 @@ def round_as_hardware(patch: pytest.MonkeyPatch) -> None:
 
 
 def patch_language_once(patch: pytest.MonkeyPatch) -> None:
-    """Calls of device functions go straight in: the launch has patched the language, which takes most of a call."""
+    """Each call of a device function patches triton.language again, which takes most of the call: once is enough.
+
+    A launch patches `tl`, which the kernels see. Triton's own functions see `tl.core`, which stays patched.
+    """
+    import triton.language as tl
     from triton.runtime import interpreter
 
+    patched = set()
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module not in patched and tl.core in self.fn.__globals__.values():
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
         return self.rewrite()(*args, **kwargs)
 
     patch.setattr(interpreter.InterpretedFunction, "__call__", call)

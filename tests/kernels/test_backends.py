@@ -140,3 +140,48 @@ def test_an_id_outside_the_vocabulary_is_nan_in_triton_and_never_an_address() ->
     assert out.loss.isnan().tolist() == [False, True, False]
     good = repo_loss(logits[::2], ids[::2], None, torch.ones(2), loss_agg_mode="none", backend="eager")
     assert torch.allclose(out.logps[::2], good.logps, rtol=1e-6)
+
+
+def test_case_11_one_compiled_kernel_serves_every_length_stride_and_scalar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for types, specialised values and compile-time arguments; only the last two could vary here."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from repo_kernels.gpu import launch
+    from repo_kernels.gpu.variants import variants
+
+    for variant in variants():
+        run_time = {name for name in variant.kernel.arg_names if name not in variant.constexprs}
+        for option in ("do_not_specialize", "do_not_specialize_on_alignment"):
+            assert run_time <= set(variant.kernel.kwargs[option]), variant.name
+
+    compiled: set[tuple] = set()
+    run = launch.launch
+
+    def counted(variant: Any, count: int, *args: Any) -> None:
+        types = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in args)
+        compiled.add((variant.name, types, tuple(variant.constexprs.items()), tuple(variant.options.items())))
+        run(variant, count, *args)
+
+    monkeypatch.setattr(launch, "launch", counted)
+    generator = torch.Generator().manual_seed(0)
+    for call, (rows, length, vocabulary) in enumerate([(1, 1, 16), (1, 3, 17), (2, 2, 16), (3, 1, 1000), (1, 2, 33)]):
+        base = torch.randn(rows, length + 1, vocabulary + call, generator=generator)
+        logits = base[:, :length, call:].requires_grad_()
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        out = repo_loss(
+            logits,
+            ids,
+            None if call == 0 else torch.full((rows, length), -3.0),
+            torch.ones(rows),
+            costs=torch.ones(rows),
+            lam=0.5 + call,
+            temperature=torch.tensor(1.0 + call),
+            eps_low=0.1 * call,
+            ref_logps=torch.zeros(rows, length),
+            beta=0.1 * call,
+            kl_estimator="k2" if call % 2 else "k3",
+            loss_agg_mode="token-sum" if call % 2 else "seq-mean-token-mean",
+            backend="triton",
+        )
+        out.loss.backward(torch.tensor(0.5))
+    assert {name.split("-fp32")[0] for name, *_ in compiled} == {"fused-resident", "scale"}
+    assert len(compiled) == 2

@@ -169,7 +169,7 @@ def test_merging_leaves_the_parts_as_they_were() -> None:
     parts = micro_batches(batch, loss_arguments(batch), [3])
     before = [p.tensor.clone() for p in parts]
     merged = parts[0].merge(parts[1])
-    assert merged.tokens == before[0][0] + before[1][0]
+    assert merged.tokens == LossStats(before[0]).tokens + LossStats(before[1]).tokens
     assert all(torch.equal(p.tensor, kept) for p, kept in zip(parts, before, strict=True))
 
 
