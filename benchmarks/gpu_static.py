@@ -59,7 +59,8 @@ class StaticReport:
     softcap: bool = False
     full_kl: bool = False
     registers: int = 0
-    spills: int = 0  # spill instructions, and on AMD the spilled registers
+    spills: int = 0  # spill instructions, and on AMD the spilled vector registers
+    lane_copies: int = 0  # AMD: scalar registers that are kept in lanes of a vector register, not in memory
     local_bytes: int = 0  # local memory, stack or scratch
     shared_bytes: int = 0
     seconds: float = 0.0  # to compile and to read
@@ -176,11 +177,11 @@ def inspect_variant(variant: Any, target: str) -> StaticReport:
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if TARGETS[target][0] == "cuda":
         code, usage = disassemble_cubin(compiled.asm["cubin"])
-        registers, spilled, local = usage["REG"], 0, usage["LOCAL"] + usage["STACK"]
+        registers, spilled, local, lanes = usage["REG"], 0, usage["LOCAL"] + usage["STACK"], 0
     else:
         code, usage = parse_amdgcn(compiled.asm["amdgcn"]), amd_resources(compiled.asm["amdgcn"])
         registers = usage["vgpr_count"]  # includes the accumulation registers on this architecture
-        spilled = usage["vgpr_spill_count"] + usage["sgpr_spill_count"]
+        spilled, lanes = usage["vgpr_spill_count"], usage["sgpr_spill_count"]
         local = usage["private_segment_fixed_size"]
     loops, outside, path = regions(code)
     return StaticReport(
@@ -195,6 +196,7 @@ def inspect_variant(variant: Any, target: str) -> StaticReport:
         full_kl=bool(variant.full_kl),
         registers=registers,
         spills=spilled + outside.spills + sum(loop.spills for loop in loops),
+        lane_copies=lanes,
         local_bytes=local,
         shared_bytes=compiled.metadata.shared,
         seconds=time.perf_counter() - start,

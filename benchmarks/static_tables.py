@@ -68,7 +68,7 @@ def row(report: StaticReport) -> str:
         report.dtype,
         str(report.num_warps),
         str(report.registers),
-        f"{report.spills} / {report.local_bytes}",
+        f"{report.spills} / {report.local_bytes}" + f" ({report.lane_copies} lanes)" * bool(report.lane_copies),
         str(report.shared_bytes),
         _places(report, "loads"),
         _places(report, "stores"),

@@ -16,8 +16,8 @@ LARGE = 4 << 20  # bytes; smaller blocks come back from the allocator with their
 class Spare:
     """The last block that was handed out, which is handed out again once nobody holds a tensor on it.
 
-    So a training step does not wait for the system to clear the pages of its gradient, and at most one gradient is
-    kept between steps (none with `inplace=True`).
+    So a training step does not wait for the system to clear the pages of its gradient. Between steps the largest
+    gradient so far is kept (none with `inplace=True`).
     """
 
     def __init__(self) -> None:
@@ -27,8 +27,8 @@ class Spare:
     def take(self, size: int) -> Tensor:
         """(size,) uint8, uninitialised."""
         block, user = self._block, self._user
-        free = user is None or user() is None
-        if not free or not size <= block.nbytes <= 2 * size:
+        taken = user is not None and user() is not None
+        if taken or block.nbytes < size:
             self._block = block = np.empty(size, dtype=np.uint8)
         view = block[:size]
         self._user = weakref.ref(view)  # the tensor holds the view as long as its storage lives

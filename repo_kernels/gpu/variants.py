@@ -55,13 +55,17 @@ class Variant:
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
-def warps_and_pieces(kind: str, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> tuple[int, int]:
+def warps_and_pieces(
+    kind: str, entropy: int, softcap: bool, full_kl: bool, held: int, warp_size: int
+) -> tuple[int, int]:
     """(warps of a program, 16-byte pieces of a block).
 
     What is computed once per row is computed by every warp: the plain loss takes few warps and many pieces. Where that
     would spill, warps are many. Either way a swept loss takes more than half of the registers of a multiprocessor: one
-    row is in flight on each, and its second sweep finds it in L2.
+    row is in flight on each, and its second sweep finds it in L2. Two rows that are held in one block share it.
     """
+    if held == 1:
+        return 8, BLOCK_PIECES
     if kind == "fused-resident" or (kind == "apply" and not softcap):
         return 16, BLOCK_PIECES
     if kind == "fused-swept" and entropy == ENTROPY_NONE:
@@ -81,7 +85,7 @@ def make_variant(
 ) -> Variant:
     """The form of a kernel for the given options; `held` blocks of a row in registers, 0 = swept."""
     kernel = {"statistics": kernels.statistics, "apply": kernels.apply, "scale": kernels.scale}.get(kind, kernels.fused)
-    warps, pieces = warps_and_pieces(kind, entropy, softcap, full_kl, warp_size)
+    warps, pieces = warps_and_pieces(kind, entropy, softcap, full_kl, held, warp_size)
     constexprs: dict[str, Any] = {"R": pieces}
     if kind != "scale":
         constexprs |= {"ENTROPY": entropy, "SOFTCAP": softcap, "FULL_KL": full_kl}
@@ -107,8 +111,8 @@ def make_variant(
         num_warps=warps,
         num_stages=1,
         elements_per_thread=pieces * 16 // ELEMENT_BYTES[dtype] // (warps * warp_size) * max(held, 1),
-        # Two short rows share a multiprocessor; with the entropy they would spill. AMD's compiler takes no such limit.
-        max_registers=64 if held == 1 and entropy == ENTROPY_NONE and warp_size == 32 else None,
+        # so that two programs of 256 threads fit; AMD's compiler takes no such limit
+        max_registers=128 if held == 1 and warp_size == 32 else None,
     )
 
 

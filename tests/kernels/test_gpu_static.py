@@ -1,6 +1,6 @@
 """The Triton kernels as machine code, without a GPU: no spills, full-width accesses, few instructions per logit.
 
-In a normal run: every variant on sm_90 and the bf16 variants on the other targets. The rest is marked slow.
+In a normal run: every variant on sm_90 and the bf16 variants on the other targets. The rest is marked aot (`make test-aot`).
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def check_memory(reports: list[StaticReport]) -> None:
     assert reports
     assert not describe([r for r in reports if r.spills], "spills")
     assert not describe([r for r in reports if r.local_bytes], "local_bytes")
+    # softcap with full KL, the largest kernel, keeps ten of gfx942's scalar registers in lanes of a vector register
+    assert not describe([r for r in reports if r.lane_copies > 10 * (r.softcap and r.full_kl)], "lane_copies")
     assert not describe([r for r in reports if r.narrow_accesses], "narrow_accesses")
     # Rows that are not swept are held: all of the logits of a thread come in wide loads outside loops.
     held = [r for r in reports if not r.sweeps]
@@ -70,7 +72,7 @@ def test_no_spills_and_full_width_accesses(quick: list[StaticReport]) -> None:
 
 
 @needs_kernels
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.parametrize("target", OTHER_TARGETS)
 def test_no_spills_and_full_width_accesses_in_the_other_types(target: str) -> None:
     check_memory(ours(gpu_static.inspect_all([target], dtypes=["fp32", "fp16"])))
