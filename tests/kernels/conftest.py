@@ -8,6 +8,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined:
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -38,22 +39,24 @@ def _interpreter() -> Iterator[None]:
         yield
 
 
-def _skip_missing(backend: str) -> None:
+@contextmanager
+def served_by(backend: str) -> Iterator[None]:
+    """Calls that name no backend go to this one for fp32, bf16 and fp16; fp64 is eager's."""
     if backend == "cpu" and not backends.load("cpu").available():
         pytest.skip("the C++ extension was not built")
     if backend == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
 
-
-@pytest.fixture(params=["eager", "cpu", "triton"], scope="module")
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend in turn, made the one that serves fp32, bf16 and fp16 where a call names none; fp64 is eager's."""
-    name: str = request.param
-    _skip_missing(name)
-
     def chosen(source: Tensor) -> str:
-        return name if source.dtype in backends.KERNEL_DTYPES else "eager"
+        return backend if source.dtype in backends.KERNEL_DTYPES else "eager"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "default_backend", chosen)
-        yield name
+        yield
+
+
+@pytest.fixture(params=["eager", "cpu", "triton"], scope="module")
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend in turn."""
+    with served_by(request.param):
+        yield request.param

@@ -1,6 +1,6 @@
 """The Triton kernels as machine code, without a GPU: no spills, full-width accesses, few instructions per logit.
 
-In a normal run: every variant on sm_90 and the bf16 variants on the other targets. The rest is marked aot (`make test-aot`).
+In a normal run: every variant on sm_90 and the bf16 variants on the other targets; the rest is `make test-aot`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_case_1_impossible_entries_leave_every_output_finite(where: str, softcap
     if softcap is None and where == "all but the target":
         assert (out.logps == 0).all()
         assert (out.entropy == 0).all()
-        assert (logits.grad == 0).all()
+        assert (logits.grad.abs() <= 2**-24).all()  # case 4: the target's probability is 1
     elif softcap is None:
         kept = torch.ones(16, dtype=torch.bool)
         kept[gone] = False

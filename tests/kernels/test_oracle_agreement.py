@@ -7,6 +7,7 @@ storage type in bf16 (4e-3) and fp16 (5e-4 with a suitable grad_scale).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,9 +19,18 @@ from torch import Tensor
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 
 from .cases import AGGREGATIONS, Batch, batches, loss_arguments, make_batch, options
+from .conftest import served_by
 from .oracle import OracleOutput, log_probs, oracle_gradient, oracle_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.fixture(params=["eager", "cpu"], scope="module")
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Triton, slow in its interpreter, meets an oracle in test_triton and the other backends in test_backends."""
+    with served_by(request.param):
+        yield request.param
+
 
 GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 OUTPUT = 1e-6
