@@ -1,5 +1,6 @@
 #include "losses.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -22,7 +23,11 @@ struct RowState {
 
 Scaling scaling_of(const Scalars& scalars, float softcap) { return {float(kLog2E / scalars.temperature), softcap}; }
 
-double log2_total(const RowSums& sums) { return sums.top + std::log1p(sums.rest / sums.largest) * kLog2E; }
+// NaN where no logit was above the lowest maximum, as in a row of -inf.
+double log2_total(const RowSums& sums) {
+    if (!(sums.largest > 0)) return std::numeric_limits<double>::quiet_NaN();
+    return sums.top + std::log1p(sums.rest / sums.largest) * kLog2E;
+}
 
 RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, Scaling scaling,
                     bool with_entropy) {

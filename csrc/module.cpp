@@ -148,16 +148,16 @@ void bind_soft_cap(const ConstVector& from, const Vector& value, const Vector& s
 
 NB_MODULE(_cpu, m) {
     using namespace nb::literals;
-    m.def("fused", bind_fused, "logits"_a, "ref_logits"_a.none(), "grad"_a.none(), "zeroed"_a, "ids"_a, "values"_a,
-          "scalars"_a, "code"_a, "softcap"_a, "with_entropy"_a, "losses"_a, "tokens"_a, "threads"_a);
-    m.def("statistics", bind_statistics, "logits"_a, "ref_logits"_a.none(), "ids"_a, "scalars"_a, "softcap"_a,
-          "with_entropy"_a, "state"_a, "threads"_a);
-    m.def("apply", bind_apply, "logits"_a, "ref_logits"_a.none(), "grad"_a, "zeroed"_a, "ids"_a, "state"_a,
-          "slopes"_a, "scalars"_a, "softcap"_a, "threads"_a);
-    m.def("scale_rows", bind_scale_rows, "grad"_a, "factors"_a, "threads"_a);
+    m.def("fused", bind_fused, "logits"_a.noconvert(), "ref_logits"_a.noconvert().none(), "grad"_a.noconvert().none(), "zeroed"_a, "ids"_a.noconvert(), "values"_a.noconvert(),
+          "scalars"_a.noconvert(), "code"_a, "softcap"_a, "with_entropy"_a, "losses"_a.noconvert(), "tokens"_a.noconvert(), "threads"_a);
+    m.def("statistics", bind_statistics, "logits"_a.noconvert(), "ref_logits"_a.noconvert().none(), "ids"_a.noconvert(), "scalars"_a.noconvert(), "softcap"_a,
+          "with_entropy"_a, "state"_a.noconvert(), "threads"_a);
+    m.def("apply", bind_apply, "logits"_a.noconvert(), "ref_logits"_a.noconvert().none(), "grad"_a.noconvert(), "zeroed"_a, "ids"_a.noconvert(), "state"_a.noconvert(),
+          "slopes"_a.noconvert(), "scalars"_a.noconvert(), "softcap"_a, "threads"_a);
+    m.def("scale_rows", bind_scale_rows, "grad"_a.noconvert(), "factors"_a.noconvert(), "threads"_a);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("_isas", instruction_sets);
     m.def("_set_isa", set_isa, "name"_a);
-    m.def("_exp2", bind_exp2, "t"_a, "out"_a);
-    m.def("_soft_cap", bind_soft_cap, "z"_a, "value"_a, "slope"_a, "cap"_a);
+    m.def("_exp2", bind_exp2, "t"_a.noconvert(), "out"_a.noconvert());
+    m.def("_soft_cap", bind_soft_cap, "z"_a.noconvert(), "value"_a.noconvert(), "slope"_a.noconvert(), "cap"_a);
 }

@@ -256,7 +256,7 @@ def scalar_vector(source: Tensor, **scalars: Scalar | None) -> Tensor:
     vector = list((dict.fromkeys(SCALARS, 1.0) | {"dual_clip": math.inf} | given).values())
     dtype, device = compute_dtype(source), source.device
     if device.type == "cpu" and not any(isinstance(value, Tensor) for value in vector):
-        return torch.tensor(vector, dtype=dtype)
+        return torch.tensor(vector, dtype=dtype, device=device)
     return torch.stack([device_scalar(value, dtype, device) for value in vector])
 
 

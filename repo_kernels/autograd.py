@@ -1,6 +1,6 @@
-"""The in-place form of the loss: the gradient is written over the logits, one buffer instead of two, one backward.
+"""What every backward of the losses obeys, and their in-place form: one buffer instead of two, one backward.
 
-A custom operator that mutates its input cannot register autograd, so this is an autograd.Function of its own.
+A custom operator that mutates its input cannot register autograd, so that is an autograd.Function of its own.
 """
 
 from __future__ import annotations
@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
-from .rows import LossRows
+from .rows import IGNORED, LossRows
+
+
+def refuse_second_order(name: str) -> None:
+    """RuntimeError in a backward that is itself recorded: its result would be a constant to a second backward."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} can be differentiated once: create_graph=True is not supported")
+
+
+def live_upstream(upstream: Tensor, ids: Tensor) -> Tensor:
+    """upstream (N,) with 1 on dead rows, whose gradient is 0 whatever arrives there and need not be touched."""
+    return torch.where(ids == IGNORED, 1.0, upstream)
 
 
 class InplaceLoss(torch.autograd.Function):
@@ -26,12 +36,12 @@ class InplaceLoss(torch.autograd.Function):
         torch.autograd.graph.increment_version(buffer)
         ctx.mark_non_differentiable(tokens)
         ctx.set_materialize_grads(False)
-        ctx.buffer, ctx.version, ctx.backend = buffer, buffer._version, backend
+        ctx.buffer, ctx.version, ctx.backend, ctx.ids = buffer, buffer._version, backend, rows.ids
         return losses, tokens
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple:
+        refuse_second_order("repo_loss")
         nothing = (None,) * 4
         if upstream is None:
             return None, *nothing
@@ -42,6 +52,6 @@ class InplaceLoss(torch.autograd.Function):
             raise RuntimeError(
                 "repo_loss(inplace=True): the logits hold the gradient and were modified before backward"
             )
-        backends.load(ctx.backend).scale_rows(buffer, upstream)
+        backends.load(ctx.backend).scale_rows(buffer, live_upstream(upstream, ctx.ids))
         torch.autograd.graph.increment_version(buffer)
         return buffer, *nothing

@@ -1,12 +1,13 @@
 """Which backend runs: the one place where it is decided.
 
-A backend is a module with `fused`, `statistics`, `apply` and `scale_rows` over flat rows (rows.py).
+A backend is a module with `new_gradient`, `fused`, `statistics`, `apply` and `scale_rows` over flat rows (rows.py).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from types import ModuleType
@@ -14,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import cpu
 from .checks import check_choice, describe
 
 BACKENDS = ("triton", "cpu", "eager")
@@ -27,30 +29,31 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[backend]}", __package__)
 
 
+# Looked up once, so that torch.compile finds constants.
+CPU_BUILT = cpu.available()
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 @functools.cache
-def _cpu_available() -> bool:
-    if load("cpu").available():
-        return True
+def _warn_once() -> None:
     warnings.warn(
         "repo_kernels was built without its C++ extension: PyTorch serves the CPU, several times slower. "
         "Install g++ >= 11 or clang >= 14 and reinstall for the C++ backend; backend='eager' says that this is meant.",
         stacklevel=2,
     )
-    return False
-
-
-@functools.cache
-def _triton_available() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def default_backend(source: Tensor) -> str:
-    """CUDA, ROCm: "triton". CPU: "cpu", or "eager" without the extension. fp64 and other devices: "eager"."""
+    """CUDA, ROCm: "triton". CPU: "cpu". Without Triton or the extension, for fp64 and on other devices: "eager"."""
     if source.dtype not in KERNEL_DTYPES:
         return "eager"
     if source.device.type == "cuda":
-        return "triton"
-    return "cpu" if source.device.type == "cpu" and _cpu_available() else "eager"
+        return "triton" if TRITON_INSTALLED else "eager"
+    if source.device.type != "cpu":
+        return "eager"
+    if not CPU_BUILT and not torch.compiler.is_compiling():
+        _warn_once()
+    return "cpu" if CPU_BUILT else "eager"
 
 
 def choose_backend(backend: str | None, source: Tensor) -> str:
@@ -68,10 +71,10 @@ def choose_backend(backend: str | None, source: Tensor) -> str:
     if backend == "cpu":
         if source.device.type != "cpu":
             raise ValueError(f"backend='cpu' takes tensors on the CPU; got {describe(source)}")
-        if not load("cpu").available():
+        if not CPU_BUILT:
             raise ValueError("backend='cpu' needs the C++ extension, which this install was built without")
         return backend
-    if not _triton_available():
+    if not TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the triton package; it is not installed")
     if source.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(

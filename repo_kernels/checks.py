@@ -5,7 +5,6 @@ Float values are checked; values of tensors on a device are not, since that woul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,8 @@ VALUE_DTYPES = (torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
 COST_MODES = ("rectified", "split", "lagrangian")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+
+FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 3.4028234663852886e38
 
 Scalar = float | Tensor
 
@@ -52,7 +53,7 @@ def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
 
 
 def check_scalar(name: str, value: object, accepts: Callable[[float], bool], takes: str) -> None:
-    """A finite float in range, or a 0-d tensor (whose value is not looked at)."""
+    """A float in range that is finite and not 0 in fp32 either, or a 0-d tensor (whose value is not looked at)."""
     if isinstance(value, Tensor):
         if value.ndim or not (value.is_floating_point() or value.dtype in ID_DTYPES):
             raise ValueError(f"{name} as a tensor must be 0-d and numeric; got {describe(value)}")
@@ -62,7 +63,7 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
     # a comparison and not isfinite, which torch.compile cannot trace for a float that varies
-    if not (-math.inf < value < math.inf and accepts(value)):
+    if not (value == 0 or FLOAT32_TINY <= abs(value) <= FLOAT32_MAX) or not accepts(value):
         raise ValueError(f"{name} must be {takes}; got {value!r}")
 
 

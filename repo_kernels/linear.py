@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import backends
 from .arguments import LossArguments
+from .autograd import refuse_second_order
 from .eager import chunks, live_rows, put_rows, take_rows
 from .rows import SCALARS, STATE, TOKENS, LossRows
 
@@ -29,8 +29,9 @@ class Head:
     bias: Tensor | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) -> (n, V)."""
-        return F.linear(hidden, self.weight, self.bias)
+        """(n, H) -> (n, V), in the compute dtype also under autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, self.weight, self.bias)
 
 
 def make_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
@@ -57,10 +58,11 @@ class HeadGradients:
 
     def add(self, index: Tensor, grad: Tensor, hidden: Tensor, head: Head) -> None:
         """grad: (n, V) dL/dlogits of the rows `index`; hidden: (n, H) of the compute dtype."""
-        if self.hidden is not None:
-            put_rows(self.hidden, index, grad @ head.weight)
-        if self.weight is not None:
-            self.weight.addmm_(grad.t(), hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.hidden is not None:
+                put_rows(self.hidden, index, grad @ head.weight)
+            if self.weight is not None:
+                self.weight.addmm_(grad.t(), hidden)
         if self.bias is not None:
             self.bias += grad.sum(0)
 
@@ -134,8 +136,8 @@ class LinearLoss(torch.autograd.Function):
         return losses, tokens
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple:
+        refuse_second_order("linear_repo_loss")
         nothing = (None,) * 4
         if upstream is None:
             return None, None, None, *nothing
@@ -182,8 +184,8 @@ class LinearLogprobs(torch.autograd.Function):
         return state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None) -> tuple:
+        refuse_second_order("linear_selective_log_softmax")
         if upstream is None:
             return None, None, None, None
         hidden, weight, bias, state = ctx.saved_tensors

@@ -46,7 +46,7 @@ def selective_log_softmax(
         logps, or (logps, entropy): leading shape, fp32 (fp64 for fp64 logits), both differentiable in the logits.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. IndexError: a live id outside [0, V).
+        TypeError, ValueError: a wrong argument, named. IndexError: a live id outside [0, V) (Triton: that row is NaN).
     """
     check_matrix("logits", logits)
     backend = choose_backend(backend, logits)

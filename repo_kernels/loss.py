@@ -150,7 +150,8 @@ def repo_loss(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device, range or combination; the message names the argument.
-        IndexError: a live id outside [0, V).
+        IndexError: a live id outside [0, V); on the Triton backend, which
+            does not wait for the device to look, the row is NaN instead.
         RuntimeError: a second backward with inplace=True.
     """
     check_matrix("logits", logits)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import backends
+from .autograd import live_upstream, refuse_second_order
 from .rows import STATE, TOKENS, LossRows, gradient_buffer
 
 
@@ -54,7 +55,7 @@ def _(
 
 
 def _keep_gradient(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[2])
+    ctx.save_for_backward(output[2], inputs[2])
     ctx.backend = inputs[-1]
     ctx.set_materialize_grads(False)
 
@@ -63,17 +64,17 @@ def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     nothing = (None,) * 9
     if upstream is None:
         return None, *nothing
-    (grad,) = ctx.saved_tensors
-    if _consumable(grad):
-        backends.load(ctx.backend).scale_rows(grad, upstream)
-        torch.autograd.graph.increment_version(grad)
-        return grad, *nothing
-    return scaled_rows(grad, upstream, ctx.backend), *nothing
-
-
-def _consumable(grad: Tensor) -> bool:
-    """Whether nobody can ask for the buffer again: a plain tensor in a backward that does not retain its graph."""
-    return type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    grad, ids = ctx.saved_tensors
+    traced = type(grad) is not Tensor
+    if not traced:
+        refuse_second_order("repo_loss")
+    grad, upstream = grad.detach(), live_upstream(upstream, ids)
+    # what is traced or retained may be asked for again; otherwise the buffer is this backward's own
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return scaled_rows(grad, upstream, ctx.backend), *nothing
+    backends.load(ctx.backend).scale_rows(grad, upstream)
+    torch.autograd.graph.increment_version(grad)
+    return grad, *nothing
 
 
 fused_loss.register_autograd(_scale_gradient, setup_context=_keep_gradient)
@@ -113,6 +114,8 @@ def _apply_slopes(ctx: Any, upstream: Tensor | None) -> tuple:
     if upstream is None:
         return (None,) * 6
     logits, ids, scalars, state = ctx.saved_tensors
+    if type(logits) is Tensor:
+        refuse_second_order("selective_log_softmax")
     slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # no full KL here
     grad = row_gradient(logits.detach(), ids, state.detach(), slopes, scalars, ctx.softcap, ctx.backend)
     return grad, None, None, None, None, None

@@ -119,19 +119,24 @@ def row_strides(matrix: Tensor) -> tuple[int, int, int]:
     return max(matrix.shape[1], 1), matrix.stride(0), matrix.stride(1)
 
 
-def gradient_buffer(logits: Tensor) -> Tensor:
-    """An uninitialised gradient of the logits, whose rows lie to 16-byte boundaries exactly as the logits' rows do.
+def gradient_layout(logits: Tensor) -> tuple[tuple[int, ...], int, int]:
+    """(strides, storage offset, elements of the storage) of the logits' gradient.
 
-    Contiguous where the logits are; otherwise each stride is the smallest one with the same remainder, so that a kernel
-    that peels a logits row to its first 16-byte boundary has peeled the gradient's too.
+    Its rows lie to 16-byte boundaries exactly as the logits' rows do, so that a kernel that peels a logits row to its
+    first boundary has peeled the gradient's too: each stride is the smallest one with the same remainder.
     """
     step = max(16 // logits.element_size(), 1)
-    if logits.is_contiguous() and logits.storage_offset() % step == 0:
-        return logits.new_empty(logits.shape)
     strides, reach = [1], logits.shape[-1]
     for size, stride in zip(reversed(logits.shape[:-1]), reversed(logits.stride()[:-1]), strict=True):
-        stride_here = reach + (stride - reach) % step
-        strides.append(stride_here)
-        reach = stride_here * max(size, 1)
-    offset = logits.storage_offset() % step
-    return logits.new_empty(offset + reach).as_strided(logits.shape, strides[::-1], offset)
+        strides.append(reach if logits.is_contiguous() else reach + (stride - reach) % step)
+        reach = strides[-1] * max(size, 1)
+    offset: int = logits.storage_offset() % step  # type: ignore[assignment]  # SymInt while tracing
+    return tuple(reversed(strides)), offset, offset + reach
+
+
+def gradient_buffer(logits: Tensor) -> Tensor:
+    """An uninitialised gradient of the logits; contiguous where they are and begin at a 16-byte boundary."""
+    strides, offset, elements = gradient_layout(logits)
+    if logits.is_contiguous() and offset == 0:
+        return logits.new_empty(logits.shape)
+    return logits.new_empty(elements).as_strided(logits.shape, strides, offset)

@@ -39,7 +39,7 @@ def fused(
     the id of a live row is outside [0, V).
     """
     count = rows.ids.numel()
-    losses, tokens = torch.empty(count), torch.empty(len(TOKENS), count)
+    losses, tokens = rows.values.new_empty(count), rows.values.new_empty(len(TOKENS), count)
     if Code.unpack(rows.code).kl != KL_FULL:
         ref_logits = None
     _cpu.fused(
@@ -64,7 +64,7 @@ def statistics(
     logits: Tensor, ref_logits: Tensor | None, ids: Tensor, scalars: Tensor, softcap: float, entropy: int
 ) -> Tensor:
     """The STATE of each row, (7, N): log-probability of its id, entropy, full KL, and what `apply` starts from."""
-    state = torch.empty(len(STATE), ids.numel())
+    state = scalars.new_empty(len(STATE), ids.numel())
     _cpu.statistics(
         logits.detach(),
         None if ref_logits is None else ref_logits.detach(),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..rows import gradient_buffer
+from ..rows import gradient_buffer, gradient_layout
 
 LARGE = 4 << 20  # bytes; smaller blocks come back from the allocator with their pages
 
@@ -16,22 +17,23 @@ LARGE = 4 << 20  # bytes; smaller blocks come back from the allocator with their
 class Spare:
     """The last block that was handed out, which is handed out again once nobody holds a tensor on it.
 
-    So a training step does not wait for the system to clear the pages of its gradient. Between steps the largest
-    gradient so far is kept (none with `inplace=True`).
+    So a training step does not wait for the system to clear the pages of its gradient. Between steps one block is kept
+    (none with `inplace=True`).
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._block = np.empty(0, dtype=np.uint8)
         self._user: weakref.ref[np.ndarray] | None = None
 
     def take(self, size: int) -> Tensor:
         """(size,) uint8, uninitialised."""
-        block, user = self._block, self._user
-        taken = user is not None and user() is not None
-        if taken or block.nbytes < size:
-            self._block = block = np.empty(size, dtype=np.uint8)
-        view = block[:size]
-        self._user = weakref.ref(view)  # the tensor holds the view as long as its storage lives
+        with self._lock:
+            taken = self._user is not None and self._user() is not None
+            if taken or self._block.nbytes < size:
+                self._block = np.empty(size, dtype=np.uint8)
+            view = self._block[:size]
+            self._user = weakref.ref(view)  # the tensor holds the view as long as its storage lives
         return torch.from_numpy(view)
 
 
@@ -43,10 +45,10 @@ def new_gradient(logits: Tensor, dead: int) -> tuple[Tensor, bool]:
 
     Where most rows are dead it is of zero pages, which exist once they are written: dead rows then cost nothing.
     """
-    like = gradient_buffer(logits.to("meta"))
-    size = like.untyped_storage().nbytes()
+    strides, offset, elements = gradient_layout(logits)
+    size = elements * logits.element_size()
     if size < LARGE:
         return gradient_buffer(logits), False
     mostly_dead = 2 * dead > logits.shape[:-1].numel()
     memory = torch.from_numpy(np.zeros(size, dtype=np.uint8)) if mostly_dead else _spare.take(size)
-    return memory.view(logits.dtype).as_strided(like.shape, like.stride(), like.storage_offset()), mostly_dead
+    return memory.view(logits.dtype).as_strided(logits.shape, strides, offset), mostly_dead

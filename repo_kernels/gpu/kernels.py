@@ -128,7 +128,7 @@ def fused(
         if HELD > 0:
             x0, x1, x2 = hold(aligned(x_row, head), hole, pieces, R, HELD)
         inputs = row_inputs(values, scalars, row, count, code)
-        lanes = empty_lanes(R)
+        lanes = empty_lanes(scale, R)
         if HELD > 0:
             if pieces > 0:
                 lanes = held_statistics(lanes, x0, scale, DTYPE, ENTROPY)
@@ -180,7 +180,7 @@ def statistics(
         ref_row = ref_logits + row_offset(row, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
         start = open_row(x_row, ref_row, target, columns, scalars, softcap, SOFTCAP, FULL_KL)
         place, _, _, (_, scale, inverse_softcap) = start
-        lanes = empty_lanes(R)
+        lanes = empty_lanes(scale, R)
         lanes = sweep_statistics(lanes, place, ref_row, scale, softcap, inverse_softcap, R, E, "evict_first",
                                  ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
         logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, _ = close_row(

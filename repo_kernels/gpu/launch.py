@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import ENTROPY_NONE, SLOPES, STATE, TOKENS, LossRows, gradient_buffer, row_strides
+from ..rows import ENTROPY_NONE, SLOPES, STATE, TOKENS, LossRows, gradient_buffer, gradient_layout, row_strides
 from .variants import Variant, apply_variant, fused_variant, scale_variant, statistics_variant
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -19,9 +19,10 @@ def warp_size() -> int:
 
 
 def launch(variant: Variant, count: int, *args: Any) -> None:
-    """One program per row. A grid of 0 is not a launch."""
+    """One program per row, on the device of the first argument. A grid of 0 is not a launch."""
     if count:
-        variant.kernel[(count,)](*args, **variant.constexprs, **variant.options)
+        with torch.cuda.device_of(args[0]):
+            variant.kernel[(count,)](*args, **variant.constexprs, **variant.options)
 
 
 def phase(matrix: Tensor) -> tuple[int, ...]:
@@ -46,14 +47,11 @@ def empty_in_phase(logits: Tensor) -> Tensor:
     buffer = gradient_buffer(logits)
     if phase(buffer) == phase(logits):
         return buffer
+    strides, _, elements = gradient_layout(logits)
     step = 16 // logits.element_size()
-    strides, reach = [1], logits.shape[-1]
-    for size, stride in zip(reversed(logits.shape[:-1]), reversed(logits.stride()[:-1]), strict=True):
-        strides.append(reach + (stride - reach) % step)
-        reach = strides[-1] * max(size, 1)
-    base = logits.new_empty(reach + step)
+    base = logits.new_empty(elements + step)
     offset = (logits.data_ptr() - base.data_ptr()) // logits.element_size() % step
-    return base.as_strided(logits.shape, strides[::-1], offset)
+    return base.as_strided(logits.shape, strides, offset)
 
 
 def new_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, bool]:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .scalar_math import LN2, LOG2E, log1p, log2, softcap_logits
 
+LARGEST = tl.constexpr(2.0**31)  # scaled maxima beyond it leave no digits for differences: NaN
 FLOOR = tl.constexpr(-1e30)  # a finite minus infinity: differences and products with 0 stay numbers
 
 
@@ -36,9 +37,12 @@ def prepare(x, live, softcap, inverse_softcap, SOFTCAP: tl.constexpr, FINITE: tl
 
 
 @triton.jit
-def empty_lanes(R: tl.constexpr):
-    """(max2, total, weighted, ref_max2, ref_total, cross), (R,) each, of nothing."""
-    floor, zero = tl.full([R], FLOOR, tl.float32), tl.zeros([R], tl.float32)
+def empty_lanes(scale, R: tl.constexpr):
+    """(max2, total, weighted, ref_max2, ref_total, cross), (R,) each, of nothing.
+
+    Their maximum is scaled as the logits are and above that of a logit at the floor, which must count for nothing.
+    """
+    floor, zero = tl.full([R], FLOOR, tl.float32) * (scale / 4), tl.zeros([R], tl.float32)
     return floor, zero, zero, floor, zero, zero
 
 
@@ -91,6 +95,7 @@ def meet(lanes, edges, ref_edges, z, ref_z, scale, ENTROPY: tl.constexpr, FULL_K
     """
     max2, total, weighted, ref_max2, ref_total, cross = lanes
     top = tl.maximum(tl.maximum(tl.max(max2, axis=0), tl.max(edges, axis=0) * scale), z * scale)
+    top = tl.where(tl.abs(top) < LARGEST, top, float("nan"))
     shift = max2 - top
     shrink = tl.exp2(shift)
     edge_t, t = tl.fma(edges, scale, -top), tl.fma(z, scale, -top)

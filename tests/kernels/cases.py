@@ -192,7 +192,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "lam": draw(st.sampled_from((0.0, 0.5, 3.0)), label="lam"),
         "cost_limit": draw(st.sampled_from(limits), label="cost_limit"),
         "normalize": draw(st.booleans(), label="normalize"),
-        "temperature": draw(st.sampled_from((1.0, 0.5, 1.7)), label="temperature"),
+        "temperature": draw(st.sampled_from((1.0, 0.5, 1.7, 2.0)), label="temperature"),
         "softcap": draw(st.sampled_from((None, 4.0, 30.0)), label="softcap"),
         "eps_low": draw(st.sampled_from((0.2, 0.05, 1.0)), label="eps_low"),
         "eps_high": draw(st.sampled_from((0.2, 0.28, 0.0)), label="eps_high"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -13,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repo_kernels import backends, linear_repo_loss, repo_loss, selective_log_softmax
+from repo_kernels import (
+    backends,
+    linear_repo_loss,
+    linear_selective_log_softmax,
+    repo_loss,
+    selective_log_softmax,
+)
+from repo_kernels.cpu.memory import Spare
+from repo_kernels.rows import gradient_buffer
 
 from .cases import Batch, batches, loss_arguments, options
 
@@ -70,6 +79,120 @@ def test_the_device_and_the_type_decide() -> None:
     assert backends.choose_backend(None, torch.zeros(1, 2, device="meta")) == "eager"
 
 
+@pytest.mark.parametrize("backend", [None, "cpu", "eager", "triton"])
+def test_the_choice_is_made_in_a_whole_graph(backend: str | None) -> None:
+    """The other tests of torch.compile replace the default; this one traces it."""
+    available()
+    logits, ids = torch.randn(3, 9), torch.tensor([0, 1, 2])
+
+    def loss(z: Tensor) -> Tensor:
+        out = repo_loss(z, ids, None, torch.ones(3), loss_agg_mode="none", backend=backend)
+        return out.loss + selective_log_softmax(z, ids, backend=backend)
+
+    torch._dynamo.reset()
+    found = torch.compile(loss, backend="aot_eager", fullgraph=True)(logits)
+    assert torch.equal(found, loss(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_change_the_results(dtype: torch.dtype) -> None:
+    logits, ids = torch.randn(3, 9), torch.tensor([0, 1, 2])
+    ones = torch.ones(3)
+    for backend in available():
+        expected = (
+            repo_loss(logits, ids, None, ones, backend=backend),
+            selective_log_softmax(logits, ids, backend=backend),
+        )
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            got = (
+                repo_loss(logits, ids, None, ones, backend=backend),
+                selective_log_softmax(logits, ids, backend=backend),
+            )
+        finally:
+            torch.set_default_dtype(before)
+        assert torch.equal(got[0].logps, expected[0].logps)
+        assert torch.equal(got[0].stats.tensor, expected[0].stats.tensor)
+        assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("view", ["contiguous", "[:, :-1]", "transposed", "columns"])
+def test_a_large_gradient_has_the_strides_that_its_fake_promises(view: str) -> None:
+    base = torch.randn(4, 71, 10_001)
+    logits = {
+        "contiguous": base,
+        "[:, :-1]": base[:, :-1],
+        "transposed": base.transpose(0, 1),
+        "columns": base[..., 3:],
+    }[view]
+    promised = gradient_buffer(logits)
+    for name in available():
+        for ids in (torch.zeros(284, dtype=torch.int64), torch.full((284,), -100)):
+            gradient, zeroed = backends.load(name).new_gradient(logits, ids)
+            assert gradient.stride() == promised.stride()
+            assert gradient.storage_offset() == promised.storage_offset()
+            assert not zeroed or not gradient.any()
+
+
+def test_the_memory_of_a_gradient_is_used_again_only_when_nobody_holds_it() -> None:
+    spare = Spare()
+    first = spare.take(1000)
+    held = first[10:20].view(torch.int16)  # the storage lives as long as any view of it
+    del first
+    held.fill_(7)
+    second = spare.take(1000)
+    second.zero_()
+    assert (held == 7).all()
+    address = second.data_ptr()
+    del second
+    assert spare.take(500).data_ptr() == address
+
+
+def test_two_threads_never_get_the_same_memory() -> None:
+    spare, shared = Spare(), []
+    barrier = threading.Barrier(2)
+    taken: list[Tensor | None] = [None, None]
+
+    def take(me: int) -> None:
+        for _ in range(1500):
+            barrier.wait()
+            taken[me] = spare.take(64)
+            barrier.wait()
+            if me == 0 and taken[0].data_ptr() == taken[1].data_ptr():
+                shared.append(True)
+            barrier.wait()
+            taken[me] = None
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=take, args=(me,)) for me in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not shared
+
+
+def test_the_linear_forms_keep_their_precision_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(5, 16, generator=generator), torch.randn(9, 16, generator=generator)
+    ids = torch.arange(5)
+    results = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = linear_repo_loss(*leaves, ids, None, torch.ones(5)).loss
+            loss = loss + linear_selective_log_softmax(*leaves, ids).sum()
+            loss.backward()
+        results.append((loss, *(x.grad for x in leaves)))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("function", ["loss", "logps", "linear"])
 def test_fp64_is_for_the_eager_backend_only(function: str, backend: str) -> None:
@@ -115,8 +238,8 @@ def test_importing_the_losses_imports_no_triton_and_compiles_nothing() -> None:
 
 
 def test_without_the_extension_eager_serves_the_cpu_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.load("cpu"), "available", lambda: False)
-    backends._cpu_available.cache_clear()
+    monkeypatch.setattr(backends, "CPU_BUILT", False)
+    backends._warn_once.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -127,7 +250,7 @@ def test_without_the_extension_eager_serves_the_cpu_and_says_so_once(monkeypatch
         with pytest.raises(ValueError, match="backend='cpu' needs the C\\+\\+ extension"):
             backends.choose_backend("cpu", torch.zeros(1, 2))
     finally:
-        backends._cpu_available.cache_clear()
+        backends._warn_once.cache_clear()
 
 
 def test_an_id_outside_the_vocabulary_is_nan_in_triton_and_never_an_address() -> None:

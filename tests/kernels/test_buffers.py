@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repo_kernels import linear_repo_loss, repo_loss, selective_log_softmax
+from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 
 from .cases import AGGREGATIONS, loss_arguments, make_batch
 
@@ -148,6 +148,45 @@ def test_case_10_a_retained_graph_gives_the_same_bits_again(form: str, loss_agg_
     for a, b, c in zip(kept, again, other, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(2 * a, c)
+
+
+SECOND_ORDER = {
+    "loss": lambda z, ids, one: repo_loss(z, ids, None, one).loss,
+    "in place": lambda z, ids, one: repo_loss(z * 1, ids, None, one, inplace=True).loss,
+    "log-probs": lambda z, ids, one: selective_log_softmax(z, ids).sum(),
+    "linear loss": lambda z, ids, one: linear_repo_loss(z, torch.eye(9, device=z.device), ids, None, one).loss,
+    "linear log-probs": lambda z, ids, one: linear_selective_log_softmax(z, torch.eye(9), ids).sum(),
+}
+
+
+@pytest.mark.parametrize("form", SECOND_ORDER)
+def test_a_gradient_of_the_gradient_is_refused_and_not_taken_for_zero(form: str) -> None:
+    logits, ids = torch.randn(4, 9, requires_grad=True), torch.arange(4)
+    loss = SECOND_ORDER[form](logits, ids, torch.ones(4))
+    with pytest.raises(RuntimeError, match="can be differentiated once: create_graph=True is not supported"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+@pytest.mark.parametrize("form", SECOND_ORDER)
+def test_a_gradient_is_a_plain_tensor(form: str) -> None:
+    logits, ids = torch.randn(4, 9, requires_grad=True), torch.arange(4)
+    for retain in (True, False):
+        (gradient,) = torch.autograd.grad(
+            SECOND_ORDER[form](logits, ids, torch.ones(4)), logits, torch.tensor(0.5), retain_graph=retain
+        )
+        assert not gradient.requires_grad
+        assert gradient.numpy().any()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_arrives_at_a_dead_row_does_not_reach_its_gradient(inplace: bool) -> None:
+    batch = make_batch(34, (3, 5), 9, dtype=torch.float32)
+    logits = batch.logits.clone().requires_grad_()
+    out = repo_loss(logits * 1, **loss_arguments(batch, loss_agg_mode="none"), inplace=inplace)
+    out.loss.backward(torch.where(batch.dead, torch.inf, 0.5))
+    assert (logits.grad[batch.dead] == 0).all()
+    assert logits.grad[~batch.dead].isfinite().all()
+    assert (logits.grad != 0).any()
 
 
 class Shapes(TorchDispatchMode):

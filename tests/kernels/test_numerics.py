@@ -148,6 +148,36 @@ def test_case_3_a_common_offset_costs_no_accuracy(offset: float, temperature: fl
     assert (all_logps <= 0).all()
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.45, 1.5, 2.0, 3.0, 4.0, 10.0])
+@pytest.mark.parametrize("softcap", [None, 7.0])
+def test_any_temperature_leaves_log_probs_entropy_and_gradient_accurate(
+    temperature: float, softcap: float | None
+) -> None:
+    """Padding and -inf must count for nothing, however the scale rounds."""
+    batch = alive(19, (4,), 40)
+    batch.logits[:, 3:9] = -INF
+    batch.token_ids = batch.token_ids % 3
+    logits, exact = batch.logits.clone().requires_grad_(), batch.logits.double().requires_grad_()
+    options = {"temperature": temperature, "softcap": softcap, "return_entropy": True}
+    got = selective_log_softmax(logits, batch.token_ids, **options)
+    expected = selective_log_softmax(exact, batch.token_ids, backend="eager", **options)
+    for mine, true in zip(got, expected, strict=True):
+        assert relative(mine, true.detach()) <= 2e-6
+        (mine.sum() if mine is got[0] else 0.3 * mine.sum()).backward(retain_graph=True)
+        (true.sum() if mine is got[0] else 0.3 * true.sum()).backward(retain_graph=True)
+    assert relative(logits.grad, exact.grad) <= 5e-6
+
+
+@pytest.mark.parametrize("row", ["all -inf", "scaled maximum beyond 2^31"])
+def test_a_row_without_digits_is_nan_and_never_a_wrong_number(row: str, backend: str) -> None:
+    logits = torch.full((2, 9), -INF) if row == "all -inf" else torch.tensor([[3e10], [2e10]]).repeat(1, 9)
+    logits = torch.cat((logits, torch.randn(1, 9)))
+    logps = selective_log_softmax(logits, torch.tensor([1, 2, 3]))
+    if backend != "eager" or row == "all -inf":  # eager subtracts before it scales, and is exact there
+        assert logps[:2].isnan().all()
+    assert logps[2].isfinite()
+
+
 @pytest.mark.parametrize("margin", [2.0, 5.0, 8.0, 12.0, 16.0, 20.0])
 def test_case_4_the_target_gradient_survives_a_probability_near_one(margin: float) -> None:
     logits = torch.zeros(1, 3, dtype=torch.bfloat16)
