@@ -64,7 +64,7 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
     # a comparison and not isfinite, which torch.compile cannot trace for a float that varies
     if not (value == 0 or FLOAT32_TINY <= abs(value) <= FLOAT32_MAX) or not accepts(value):
-        raise ValueError(f"{name} must be {takes}; got {value!r}")
+        raise ValueError(f"{name} must be {takes} and a normal number in float32; got {value!r}")
 
 
 def check_matrix(name: str, value: object) -> Tensor:

@@ -74,7 +74,7 @@ def linear_selective_log_softmax(
 
     Args:
         hidden: (T, H) or (B, L, H). weight: (V, H), bias: (V,), of hidden's dtype.
-        chunk_tokens: live tokens per chunk; None: about 32 MB of logits.
+        chunk_tokens: live tokens per chunk; None: about 32 MB of logits. torch.compile leaves its graph for them.
         The other arguments, the result and the errors are those of selective_log_softmax; differentiable in hidden,
         weight and bias.
     """

@@ -150,9 +150,9 @@ def repo_loss(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device, range or combination; the message names the argument.
-        IndexError: a live id outside [0, V); on the Triton backend, which
-            does not wait for the device to look, the row is NaN instead.
-        RuntimeError: a second backward with inplace=True.
+        IndexError: a live id outside [0, V); the Triton backend, which does not wait for the
+            device to look, gives NaN in that row instead.
+        RuntimeError: a second backward with inplace=True; create_graph=True.
     """
     check_matrix("logits", logits)
     backend = choose_backend(backend, logits)
@@ -282,7 +282,7 @@ def linear_repo_loss(
     Args:
         hidden: (T, H) or (B, L, H); fp32, bf16, fp16 or fp64. weight: (V, H), bias: (V,), of hidden's dtype.
         ref_hidden, ref_weight, ref_bias: the reference's, with the same leading shape and V; its own H and dtype.
-        chunk_tokens: live tokens per chunk; None: about 32 MB of logits.
+        chunk_tokens: live tokens per chunk; None: about 32 MB of logits. torch.compile leaves its graph for them.
         The other arguments, the result and the errors are those of repo_loss.
     """
     check_head("", hidden, weight, bias)

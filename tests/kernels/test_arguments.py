@@ -222,6 +222,8 @@ def test_scalars_out_of_range_or_of_another_type(call: Callable[..., Any], name:
     call(**around, **{name: 1.5 if name != "eps_low" else 0.5})
     refuses(ValueError, call, name, repr(value), takes, **around, **{name: value})
     refuses(ValueError, call, name, "nan", takes, **around, **{name: float("nan")})
+    for beyond in (1e39, 1e-39):  # infinite and 0 in the kernels' fp32
+        refuses(ValueError, call, name, repr(beyond), "float32", **around, **{name: beyond})
     refuses(TypeError, call, name, "str", "float", **around, **{name: "1"})
     refuses(TypeError, call, name, "bool", "float", **around, **{name: True})
     if name not in ("cost_limit", "softcap"):
