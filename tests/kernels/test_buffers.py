@@ -178,6 +178,14 @@ def test_a_gradient_is_a_plain_tensor(form: str) -> None:
         assert gradient.numpy().any()
 
 
+def test_log_probabilities_may_be_masked_in_place() -> None:
+    logits, ids = torch.randn(4, 9, requires_grad=True), torch.arange(4)
+    logps = selective_log_softmax(logits, ids).masked_fill_(ids == 2, 0.0)
+    logps.sum().backward()
+    assert (logits.grad[2] == 0).all()
+    assert (logits.grad[[0, 1, 3]] != 0).all()
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_arrives_at_a_dead_row_does_not_reach_its_gradient(inplace: bool) -> None:
     batch = make_batch(34, (3, 5), 9, dtype=torch.float32)
