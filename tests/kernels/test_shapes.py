@@ -139,8 +139,12 @@ SCALARS = {
 
 @pytest.mark.parametrize("scalar_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [*SCALARS, "all"])
-def test_case_13_a_scalar_as_a_0_d_tensor_gives_the_bits_of_the_float(name: str, scalar_dtype: torch.dtype) -> None:
-    batch = alive(14, (12, 10), spread=0.6)
+def test_case_13_a_scalar_as_a_0_d_tensor_gives_the_bits_of_the_float(
+    name: str, scalar_dtype: torch.dtype, backend: str
+) -> None:
+    if backend == "triton" and name != "all":
+        pytest.skip("the interpreter is slow, and every backend reads the same vector")
+    batch = alive(14, (3, 4) if backend == "triton" else (12, 10), spread=0.6)
     arguments = {**loss_arguments(batch, reference="k3"), **SCALARS}
     names = SCALARS if name == "all" else (name,)
     tensors = {n: torch.tensor(SCALARS[n], dtype=scalar_dtype) for n in names}
