@@ -114,7 +114,7 @@ def _apply_slopes(ctx: Any, upstream: Tensor | None) -> tuple:
     if upstream is None:
         return (None,) * 6
     logits, ids, scalars, state = ctx.saved_tensors
-    if type(logits) is Tensor:
+    if type(state) is Tensor:  # not traced; the logits may be of any class, a Parameter say
         refuse_second_order("selective_log_softmax")
     slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # no full KL here
     grad = row_gradient(logits.detach(), ids, state.detach(), slopes, scalars, ctx.softcap, ctx.backend)

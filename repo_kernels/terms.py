@@ -20,7 +20,7 @@ LOG_RATIO_CLAMP = 20.0
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Scalars of the loss as 0-d tensors of the compute type on the logits' device."""
+    """Scalars of the loss as 0-d tensors of the compute type on the logits' device; dual_clip inf never binds."""
 
     lam: Tensor
     beta: Tensor
@@ -29,7 +29,7 @@ class Coefficients:
     entropy_coef: Tensor
     temperature: Tensor
     grad_scale: Tensor
-    dual_clip: Tensor | None
+    dual_clip: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TokenInputs:
     unsafe: Tensor
     old_logps: Tensor | None
     ref_logps: Tensor | None
-    is_weights: Tensor | None
+    is_weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def coefficients(scalars: Tensor) -> Coefficients:
 
 
 def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, low: Tensor, high: Tensor, dual_clip: Tensor | None
+    ratio: Tensor, advantages: Tensor, low: Tensor, high: Tensor, dual_clip: Tensor
 ) -> tuple[Tensor, Tensor]:
     """-min(rho A, clip(rho) A), for A < 0 bounded by -c A; and 1 where the unclipped branch carries the gradient.
 
@@ -123,11 +123,10 @@ def clipped_surrogate(
     clipped = ratio.clamp(low, high) * advantages
     objective = torch.minimum(unclipped, clipped)
     active = unclipped <= clipped
-    if dual_clip is not None:
-        floor = dual_clip * advantages
-        bound = (advantages < 0) & (floor > objective)
-        objective = torch.where(bound, floor, objective)
-        active = active & ~bound
+    floor = dual_clip * advantages
+    bound = (advantages < 0) & (floor > objective)
+    objective = torch.where(bound, floor, objective)
+    active = active & ~bound
     return -objective, active.to(ratio.dtype)
 
 
@@ -183,8 +182,7 @@ def token_terms(
     surrogate, active = clipped_surrogate(ratio, inputs.advantages, low, high, coef.dual_clip)
     # d(-rho A)/d log pi = -rho A on the branch that is the minimum
     g_logp = -ratio * inputs.advantages * active * inside
-    if inputs.is_weights is not None:
-        surrogate, g_logp = inputs.is_weights * surrogate, inputs.is_weights * g_logp
+    surrogate, g_logp = inputs.is_weights * surrogate, inputs.is_weights * g_logp
 
     kl = g_kl = torch.zeros_like(logps)
     loss = surrogate

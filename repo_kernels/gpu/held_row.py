@@ -1,6 +1,6 @@
 """One row in registers: read once, kept as the 32-bit words it was loaded in until its gradient is written.
 
-A 16-bit value would take a register of its own; as halves of words a row of 49152 logits fits 32 warps. The words are
+A 16-bit value would take a register of its own; as halves of words a row of 49152 logits fits. The words are
 unpacked behind a branch each time: out of it the compiler would keep the fp32 values instead.
 """
 # ruff: noqa: N803, N806 (compile-time values are upper case)

@@ -165,6 +165,9 @@ def test_a_gradient_of_the_gradient_is_refused_and_not_taken_for_zero(form: str)
     loss = SECOND_ORDER[form](logits, ids, torch.ones(4))
     with pytest.raises(RuntimeError, match="can be differentiated once: create_graph=True is not supported"):
         torch.autograd.grad(loss, logits, create_graph=True)
+    parameter = torch.nn.Parameter(logits.detach())
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(SECOND_ORDER[form](parameter, ids, torch.ones(4)), parameter, create_graph=True)
 
 
 @pytest.mark.parametrize("form", SECOND_ORDER)
