@@ -29,6 +29,8 @@ class ModelConfig:
     """Rank of LoRA adapters on every linear layer but the head (needs peft), alpha = 2 x rank; 0: train all weights."""
     gradient_checkpointing: bool = False
     """Recompute the policy's activations in the backward pass: less memory, one more forward."""
+    compile: bool = False
+    """Compile the policy's decoder layers with torch.compile (CUDA: faster update; first steps are slow)."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class OptimizerConfig:
     """Peak learning rate; set for the embedded 135 M parameters, larger models want 1e-6 to 1e-5."""
     betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.95)
     """Adam's betas."""
+    states: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """Of AdamW's two moments, 8, 4 or about 2 bytes per trained weight."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     warmup_steps: NonNegativeInt = 2
@@ -185,7 +189,7 @@ class OptimizerConfig:
     minibatches: PositiveInt = 1
     """Optimiser steps per pass; each minibatch holds whole responses, shuffled."""
     micro_batch_tokens: PositiveInt = 2048
-    """Padded tokens in one forward and backward; never changes the result."""
+    """Tokens in one forward and backward, padding-free where the model allows it; never changes the result."""
     max_skipped: PositiveInt = 3
     """Stop after this many updates in a row with a non-finite gradient; each is skipped."""
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .assets.heads import HeadManifest, HeadScorer
+from .attention import choose_attention
 from .config import CriticConfig
 from .errors import UserError
-from .forward import Outputs, response_outputs, shares_prefix_exactly
+from .forward import States, trunk_states
 from .policy import Policy
 from .scorers.model import ClassifierScorer
 from .scoring import Scorers
-from .sequences import Sequences
 
 
 class Critic(nn.Module):
@@ -34,37 +34,39 @@ class Critic(nn.Module):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        self.shares_prefix = trunk is not None and shares_prefix_exactly(trunk)
+        self.packs = trunk is None or choose_attention(trunk, trunk.device, trunk.dtype).packs
 
-    def forward(self, sequences: Sequences, policy_outputs: Outputs | None) -> Tensor:
-        """(B, R) fp32 V_t, the value before response token t. policy_outputs: read without a trunk only."""
+    def forward(self, policy_states: States) -> Tensor:
+        """(N,) fp32 V_t, the value before each response token; the policy's states are read without a trunk only."""
+        packed = policy_states.packed
         if self.trunk is not None:
-            states = response_outputs(self.trunk, sequences, self.shares_prefix).states()
+            states = States(packed, trunk_states(self.trunk, packed), None).before()
         else:
-            assert policy_outputs is not None
-            states = policy_outputs.states(self.layer).detach()
+            states = policy_states.before(self.layer).detach()
         if self.embedded is None or self.rest is None:
             return self.head(states.float()).squeeze(-1)
-        mean = _mean_so_far(states.float())
+        mean = _mean_so_far(states.float(), packed.lengths)
         score = (torch.sigmoid(self.head(mean)) - self.embedded.offset) / self.embedded.scale
         return (score + self.rest(mean)).squeeze(-1)
 
 
-def _mean_so_far(states: Tensor) -> Tensor:
-    """(B, R, H): row t is the mean over rows 1 to t, those of the response tokens before t; row 0 is the prompt's."""
-    said = torch.cat((torch.zeros_like(states[:, :1]), states[:, 1:]), 1).cumsum(1)
-    count = torch.arange(states.shape[1], device=states.device).clamp_min(1)
-    return torch.cat((states[:, :1], (said / count[:, None])[:, 1:]), 1)
+def _mean_so_far(states: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(N, H) of responses one after another: row t is the mean over rows 1 to t of its response, those of the tokens
+    before t; row 0 is the prompt's."""
+    means = []
+    for rows in states.split(list(lengths)):
+        count = torch.arange(1, max(1, len(rows)), device=states.device)
+        means += [rows[:1], rows[1:].cumsum(0) / count[:, None]]
+    return torch.cat(means)
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float, divisor: int) -> Tensor:
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float, divisor: int) -> Tensor:
     """1/2 mean max((V - G)^2, (V_old + clip(V - V_old, +-clip) - G)^2) over tokens. Source: PPO, arXiv 1707.06347.
 
-    values, old, returns: (B, R) V, V_old, G. mask: (B, R) bool. divisor: tokens of the whole minibatch. Returns ().
+    values, old, returns: (N,) V, V_old, G. divisor: tokens of the whole minibatch. Returns ().
     """
     clipped = old + (values - old).clamp(-clip, clip)
-    squares = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * torch.where(mask, squares, 0.0).sum() / divisor
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).sum() / divisor
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -1,98 +1,107 @@
-"""Forward passes over a batch of sequences: what a model says at the response tokens, with the prompt shared or not."""
+"""Forward: the states that a causal LM or a trunk gives to prompts and responses, and the LM head that reads them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from repo_kernels import linear_selective_log_softmax
+
+from .attention import using_packed
+from .errors import UserError
+from .packing import Packed
 from .seeds import generator
-from .sequences import Sequences, make_sequences
-from .tree import attends_everywhere, make_tree
-
-Rows = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """At response tokens, row t about token t: logits (B, R, V), None without an LM head, and the states of layers."""
+class Head:
+    """The LM head as the losses take it: logits = softcap(scale * hidden @ weight^T + bias).
 
-    logits: Tensor | None
-    hidden: tuple[Tensor, ...]
-    rows: Rows
-
-    def states(self, layer: int = -1) -> Tensor:
-        """(B, R, H) after `layer` layers, -1: of the last, where they were asked for."""
-        return self.rows(self.hidden[layer])
-
-
-def response_outputs(model: Any, sequences: Sequences, share_prefix: bool, states: bool = False) -> Outputs:
-    """One forward of a causal LM or of its trunk. Only response rows reach the LM head where the model allows it.
-
-    share_prefix: one row per prompt with all its responses and a 4-D mask (tree.py), else one row per response with
-    the 2-D mask that every model takes. A trunk gives its last states in any case.
+    weight: (V, H); bias: (V,) or None; softcap: None for none; dtype: what hidden is rounded to, as autocast would.
     """
-    arguments, keep, rows = _tree(model, sequences) if share_prefix else _padded(sequences)
-    accepted = inspect.signature(model.forward).parameters
-    arguments = {name: value for name, value in arguments.items() if name in accepted or name != "position_ids"}
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = keep
-    out = model(**arguments, use_cache=False, output_hidden_states=states)
-    if "logits" not in out:
-        return Outputs(None, (out.last_hidden_state,), rows)
-    return Outputs(rows(out.logits), out.hidden_states if states else (), rows)
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
 
 
-def _padded(sequences: Sequences) -> tuple[dict[str, Any], int, Rows]:
-    width = sequences.response_ids.shape[1]
-    arguments = {
-        "input_ids": sequences.input_ids[:, :-1],
-        "attention_mask": sequences.attention_mask[:, :-1].to(torch.int64),
-        "position_ids": sequences.position_ids[:, :-1],
-    }
-    return arguments, width, lambda x: x[:, -width:]
+@dataclass(frozen=True)
+class States:
+    """What a forward says about packed responses. hidden: (T, H) after each layer, or after the last alone; the
+    embedding comes first. head: None for a trunk."""
+
+    packed: Packed
+    hidden: tuple[Tensor, ...]
+    head: Head | None
+
+    def before(self, layer: int = -1) -> Tensor:
+        """(N, H): the states that predict each response token."""
+        return self.hidden[layer].index_select(0, self.packed.rows)
+
+    def of(self, layer: int = -1) -> Tensor:
+        """(N, H): the states of each response token, in a layout that holds the last ones."""
+        assert self.packed.inputs is not None
+        return self.hidden[layer].index_select(0, self.packed.inputs)
+
+    def head_arguments(self) -> dict[str, Any]:
+        """hidden, weight, bias and softcap of the linear losses, at the states that predict response tokens."""
+        assert self.head is not None
+        hidden, head = self.before().to(self.head.dtype), self.head
+        hidden = hidden if head.scale == 1 else hidden * head.scale
+        return {"hidden": hidden, "weight": head.weight, "bias": head.bias, "softcap": head.softcap}
+
+    def logps(self, temperature: float) -> Tensor:
+        """(N,) fp32 log-probabilities of the response tokens."""
+        found = linear_selective_log_softmax(
+            token_ids=self.packed.token_ids, temperature=temperature, **self.head_arguments()
+        )
+        assert isinstance(found, Tensor)
+        return found
 
 
-def _tree(model: Any, sequences: Sequences) -> tuple[dict[str, Any], int, Rows]:
-    tree = make_tree(sequences)
-    width = sequences.response_ids.shape[1]
-    device = tree.input_ids.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    arguments = {
-        "input_ids": tree.input_ids,
-        "attention_mask": (torch.finfo(dtype).min * (~tree.visible).to(dtype))[:, None],
-        "position_ids": tree.position_ids,
-    }
-    in_order = tree.slot_of.numel() == len(tree.input_ids) * tree.slots and bool((tree.slot_of.diff() == 1).all())
+def trunk_states(trunk: Any, packed: Packed, layers: bool = False) -> tuple[Tensor, ...]:
+    """The (T, H) states of packed or padded rows; layers: of every layer, beginning with the embedding."""
+    arguments: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+    if "position_ids" not in inspect.signature(trunk.forward).parameters:
+        del arguments["position_ids"]
+    with nullcontext() if packed.segments is None else using_packed(trunk):
+        reads = "attention_mask" if packed.segments is None else "segments"
+        arguments[reads] = getattr(packed, reads)
+        out = trunk(**arguments, use_cache=False, output_hidden_states=layers)
+    found = out.hidden_states if layers else (out.last_hidden_state,)
+    return tuple(x.reshape(-1, x.shape[-1]) for x in found)
 
-    def rows(x: Tensor) -> Tensor:
-        x = x[:, -tree.slots * width :].reshape(len(tree.input_ids) * tree.slots, width, -1)
-        return x if in_order else x[tree.slot_of]
 
-    return arguments, tree.slots * width, rows
+def lm_head(model: Any, autocast: torch.dtype | None = None) -> Head:
+    """The head by the model's config: a linear layer, with Cohere's or Granite's scale and Gemma's softcap."""
+    linear, text = model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"model.path: {type(model).__name__} has no linear LM head; got {type(linear).__name__}")
+    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1.0)
+    softcap, dtype = getattr(text, "final_logit_softcapping", None), autocast or linear.weight.dtype
+    return Head(linear.weight, linear.bias, float(scale), softcap, dtype)
 
 
 @torch.no_grad()
-def shares_prefix_exactly(model: Any) -> bool:
-    """Whether a shared prefix gives the outputs of separate sequences: by the model's config, then by trying it.
-
-    The trial catches models that ignore a 4-D mask or refuse one, which no config field tells.
-    """
-    if not (attends_everywhere(model.config) and "position_ids" in inspect.signature(model.forward).parameters):
-        return False
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (4, 5), generator=generator("prefix probe")).tolist()
-    prompts = [ids[0], ids[0], ids[1][:3], ids[1][:3]]
-    group = torch.tensor([0, 0, 1, 1])
-    probe = make_sequences(prompts, [ids[2], ids[3][:2], ids[3], ids[2][:4]], 0, group).to(model.device)
-    try:
-        shared, separate = (response_outputs(model, probe, share, states=True).states() for share in (True, False))
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False
-    difference = (shared - separate)[probe.response_mask].float().abs().max()
-    tolerance = 1e-4 if separate.dtype == torch.float32 else 0.05
-    return bool(difference < tolerance * separate.float().abs().max())
+def check_head(model: Any) -> None:
+    """UserError unless lm_head says what the model's own logits are: it is tried on a few tokens."""
+    head = lm_head(model)
+    ids = torch.randint(0, head.weight.shape[0], (1, 5), generator=generator("head probe"))
+    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    logits = nn.functional.linear(hidden * head.scale, head.weight.to(hidden.dtype), head.bias).float()
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    expected = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.05
+    if expected.shape != logits.shape or (logits - expected).abs().max() > tolerance * expected.abs().max():
+        raise UserError(
+            f"model.path: the logits of {type(model).__name__} are not its last states times its output embeddings "
+            "(with the scale and softcap of its config); such models cannot be trained here"
+        )

@@ -8,9 +8,12 @@ import sys
 import torch
 from torch import nn
 
+from repo_kernels.linear import CHUNK_BYTES
+
 from .config import Config
 
 GIB = 2.0**30
+STATE_BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 * 4 / 256}  # per trained weight; 8bit: a scale per 256
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -29,34 +32,43 @@ def keep_freed_memory() -> None:
 
 
 def describe_memory(config: Config, model: nn.Module, vocabulary: int, critics: nn.Module | None = None) -> str:
-    """Bytes by arithmetic: weights, gradients, Adam, the logits of a micro-batch. Activations come on top.
+    """Bytes by arithmetic: weights, AdamW, what the update and the rollout hold besides. Activations come on top.
 
     model: the policy, on any device (the meta device will do). critics: None where they are not loaded yet.
     """
     rollout, optimizer, settings = config.rollout, config.optimizer, config.model
     weights, trained = _parameters(model), _parameters(model, trained_only=True)
     frozen = 2 if settings.dtype == "bfloat16" else 4
-    responses = rollout.prompts_per_step * rollout.samples_per_prompt
-    rows = min(optimizer.micro_batch_tokens, responses * rollout.max_new_tokens)
-    every = responses * (config.data.max_prompt_tokens + rollout.max_new_tokens)
-    lora = settings.lora_rank > 0
-    lines = {
+    rows = min(
+        optimizer.micro_batch_tokens, rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_new_tokens
+    )
+    lora, per_trained = settings.lora_rank > 0, 8 + STATE_BYTES[optimizer.states]
+    always = {
         f"policy weights ({trained / 1e6:.1f} M trained, fp32)": 4 * trained + frozen * (weights - trained),
         "reference weights" + (": the policy without its adapter" if lora else ""): 0 if lora else frozen * weights,
-        "gradients fp32": 4 * trained,
-        "AdamW states fp32": 8 * trained,
-        f"logits and their gradient, <= {rows} rows x {vocabulary}, one buffer": frozen * rows * vocabulary,
+        f"AdamW states {optimizer.states}": STATE_BYTES[optimizer.states] * trained,
     }
-    if config.model.device in ("auto", "cpu") and not torch.cuda.is_available() and settings.dtype == "float32":
-        lines["packed decode weights (CPU rollout)"] = 4 * weights
     if critics is not None and len(list(critics.parameters())):
-        lines["critics with gradients and AdamW states fp32"] = 16 * _parameters(critics)
-    uncounted = "activations and scorers"
+        name = f"critics with gradients and AdamW states {optimizer.states}"
+        always[name] = per_trained * _parameters(critics)
+    update = {
+        "update: gradients fp32": 4 * trained,
+        f"update: logits of {rows} rows x {vocabulary}, a chunk at a time": min(
+            CHUNK_BYTES, frozen * rows * vocabulary
+        ),
+    }
+    sampling = {}
+    if settings.dtype == "bfloat16":
+        sampling["rollout: decode weights bfloat16"] = 2 * trained
+    elif settings.device in ("auto", "cpu") and not torch.cuda.is_available():
+        sampling["rollout: packed decode weights (CPU)"] = 4 * weights
+    total = sum(always.values()) + max(sum(update.values()), sum(sampling.values()))
+    uncounted = "activations, KV cache and scorers"
     if critics is None and config.algorithm.advantages == "gae" and config.critic.start == "scorers":
-        uncounted += ", nor the critics, 16 bytes per parameter of the scorers they copy"
-    text = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in lines.items()]
-    text.append(f"  {sum(lines.values()) / GIB:7.2f} GiB  in all, without {uncounted}")
-    text.append(f"  {frozen * every * vocabulary / GIB:7.2f} GiB  avoided: logits of every prompt and response token")
+        uncounted += f", nor the critics, {per_trained:g} bytes per parameter of the scorers they copy"
+    text = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in (always | update | sampling).items()]
+    text.append(f"  {total / GIB:7.2f} GiB  at most at once, without {uncounted}")
+    text.append(f"  {frozen * rows * vocabulary / GIB:7.2f} GiB  avoided: the logits of all {rows} rows")
     return "\n".join(text)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repo_kernels import LossStats, repo_loss, selective_log_softmax
+from repo_kernels import LossStats, linear_repo_loss
 
+from .actor import Actor
 from .advantages import Advantages, loss_mode, method_advantages
 from .config import Config
 from .critic import value_loss
 from .data import Example
-from .policy import Policy, policy_outputs, response_logits
-from .sequences import Sequences, make_sequences, micro_batches
+from .forward import States
+from .packing import Packed, flat, unflat
+from .sequences import Sequences, make_sequences
 
 
 @dataclass(frozen=True)
@@ -58,75 +60,77 @@ class Objective:
     """The losses of a run's policy and critics, each divided by counts of the whole minibatch, so that the split into
     micro-batches does not change the result."""
 
-    def __init__(self, policy: Policy, critics: nn.ModuleDict, config: Config) -> None:
-        self.policy, self.critics = policy, critics
-        self.algorithm, self.clip = config.algorithm, config.critic.clip
+    def __init__(self, actor: Actor, config: Config) -> None:
+        self.actor, self.algorithm, self.clip = actor, config.algorithm, config.critic.clip
         self.temperature, self.budget = config.rollout.temperature, config.optimizer.micro_batch_tokens
         self.ptx_coef = config.ptx.coef
-        self.reads_policy = any(critic.trunk is None for critic in critics.values())
 
-    def backward(self, batch: Batch, rows: Tensor) -> tuple[dict[str, float], LossStats]:
-        """Accumulate the gradient of the minibatch `rows`; returns its losses by name and the policy's statistics."""
+    def backward(self, batch: Batch, rows: Tensor, logps: Tensor | None = None) -> tuple[dict[str, float], LossStats]:
+        """Accumulate the gradient of the minibatch `rows`; returns its losses by name and the policy's statistics.
+
+        logps: (B, R), where the response tokens' log-probabilities of this pass are written.
+        """
         lengths = batch.sequences.response_lengths[rows]
         tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
         divisor = tokens if self.algorithm.loss_agg_mode == "token-mean" else sequences
-        losses, stats = dict[str, float](), []
-        with self.policy.recomputing():
-            for micro in micro_batches(batch.sequences, rows, self.budget, self.policy.shares_prefix):
-                found, micro_stats = self._micro_batch(batch, micro, divisor, tokens)
-                torch.stack(list(found.values())).sum().backward()
-                stats.append(micro_stats)
-                for name, value in found.items():
-                    losses[name] = losses.get(name, 0.0) + value.item()
-        return losses, stats[0].merge(*stats[1:])
+        found, stats = list[dict[str, Tensor]](), []
+        with self.actor.settings.recomputing():
+            for packed in self.actor.parts(batch.sequences, rows, self.budget):
+                part = packed.to(self.actor.settings.device)
+                losses, part_stats, part_logps = self.actor(part, self._reader(batch, part, divisor, tokens))
+                torch.stack(list(losses.values())).sum().backward()
+                found.append({name: value.detach() for name, value in losses.items()})
+                stats.append(part_stats)
+                if logps is not None:
+                    unflat(packed, part_logps, logps)
+        sums = {name: torch.stack([losses[name] for losses in found]).sum().item() for name in found[0]}
+        return sums, stats[0].merge(*stats[1:])
 
-    def _micro_batch(
-        self, batch: Batch, rows: Tensor, divisor: int, tokens: int
-    ) -> tuple[dict[str, Tensor], LossStats]:
-        algorithm, device = self.algorithm, self.policy.device
-        part = batch.sequences.select(rows).to(device)
-        width = part.response_ids.shape[1]
+    def _reader(self, batch: Batch, packed: Packed, divisor: int, tokens: int) -> Callable[..., Any]:
+        """What the actor's forward ends with: (losses by name, statistics, log-probabilities (N,)) of a micro-batch."""
+        algorithm = self.algorithm
 
         def here(value: Tensor) -> Tensor:
-            return (value[rows, :width] if value.ndim == 2 else value[rows]).to(device)
+            """(B,) or (B, R) of the batch, by token of the micro-batch: (N,)."""
+            return flat(packed, value if value.ndim == 2 else value[:, None].expand(-1, packed.width))
 
-        outputs = policy_outputs(self.policy, part, states=self.reads_policy)
-        assert outputs.logits is not None
-        losses = {
-            f"{signal}_value_loss": value_loss(
-                critic(part, outputs),
-                here(batch.values[signal]),
-                here(batch.advantages.returns[signal]),
-                part.response_mask,
-                self.clip,
-                tokens,
-            )
-            for signal, critic in self.critics.items()
-        }
         signals: dict[str, Any] = self._signals(batch)
         signals = {name: here(v) if isinstance(v, Tensor) else v for name, v in signals.items()}
-        out = repo_loss(
-            outputs.logits,
-            part.response_ids,
-            None if batch.old_logps is None else here(batch.old_logps),
-            **signals,
-            cost_limit=algorithm.cost_limit,
-            ref_logps=here(batch.ref_logps),
-            response_mask=part.response_mask,
-            temperature=self.temperature,
-            eps_low=algorithm.eps_low,
-            eps_high=algorithm.eps_high,
-            dual_clip=algorithm.dual_clip,
-            beta=batch.beta if algorithm.kl_placement == "loss" else 0.0,
-            kl_estimator=algorithm.kl_estimator,
-            kl_ratio=algorithm.kl_ratio,
-            entropy_coef=algorithm.entropy_coef,
-            loss_agg_mode=algorithm.loss_agg_mode,
-            divisor=divisor,
-            return_entropy=True,
-            inplace=True,
-        )
-        return {"loss": out.loss, **losses}, out.stats
+
+        def read(states: States, critics: nn.ModuleDict) -> tuple[dict[str, Tensor], LossStats, Tensor]:
+            losses = {
+                f"{signal}_value_loss": value_loss(
+                    critic(states),
+                    here(batch.values[signal]),
+                    here(batch.advantages.returns[signal]),
+                    self.clip,
+                    tokens,
+                )
+                for signal, critic in critics.items()
+            }
+            out = linear_repo_loss(
+                **states.head_arguments(),
+                token_ids=packed.token_ids,
+                old_logps=None if batch.old_logps is None else here(batch.old_logps),
+                **signals,
+                cost_limit=algorithm.cost_limit,
+                ref_logps=here(batch.ref_logps),
+                cu_seqlens=packed.cu_seqlens,
+                temperature=self.temperature,
+                eps_low=algorithm.eps_low,
+                eps_high=algorithm.eps_high,
+                dual_clip=algorithm.dual_clip,
+                beta=batch.beta if algorithm.kl_placement == "loss" else 0.0,
+                kl_estimator=algorithm.kl_estimator,
+                kl_ratio=algorithm.kl_ratio,
+                entropy_coef=algorithm.entropy_coef,
+                loss_agg_mode=algorithm.loss_agg_mode,
+                divisor=divisor,
+                return_entropy=True,
+            )
+            return {"loss": out.loss, **losses}, out.stats, out.logps
+
+        return read
 
     def _signals(self, batch: Batch) -> dict[str, Any]:
         """Advantages, cost and lambda as repo_loss takes them; already combined where they are scaled as one."""
@@ -144,18 +148,16 @@ class Objective:
 
     def supervised_backward(self, examples: Sequence[Example]) -> float:
         """Accumulate the gradient of coef x cross-entropy per response token; returns the cross-entropy in nats."""
-        sequences = make_sequences(
-            [e.prompt_ids for e in examples], [e.response_ids for e in examples], self.policy.pad_id
-        )
-        total = 0.0
-        tokens = int(sequences.response_lengths.sum())
-        with self.policy.recomputing():
-            for rows in micro_batches(sequences, torch.arange(len(examples)), self.budget):
-                part = sequences.select(rows).to(self.policy.device)
-                ids = part.response_ids.masked_fill(~part.response_mask, -100)
-                logps = selective_log_softmax(response_logits(self.policy, part), ids)
-                assert isinstance(logps, Tensor)
-                loss = -logps.sum() / tokens
+        pad_id, device = self.actor.settings.pad_id, self.actor.settings.device
+        sequences = make_sequences([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id)
+        tokens, total = int(sequences.response_lengths.sum()), torch.zeros((), device=device)
+
+        def read(states: States, _: nn.ModuleDict) -> Tensor:
+            return -states.logps(1.0).sum() / tokens
+
+        with self.actor.settings.recomputing():
+            for packed in self.actor.parts(sequences, torch.arange(len(examples)), self.budget):
+                loss = self.actor(packed.to(device), read)
                 (self.ptx_coef * loss).backward()
-                total += loss.item()
-        return total
+                total += loss.detach()
+        return total.item()

@@ -1,34 +1,29 @@
-"""The policy: loading a causal LM with its tokenizer, and the log-probabilities it gives to responses."""
+"""The policy: a causal LM as it is loaded, with its tokenizer and how its forward passes run."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from repo_kernels import selective_log_softmax
-
+from .attention import Attention, choose_attention
+from .compile import compile_layers, recomputed
 from .config import ModelConfig
 from .errors import UserError, first_line
-from .forward import Outputs, response_outputs, shares_prefix_exactly
-from .sequences import Sequences, micro_batches
+from .forward import check_head
 
 
 @dataclass(frozen=True)
 class Policy:
     """A causal LM in eval mode (no dropout: the ratio is exact), its tokenizer and its stop tokens.
 
-    shares_prefix: a prompt is computed once for all its responses (tree.py). base_only: the model without its LoRA
+    attention: how it reads prompts and responses. base_only: the model without its LoRA
     adapter, which is the reference. autocast: dtype of the forward pass where it is not that of the weights.
     recomputes: gradient checkpointing.
     """
@@ -38,7 +33,7 @@ class Policy:
     eos_ids: tuple[int, ...]
     pad_id: int
     device: torch.device
-    shares_prefix: bool
+    attention: Attention
     base_only: bool = False
     autocast: torch.dtype | None = None
     recomputes: bool = False
@@ -55,17 +50,9 @@ class Policy:
             if self.base_only:
                 self.model.enable_adapters()
 
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Gradient checkpointing, where configured, in eval mode: transformers' own needs train mode, hence dropout."""
-        layers = [m for m in self.model.modules() if self.recomputes and isinstance(m, GradientCheckpointingLayer)]
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Gradient checkpointing, where configured."""
+        return recomputed(self.model) if self.recomputes else nullcontext()
 
 
 def choose_device(name: str) -> torch.device:
@@ -83,7 +70,7 @@ def choose_device(name: str) -> torch.device:
 def load_policy(path: str, device: torch.device, trainable: bool, config: ModelConfig | None = None) -> Policy:
     """Load a folder or hub name. UserError when transformers cannot.
 
-    config: dtype, lora_rank and gradient_checkpointing (default: fp32, all weights trained).
+    config: dtype, lora_rank, gradient_checkpointing and compile (default: fp32, all weights trained).
     """
     config = config or ModelConfig()
     dtype, lora = getattr(torch, config.dtype), trainable and config.lora_rank > 0
@@ -99,10 +86,13 @@ def load_policy(path: str, device: torch.device, trainable: bool, config: ModelC
     eos = end_of_sequence_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     autocast = None if dtype == model.dtype else dtype
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        check_head(model)
+        attention = choose_attention(model, device, autocast or model.dtype)
+    if trainable and config.compile:
+        compile_layers(model)
     recomputes = trainable and config.gradient_checkpointing
-    policy = Policy(model, tokenizer, eos, pad, device, False, autocast=autocast, recomputes=recomputes)
-    with policy.running():
-        return dataclasses.replace(policy, shares_prefix=shares_prefix_exactly(model))
+    return Policy(model, tokenizer, eos, pad, device, attention, autocast=autocast, recomputes=recomputes)
 
 
 def add_lora(model: Any, rank: int) -> None:
@@ -138,52 +128,9 @@ def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def policy_outputs(policy: Policy, sequences: Sequences, states: bool = False) -> Outputs:
-    """Logits, and states if asked for, at response tokens."""
-    with policy.running():
-        return response_outputs(policy.model, sequences, policy.shares_prefix, states)
-
-
-def response_logits(policy: Policy, sequences: Sequences) -> Tensor:
-    """(B, R, V): row t scores response token t."""
-    logits = policy_outputs(policy, sequences).logits
-    assert logits is not None
-    return logits
-
-
 def vocabulary(policy: Policy) -> int:
     """Rows of the LM head."""
     return int(policy.model.config.get_text_config().vocab_size)
-
-
-@torch.no_grad()
-def read_responses(
-    policy: Policy, sequences: Sequences, temperature: float, budget: int, critics: nn.ModuleDict | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B, R) fp32 log-probabilities of response tokens and, by signal, the critics' values, all 0 beyond each response.
-
-    budget: tokens of one forward pass at most.
-    """
-    shape = sequences.response_ids.shape
-    critics = nn.ModuleDict() if critics is None else critics
-    logps, values = torch.zeros(shape), {signal: torch.zeros(shape) for signal in critics}
-    for rows in micro_batches(sequences, torch.arange(shape[0]), budget, policy.shares_prefix):
-        part = sequences.select(rows).to(policy.device)
-        width = part.response_ids.shape[1]
-        outputs = policy_outputs(policy, part, states=any(critic.trunk is None for critic in critics.values()))
-        ids = part.response_ids.masked_fill(~part.response_mask, -100)
-        assert outputs.logits is not None
-        found = selective_log_softmax(outputs.logits, ids, temperature=temperature)
-        assert isinstance(found, Tensor)
-        logps[rows, :width] = found.to("cpu", torch.float32)
-        for signal, critic in critics.items():
-            values[signal][rows, :width] = torch.where(part.response_mask, critic(part, outputs), 0.0).cpu()
-    return logps, values
-
-
-def response_logps(policy: Policy, sequences: Sequences, temperature: float, budget: int) -> Tensor:
-    """(B, R) fp32 log-probabilities of response tokens, 0 beyond each response; forward passes of <= budget tokens."""
-    return read_responses(policy, sequences, temperature, budget)[0]
 
 
 def save_policy(policy: Policy, folder: Path) -> None:

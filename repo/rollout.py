@@ -1,7 +1,7 @@
 """Rollout: sample responses from the policy, each from its own seed, so that batching never changes a sample.
 
-The prefix of a prompt is computed once for all its samples; the KV cache is one buffer per layer; on a CPU the decode
-steps run with packed linear layers.
+The prefix of a prompt is computed once for all its samples; weights are packed or cast once per rollout; the cache and
+the decode step are decoding.py's.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from repo_kernels.packed_linear import packed_linears
 
+from .compile import uncompiled
 from .config import RolloutConfig
 from .data import Prompt
+from .decoding import Decoder, make_decoder
 from .policy import Policy
 from .seeds import generator
 from .sequences import Sequences, make_sequences
+
+WORTH_SHRINKING = 0.75  # a batch is cut to its unfinished rows once they are this share of it: the cache is copied
 
 
 @dataclass(frozen=True)
@@ -38,46 +39,6 @@ class Rollout:
     def tokens(self) -> int:
         """Response tokens in all."""
         return int(self.sequences.response_lengths.sum())
-
-
-class BufferedLayer(DynamicLayer):
-    """A cache layer with room for `extra` tokens, which it writes in place where DynamicLayer copies everything."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, extra: int) -> None:
-        super().__init__()
-        self.extra = extra
-        self.room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, n, dim) keys and values; returns all so far."""
-        if not self.is_initialized:
-            return super().update(key_states, value_states, *args, **kwargs)
-        past = self.keys.shape[-2]
-        stop = past + key_states.shape[-2]
-        if self.room is None or self.room[0].shape[0] != self.keys.shape[0] or self.room[0].shape[-2] < stop:
-            self.room = _with_room(self.keys, self.extra), _with_room(self.values, self.extra)
-        keys, values = self.room
-        keys[..., past:stop, :] = key_states
-        values[..., past:stop, :] = value_states
-        self.keys, self.values = keys[..., :stop, :], values[..., :stop, :]
-        return self.keys, self.values
-
-
-def _with_room(states: Tensor, extra: int) -> Tensor:
-    batch, heads, length, dim = states.shape
-    room = states.new_empty((batch, heads, length + extra, dim))
-    room[..., :length, :] = states
-    return room
-
-
-def make_cache(model: Any, extra: int) -> DynamicCache:
-    """The model's own cache, with its plain layers buffered (sliding-window and other layers keep their own kind)."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [BufferedLayer(extra) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -109,48 +70,33 @@ def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: in
 
 @torch.no_grad()
 def decode(
-    policy: Policy, prompts: Sequence[Prompt], samples: int, uniforms: Tensor, config: RolloutConfig
+    policy: Policy, decoder: Decoder, prompts: Sequence[Prompt], samples: int, uniforms: Tensor, config: RolloutConfig
 ) -> list[list[int]]:
     """Token lists of len(prompts) * samples responses, each ending with an end-of-sequence token or at the limit."""
-    model, device = policy.model, policy.device
-    limit = uniforms.shape[1]
+    device, limit = policy.device, uniforms.shape[1]
     prefix = make_sequences([p.token_ids for p in prompts], [[]] * len(prompts), policy.pad_id).to(device)
-    width = prefix.prompt_width
-    mask = prefix.attention_mask[:, :width]
-    cache = make_cache(model, limit)
-    out = model(
-        input_ids=prefix.input_ids[:, :width],
-        attention_mask=mask.to(torch.int64),
-        position_ids=prefix.position_ids[:, :width],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-    logits = out.logits[:, -1].repeat_interleave(samples, 0)
-    mask = torch.nn.functional.pad(mask.repeat_interleave(samples, 0), (0, limit), value=True).to(torch.int64)
-    positions = prefix.prompt_lengths.repeat_interleave(samples)
+    logits = decoder.start(prefix, samples)
     uniforms = uniforms.to(device)
     stop = torch.tensor(policy.eos_ids, device=device)
-    done = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
-    columns = []
+    rows = torch.arange(len(uniforms), device=device)  # those still decoded
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    found = torch.full(uniforms.shape, policy.eos_ids[0], device=device)
+    check_every = 1 if device.type == "cpu" else 16  # asking whether all are done waits for the device
     for t in range(limit):
-        tokens = sample_tokens(logits, uniforms[:, t], config.temperature, config.top_p)
-        columns.append(tokens)
+        tokens = sample_tokens(logits, uniforms[rows, t], config.temperature, config.top_p)
+        found[rows, t] = tokens
         done |= torch.isin(tokens, stop)
-        if t + 1 == limit or bool(done.all()):
+        if t + 1 == limit:
             break
-        out = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask[:, : width + t + 1],
-            position_ids=(positions + t)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = out.logits[:, -1]
-    return [_until_stop(row, policy.eos_ids) for row in torch.stack(columns, 1).tolist()]
+        if (t + 1) % check_every == 0:
+            going = int((~done).sum())
+            if going == 0:
+                break
+            kept = (~done).nonzero().squeeze(1) if going <= WORTH_SHRINKING * len(rows) else None
+            if kept is not None and decoder.keep(kept):
+                rows, tokens, done = rows[kept], tokens[kept], done[kept]
+        logits = decoder.step(tokens)
+    return [_until_stop(row, policy.eos_ids) for row in found.tolist()]
 
 
 def _until_stop(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
@@ -169,11 +115,13 @@ def sample(
     per_batch = max(1, config.batch_size // samples)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     responses: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    with policy.running(), packed_linears(policy.model, min(config.batch_size, len(responses))):
+    rows_at_once = min(per_batch, len(prompts)) * samples
+    with policy.running(), uncompiled(policy.model), packed_linears(policy.model, rows_at_once):
+        decoder = make_decoder(policy, rows_at_once, len(prompts[order[-1]].token_ids), config.max_new_tokens)
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             rows = [i * samples + s for i in chosen for s in range(samples)]
-            decoded = decode(policy, [prompts[i] for i in chosen], samples, uniforms[rows], config)
+            decoded = decode(policy, decoder, [prompts[i] for i in chosen], samples, uniforms[rows], config)
             for row, tokens in zip(rows, decoded, strict=True):
                 responses[row] = tokens
     repeated = tuple(p for p in prompts for _ in range(samples))

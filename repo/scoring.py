@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .assets.heads import HeadScorer, score_all
+from .assets.heads import HeadScorer, Reading, score_all
 from .config import ScoringConfig
 from .data import Prompt
 from .errors import UserError
@@ -49,11 +49,14 @@ class Scorers:
     def __init__(self, reward: Sequence[Part], cost: Sequence[Part], clamp: float) -> None:
         self.parts, self.clamp = {"reward": tuple(reward), "cost": tuple(cost)}, clamp
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scores:
-        """Scores of B pairs. UserError that names scorer and prompt when a score is not finite."""
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], reading: Reading | None = None) -> Scores:
+        """Scores of B pairs. UserError that names scorer and prompt when a score is not finite.
+
+        reading: what the reference's forward found about the same rows, which embedded scorers need not compute again.
+        """
         parts = [(signal, part) for signal in SIGNALS for part in self.parts[signal]]
         sums = {signal: torch.zeros(len(prompts)) for signal in SIGNALS}
-        found = score_each([part.scorer for _, part in parts], prompts, responses)
+        found = score_each([part.scorer for _, part in parts], prompts, responses, reading)
         for (signal, part), values in zip(parts, found, strict=True):
             _require_finite(f"scoring.{signal} {part.name!r}", values, prompts)
             sums[signal] += part.weight * values
@@ -64,6 +67,11 @@ class Scorers:
         part, *more = self.parts[signal]
         return None if more or part.weight != 1 else part.scorer
 
+    def layers_of(self, model: Any) -> list[int]:
+        """Layers of `model` whose states a scorer reads."""
+        scorers = [part.scorer for parts in self.parts.values() for part in parts]
+        return sorted({s.manifest.layer for s in scorers if isinstance(s, HeadScorer) and s.trunk.model is model})
+
     def describe(self) -> str:
         """One line: the units of the signals, or the scorers' names, with their weights."""
         return "; ".join(
@@ -71,10 +79,12 @@ class Scorers:
         )
 
 
-def score_each(scorers: Sequence[Scorer], prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Tensor]:
+def score_each(
+    scorers: Sequence[Scorer], prompts: Sequence[Prompt], responses: Sequence[str], reading: Reading | None = None
+) -> list[Tensor]:
     """Scores (B,) of each scorer, in the units of its manifest; embedded ones share a forward."""
     heads = [s for s in scorers if isinstance(s, HeadScorer)]
-    shared = dict(zip(heads, score_all(heads, [p.text for p in prompts], responses), strict=True))
+    shared = dict(zip(heads, score_all(heads, [p.text for p in prompts], responses, reading), strict=True))
     return [shared[s] if isinstance(s, HeadScorer) else s(prompts, responses) for s in scorers]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +45,13 @@ class Sequences:
         """(B, R) bool."""
         return self.attention_mask[:, self.prompt_width :]
 
+    def token_lists(self) -> list[tuple[list[int], list[int]]]:
+        """Prompt and response of each row, without padding."""
+        lengths = zip(self.prompt_lengths.tolist(), self.response_lengths.tolist(), strict=True)
+        middle = self.prompt_width
+        rows = zip(self.input_ids.tolist(), lengths, strict=True)
+        return [(ids[middle - p : middle], ids[middle : middle + r]) for ids, (p, r) in rows]
+
     def select(self, rows: Tensor) -> Sequences:
         """The given rows, cut to their own longest prompt and response (at least one response column)."""
         prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
@@ -77,29 +83,3 @@ def make_sequences(
     return Sequences(
         ids, prompt_lengths, response_lengths, width, torch.arange(len(ids)) if group is None else group.clone()
     )
-
-
-def micro_batches(sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool = False) -> list[Tensor]:
-    """Cut rows (n,) into sets of similar length that take at most `budget` padded tokens in one forward.
-
-    With share_prefix a prompt counts once for all its responses in the set (see tree.py). A single row may exceed the
-    budget. Every row is in exactly one set.
-    """
-    keys = zip(sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist(), strict=True)
-    lengths, groups = list(keys), sequences.group.tolist()
-    order = sorted(rows.tolist(), key=lambda row: (-lengths[row][0], groups[row], -lengths[row][1]))
-    sets: list[list[int]] = []
-    for row in order:
-        if sets and _padded_tokens([*sets[-1], row], lengths, groups, share_prefix) <= budget:
-            sets[-1].append(row)
-        else:
-            sets.append([row])
-    return [torch.tensor(members, dtype=torch.int64) for members in sets]
-
-
-def _padded_tokens(rows: list[int], lengths: list[tuple[int, int]], groups: list[int], share_prefix: bool) -> int:
-    prompt, response = max(lengths[row][0] for row in rows), max(lengths[row][1] for row in rows)
-    if not share_prefix:
-        return len(rows) * (prompt + response)
-    sizes = Counter(groups[row] for row in rows)
-    return len(sizes) * (prompt + max(sizes.values()) * response)

@@ -1,4 +1,4 @@
-"""Train a policy under a cost constraint: sample -> score -> reference -> advantages -> update -> record.
+"""Train a policy under a cost constraint: sample -> reference -> score -> advantages -> update -> record.
 
 python -m repo.train                                  RePO on the embedded default
 python -m repo.train --preset paper                   the paper's form: critics, mode split, KL in the reward
@@ -17,9 +17,11 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
+from .actor import Actor, read_reference
 from .card import model_card
 from .config import Config
 from .data import batch_at
+from .decoding import describe_decoding
 from .errors import UserError, exit_with_sentence
 from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
 from .memory import describe_memory, keep_freed_memory
@@ -27,7 +29,7 @@ from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .objective import make_batch
 from .parsing import PRESETS, make_parser, parse, preset_names
 from .penalty import Penalty
-from .policy import Policy, response_logps, vocabulary
+from .policy import Policy, vocabulary
 from .record import Timer, sample_records, step_record
 from .rollout import sample
 from .run import Run
@@ -44,13 +46,14 @@ def train(
     """The loop. Returns after the last step, or early, with a checkpoint, when a signal asked for it."""
     a, r = config.algorithm, config.rollout
     penalty = Penalty(a, config.penalty)
-    updater = Updater(parts.policy, config, parts.critics, parts.examples)
+    actor, reference = Actor(parts.policy, parts.critics), Actor(parts.reference)
+    updater, layers = Updater(actor, config, parts.examples), parts.scorers.layers_of(parts.reference.model)
     first, stop = 0, StopRequest(console.print)
     before = evaluated(config, parts, folder, "before", console, parts.reference)
     if state and saved:
         first, updater.skipped_in_a_row = state.step, state.skipped_in_a_row
         penalty.load_state_dict(state.penalty)
-        checkpoint.restore(saved, updater.trained, updater.optimizer)
+        checkpoint.restore(saved, actor, updater.optimizer)
     table, started = ConsoleTable(console), time.perf_counter()
     with progress_bar(console) as bar:
         task = bar.add_task("training", total=config.steps, completed=first)
@@ -62,12 +65,12 @@ def train(
             prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
             rollout = sample(parts.policy, prompts, r.samples_per_prompt, r, config.seed, step)
             timer.mark("rollout")
-            scores = parts.scorers(rollout.prompts, rollout.texts)
-            timer.mark("score")
             budget = config.optimizer.micro_batch_tokens
-            ref_logps = response_logps(parts.reference, rollout.sequences, r.temperature, budget)
+            ref_logps, reading = read_reference(reference, rollout.sequences, r.temperature, budget, layers)
             timer.mark("reference")
-            said = updater.read(rollout.sequences)
+            scores = parts.scorers(rollout.prompts, rollout.texts, reading)
+            timer.mark("score")
+            said = updater.read(rollout.sequences, step)
             weights = penalty.value, penalty.beta
             batch = make_batch(config, rollout.sequences, scores.rewards, scores.costs, ref_logps, *weights, *said)
             result = updater.update(batch, step, config.steps)
@@ -85,7 +88,7 @@ def train(
             bar.advance(task)
             if stop.requested or done == config.steps or (config.save_every and done % config.save_every == 0):
                 state = checkpoint.State(done, penalty.state_dict(), updater.skipped_in_a_row, folder.offsets)
-                checkpoint.save(folder.folder, state, updater.trained, updater.optimizer)
+                checkpoint.save(folder.folder, state, actor, updater.optimizer)
     stop.restore()
     finish(config, parts, folder, console, before)
 
@@ -169,6 +172,8 @@ def run_command(argv: list[str]) -> None:
         parts = load_parts(config, console)
         folder = run.create(config, path)
     console.print(f"run: {folder.folder}   {describe_batch(config)}", markup=False, highlight=False)
+    kernels = f"{parts.policy.attention.describe()}; {describe_decoding(parts.policy)}"
+    console.print(kernels, style=None if parts.policy.attention.packs else "yellow", markup=False, highlight=False)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics)
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     try:

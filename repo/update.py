@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from repo_kernels import LossStats
 
-from .config import Config, OptimizerConfig
+from .actor import Actor, read_responses
+from .config import Config
 from .data import Example, batch_at
 from .errors import UserError
 from .objective import Batch, Objective
-from .policy import Policy, read_responses
+from .optimizer import lr_at, make_optimizer
 from .seeds import generator
 from .sequences import Sequences
 
@@ -33,62 +35,40 @@ class UpdateResult:
     stats: LossStats
 
 
-def lr_at(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or cosine / linear to 0 after the last step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (1 - progress) if config.schedule == "linear" else config.lr
-
-
-def make_optimizer(model: nn.Module, critics: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW over both, each with its learning rate; weight decay on matrices only."""
-    groups = []
-    for module, lr in ((model, config.optimizer.lr), (critics, config.critic.lr)):
-        trained = [p for p in module.parameters() if p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-        groups += [
-            {"params": matrices, "weight_decay": config.optimizer.weight_decay, "lr": lr, "policy": module is model},
-            {"params": vectors, "weight_decay": 0.0, "lr": lr, "policy": module is model},
-        ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=config.optimizer.betas, fused=True)
-
-
 class Updater:
     """The optimiser of policy and critics, and the rules of one update."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        config: Config,
-        critics: nn.ModuleDict | None = None,
-        examples: Sequence[Example] = (),
-    ) -> None:
-        self.policy, self.config, self.examples = policy, config, examples
-        self.critics = nn.ModuleDict() if critics is None else critics
-        self.objective = Objective(policy, self.critics, config)
-        self.optimizer = make_optimizer(policy.model, self.critics, config)
+    def __init__(self, actor: Actor, config: Config, examples: Sequence[Example] = ()) -> None:
+        self.actor, self.config, self.examples = actor, config, examples
+        self.objective = Objective(actor, config)
+        self.optimizer = make_optimizer(actor.policy, actor.critics, config)
         self.skipped_in_a_row = 0
-
-    @property
-    def trained(self) -> nn.Module:
-        """Policy and critics as one module: what a checkpoint keeps the weights of."""
-        return nn.ModuleDict({"policy": self.policy.model, "critics": self.critics})
 
     @property
     def steps_per_update(self) -> int:
         """Optimiser steps on one rollout batch; with more than 1 the ratio needs the sampling policy's log-probs."""
         return self.config.optimizer.epochs * self.config.optimizer.minibatches
 
-    def read(self, sequences: Sequences) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Log-probs of the policy that sampled and the critics' values, (B, R) each; None and {} where nothing asks."""
-        config = self.config
-        if self.steps_per_update == 1 and not self.critics and config.algorithm.kl_placement == "loss":
-            return None, {}
-        temperature, budget = config.rollout.temperature, config.optimizer.micro_batch_tokens
-        return read_responses(self.policy, sequences, temperature, budget, self.critics)
+    def read(self, sequences: Sequences, step: int) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Log-probs of the policy that sampled and the critics' values, (B, R) each; None and {} where nothing asks.
+
+        Where only the ratio asks, the rows of the first minibatch are left 0: their ratio is 1 in the first pass, which
+        fills them in for later epochs.
+        """
+        config, rows = self.config, None
+        if not self._needs_values:
+            if self.steps_per_update == 1:
+                return None, {}
+            first = next(self._minibatches(len(sequences.group), step))[0]
+            rows = torch.ones(len(sequences.group), dtype=torch.bool).index_fill(0, first, False).nonzero().squeeze(1)
+        return read_responses(
+            self.actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens, rows
+        )
+
+    @property
+    def _needs_values(self) -> bool:
+        """Whether the advantages are made from what policy or critics say of every token."""
+        return len(self.actor.critics) > 0 or self.config.algorithm.kl_placement == "reward"
 
     def update(self, batch: Batch, step: int, steps: int) -> UpdateResult:
         """Epochs x shuffled minibatches x micro-batches, with supervised examples in the same optimiser steps.
@@ -100,11 +80,14 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = lr if group["policy"] else group["lr"]
         losses, stats, skipped, norm = defaultdict[str, list[float]](list), [], 0, 0.0
-        for rows, examples in self._minibatches(len(batch.costs), step):
-            found, minibatch_stats = self.objective.backward(batch, rows)
+        old = None if batch.old_logps is None else batch.old_logps.clone()
+        for index, (rows, examples) in enumerate(self._minibatches(len(batch.costs), step)):
+            # before the first optimiser step the policy is the one that sampled: rho = 1, with its gradient
+            known = dataclasses.replace(batch, old_logps=old if index else None)
+            found, minibatch_stats = self.objective.backward(known, rows, None if index else old)
             if examples:
                 found["ptx_loss"] = self.objective.supervised_backward(examples)
-            norm, critic_norm = (self._clip(module) for module in (self.policy.model, self.critics))
+            norm, critic_norm = (self._clip(module) for module in (self.actor.policy, self.actor.critics))
             if all(math.isfinite(x) for x in (norm, critic_norm, *found.values())):
                 self.optimizer.step()
                 self.skipped_in_a_row = 0

@@ -121,14 +121,18 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
 def check_head(
     prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, leading: tuple[int, ...] | None = None
 ) -> None:
-    """hidden (T, H) or (B, L, H), weight (V, H), bias (V,): one dtype and device, unit column stride."""
+    """hidden (T, H) or (B, L, H) with unit column stride; weight (V, H) and bias (V,), each of hidden's dtype or fp32.
+
+    fp32 with bf16 or fp16 hidden states: the head of a model trained under autocast.
+    """
     check_matrix(f"{prefix}hidden", hidden)
+    dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
     shapes = ((weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 0, hidden.shape[-1]),)
-    check_tensor(f"{prefix}weight", weight, shapes, (hidden.dtype,), hidden)
+    check_tensor(f"{prefix}weight", weight, shapes, dtypes, hidden)
     if weight.shape[0] == 0:
         raise ValueError(f"{prefix}weight must have shape (V, H) with V >= 1; got {describe(weight)}")
     if bias is not None:
-        check_tensor(f"{prefix}bias", bias, ((weight.shape[0],),), (hidden.dtype,), hidden)
+        check_tensor(f"{prefix}bias", bias, ((weight.shape[0],),), dtypes, hidden)
     if leading is not None and tuple(hidden.shape[:-1]) != leading:
         raise ValueError(f"{prefix}hidden must have leading shape {leading}; got {describe(hidden)}")
 

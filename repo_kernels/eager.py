@@ -21,9 +21,9 @@ CHUNK_ELEMENTS = 1 << 23  # 32 MB of fp32 logits
 LOG2_E = 1.4426950408889634
 
 
-def chunks(rows: int, columns: int, chunk_rows: int | None = None) -> Iterator[tuple[int, int]]:
+def chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive row chunks; at least one row each."""
-    size = chunk_rows or max(1, CHUNK_ELEMENTS // max(columns, 1))
+    size = max(1, CHUNK_ELEMENTS // max(columns, 1))
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
 
@@ -253,4 +253,7 @@ def apply(
 def scale_rows(grad: Tensor, upstream: Tensor) -> None:
     """Multiply each row of `grad` by its entry of `upstream` (N,), in place, with one rounding."""
     factor = upstream.reshape(grad.shape[:-1])[..., None]
-    grad.copy_((grad.to(factor.dtype) * factor).to(grad.dtype))
+    if grad.dtype == factor.dtype:
+        grad *= factor
+    else:
+        grad.copy_((grad.to(factor.dtype) * factor).to(grad.dtype))

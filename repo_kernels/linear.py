@@ -1,211 +1,285 @@
 """The linear forms: logits = hidden @ weight^T + bias, which exist one chunk of live rows at a time.
 
 Per chunk: GEMM -> a backend's kernel, which writes the gradient over the chunk's logits -> GEMMs into the gradients of
-hidden, weight and bias.
+hidden, weight and bias. One buffer serves all chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import backends
-from .arguments import LossArguments
-from .autograd import refuse_second_order
-from .eager import chunks, live_rows, put_rows, take_rows
-from .rows import SCALARS, STATE, TOKENS, LossRows
+from .eager import take_rows
+from .gemm import add_product, factor_dtype, fp16_scale, product
+from .rows import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
+
+CHUNK_BYTES = 64_000_000
+# Rows of a chunk begin at an odd multiple of this many elements: aligned for any V, and not all in the same cache sets,
+# as rows of 49 152 entries would be.
+ROW_STEP = 16
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """The rows of N whose id is not ignored. index: (n,) of them, or None when all are: nothing is gathered then."""
+
+    total: int
+    count: int
+    index: Tensor | None
+
+    @staticmethod
+    def of(ids: Tensor) -> LiveRows:
+        """Of ids (N,). Their number decides the chunks: the one time that the host waits for the device."""
+        index = (ids != IGNORED).nonzero().squeeze(1)
+        total, count = ids.numel(), index.numel()
+        return LiveRows(total, count, None if count == total else index)
+
+    def take(self, columns: Tensor) -> Tensor:
+        """(..., N) -> (..., n)."""
+        return columns if self.index is None else columns.index_select(-1, self.index)
+
+    def take_hidden(self, hidden: Tensor) -> Tensor:
+        """(T, H) or (B, L, H) -> (n, H)."""
+        if self.index is None:
+            return hidden.reshape(-1, hidden.shape[-1])
+        return take_rows(hidden, self.index, hidden.dtype)
+
+    def spread(self, columns: Tensor) -> Tensor:
+        """(..., n) -> (..., N), 0 on dead rows."""
+        if self.index is None:
+            return columns
+        return columns.new_zeros(*columns.shape[:-1], self.total).index_copy_(-1, self.index, columns)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head in the compute dtype. weight: (V, H); bias: (V,) or None."""
+    """A linear head ready for its GEMMs. weight: (V, H) of the factors' type; bias: (V,) of the sums' type or None."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) -> (n, V), in the compute dtype also under autocast."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden, self.weight, self.bias)
-
-
-def make_head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
-    """A detached head in the compute dtype."""
-    return Head(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-
-
-@dataclass
-class HeadGradients:
-    """Sums of dL/dhidden, dL/dweight, dL/dbias over chunks, in the compute dtype; None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
     @staticmethod
-    def zeros(hidden: Tensor, head: Head, wanted: tuple[bool, ...]) -> HeadGradients:
-        """Nothing summed yet."""
-        return HeadGradients(
-            torch.zeros(hidden.shape, dtype=head.weight.dtype, device=hidden.device) if wanted[0] else None,
-            torch.zeros_like(head.weight) if wanted[1] else None,
-            torch.zeros_like(head.bias) if wanted[2] and head.bias is not None else None,
-        )
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Head:
+        """The head for these hidden states; weights of another type than the factors' are copied, once per call."""
+        factors = factor_dtype(hidden.dtype, hidden.device, result)
+        return Head(weight.detach().to(factors), None if bias is None else bias.detach().to(result))
 
-    def add(self, index: Tensor, grad: Tensor, hidden: Tensor, head: Head) -> None:
-        """grad: (n, V) dL/dlogits of the rows `index`; hidden: (n, H) of the compute dtype."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            if self.hidden is not None:
-                put_rows(self.hidden, index, grad @ head.weight)
-            if self.weight is not None:
-                self.weight.addmm_(grad.t(), hidden)
+    def logits(self, x: Tensor, out: Tensor) -> Tensor:
+        """(n, H) of the factors' type -> `out`, (n, V)."""
+        product(x, self.weight.t(), out)
         if self.bias is not None:
-            self.bias += grad.sum(0)
-
-
-def _live_chunks(ids: Tensor, vocabulary: int, chunk_tokens: int | None) -> Iterator[Tensor]:
-    """Flat indices of the live rows, (n,) at a time."""
-    live = live_rows(ids, vocabulary)
-    for start, stop in chunks(live.numel(), vocabulary, chunk_tokens):
-        yield live[start:stop]
-
-
-def _loss_chunks(
-    rows: LossRows,
-    hidden: Tensor,
-    head: Head,
-    reference: tuple[Tensor, Head] | None,
-    gradients: HeadGradients | None,
-    chunk_tokens: int | None,
-    backend: str,
-    upstream: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(losses (N,), tokens (13, N)). Gradients are added to `gradients`, rows times their `upstream` (N,) if given."""
-    kernels, dtype = backends.load(backend), rows.values.dtype
-    # grad_scale protects stored logits gradients from underflow; here nothing is stored
-    scalars = rows.scalars.clone()
-    scalars[SCALARS.index("grad_scale")] = 1.0
-    losses, tokens = rows.values.new_zeros(rows.ids.numel()), rows.values.new_zeros(len(TOKENS), rows.ids.numel())
-    for index in _live_chunks(rows.ids, head.weight.shape[0], chunk_tokens):
-        x = take_rows(hidden, index, dtype)
-        logits = head.logits(x)
-        ref_logits = None if reference is None else reference[1].logits(take_rows(reference[0], index, dtype))
-        part = replace(rows, ids=rows.ids[index], values=rows.values[:, index], scalars=scalars)
-        losses[index], tokens[:, index] = kernels.fused(logits, ref_logits, part, logits if gradients else None)
-        if gradients is not None:
-            if upstream is not None:
-                kernels.scale_rows(logits, upstream[index])
-            gradients.add(index, logits, x, head)
-    return losses, tokens
-
-
-class LinearLoss(torch.autograd.Function):
-    """(losses (N,), tokens (13, N)). Gradients are computed in the forward, but for a loss per token in the backward.
-
-    A summed loss has one upstream gradient for all rows, which the backward multiplies in.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        args: LossArguments,
-        reference: tuple[Tensor, Head] | None,
-        chunk_tokens: int | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        head = make_head(weight, bias, args.rows.values.dtype)
-        wanted = ctx.needs_input_grad[:3]
-        at_once = any(wanted) and not args.per_token_loss
-        gradients = HeadGradients.zeros(hidden, head, wanted) if at_once else None
-        losses, tokens = _loss_chunks(args.rows, hidden, head, reference, gradients, chunk_tokens, backend)
-        ctx.mark_non_differentiable(tokens)
-        ctx.set_materialize_grads(False)
-        ctx.rest = args, reference, chunk_tokens, backend
-        if gradients is None:
-            ctx.save_for_backward(hidden, weight, bias)
-        else:
-            ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-            ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return losses, tokens
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple:
-        refuse_second_order("linear_repo_loss")
-        nothing = (None,) * 4
-        if upstream is None:
-            return None, None, None, *nothing
-        args, reference, chunk_tokens, backend = ctx.rest
-        if not args.per_token_loss:
-            # the upstream gradient, which may be a loss scale, is applied before the only rounding
-            factor = upstream[0] if upstream.numel() else upstream.new_zeros(())
-            pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            return *(None if g is None else (g * factor).to(dtype) for g, dtype in pairs), *nothing
-        hidden, weight, bias = ctx.saved_tensors
-        head = make_head(weight, bias, args.rows.values.dtype)
-        gradients = HeadGradients.zeros(hidden, head, ctx.needs_input_grad[:3])
-        _loss_chunks(args.rows, hidden, head, reference, gradients, chunk_tokens, backend, upstream)
-        return gradients.hidden, gradients.weight, gradients.bias, *nothing
+            out += self.bias
+        return out
 
 
 @dataclass(frozen=True)
-class LogprobProblem:
-    """What a row's log-probability depends on besides hidden and head. ids: (N,); scalars: (8,); as in rows.py."""
+class Side:
+    """Live hidden states (n, H), their head, and the buffer of one chunk's logits."""
 
-    ids: Tensor
-    scalars: Tensor
-    softcap: float
-    entropy: int
-    chunk_tokens: int | None
-    backend: str
-
-
-class LinearLogprobs(torch.autograd.Function):
-    """The STATE (7, N) of the rows; the chunks' logits are formed in the forward and again in the backward."""
+    rows: Tensor
+    head: Head
+    buffer: Tensor
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: LogprobProblem) -> Tensor:
-        kernels, dtype = backends.load(problem.backend), problem.scalars.dtype
-        head = make_head(weight, bias, dtype)
-        state = problem.scalars.new_zeros(len(STATE), problem.ids.numel())
-        for index in _live_chunks(problem.ids, weight.shape[0], problem.chunk_tokens):
-            logits = head.logits(take_rows(hidden, index, dtype))
-            ids = problem.ids[index]
-            state[:, index] = kernels.statistics(logits, None, ids, problem.scalars, problem.softcap, problem.entropy)
-        ctx.save_for_backward(hidden, weight, bias, state)
-        ctx.problem = problem
-        ctx.set_materialize_grads(False)
-        return state
+    def of(hidden: Tensor, head: Head, live: LiveRows, size: int, result: torch.dtype) -> Side:
+        """With a buffer for chunks of `size` rows."""
+        columns = head.weight.shape[0]
+        buffer = torch.empty(size, row_stride(columns), dtype=result, device=hidden.device)[:, :columns]
+        return Side(live.take_hidden(hidden.detach()), head, buffer)
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple:
-        refuse_second_order("linear_selective_log_softmax")
-        if upstream is None:
-            return None, None, None, None
-        hidden, weight, bias, state = ctx.saved_tensors
-        problem: LogprobProblem = ctx.problem
-        kernels, dtype = backends.load(problem.backend), problem.scalars.dtype
-        head = make_head(weight, bias, dtype)
-        gradients = HeadGradients.zeros(hidden, head, ctx.needs_input_grad[:3])
-        slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))
-        for index in _live_chunks(problem.ids, weight.shape[0], problem.chunk_tokens):
-            x = take_rows(hidden, index, dtype)
-            logits = head.logits(x)
-            kernels.apply(
-                logits,
-                None,
-                problem.ids[index],
-                state[:, index],
-                slopes[:, index],
-                problem.scalars,
-                problem.softcap,
-                logits,
-            )
-            gradients.add(index, logits, x, head)
-        return gradients.hidden, gradients.weight, gradients.bias, None
+    def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(rows (c, H) of the factors' type, their logits (c, V))."""
+        x = self.rows[start:stop].to(self.head.weight.dtype)
+        return x, self.head.logits(x, self.buffer[: stop - start])
+
+
+def row_stride(vocabulary: int) -> int:
+    """Elements from row to row of a chunk's logits."""
+    return ROW_STEP * (-(-vocabulary // ROW_STEP) | 1)
+
+
+def chunk_size(live: int, row_bytes: int, chunk_tokens: int | None) -> int:
+    """Rows per chunk: `chunk_tokens`, or as many as CHUNK_BYTES holds, shared out evenly; at least 1."""
+    if chunk_tokens is not None:
+        return max(1, min(chunk_tokens, live))
+    most = max(1, CHUNK_BYTES // row_bytes)
+    return max(1, -(-live // max(1, -(-live // most))))
+
+
+def chunks(live: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive chunks."""
+    for start in range(0, live, size):
+        yield start, min(start + size, live)
+
+
+class HeadGradients:
+    """Sums over chunks of dL/dhidden (shape of hidden, 0 on dead rows), dL/dweight and dL/dbias; None if not wanted.
+
+    In the sums' type. The first chunk writes dL/dweight and the later ones add to it.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, live: LiveRows, result: torch.dtype, wanted: Sequence[bool]) -> None:
+        self.live, self.head = live, head
+        self.hidden = self.rows = self.weight = self.bias = None
+        if wanted[0]:
+            empty = hidden.new_empty if live.index is None else hidden.new_zeros
+            self.hidden = empty(hidden.shape, dtype=result)
+            self.rows = self.hidden.view(-1, hidden.shape[-1])
+        if wanted[1]:
+            self.weight = (hidden.new_empty if live.count else hidden.new_zeros)(head.weight.shape, dtype=result)
+        if wanted[2]:
+            self.bias = hidden.new_zeros(head.weight.shape[:1], dtype=result)
+
+    def add(self, start: int, stop: int, grad: Tensor, x: Tensor) -> None:
+        """grad: (c, V) dL/dlogits of the live rows start to stop; x: (c, H) of the factors' type."""
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+        grad = grad.to(x.dtype)
+        if self.rows is not None:
+            self._write_hidden(start, stop, grad)
+        if self.weight is not None:
+            (add_product if start else product)(grad.t(), x, self.weight)
+
+    def _write_hidden(self, start: int, stop: int, grad: Tensor) -> None:
+        assert self.rows is not None
+        index = self.live.index
+        part = self.rows[start:stop] if index is None else self.rows.new_empty(stop - start, self.rows.shape[1])
+        product(grad, self.head.weight, part)
+        if index is not None:
+            self.rows.index_copy_(0, index[start:stop], part)
+
+    def divide(self, scale: Tensor, backend: str) -> None:
+        """Divide the sums by a 0-d power of two; nothing is touched where it is 1."""
+        for total in (self.rows, self.weight, self.bias):
+            if total is not None:
+                scale_all(total, 1 / scale, backend)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden, weight and bias; an empty tensor for what is not wanted."""
+        like = self.head.weight
+        hidden, weight, bias = (
+            like.new_empty(0) if total is None else total for total in (self.hidden, self.weight, self.bias)
+        )
+        return hidden, weight, bias
+
+
+def scale_all(total: Tensor, factor: Tensor, backend: str) -> None:
+    """Multiply a contiguous tensor in place by a 0-d factor, which the device reads; 1 leaves it untouched."""
+    if total.numel():
+        rows = total.view(-1, total.shape[-1])
+        backends.load(backend).scale_rows(rows, factor.to(total.dtype).expand(rows.shape[0]))
+
+
+def row_bytes(head: Head, result: torch.dtype, buffers: int, with_gradient: bool) -> int:
+    """Bytes that one row of a chunk takes: its logits, the reference's, and what the gradient's GEMMs need beside."""
+    vocabulary, width = head.weight.shape
+    size = buffers * row_stride(vocabulary) * result.itemsize
+    if with_gradient:
+        narrow = head.weight.dtype.itemsize if head.weight.dtype != result else 0
+        size += vocabulary * narrow + width * result.itemsize
+    return size
+
+
+def loss_chunks(
+    hidden: Tensor,
+    head: Head,
+    reference: tuple[Tensor, Head] | None,
+    rows: LossRows,
+    wanted: Sequence[bool],
+    upstream: Tensor | None,
+    chunk_tokens: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, HeadGradients]:
+    """(losses (N,), tokens (13, N), gradients), a row's gradient multiplied by its `upstream` (N,) if given."""
+    kernels, result = backends.load(backend), rows.values.dtype
+    live, graded = LiveRows.of(rows.ids), any(wanted)
+    size = chunk_size(live.count, row_bytes(head, result, 1 if reference is None else 2, graded), chunk_tokens)
+    side = Side.of(hidden, head, live, size, result)
+    other = None if reference is None else Side.of(reference[0], reference[1], live, size, result)
+    gradients = HeadGradients(hidden, head, live, result, wanted)
+    ids, values = live.take(rows.ids), live.take(rows.values)
+    upstream = None if upstream is None else live.take(upstream)
+    # the caller's grad_scale is for gradients that are stored rounded; these are not, but for the factors in fp16
+    scale = rows.scalars.new_ones(())
+    if graded and head.weight.dtype == torch.float16:
+        weights = values[VALUES.index("weights")]
+        scale = fp16_scale(weights if upstream is None else weights * upstream)
+    scalars = rows.scalars.clone()
+    scalars[SCALARS.index("grad_scale")] = scale
+    losses, tokens = rows.values.new_empty(live.count), rows.values.new_empty(len(TOKENS), live.count)
+    for start, stop in chunks(live.count, size):
+        x, logits = side.chunk(start, stop)
+        part = replace(rows, ids=ids[start:stop], values=values[:, start:stop].contiguous(), scalars=scalars)
+        ref_logits = None if other is None else other.chunk(start, stop)[1]
+        losses[start:stop], tokens[:, start:stop] = kernels.fused(logits, ref_logits, part, logits if graded else None)
+        if graded and upstream is not None:
+            kernels.scale_rows(logits, upstream[start:stop])
+        if graded:
+            gradients.add(start, stop, logits, x)
+    if graded and head.weight.dtype == torch.float16:
+        gradients.divide(scale, backend)
+    return live.spread(losses), live.spread(tokens), gradients
+
+
+def statistics_chunks(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    scalars: Tensor,
+    softcap: float,
+    entropy: int,
+    chunk_tokens: int | None,
+    backend: str,
+) -> Tensor:
+    """The STATE (7, N) of the rows."""
+    kernels, result, live = backends.load(backend), scalars.dtype, LiveRows.of(ids)
+    size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=False), chunk_tokens)
+    side, ids = Side.of(hidden, head, live, size, result), live.take(ids)
+    state = scalars.new_empty(len(STATE), live.count)
+    for start, stop in chunks(live.count, size):
+        _, logits = side.chunk(start, stop)
+        state[:, start:stop] = kernels.statistics(logits, None, ids[start:stop], scalars, softcap, entropy)
+    return live.spread(state)
+
+
+def slope_chunks(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    state: Tensor,
+    slopes: Tensor,
+    scalars: Tensor,
+    softcap: float,
+    wanted: Sequence[bool],
+    chunk_tokens: int | None,
+    backend: str,
+) -> HeadGradients:
+    """Gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again."""
+    kernels, result, live = backends.load(backend), scalars.dtype, LiveRows.of(ids)
+    size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=True), chunk_tokens)
+    side, gradients = Side.of(hidden, head, live, size, result), HeadGradients(hidden, head, live, result, wanted)
+    ids, state, slopes = live.take(ids), live.take(state), live.take(slopes)
+    scale = fp16_scale(slopes) if head.weight.dtype == torch.float16 else None
+    if scale is not None:
+        slopes = slopes * scale
+    for start, stop in chunks(live.count, size):
+        x, logits = side.chunk(start, stop)
+        kernels.apply(
+            logits,
+            None,
+            ids[start:stop],
+            state[:, start:stop].contiguous(),
+            slopes[:, start:stop].contiguous(),
+            scalars,
+            softcap,
+            logits,
+        )
+        gradients.add(start, stop, logits, x)
+    if scale is not None:
+        gradients.divide(scale, backend)
+    return gradients

@@ -7,7 +7,7 @@ from torch import Tensor
 from .arguments import Layout, make_layout, scalar_vector
 from .backends import choose_backend
 from .checks import Scalar, check_chunk_tokens, check_head, check_matrix, check_temperature, describe
-from .linear import LinearLogprobs, LogprobProblem
+from .linear_ops import gradients_wanted, linear_statistics
 from .ops import row_statistics
 from .rows import ENTROPY_NONE, ENTROPY_VALUE
 
@@ -73,9 +73,12 @@ def linear_selective_log_softmax(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """selective_log_softmax of logits = hidden @ weight^T + bias, which exist only one chunk of live tokens at a time.
 
+    One GEMM forward; the backward forms the logits again (three GEMMs, two with a frozen head). Types, memory and the
+    one wait for the device are those of linear_repo_loss.
+
     Args:
-        hidden: (T, H) or (B, L, H). weight: (V, H), bias: (V,), of hidden's dtype.
-        chunk_tokens: live tokens per chunk; None: about 32 MB of logits. torch.compile leaves its graph for them.
+        hidden: (T, H) or (B, L, H). weight: (V, H), bias: (V,), each of hidden's dtype, or fp32 for bf16 and fp16.
+        chunk_tokens: live tokens per chunk; None: even chunks of at most 64 MB of logits.
         The other arguments, the result and the errors are those of selective_log_softmax; differentiable in hidden,
         weight and bias.
     """
@@ -84,12 +87,16 @@ def linear_selective_log_softmax(
     _check_tail(temperature, softcap, return_entropy)
     check_chunk_tokens(chunk_tokens)
     layout = make_layout(tuple(hidden.shape[:-1]), token_ids, None, None, hidden)
-    problem = LogprobProblem(
-        ids=layout.ids,
-        scalars=scalar_vector(hidden, temperature=temperature),
-        softcap=float(softcap or 0.0),
-        entropy=ENTROPY_VALUE if return_entropy else ENTROPY_NONE,
-        chunk_tokens=chunk_tokens,
-        backend=backend,
+    state = linear_statistics(
+        hidden,
+        weight,
+        bias,
+        layout.ids,
+        scalar_vector(hidden, temperature=temperature),
+        float(softcap or 0.0),
+        ENTROPY_VALUE if return_entropy else ENTROPY_NONE,
+        gradients_wanted(hidden, weight, bias),
+        chunk_tokens,
+        backend,
     )
-    return _outputs(LinearLogprobs.apply(hidden, weight, bias, problem), layout, return_entropy)
+    return _outputs(state, layout, return_entropy)

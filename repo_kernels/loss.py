@@ -16,10 +16,9 @@ from .checks import (
     check_head,
     check_matrix,
     check_tensor,
-    compute_dtype,
     describe,
 )
-from .linear import Head, LinearLoss, make_head
+from .linear_ops import gradients_wanted, linear_loss
 from .ops import fused_loss
 from .rows import SCALARS, TOKENS
 from .stats import LossStats, collect_stats, row_sum
@@ -218,8 +217,8 @@ def repo_loss(
 
 def _linear_reference(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
-) -> tuple[Tensor, Head] | None:
-    """The checked reference of the full KL: hidden states and head, or None when there is none."""
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The checked reference of the full KL: hidden states, weight and bias, or None when there is none."""
     if ref_hidden is None and ref_weight is None:
         if ref_bias is not None:
             raise ValueError("ref_bias needs ref_hidden and ref_weight; got None for both")
@@ -232,7 +231,7 @@ def _linear_reference(
         raise ValueError(f"ref_hidden must be on {hidden.device} with hidden; got {describe(ref_hidden)}")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"ref_weight must have V = {weight.shape[0]} rows like weight; got {describe(ref_weight)}")
-    return ref_hidden.detach(), make_head(ref_weight, ref_bias, compute_dtype(hidden))
+    return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
 
 
 def linear_repo_loss(
@@ -276,13 +275,20 @@ def linear_repo_loss(
 ) -> RepoLossOutput:
     """repo_loss of logits = hidden @ weight^T + bias, which exist only one chunk of live tokens at a time.
 
-    Differentiable in hidden, weight and bias; a frozen weight costs no dweight. dweight accumulates in fp32. For
-    kl_estimator "full" the reference comes as ref_hidden, ref_weight and optional ref_bias. grad_scale is divided out.
+    Differentiable in hidden, weight and bias; a frozen weight costs no dweight. The gradients of a summed loss are
+    found with it, in fp32 sums (fp64 for fp64 hidden), which the backward scales in place: with retain_graph=True it
+    copies them instead. Those of loss_agg_mode="none" form the logits again. grad_scale is divided out.
+
+    On CUDA the GEMMs take hidden's dtype, a weight of another dtype being cast to it once per call, and return fp32
+    where they can; elsewhere bf16 and fp16 compute in fp32, with an fp32 copy of the weight during the call. Autocast
+    changes nothing. The host waits for the device once per call, for the number of live tokens.
 
     Args:
-        hidden: (T, H) or (B, L, H); fp32, bf16, fp16 or fp64. weight: (V, H), bias: (V,), of hidden's dtype.
-        ref_hidden, ref_weight, ref_bias: the reference's, with the same leading shape and V; its own H and dtype.
-        chunk_tokens: live tokens per chunk; None: about 32 MB of logits. torch.compile leaves its graph for them.
+        hidden: (T, H) or (B, L, H); fp32, bf16, fp16 or fp64. weight: (V, H), bias: (V,), each of hidden's dtype, or
+            fp32 for bf16 and fp16 hidden; each gradient has its tensor's dtype.
+        ref_hidden, ref_weight, ref_bias: the reference's of kl_estimator "full", with the same leading shape and V;
+            its own H and dtype.
+        chunk_tokens: live tokens per chunk; None: even chunks of at most 64 MB of logits, the reference's included.
         The other arguments, the result and the errors are those of repo_loss.
     """
     check_head("", hidden, weight, bias)
@@ -323,7 +329,21 @@ def linear_repo_loss(
         grad_scale=grad_scale,
         return_entropy=return_entropy,
     )
-    if not torch.is_grad_enabled():
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    losses, tokens = LinearLoss.apply(hidden, weight, bias, args, reference, chunk_tokens, backend)
+    rows, ref_head = args.rows, reference or (None, None, None)
+    losses, tokens, *_ = linear_loss(
+        hidden,
+        weight,
+        bias,
+        *ref_head,
+        rows.ids,
+        rows.values,
+        rows.scalars,
+        rows.code,
+        rows.softcap,
+        rows.entropy,
+        gradients_wanted(hidden, weight, bias),
+        args.per_token_loss,
+        chunk_tokens,
+        backend,
+    )
     return make_output(args, losses, tokens)

@@ -9,11 +9,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo import train
+from repo.actor import Actor
 from repo.assets import ensure
 from repo.config import Config, CriticConfig, EvaluationConfig, ModelConfig, ScoringConfig
 from repo.critic import make_critics
 from repo.data import load_prompts, tokenize_prompts
-from repo.policy import load_policy, policy_outputs
+from repo.packing import unflat
+from repo.policy import load_policy
 from repo.scoring import load_scorers
 from repo.sequences import make_sequences
 from repo.setup import load_parts
@@ -59,11 +61,13 @@ def test_critics_of_the_embedded_scorers_begin_as_the_score_of_what_has_been_sai
     prompts = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl")[:2], policy.tokenizer, None, 256).kept
     answer = policy.tokenizer("I am sorry, but I cannot help you with that. Bread is made of flour.").input_ids
     sequences = make_sequences([p.token_ids for p in prompts], [answer, answer[:9]], policy.pad_id)
-    for signal, critic in critics.items():
+    actor, values = Actor(policy, critics), torch.zeros(2, len(answer))
+    for signal in critics:
         scorer = scorers.only(signal)
         scorer.manifest = dataclasses.replace(scorer.manifest, fluency_weight=0.0)
         with torch.no_grad():
-            values = critic(sequences, policy_outputs(policy, sequences, states=True))
+            (packed,) = actor.parts(sequences, torch.arange(2), 10**6)
+            unflat(packed, actor(packed, lambda states, critics, signal=signal: critics[signal](states)), values)
         for row, prompt in enumerate(prompts):
             for t in (0, 1, 4, 8):
                 score = scorer([prompt.text], [policy.tokenizer.decode(answer[:t])])

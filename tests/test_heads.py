@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from repo import assets
-from repo.assets.heads import HeadScorer, length_batches, score_all
+from repo.actor import Actor, read_reference, read_responses
+from repo.assets.heads import HeadScorer, Trunk, length_batches, score_all
 from repo.assets.judge import Judge, ProfanityModel, first_words
 from repo.assets.sources import locate
+from repo.data import Prompt, tokenize_prompts
+from repo.policy import load_policy
+from repo.sequences import make_sequences
 
 pytestmark = pytest.mark.assets
 
@@ -131,6 +135,34 @@ def test_verdicts_do_not_depend_on_the_batch(judge):
 def test_shared_forward_equals_separate_forwards(scorers):
     for shared, scorer in zip(score_all(scorers, PROMPTS, REPLIES), scorers, strict=True):
         torch.testing.assert_close(shared, scorer(PROMPTS, REPLIES), atol=1e-5, rtol=0)
+
+
+def test_scores_read_from_the_references_forward_are_those_of_an_own_one(built, monkeypatch):
+    """Whatever ended the response; text that tokenises otherwise than it was sampled takes a forward of its own."""
+    policy = load_policy(str(built / "policy"), torch.device("cpu"), trainable=False)
+    scorers = [
+        HeadScorer.load(built / "scorers" / s, model=policy.model, tokenizer=policy.tokenizer)
+        for s in ("reward", "cost")
+    ]
+    encode, eos = policy.tokenizer, policy.eos_ids[0]
+    prompts = tokenize_prompts([Prompt(p, p, "") for p in PROMPTS[:2]], policy.tokenizer, None, 256).kept
+    split = [token for character in "word" for token in encode(character).input_ids]
+    responses = [[*encode(REPLIES[0]).input_ids, eos], encode(REPLIES[1]).input_ids, [eos], split]
+    assert policy.tokenizer(policy.tokenizer.decode(split)).input_ids != split
+    rows = [prompts[0], prompts[0], prompts[1], prompts[1]]
+    sequences = make_sequences([p.token_ids for p in rows], responses, policy.pad_id, torch.tensor([0, 0, 1, 1]))
+    texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    layer = scorers[0].manifest.layer
+    logps, reading = read_reference(Actor(policy), sequences, 0.7, 500, [layer])
+    torch.testing.assert_close(logps, read_responses(Actor(policy), sequences, 0.7, 500)[0], atol=1e-5, rtol=1e-5)
+    expected = score_all(scorers, [p.text for p in rows], texts)
+    forwards, forward = [], Trunk._forward
+    monkeypatch.setattr(
+        Trunk, "_forward", lambda self, pairs, *a: forwards.append(len(pairs)) or forward(self, pairs, *a)
+    )
+    for found, own in zip(score_all(scorers, [p.text for p in rows], texts, reading), expected, strict=True):
+        torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
+    assert forwards == [1]
 
 
 def test_reference_safe_rate_lets_the_constraint_bind(scorers):

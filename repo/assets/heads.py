@@ -37,6 +37,29 @@ class Features:
     tokens: Tensor
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a forward of a trunk has found about sampled responses, row by row, all on the CPU.
+
+    ids:      tokens of the prompt and of the response
+    states:   by layer, (1 + T, hidden) fp32 of each row, beginning with the last prompt token; empty if not read
+    logprobs: (T or more,) of the response tokens in nats, at temperature 1
+    """
+
+    model: Any
+    ids: Sequence[tuple[list[int], list[int]]]
+    states: dict[int, list[Tensor]]
+    logprobs: Sequence[Tensor]
+
+    def find(self, row: int, layer: int, head: list[int], tail: list[int]) -> tuple[Tensor, Tensor] | None:
+        """States and log-probabilities of the tokens `tail` after `head`, if the row begins with them."""
+        prompt, response = self.ids[row]
+        states, n = self.states[layer][row], len(tail)
+        if prompt != head or response[:n] != tail or len(states) <= n:
+            return None
+        return states[: n + 1], self.logprobs[row][:n]
+
+
 def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices by rising length, in batches whose padded size stays within `budget` (or single sequences)."""
     batch: list[int] = []
@@ -76,12 +99,23 @@ class Trunk:
         cuts: Sequence[int] | None = None,
         fluency: bool = True,
         budget: int = 4096,
+        reading: Reading | None = None,
     ) -> Features:
-        """Features of N pairs, in their order, from length-sorted batches of `budget` padded tokens."""
+        """Features of N pairs, in their order, from length-sorted batches of `budget` padded tokens.
+
+        reading: where it begins with the pair's own tokens no forward is needed; text that another tokenisation gave is
+        computed like any other.
+        """
         cuts = tuple(cuts or (self.max_response,))
         pairs = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         rows: list[Any] = [None] * len(pairs)
-        for batch in length_batches([len(a) + len(b) for a, b in pairs], budget):
+        if reading is not None:
+            for i, pair in enumerate(pairs):
+                known = reading.find(i, layer, *pair)
+                rows[i] = None if known is None else self._pool(known[0], known[1] if fluency else None, cuts)
+        rest = [i for i, row in enumerate(rows) if row is None]
+        for part in length_batches([len(pairs[i][0]) + len(pairs[i][1]) for i in rest], budget):
+            batch = [rest[i] for i in part]
             for i, row in zip(batch, self._forward([pairs[i] for i in batch], layer, cuts, fluency), strict=True):
                 rows[i] = row
         return Features(*(torch.stack(column) for column in zip(*rows, strict=True)))
@@ -233,8 +267,11 @@ class HeadScorer:
         return (value - m.offset) / m.scale
 
 
-def score_all(scorers: Sequence[HeadScorer], prompts: Sequence[str], responses: Sequence[str]) -> list[Tensor]:
-    """Scores (B,) of each scorer; one forward serves all that share model, layer and length limits."""
+def score_all(
+    scorers: Sequence[HeadScorer], prompts: Sequence[str], responses: Sequence[str], reading: Reading | None = None
+) -> list[Tensor]:
+    """Scores (B,) of each scorer; one forward serves all that share model, layer and length limits, and none is needed
+    for rows that a reading of that model and layer holds."""
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(scorers):
         m = s.manifest
@@ -244,8 +281,11 @@ def score_all(scorers: Sequence[HeadScorer], prompts: Sequence[str], responses: 
     for members in groups.values():
         first = scorers[members[0]]
         fluency = any(scorers[i].manifest.fluency_weight for i in members)
+        layer, known = first.manifest.layer, reading
+        if known is not None and (known.model is not first.trunk.model or layer not in known.states):
+            known = None
         features = first.trunk.features(
-            prompts, responses, first.manifest.layer, fluency=fluency, budget=first.batch_tokens
+            prompts, responses, layer, fluency=fluency, budget=first.batch_tokens, reading=known
         )
         scores |= {i: scorers[i].from_features(features) for i in members}
     return [scores[i] for i in range(len(scorers))]

@@ -8,16 +8,19 @@ import torch
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
+from repo.actor import Actor, response_logps
 from repo.config import AlgorithmConfig, Config, CriticConfig, OptimizerConfig, PtxConfig, RolloutConfig, ScoringConfig
 from repo.critic import Critic, explained_variance, make_critics, value_loss
 from repo.data import Example, Prompt, tokenize_prompts
 from repo.errors import UserError
 from repo.objective import Batch, make_batch
-from repo.policy import load_policy, policy_outputs, response_logits, response_logps
+from repo.packing import unflat
+from repo.policy import load_policy
 from repo.rollout import sample
 from repo.scoring import load_scorers
 from repo.update import Updater
 
+from .oracle import response_logits
 from .tiny import QUESTIONS
 
 CPU = torch.device("cpu")
@@ -46,10 +49,19 @@ def heads(size: int) -> nn.ModuleDict:
 def batch_for(updater: Updater, rollout, lam: float = 1.5) -> Batch:
     generator = torch.Generator().manual_seed(1)
     rewards, costs = (torch.randn(len(rollout.texts), generator=generator) for _ in range(2))
-    ref = response_logps(updater.policy, rollout.sequences, 1.0, 500)
+    ref = response_logps(updater.actor.settings, rollout.sequences, 1.0, 500)
     ref = ref + 0.1 * torch.randn(ref.shape, generator=generator)
-    read = updater.read(rollout.sequences)
+    read = updater.read(rollout.sequences, 0)
     return make_batch(updater.config, rollout.sequences, rewards, costs, ref, lam, 0.02, *read)
+
+
+def values_of(actor: Actor, sequences, signal: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A critic's values (N,) with their graph, and laid out as (B, R)."""
+    (packed,) = actor.parts(sequences, torch.arange(len(sequences.group)), 10**6)
+    found = actor(packed, lambda states, critics: critics[signal](states))
+    values = torch.zeros(sequences.response_ids.shape)
+    unflat(packed, found.detach(), values)
+    return found, values
 
 
 def gradient(module: nn.Module) -> torch.Tensor:
@@ -59,23 +71,18 @@ def gradient(module: nn.Module) -> torch.Tensor:
 
 
 def test_the_value_loss_by_hand():
-    values, old, returns = (
-        torch.tensor([[1.0, 9.0, 2.0]]),
-        torch.tensor([[0.0, 1.0, 0.0]]),
-        torch.tensor([[3.0, 8.0, 9.0]]),
-    )
-    mask = torch.tensor([[True, True, False]])
+    values, old, returns = torch.tensor([1.0, 9.0]), torch.tensor([0.0, 1.0]), torch.tensor([3.0, 8.0])
     # token 0 moved by 1 <= 5: (1-3)^2 = 4. token 1 moved by 8, clipped to 6: max((9-8)^2, (6-8)^2) = 4. Mean 4, half 2.
-    assert value_loss(values, old, returns, mask, 5.0, 2) == 2.0
+    assert value_loss(values, old, returns, 5.0, 2) == 2.0
     # clip 0.5: token 0 at 0.5: max(4, 6.25); token 1 at 1.5: max(1, 42.25)
-    assert value_loss(values, old, returns, mask, 0.5, 2) == pytest.approx((6.25 + 42.25) / 4)
+    assert value_loss(values, old, returns, 0.5, 2) == pytest.approx((6.25 + 42.25) / 4)
 
 
 def test_a_value_that_is_clipped_away_from_its_return_has_no_gradient():
-    values = torch.tensor([[9.0, 0.2]], requires_grad=True)
-    old, returns = torch.zeros(1, 2), torch.tensor([[8.0, 1.0]])
-    value_loss(values, old, returns, torch.ones(1, 2, dtype=torch.bool), 5.0, 1).backward()
-    assert torch.allclose(values.grad, torch.tensor([[0.0, 0.2 - 1.0]]))
+    values = torch.tensor([9.0, 0.2], requires_grad=True)
+    old, returns = torch.zeros(2), torch.tensor([8.0, 1.0])
+    value_loss(values, old, returns, 5.0, 1).backward()
+    assert torch.allclose(values.grad, torch.tensor([0.0, 0.2 - 1.0]))
 
 
 def test_explained_variance_is_one_for_the_truth_and_zero_for_the_mean():
@@ -88,8 +95,7 @@ def test_explained_variance_is_one_for_the_truth_and_zero_for_the_mean():
 def test_heads_on_the_policy_read_its_states_and_never_move_it(policy, rollout):
     critics = heads(64)
     batch_of = rollout.sequences.select(torch.tensor([0, 1, 5]))
-    outputs = policy_outputs(policy, batch_of, states=True)
-    values = critics["reward"](batch_of, outputs)
+    found, values = values_of(Actor(policy, critics), batch_of, "reward")
     for row, ids in enumerate(batch_of.input_ids):
         real = ids[batch_of.attention_mask[row]][None]
         states = policy.model.model(real).last_hidden_state[0]
@@ -98,7 +104,7 @@ def test_heads_on_the_policy_read_its_states_and_never_move_it(policy, rollout):
             states[prompt - 1 : prompt - 1 + length] @ critics["reward"].head.weight[0] + critics["reward"].head.bias
         )
         assert torch.allclose(values[row, :length], by_hand, atol=1e-5)
-    values.sum().backward()
+    found.sum().backward()
     assert gradient(policy.model).abs().max() == 0
     assert gradient(critics).abs().max() > 0
 
@@ -108,7 +114,7 @@ def test_a_critic_that_starts_from_a_scorer_says_the_score_of_what_was_said_so_f
     scorers = load_scorers(config, None)
     critics = make_critics(CriticConfig(start="scorers"), policy, scorers, ("reward",))
     model = LlamaForSequenceClassification.from_pretrained(scorer_folder)
-    values = critics["reward"](rollout.sequences, None)
+    _, values = values_of(Actor(policy, critics), rollout.sequences, "reward")
     for row in (0, 3):
         ids = rollout.sequences.input_ids[row][rollout.sequences.attention_mask[row]]
         prompt = int(rollout.sequences.prompt_lengths[row])
@@ -135,7 +141,7 @@ def test_value_losses_do_not_depend_on_the_micro_batch_split(policy, rollout, bu
     for tokens in (10**6, budget):
         critics = heads(64)
         config = Config(algorithm=PAPER, optimizer=OptimizerConfig(micro_batch_tokens=tokens))
-        updater = Updater(policy, config, critics)
+        updater = Updater(Actor(policy, critics), config)
         losses, _ = updater.objective.backward(batch_for(updater, rollout), torch.arange(12))
         results.append((losses, gradient(critics), gradient(policy.model)))
         policy.model.zero_grad()
@@ -147,7 +153,7 @@ def test_value_losses_do_not_depend_on_the_micro_batch_split(policy, rollout, bu
 
 
 def test_per_token_advantages_reach_the_loss(policy, rollout):
-    updater = Updater(policy, Config(algorithm=PAPER), heads(64))
+    updater = Updater(Actor(policy, heads(64)), Config(algorithm=PAPER))
     batch = batch_for(updater, rollout)
     rows = torch.tensor([0, 3, 4, 9])
     updater.objective.backward(batch, rows)
@@ -168,7 +174,7 @@ def test_critics_learn_the_returns_of_a_batch(policy, rollout):
         critic=CriticConfig(lr=3e-2, trace=1.0),
         optimizer=OptimizerConfig(lr=1e-12),
     )
-    updater = Updater(policy, config, heads(64))
+    updater = Updater(Actor(policy, heads(64)), config)
     losses = [updater.update(batch_for(updater, rollout), step, 60).losses for step in range(60)]
     for signal in ("reward", "cost"):
         assert losses[-1][f"{signal}_value_loss"] < 0.3 * losses[0][f"{signal}_value_loss"]
@@ -180,7 +186,7 @@ def test_critics_have_their_own_rate_without_schedule(policy, rollout):
         critic=CriticConfig(lr=0.5),
         optimizer=OptimizerConfig(lr=1e-3, schedule="linear", warmup_steps=0),
     )
-    updater = Updater(policy, config, heads(64))
+    updater = Updater(Actor(policy, heads(64)), config)
     updater.update(batch_for(updater, rollout), 5, 10)
     rates = {g["policy"]: g["lr"] for g in updater.optimizer.param_groups}
     assert rates == {True: pytest.approx(5e-4), False: 0.5}
@@ -199,7 +205,7 @@ def examples_of(policy) -> list[Example]:
 def test_the_ptx_gradient_is_that_of_the_cross_entropy(policy):
     examples = examples_of(policy)
     config = Config(ptx=PtxConfig(data="x", coef=3.0), optimizer=OptimizerConfig(micro_batch_tokens=20))
-    loss = Updater(policy, config, None, examples).objective.supervised_backward(examples)
+    loss = Updater(Actor(policy), config, examples).objective.supervised_backward(examples)
     found = gradient(policy.model)
     policy.model.zero_grad()
     total, tokens = torch.zeros(()), sum(len(e.response_ids) for e in examples)
@@ -215,7 +221,7 @@ def test_the_ptx_gradient_is_that_of_the_cross_entropy(policy):
 def test_each_supervised_example_is_used_once_per_epoch_whatever_the_minibatches(policy):
     examples = [Example((5,), (6, i)) for i in range(20)]
     config = Config(ptx=PtxConfig(data="x"), optimizer=OptimizerConfig(minibatches=3, epochs=2))
-    updater = Updater(policy, config, None, examples)
+    updater = Updater(Actor(policy), config, examples)
     drawn, sizes = [], []
     for step in range(2):
         for rows, part in updater._minibatches(5, step):
@@ -232,7 +238,7 @@ def test_ptx_joins_the_optimiser_step(policy, rollout):
         ptx=PtxConfig(data="x", coef=1.0),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0),
     )
-    updater = Updater(policy, config, None, examples_of(policy))
+    updater = Updater(Actor(policy), config, examples_of(policy))
     batch = batch_for(updater, rollout)
     nothing = torch.zeros(len(batch.costs))
     still = dataclasses.replace(batch.advantages, reward=nothing, cost=None, combined=nothing)

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from repo import train
+from repo.actor import response_logps
 from repo.config import ModelConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
-from repo.policy import load_policy, response_logits, response_logps
+from repo.policy import load_policy
 from repo.rollout import draw_uniforms, sample, sample_tokens
 from repo.sequences import make_sequences
 
@@ -43,7 +44,6 @@ CONFIGS = {
     "gemma2": lambda ids: Gemma2Config(**SMALL, head_dim=8, sliding_window=WINDOW, final_logit_softcapping=3.0, **ids),
     "gemma3": lambda ids: Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=WINDOW, **ids),
 }
-SHARING = {"gpt2", "mistral", "qwen2", "qwen3"}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -59,9 +59,9 @@ def family(request, tmp_path):
 
 
 def test_log_probs_of_a_batch_are_those_of_single_sequences(family):
-    name, folder = family
+    _, folder = family
     policy = load_policy(str(folder), torch.device("cpu"), trainable=False)
-    assert policy.shares_prefix == (name in SHARING)
+    assert policy.attention.packs
     prompts = tokenize_prompts([Prompt(q, q, "") for q in QUESTIONS[:3]], policy.tokenizer, None, 99).kept
     rows = [(prompts[0], [9, 8, 7]), (prompts[0], [30, 31]), (prompts[1], [5]), (prompts[2], [4, 5, 6, 7, 8])]
     group = torch.tensor([0, 0, 1, 2])
@@ -101,9 +101,9 @@ def test_dropout_stays_off_while_activations_are_recomputed(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     policy = load_policy(str(tmp_path), torch.device("cpu"), True, ModelConfig(gradient_checkpointing=True))
     batch = make_sequences([[5, 6, 7]], [[8, 9]], policy.pad_id)
-    expected = response_logits(policy, batch)
+    expected = response_logps(policy, batch, 1.0, 99)
     with policy.recomputing():
-        assert torch.equal(response_logits(policy, batch), expected)
+        assert torch.equal(response_logps(policy, batch, 1.0, 99), expected)
 
 
 def test_a_step_trains(family, tiny_arguments, tmp_path):

@@ -9,14 +9,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from repo import train
+from repo.actor import Actor, response_logps
 from repo.config import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.errors import UserError
-from repo.forward import response_outputs
 from repo.memory import describe_memory
-from repo.policy import load_policy, load_reference, response_logits, response_logps
+from repo.packing import flat
+from repo.policy import load_policy, load_reference
 from repo.rollout import sample
 
+from . import oracle
 from .tiny import QUESTIONS
 
 CPU = torch.device("cpu")
@@ -95,15 +97,16 @@ def test_lora_without_peft_is_a_sentence(load, monkeypatch):
 
 def test_bf16_computes_in_bf16_and_trains_fp32_weights(load):
     policy, exact = load(dtype="bfloat16"), load()
-    assert policy.shares_prefix
+    assert policy.attention.packs
     sequences = rollout_of(exact).sequences
-    logits = response_logits(policy, sequences)
-    assert logits.dtype == torch.bfloat16
+    (packed,) = Actor(policy).parts(sequences, torch.arange(12), 10**6)
+    arguments, logps = Actor(policy)(packed, lambda states, _: (states.head_arguments(), states.logps(1.0)))
+    assert arguments["hidden"].dtype == torch.bfloat16
+    assert arguments["weight"] is policy.model.lm_head.weight
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
-    mask = sequences.response_mask
-    difference = (logits.float() - response_logits(exact, sequences))[mask]
-    assert 0 < difference.abs().max() < 0.05 * logits[mask].abs().max()
-    logits[mask].float().sum().backward()
+    difference = logps - flat(packed, oracle.response_logps(exact, sequences))
+    assert 0 < difference.abs().max() < 0.05 * logps.abs().max()
+    logps.sum().backward()
     assert {p.grad.dtype for p in policy.model.parameters()} == {torch.float32}
     frozen = load(dtype="bfloat16", lora_rank=2)
     dtypes = {("lora_" in name, p.dtype) for name, p in frozen.model.named_parameters()}
@@ -119,8 +122,10 @@ def test_recomputed_activations_give_the_same_gradient_and_are_off_elsewhere(loa
         seen = []
         policy.model.model.layers[0].input_layernorm.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         sequences = rollout_of(load()).sequences
+        actor = Actor(policy)
+        (packed,) = actor.parts(sequences, torch.arange(12), 10**6)
         with policy.recomputing():
-            response_outputs(policy.model, sequences, policy.shares_prefix).logits.sum().backward()
+            actor(packed, lambda states, _: states.logps(1.0)).sum().backward()
         calls.append(len(seen))
         gradients.append([p.grad for p in policy.model.parameters() if p.requires_grad])
         assert not any(m.training for m in policy.model.modules())

@@ -4,26 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-)
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from repo.actor import Actor, response_logps
 from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.errors import UserError
-from repo.policy import choose_device, load_policy, response_logits, response_logps
-from repo.rollout import sample, sample_tokens
+from repo.policy import choose_device, load_policy
+from repo.rollout import draw_uniforms, sample, sample_tokens
 from repo.sequences import make_sequences
-from repo.tree import attends_everywhere, make_tree
 from repo_kernels.packed_linear import packed_linears
 
+from . import oracle
 from .tiny import QUESTIONS
 
 CPU = torch.device("cpu")
@@ -39,15 +31,20 @@ def prompts(policy):
     return tokenize_prompts([Prompt(str(i), q, "") for i, q in enumerate(QUESTIONS)], policy.tokenizer, None, 200).kept
 
 
-def test_padded_batches_give_the_logits_of_single_unpadded_sequences(policy, prompts):
+def alone(policy, prompt, response):
+    """Log-probabilities of one response, from its own unpadded forward."""
+    logits = policy.model(input_ids=torch.tensor([[*prompt.token_ids, *response]])).logits[0]
+    logps = torch.log_softmax(logits[len(prompt.token_ids) - 1 : -1], -1)
+    return logps.gather(1, torch.tensor(response, dtype=torch.int64)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def test_batches_give_the_log_probs_of_single_unpadded_sequences(policy, prompts):
     responses = [[9, 8, 7], [30], [], [11, 12, 13, 14, 15], [40, 41], [50]]
     s = make_sequences([p.token_ids for p in prompts], responses, policy.pad_id)
-    batched = response_logits(policy, s)
+    batched = response_logps(policy, s, 1.0, 10**6)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids = torch.tensor([[*prompt.token_ids, *response]])
-        alone = policy.model(input_ids=ids).logits[0, len(prompt.token_ids) - 1 : -1]
-        if response:
-            assert (batched[i, : len(response)] - alone).abs().max() < 1e-5
+        assert torch.allclose(batched[i, : len(response)], alone(policy, prompt, response), atol=1e-5)
 
 
 def test_a_sample_depends_on_its_seed_only_and_not_on_the_batch(policy, prompts):
@@ -60,8 +57,6 @@ def test_a_sample_depends_on_its_seed_only_and_not_on_the_batch(policy, prompts)
 
 
 def test_decoding_with_a_cache_equals_sampling_from_full_forwards(policy, prompts):
-    from repo.rollout import draw_uniforms
-
     config = RolloutConfig(max_new_tokens=10)
     rollout = sample(policy, prompts[:2], 2, config, seed=1, step=0)
     uniforms = draw_uniforms(prompts[:2], 2, 10, 1, 0)
@@ -130,9 +125,7 @@ def test_log_probs_are_those_of_the_full_softmax(policy, prompts):
     rollout = sample(policy, prompts, 1, RolloutConfig(max_new_tokens=9), seed=2, step=0)
     s = rollout.sequences
     got = response_logps(policy, s, temperature=0.7, budget=40)
-    full = torch.log_softmax(response_logits(policy, s).double() / 0.7, -1).gather(-1, s.response_ids[..., None])[
-        ..., 0
-    ]
+    full = oracle.response_logps(policy, s, temperature=0.7)
     assert (got[s.response_mask] - full[s.response_mask]).abs().max() < 1e-5
     assert (got[~s.response_mask] == 0).all()
 
@@ -161,53 +154,45 @@ def test_all_stop_tokens_count(tiny_model, tmp_path):
     assert load_policy(str(tmp_path), CPU, trainable=False).eos_ids == (7, 8, 1)
 
 
-def test_a_shared_prefix_gives_the_logits_of_separate_sequences(policy, prompts):
+@torch.no_grad()
+def test_a_shared_prefix_gives_the_log_probs_of_separate_sequences(policy, prompts):
     responses = [[9, 8, 7, 1], [30, 31], [], [11, 12, 13, 14, 15], [40], [50, 51, 52]]
     chosen = [prompts[0], prompts[0], prompts[0], prompts[4], prompts[2], prompts[2]]
     group = torch.tensor([7, 7, 7, 3, 5, 5])
     s = make_sequences([p.token_ids for p in chosen], responses, policy.pad_id, group)
-    assert policy.shares_prefix
-    assert make_tree(s).input_ids.shape == (3, s.prompt_width - 1 + 3 * 5)
-    shared = response_logits(policy, s)
+    shared = response_logps(policy, s, 1.0, 10**6)
     for i, (prompt, response) in enumerate(zip(chosen, responses, strict=True)):
-        alone = policy.model(input_ids=torch.tensor([[*prompt.token_ids, *response]])).logits[0]
-        expected = alone[len(prompt.token_ids) - 1 : len(prompt.token_ids) - 1 + len(response)]
-        assert torch.allclose(shared[i, : len(response)], expected, atol=1e-5)
+        assert torch.allclose(shared[i, : len(response)], alone(policy, prompt, response), atol=1e-5)
 
 
-def test_models_with_windowed_layers_do_not_share_prefixes(prompts, policy):
-    assert attends_everywhere(policy.model.config)
-    assert not attends_everywhere(MistralConfig(sliding_window=16))
-    assert attends_everywhere(MistralConfig(sliding_window=None))
-    assert not attends_everywhere(Gemma3TextConfig())
-    assert attends_everywhere(GPT2Config())
-
-
-def test_without_sharing_the_logits_are_the_same(policy, prompts):
+def test_padded_batches_give_the_log_probs_of_packed_ones(policy, prompts):
     rollout = sample(policy, prompts, 3, RolloutConfig(max_new_tokens=9), seed=2, step=0)
-    padded = response_logps(dataclasses.replace(policy, shares_prefix=False), rollout.sequences, 1.0, 300)
+    attention = dataclasses.replace(policy.attention, packs=False)
+    padded = response_logps(dataclasses.replace(policy, attention=attention), rollout.sequences, 1.0, 300)
     assert (response_logps(policy, rollout.sequences, 1.0, 300) - padded).abs().max() < 1e-5
 
 
 def test_the_gradient_through_a_shared_prefix_is_the_same_every_time(policy, prompts):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=256, intermediate_size=64, num_hidden_layers=1))
-    large = dataclasses.replace(policy, model=model.eval())
+    actor = Actor(dataclasses.replace(policy, model=model.eval()))
     s = make_sequences([prompts[0].token_ids] * 6, [[5] * 40] * 6, 0, torch.tensor([0, 0, 0, 1, 1, 1]))
+    (packed,) = actor.parts(s, torch.arange(6), 10**6)
     gradients = []
     for _ in range(10):
         model.zero_grad()
-        response_logits(large, s).square().sum().backward()
+        actor(packed, lambda states, _: states.logps(1.0)).square().sum().backward()
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
     assert all(torch.equal(g, gradients[0]) for g in gradients)
 
 
-def test_models_that_refuse_the_mask_are_padded_instead(tmp_path, policy):
+def test_models_that_cannot_be_packed_are_padded_instead(tmp_path, policy):
     config = FalconConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True)
     FalconForCausalLM(config).save_pretrained(tmp_path)
     policy.tokenizer.save_pretrained(tmp_path)
     falcon = load_policy(str(tmp_path), CPU, trainable=False)
-    assert not falcon.shares_prefix
-    assert response_logits(falcon, make_sequences([[4, 5]], [[6, 7]], 0)).shape == (1, 2, 400)
+    assert not falcon.attention.packs
+    s = make_sequences([[4, 5], [7]], [[6, 7], [8]], 0)
+    assert torch.allclose(response_logps(falcon, s, 1.0, 99), oracle.response_logps(falcon, s), atol=1e-5)
 
 
 def test_a_prompt_that_comes_twice_in_a_step_gets_other_samples(policy, prompts):

@@ -1,10 +1,10 @@
-"""Sequences and micro-batches."""
+"""Sequences: rectangles of token ids with masks from lengths."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from repo.sequences import make_sequences, micro_batches
+from repo.sequences import make_sequences
 
 LISTS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 7)), min_size=1, max_size=12)
 
@@ -30,12 +30,6 @@ def test_selection_keeps_every_real_token(lengths):
         assert (part.response_ids[part.response_mask] == 2).all()
 
 
-@given(LISTS, st.integers(1, 60))
-@settings(max_examples=200)
-def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget):
-    s = build(lengths)
-    groups = micro_batches(s, torch.arange(len(lengths)), budget)
-    assert sorted(torch.cat(groups).tolist()) == list(range(len(lengths)))
-    for rows in groups:
-        width = s.prompt_lengths[rows].max() + s.response_lengths[rows].max()
-        assert len(rows) == 1 or len(rows) * width <= budget
+@given(LISTS)
+def test_token_lists_are_what_the_sequences_were_made_from(lengths):
+    assert build(lengths).token_lists() == [([1] * p, [2] * r) for p, r in lengths]

@@ -7,15 +7,18 @@ import pytest
 import torch
 
 from repo import checkpoint
+from repo.actor import Actor, response_logps
 from repo.advantages import Advantages
 from repo.config import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.errors import UserError
 from repo.objective import Batch
-from repo.policy import load_policy, response_logits, response_logps
+from repo.optimizer import lr_at
+from repo.policy import load_policy
 from repo.rollout import sample
-from repo.update import Updater, lr_at
+from repo.update import Updater
 
+from .oracle import response_logits
 from .tiny import QUESTIONS
 
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ def policy(tiny_model):
 
 def make_updater(policy, algorithm=None, optimizer=None, **more):
     config = Config(algorithm=algorithm or AlgorithmConfig(), optimizer=optimizer or OptimizerConfig(), **more)
-    return Updater(policy, config)
+    return Updater(Actor(policy), config)
 
 
 def make_batch(policy, lam=1.5):
@@ -103,12 +106,32 @@ def test_the_first_minibatch_is_on_policy_and_later_ones_are_clipped(policy):
     config = OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=3, minibatches=2)
     updater = make_updater(policy, None, config)
     assert updater.steps_per_update == 6
-    batch = dataclasses.replace(batch, old_logps=updater.read(batch.sequences)[0])
+    batch = dataclasses.replace(batch, old_logps=updater.read(batch.sequences, 0)[0])
     result = updater.update(batch, 0, 1)
     assert result.stats.tokens == 3 * batch.sequences.response_lengths.sum()
     assert result.stats.clip_fraction > 0
     single = make_updater(policy).update(make_batch(policy), 0, 1)
     assert single.stats.ratio_min == single.stats.ratio_max == 1
+
+
+def test_old_log_probs_are_those_of_the_sampling_policy_though_the_first_minibatch_is_not_read(policy, monkeypatch):
+    batch = make_batch(policy)
+    updater = make_updater(policy, None, OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=2, minibatches=3))
+    sampled = response_logps(policy, batch.sequences, 1.0, 500)
+    old = updater.read(batch.sequences, 4)[0]
+    first = next(updater._minibatches(12, 4))[0]
+    others = torch.tensor([row for row in range(12) if row not in first])
+    assert (old[first] == 0).all()
+    assert torch.allclose(old[others], sampled[others], atol=1e-5)
+    seen, backward = [], updater.objective.backward
+    monkeypatch.setattr(
+        updater.objective, "backward", lambda known, *more: seen.append(known.old_logps) or backward(known, *more)
+    )
+    updater.update(dataclasses.replace(batch, old_logps=old), 4, 9)
+    assert len(seen) == 6
+    assert seen[0] is None
+    assert all(torch.allclose(later, sampled, atol=1e-5) for later in seen[1:])
+    assert (old[first] == 0).all()
 
 
 def test_the_weight_of_the_kl_is_the_batchs_and_not_the_first_one(policy):
@@ -202,10 +225,10 @@ def test_kl_in_the_reward_leaves_the_loss_without_a_kl(policy):
 
 def test_a_checkpoint_brings_back_weights_and_the_random_state(policy, tmp_path):
     updater = make_updater(policy)
-    checkpoint.save(tmp_path, checkpoint.State(1, {}, 0, {}), updater.trained, updater.optimizer)
+    checkpoint.save(tmp_path, checkpoint.State(1, {}, 0, {}), updater.actor, updater.optimizer)
     expected, weight = torch.rand(3), policy.model.model.norm.weight.detach().clone()
     with torch.no_grad():
         policy.model.model.norm.weight.add_(1)
-    checkpoint.restore(tmp_path / "checkpoints" / "step-000001", updater.trained, updater.optimizer)
+    checkpoint.restore(tmp_path / "checkpoints" / "step-000001", updater.actor, updater.optimizer)
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(policy.model.model.norm.weight, weight)

@@ -1,0 +1,242 @@
+"""How many samples per hour and how much memory does a training step take, beside TRL's GRPOTrainer?
+
+    python -m benchmarks.bench_train_vs_trl                          # the embedded model, a fresh process per round
+    python -m benchmarks.bench_train_vs_trl --curves 30 --seeds 2    # KL and reward of both sides as well
+
+Both sides train all weights of the same model in fp32 on the same prompts in the same order with the same reward
+function, group size, response length, optimiser and KL weight: one optimiser step per rollout, no gradient
+checkpointing, no evaluation, no cost. In terms of GRPOTrainer: loss_type dapo (the mean over the batch's tokens, our
+token-mean), beta times ratio times k3 (use_bias_correction_kl, our kl_ratio), scale_rewards none, num_iterations 1. Its
+advantage is the reward minus the mean of the whole group, ours leaves the sample out and so is k / (k - 1) times that;
+its reward weight is k / (k - 1), and the two agree. Both log the mean k3 per response token. They differ in the sampler
+(so that at the same seed the samples differ), in padding and prefix sharing, and in that ours keeps freed memory
+(repo.memory); the side trl-kept gives TRL's process the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import machine
+from benchmarks.trainers import PARTS, Measured
+
+ROOT = Path(__file__).parents[1]
+SIDES = ("ours", "trl", "trl-kept")
+PROMPTS, SAMPLES, TOKENS, BETA = 4, 4, 40, 0.04
+BATCH = PROMPTS * SAMPLES
+GIB = 2.0**30
+
+
+def our_command(options: argparse.Namespace, steps: int, seed: int, out: Path) -> list[str]:
+    """Arguments of repo.train."""
+    settings = {
+        "out": out,
+        "steps": steps,
+        "seed": seed,
+        "save_every": 0,
+        "sample_every": 0,
+        "model.path": options.model,
+        "model.device": "cpu",
+        "data.train": options.prompts,
+        "rollout.prompts_per_step": PROMPTS,
+        "rollout.samples_per_prompt": SAMPLES,
+        "rollout.max_new_tokens": TOKENS,
+        "scoring.reward": "benchmarks.trainers:echo",
+        "scoring.cost": "benchmarks.trainers:no_cost",
+        "algorithm.method": "ppo",
+        "algorithm.beta": BETA,
+        "optimizer.lr": options.lr,
+        "optimizer.warmup_steps": 0,
+        "evaluation.prompts": 0,
+    }
+    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def trl_job(command: list[str]) -> dict[str, Any]:
+    """What train_trl takes, keep aside, for the run that this command of ours describes."""
+    from rich.console import Console
+    from transformers import AutoConfig, AutoTokenizer
+
+    from repo.data import batch_at
+    from repo.setup import find_assets, load_data, model_path
+    from repo.train import read_command
+
+    config = read_command(command)[1]
+    rollout, algorithm, optimizer, console = config.rollout, config.algorithm, config.optimizer, Console(quiet=True)
+    folder = find_assets(config, console)
+    path = model_path(config, folder)
+    shape, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    prompts = load_data(config, folder, tokenizer, (), shape, console)[0]
+    drawn = [batch_at(prompts, step, PROMPTS, config.seed) for step in range(config.steps)]
+    algorithm_arguments = {
+        "num_generations": SAMPLES,
+        "max_completion_length": TOKENS,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": 0,
+        "loss_type": "dapo",
+        "beta": algorithm.beta,
+        "use_bias_correction_kl": algorithm.kl_ratio,
+        "epsilon": algorithm.eps_low,
+        "epsilon_high": algorithm.eps_high,
+        "num_iterations": optimizer.epochs,
+        "scale_rewards": "none",
+        "reward_weights": [SAMPLES / (SAMPLES - 1)],
+        "shuffle_dataset": False,
+    }
+    training_arguments = {
+        "output_dir": str(Path(command[1]) / "trl"),
+        "max_steps": config.steps,
+        "seed": config.seed,
+        "per_device_train_batch_size": BATCH,
+        "steps_per_generation": 1,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "optim": "adamw_torch_fused",
+        "learning_rate": optimizer.lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.clip_norm,
+        "use_cpu": True,
+        "bf16": False,
+        "model_init_kwargs": {"dtype": "float32"},
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+    rows = [{"messages": p.conversation, "token_ids": list(p.token_ids)} for step in drawn for p in step]
+    return {"model": path, "prompts": rows, "arguments": {**algorithm_arguments, **training_arguments}}
+
+
+def measure(options: argparse.Namespace, side: str, steps: int, seed: int) -> Measured:
+    """One training in a fresh process."""
+    with tempfile.TemporaryDirectory() as name:
+        command, job = our_command(options, steps, seed, Path(name) / "run"), Path(name) / "job"
+        trl = None if side == "ours" else trl_job(command)
+        job.write_text(json.dumps({"command": command, "steps": steps, "trl": trl}))
+        arguments = [sys.executable, "-m", "benchmarks.trainers", side, str(job)]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{side} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        found = Measured(**json.loads(job.with_suffix(".result").read_text()))
+    middle = statistics.median(found.seconds)
+    print(f"{side}, seed {seed}: {middle:.2f} s per step, {found.peak / GIB:.2f} GiB", file=sys.stderr, flush=True)
+    return found
+
+
+def middle(values: Sequence[float], form: str = ".2f") -> str:
+    """Median [least, most]."""
+    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+
+
+def speed_table(found: dict[str, list[Measured]]) -> str:
+    """Markdown: time and memory of each side, its ratios to ours, and the parts of our step."""
+    seconds = {side: [s for run in runs for s in run.seconds] for side, runs in found.items()}
+    lines = [
+        "| | seconds per step, median [least, most] | samples per hour | response tokens per step | peak GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for side, runs in found.items():
+        tokens = statistics.mean(t for run in runs for t in run.tokens[1:])
+        per_hour = 3600 * BATCH / statistics.median(seconds[side])
+        peaks = middle([run.peak / GIB for run in runs])
+        lines.append(f"| {side} | {middle(seconds[side])} | {per_hour:.0f} | {tokens:.0f} | {peaks} |")
+    lines += [
+        "",
+        "| ours / theirs | samples per hour, of the medians [rounds] | peak memory [rounds] |",
+        "|---|---|---|",
+    ]
+    for side, runs in found.items():
+        if side != "ours":
+            pairs = list(zip(found["ours"], runs, strict=True))
+            rates = [statistics.median(b.seconds) / statistics.median(a.seconds) for a, b in pairs]
+            rate = statistics.median(seconds[side]) / statistics.median(seconds["ours"])
+            memory = middle([a.peak / b.peak for a, b in pairs])
+            lines.append(f"| {side} | {rate:.2f} [{min(rates):.2f}, {max(rates):.2f}] | {memory} |")
+    parts = {name: [s for run in found["ours"] for s in run.parts[name][1:]] for name in PARTS}
+    told = ", ".join(f"{name} {statistics.median(values):.2f}" for name, values in parts.items())
+    return "\n".join([*lines, "", f"Our step, median seconds: {told}."])
+
+
+def curve_table(found: dict[str, list[Measured]], steps: int) -> str:
+    """Markdown: KL and reward of both sides over the steps, with the spread over seeds."""
+    blocks = min(10, steps)
+    bounds = [steps * i // blocks for i in range(blocks + 1)]
+    rows = [(f"{a + 1}-{b}", a, b) for a, b in itertools.pairwise(bounds)]
+    rows.append(("last third", steps - max(1, steps // 3), steps))
+    lines = [f"| steps | {' | '.join(f'{what} {side}' for what in ('KL', 'reward') for side in found)} |"]
+    lines.append("|---" * (1 + 2 * len(found)) + "|")
+
+    def cells(values: Callable[[Measured], list[float]], a: int, b: int, form: str) -> list[str]:
+        return [middle([statistics.mean(values(run)[a:b]) for run in runs], form) for runs in found.values()]
+
+    for name, a, b in rows:
+        told = cells(lambda run: run.kl, a, b, ".4f") + cells(lambda run: run.reward, a, b, ".2f")
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def report(options: argparse.Namespace) -> str:
+    """Everything asked for, measured and written down."""
+    sides = options.sides if "ours" in options.sides else ["ours", *options.sides]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers"))
+    rounds: dict[str, list[Measured]] = {side: [] for side in sides}
+    first = machine()
+    for number in range(options.rounds):
+        for side in sides:
+            rounds[side].append(measure(options, side, options.steps, number))
+    told = [
+        f"{first}, {packages}. {options.model} model, fp32, {PROMPTS} prompts x {SAMPLES} samples x {TOKENS} tokens, "
+        f"beta {BETA}, lr {options.lr:g}; {options.rounds} rounds of {options.steps} steps a side in turn, each a "
+        "fresh process, its first step left out. Peak: of the process, loading included, to the end of the last step.",
+        speed_table(rounds),
+    ]
+    if options.curves:
+        curves: dict[str, list[Measured]] = {side: [] for side in ("ours", "trl")}
+        for seed in range(options.seeds):
+            for side, runs in curves.items():
+                runs.append(measure(options, side, options.curves, seed))
+        text = "Mean k3 to the reference in nats per token and mean reward, median [least, most] over"
+        told += [f"{text} {options.seeds} seeds.", curve_table(curves, options.curves)]
+    return "\n\n".join(told) + "\n"
+
+
+def main() -> None:
+    """Measure what is asked for, print it and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each process, the first of them not timed")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "trl"], help="who is measured")
+    parser.add_argument("--curves", type=int, default=0, metavar="STEPS", help="KL and reward over so many steps")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each side for --curves")
+    parser.add_argument("--model", default="embedded", help="folder of another model")
+    parser.add_argument("--prompts", default="embedded", help="JSON lines of other single questions")
+    parser.add_argument("--lr", type=float, default=5e-5, help="learning rate of both")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    options = parser.parse_args()
+    if options.steps < 2:
+        parser.error(f"--steps must be at least 2, since the first is not timed; got {options.steps}")
+    text = report(options)
+    print(text)
+    if options.out:
+        title = "# A training step beside TRL's GRPOTrainer"
+        command = " ".join(["python -m benchmarks.bench_train_vs_trl", *sys.argv[1:]])
+        options.out.write_text(f"{title}\n\n`{command}`\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Optimiser: the learning rate of each step, and AdamW over policy and critics with moments in fp32, bf16 or 8 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from .config import Config, OptimizerConfig
+from .errors import UserError
+
+BLOCK = 2**22  # elements whose moments are widened at a time
+
+
+def lr_at(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of a step: linear warm-up, then constant, or cosine / linear to 0 after the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (1 - progress) if config.schedule == "linear" else config.lr
+
+
+def make_optimizer(model: nn.Module, critics: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW over both, each with its learning rate; weight decay on matrices only.
+
+    Raises UserError when optimizer.states needs a package that is missing, or betas that bf16 cannot follow.
+    """
+    groups: list[dict[str, Any]] = []
+    for module, lr in ((model, config.optimizer.lr), (critics, config.critic.lr)):
+        trained = [p for p in module.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+        groups += [
+            {"params": matrices, "weight_decay": config.optimizer.weight_decay, "lr": lr, "policy": module is model},
+            {"params": vectors, "weight_decay": 0.0, "lr": lr, "policy": module is model},
+        ]
+    groups, betas, states = [g for g in groups if g["params"]], config.optimizer.betas, config.optimizer.states
+    if states == "8bit":
+        return _adamw_8bit()(groups, betas=betas)
+    if states == "bfloat16":
+        return BFloat16AdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("optimizer.states 8bit needs the package bitsandbytes: pip install bitsandbytes") from None
+    return AdamW8bit
+
+
+class BFloat16AdamW(torch.optim.AdamW):
+    """AdamW in fp32 whose two moments are rounded to bf16 (to nearest) after each step: 4 bytes per weight, not 8.
+
+    A moment that decays by less than half a unit in the last place would stay where it is, so each beta must be
+    <= 1 - 2^-8 (UserError).
+    """
+
+    def __init__(self, params: Any, betas: tuple[float, float]) -> None:
+        if max(betas) > 1 - 2**-8:
+            least = "in [0, 0.996] with optimizer.states bfloat16, whose moments would not decay with more"
+            raise UserError(f"optimizer.betas must be {least}; got {list(betas)}")
+        super().__init__(params, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step on every parameter that has a gradient."""
+        for group in self.param_groups:
+            options = {"beta1": group["betas"][0], "beta2": group["betas"][1]}
+            options |= {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, options)
+
+    def _step_one(self, parameter: Tensor, options: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, dtype=torch.bfloat16) for _ in "mv")
+        tensors = [torch.atleast_1d(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        rows = max(1, BLOCK * len(tensors[0]) // max(1, tensors[0].numel()))
+        for pieces in zip(*(t.split(rows) for t in tensors), strict=True):
+            # the fused step takes equal layouts for granted
+            weight, gradient, m, v = (piece.to(parameter.dtype).contiguous() for piece in pieces)
+            adamw([weight], [gradient], [m], [v], [], [state["step"].clone()], fused=True, **options)
+            for piece, exact in zip(pieces, (weight, gradient, m, v), strict=True):
+                if piece.data_ptr() != exact.data_ptr():
+                    piece.copy_(exact)
+        state["step"] += 1
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Optimizer's, which gives the moments the dtype of the weights."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].bfloat16()

@@ -1,0 +1,316 @@
+"""Packing: responses and their prompts laid end to end in one row without padding, and their split by token budget.
+
+    a group that shares its prompt   [prompt][response 1 but its last token][response 2 but its last token] ...
+    any other row                    [prompt, response but its last token]
+
+The state of a prompt's last token predicts the first token of each of its responses. Everything here is index
+arithmetic on the CPU; one copy to the device follows, and no size is ever read back from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .sequences import Sequences
+
+
+class Run(NamedTuple):
+    """`number` adjacent segments of `queries` tokens each, which see `keys` tokens each."""
+
+    number: int
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which tokens of a packed row attend to which. The S segments of queries tile its T tokens.
+
+    cu_q, cu_k: (S + 1,) int32, bounds of each segment's queries and keys. keys: (K,) int64, the token that each key
+    is, segment after segment; None where they are the queries' own tokens. Attention is causal, with a segment's last
+    query aligned to its last key. On the host: the longest lengths, and the runs of equal adjacent segments.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    keys: Tensor | None
+    max_q: int
+    max_k: int
+    runs: tuple[Run, ...]
+    masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device) -> Segments:
+        """The same on a device; the copies do not wait."""
+        keys = None if self.keys is None else send(self.keys, device)
+        return dataclasses.replace(
+            self, cu_q=send(self.cu_q, device), cu_k=send(self.cu_k, device), keys=keys, masks={}
+        )
+
+    def mask(self, run: Run, window: int | None, like: Tensor) -> Tensor | None:
+        """(Lq, Lk) additive, made once for all layers; None where plain causal attention, Lq = Lk, is meant."""
+        window = window if window is not None and window < run.keys else None
+        if run.queries == run.keys and window is None:
+            return None
+        key = (run.queries, run.keys, window, like.dtype)
+        if key not in self.masks:
+            query = torch.arange(run.keys - run.queries, run.keys, device=like.device)[:, None]
+            distance = query - torch.arange(run.keys, device=like.device)
+            hidden = (distance < 0) | (distance >= (window or run.keys))
+            self.masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self.masks[key].masked_fill_(hidden, -torch.inf)
+        return self.masks[key]
+
+
+def make_segments(lengths: Tensor, prefix_starts: Tensor, prefix_lengths: Tensor) -> Segments:
+    """Segments of given lengths, end to end; each also sees the prefix_length tokens at prefix_start, which may be 0.
+
+    All (S,) int64 on the CPU, every length at least 1.
+    """
+    starts, seen = lengths.cumsum(0) - lengths, lengths + prefix_lengths
+    keys = None
+    if bool(prefix_lengths.any()):
+        keys = ranges(
+            torch.stack((prefix_starts, starts), 1).flatten(), torch.stack((prefix_lengths, lengths), 1).flatten()
+        )
+    runs = tuple(
+        Run(len(list(equal)), *sizes) for sizes, equal in groupby(zip(lengths.tolist(), seen.tolist(), strict=True))
+    )
+    return Segments(bounds(lengths), bounds(seen), keys, int(lengths.max()), int(seen.max()), runs)
+
+
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The integers of each [start, start + length), one range after another; all int64."""
+    before = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
+
+
+def bounds(lengths: Tensor) -> Tensor:
+    """(n,) lengths -> (n + 1,) int32 cumulative bounds, from 0."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the copy to a GPU does not wait, for which it goes through page-locked memory."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What one forward reads for n responses of N tokens in all.
+
+    input_ids, position_ids: (1, T) int64, or (B, L) of padded rows. segments: who attends to whom in the packed row.
+    attention_mask: (B, L) bool of padded rows; exactly one of the two is given. rows: (N,) int64, which of the
+    flattened states predicts each response token. inputs: (N,) int64, which is the state of each response token,
+    None where the last ones are not read. token_ids: (N,) int64, the response tokens. cu_seqlens: (n + 1,) int32,
+    bounds of the responses among the N, whose lengths may be 0.
+
+    On the CPU whatever the device: order: (n,) int64, the batch row of each response; places: (N,) int64, its token's
+    place in the batch's flattened (B, R), with width R; lengths: of the n responses; tokens: T, or B * L with padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Segments | None
+    attention_mask: Tensor | None
+    rows: Tensor
+    inputs: Tensor | None
+    token_ids: Tensor
+    cu_seqlens: Tensor
+    order: Tensor
+    places: Tensor
+    width: int
+    lengths: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the forward runs."""
+        return self.input_ids.device
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the forward, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on a device; the copies do not wait."""
+        names = ("input_ids", "position_ids", "attention_mask", "rows", "inputs", "token_ids", "cu_seqlens")
+        tensors = {name: getattr(self, name) for name in names}
+        moved: dict[str, Any] = {
+            name: None if value is None else send(value, device) for name, value in tensors.items()
+        }
+        segments = None if self.segments is None else self.segments.to(device)
+        return dataclasses.replace(self, segments=segments, **moved)
+
+
+def pack(sequences: Sequences, rows: Tensor, share_prefix: bool, with_last: bool = False) -> Packed:
+    """Lay out rows (n,) of sequences that are on the CPU, as the module says.
+
+    share_prefix: rows of one group share one copy of their prompt. with_last: the last token of each response is an
+    input too, for readers of its state. A response of no tokens takes no room; where all are, one prompt is laid out.
+    """
+    rows = _in_order(sequences, rows, share_prefix)
+    prompts, responses = sequences.prompt_lengths[rows], sequences.response_lengths[rows]
+    group = sequences.group[rows] if share_prefix else torch.arange(len(rows))
+    live = responses > 0
+    live[0] |= not bool(live.any())
+    # the longest response of a group comes first, so that it leads if any of the group does
+    leads = live & torch.cat((torch.ones(1, dtype=torch.bool), group[1:] != group[:-1]))
+    leader = torch.where(leads, torch.arange(len(rows)), 0).cummax(0).values
+    own = torch.where(live, responses - (0 if with_last else 1), 0).clamp_min(0)
+    parts = torch.stack((torch.where(leads, prompts, 0), own), 1)  # (n, 2): tokens of the prompt, of the response
+    starts = (parts.flatten().cumsum(0) - parts.flatten()).view(-1, 2)
+    prompt_starts, response_starts = starts[leader, 0], starts[:, 1]
+
+    column = rows * sequences.input_ids.shape[1] + sequences.prompt_width
+    source = ranges(torch.stack((column - prompts, column), 1).flatten(), parts.flatten())
+    positions = ranges(torch.stack((torch.zeros_like(prompts), prompts), 1).flatten(), parts.flatten())
+    predicts = ranges(response_starts - 1, responses)
+    first = (responses.cumsum(0) - responses)[responses > 0]
+    predicts[first] = (prompt_starts + prompts - 1)[responses > 0]
+    shared = (torch.bincount(leader[live], minlength=len(rows)) > 1)[leader]
+    return Packed(
+        input_ids=sequences.input_ids.reshape(-1)[source][None],
+        position_ids=positions[None],
+        segments=_segments(parts, shared, prompt_starts, prompts),
+        attention_mask=None,
+        rows=predicts,
+        inputs=ranges(response_starts, responses) if with_last else None,
+        **_responses(sequences, rows),
+    )
+
+
+def _in_order(sequences: Sequences, rows: Tensor, share_prefix: bool) -> Tensor:
+    """Groups together and longest first, because adjacent sequences of equal length are attended to in one call."""
+    size = sequences.response_lengths[rows] + (0 if share_prefix else sequences.prompt_lengths[rows])
+    rows = rows[size.argsort(descending=True, stable=True)]
+    return rows[sequences.group[rows].argsort(stable=True)] if share_prefix else rows
+
+
+def _segments(parts: Tensor, shared: Tensor, prompt_starts: Tensor, prompts: Tensor) -> Segments:
+    """Segments of the laid out parts (n, 2); prompt and response are one where the prompt is not shared."""
+    none = torch.zeros_like(prompts)
+    merged = torch.stack((parts.sum(1), none), 1)
+    lengths = torch.where(shared[:, None], parts, merged).flatten()
+    prefix_starts = torch.stack((none, prompt_starts), 1).flatten()
+    prefix_lengths = torch.stack((none, torch.where(shared, prompts, 0)), 1).flatten()
+    laid = lengths > 0
+    return make_segments(lengths[laid], prefix_starts[laid], prefix_lengths[laid])
+
+
+def pad(sequences: Sequences, rows: Tensor, with_last: bool = False) -> Packed:
+    """The same for a model that cannot read packed rows: rows (n,) as a left-padded rectangle, one row per response."""
+    part = sequences.select(rows)
+    stop = None if with_last else -1
+    ids = part.input_ids[:, :stop]
+    states = ranges(torch.arange(len(rows)) * ids.shape[1] + part.prompt_width, part.response_lengths)
+    return Packed(
+        input_ids=ids,
+        position_ids=part.position_ids[:, :stop],
+        segments=None,
+        attention_mask=part.attention_mask[:, :stop],
+        rows=states - 1,
+        inputs=states if with_last else None,
+        **_responses(sequences, rows),
+    )
+
+
+def flat(packed: Packed, values: Tensor) -> Tensor:
+    """A batch's values in packed order, on packed's device: (B, R) -> (N,) by token, (B,) -> (n,) by response."""
+    if values.ndim == 2 and values.shape[1] != packed.width:
+        raise ValueError(f"values: got {tuple(values.shape)}, needs the {packed.width} columns of the batch")
+    index = packed.order if values.ndim == 1 else packed.places
+    return send(values.reshape(-1)[send(index, values.device)], packed.device)
+
+
+def unflat(packed: Packed, flat_values: Tensor, out: Tensor) -> None:
+    """Write (N,) values by token into a contiguous (B, R) tensor, whose other places stay as they are."""
+    out.view(-1)[send(packed.places, out.device)] = flat_values.to(out.device, out.dtype)
+
+
+def micro_batches(
+    sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool, padded: bool = False, with_last: bool = False
+) -> list[Tensor]:
+    """Cut rows (n,) into sets whose forwards take at most `budget` tokens each: first-fit decreasing.
+
+    Tokens count as `pack` lays them out with the same arguments; padded: as `pad` does. A group that fits stays
+    together; a larger one is cut into pieces that have the prompt each. A single row may exceed the budget. Every row
+    is in exactly one set, in ascending order.
+    """
+    prompts, responses = sequences.prompt_lengths[rows].tolist(), sequences.response_lengths[rows].tolist()
+    if padded:
+        return _padded_batches(rows.tolist(), prompts, [max(1, r) - (not with_last) for r in responses], budget)
+    groups = sequences.group[rows].tolist() if share_prefix else rows.tolist()
+    prompt_of = dict(zip(groups, prompts, strict=True))
+    members: dict[int, list[_Item]] = {}
+    empty: list[int] = []  # rows without a response take no room
+    for row, group, length in zip(rows.tolist(), groups, responses, strict=True):
+        if length:
+            members.setdefault(group, []).append((length - (not with_last), [row]))
+        else:
+            empty.append(row)
+    pieces = []
+    for group, items in members.items():
+        for piece in _first_fit(items, budget - prompt_of[group]):
+            pieces.append((prompt_of[group] + sum(tokens for tokens, _ in piece), _rows(piece)))
+    sets = [_rows(piece) for piece in _first_fit(pieces, budget)] or [[]]
+    sets[-1] += empty
+    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]
+
+
+_Item = tuple[int, list[int]]  # tokens and rows
+
+
+def _rows(items: list[_Item]) -> list[int]:
+    return [row for _, rows in items for row in rows]
+
+
+def _first_fit(items: list[_Item], capacity: int) -> list[list[_Item]]:
+    """First-fit decreasing; an item beyond the capacity is alone."""
+    bins: list[list[_Item]] = []
+    room: list[int] = []
+    for item in sorted(items, key=lambda item: -item[0]):
+        place = next((i for i, space in enumerate(room) if item[0] <= space), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[place].append(item)
+        room[place] -= item[0]
+    return bins
+
+
+def _padded_batches(rows: list[int], prompts: list[int], responses: list[int], budget: int) -> list[Tensor]:
+    """Rows of similar length together, each as wide as the longest prompt and the longest response of its set."""
+    sets: list[list[int]] = []
+    prompt = response = 0
+    for i in sorted(range(len(rows)), key=lambda i: (-prompts[i], -responses[i])):
+        wide = max(prompt, prompts[i]), max(response, responses[i])
+        if sets and (len(sets[-1]) + 1) * sum(wide) <= budget:
+            sets[-1].append(rows[i])
+            prompt, response = wide
+        else:
+            sets.append([rows[i]])
+            prompt, response = prompts[i], responses[i]
+    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]
+
+
+def _responses(sequences: Sequences, rows: Tensor) -> dict[str, Any]:
+    """The fields that describe the responses, whatever the layout."""
+    lengths, width = sequences.response_lengths[rows], sequences.response_ids.shape[1]
+    columns = rows * sequences.input_ids.shape[1] + sequences.prompt_width
+    return {
+        "token_ids": sequences.input_ids.reshape(-1)[ranges(columns, lengths)],
+        "cu_seqlens": bounds(lengths),
+        "order": rows,
+        "places": ranges(rows * width, lengths),
+        "width": width,
+        "lengths": tuple(lengths.tolist()),
+    }

@@ -1,0 +1,81 @@
+"""The embedded model on real prompts: packed, padded and single sequences have the same loss and gradient."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from repo.actor import Actor
+from repo.advantages import Advantages
+from repo.assets import ensure
+from repo.attention import Attention
+from repo.config import Config
+from repo.data import load_prompts, tokenize_prompts
+from repo.objective import Batch, Objective
+from repo.policy import load_policy
+from repo.sequences import make_sequences
+from tests.loop.oracle import response_logps
+
+pytestmark = pytest.mark.assets
+
+ANSWERS = ("I am sorry, but I cannot help you with that.", "Bread is made of flour.", "Yes.", "Rivers flow to the sea.")
+LAM, BETA = 0.7, 0.3
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """(policy, batch): two prompts with two responses of different lengths each, off the reference."""
+    folder = ensure()
+    policy = load_policy(str(folder / "policy"), torch.device("cpu"), trainable=True)
+    prompts = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl")[:2], policy.tokenizer, None, 256).kept
+    rows = [prompts[0], prompts[0], prompts[1], prompts[1]]
+    answers = [policy.tokenizer(a).input_ids for a in ANSWERS]
+    group = torch.tensor([0, 0, 1, 1])
+    sequences = make_sequences([p.token_ids for p in rows], answers, policy.pad_id, group)
+    reward, cost, costs = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    with torch.no_grad():
+        shift = 0.1 * torch.randn(sequences.response_ids.shape, generator=torch.Generator().manual_seed(1))
+        reference = response_logps(policy, sequences) + shift
+    advantages = Advantages(reward, cost, reward - LAM * cost)
+    return policy, Batch(sequences, advantages, costs, reference, LAM, BETA)
+
+
+def gradient(policy) -> torch.Tensor:
+    found = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    policy.model.zero_grad()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(setting):
+    """(loss, gradient) by autograd through one sequence at a time, with the model's own head and a full softmax."""
+    policy, batch = setting
+    total = 0.0
+    tokens = int(batch.sequences.response_lengths.sum())
+    for row in range(4):
+        alone = batch.sequences.select(torch.tensor([row]))
+        assert alone.attention_mask.all()
+        logps = response_logps(policy, alone)[0]
+        advantage = batch.advantages.combined[row]
+        delta = logps - batch.ref_logps[row, : len(logps)]
+        ratio = (logps - logps.detach()).exp()
+        loss = (-ratio * advantage + BETA * ratio * ((-delta).exp() + delta - 1)).sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total, gradient(policy)
+
+
+@pytest.mark.parametrize(("layout", "budget"), [("packed", 10**6), ("packed", 60), ("padded", 10**6)])
+def test_loss_and_gradient_are_those_of_single_sequences(setting, expected, layout, budget):
+    policy, batch = setting
+    assert policy.attention.packs
+    if layout == "padded":
+        policy = dataclasses.replace(policy, attention=Attention(False, "padded", "to compare"))
+    config = dataclasses.replace(Config(), optimizer=dataclasses.replace(Config().optimizer, micro_batch_tokens=budget))
+    actor = Actor(policy)
+    sizes = [packed.input_ids.shape[0] for packed in actor.parts(batch.sequences, torch.arange(4), budget)]
+    assert sizes == {("packed", 10**6): [1], ("packed", 60): [1] * len(sizes), ("padded", 10**6): [4]}[layout, budget]
+    losses, _ = Objective(actor, config).backward(batch, torch.arange(4))
+    loss, whole = expected
+    assert losses["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert (gradient(policy) - whole).norm() <= 1e-5 * whole.norm()
