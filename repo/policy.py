@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from repo_kernels.onednn_linear import onednn_linears
+
 from .attention import Attention, choose_attention
 from .compile import compile_layers, recomputed
 from .config import ModelConfig
@@ -25,7 +27,7 @@ class Policy:
 
     attention: how it reads prompts and responses. base_only: the model without its LoRA
     adapter, which is the reference. autocast: dtype of the forward pass where it is not that of the weights.
-    recomputes: gradient checkpointing.
+    recomputes: gradient checkpointing. compiled: its layers are.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class Policy:
     base_only: bool = False
     autocast: torch.dtype | None = None
     recomputes: bool = False
+    compiled: bool = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -44,15 +47,20 @@ class Policy:
         if self.base_only:
             self.model.disable_adapters()
         try:
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None), self._linears():
                 yield
         finally:
             if self.base_only:
                 self.model.enable_adapters()
 
-    def recomputing(self) -> AbstractContextManager[None]:
-        """Gradient checkpointing, where configured."""
-        return recomputed(self.model) if self.recomputes else nullcontext()
+    def _linears(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.compiled else onednn_linears(self.model)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """What forward and backward happen in: gradient checkpointing, where configured."""
+        with self._linears(), recomputed(self.model) if self.recomputes else nullcontext():
+            yield
 
 
 def choose_device(name: str) -> torch.device:
@@ -89,10 +97,12 @@ def load_policy(path: str, device: torch.device, trainable: bool, config: ModelC
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         check_head(model)
         attention = choose_attention(model, device, autocast or model.dtype)
-    if trainable and config.compile:
+    compiled, recomputes = trainable and config.compile, trainable and config.gradient_checkpointing
+    if compiled:
         compile_layers(model)
-    recomputes = trainable and config.gradient_checkpointing
-    return Policy(model, tokenizer, eos, pad, device, attention, autocast=autocast, recomputes=recomputes)
+    return Policy(
+        model, tokenizer, eos, pad, device, attention, autocast=autocast, recomputes=recomputes, compiled=compiled
+    )
 
 
 def add_lora(model: Any, rank: int) -> None:
