@@ -9,7 +9,7 @@ from repo.actor import Actor
 from repo.advantages import Advantages
 from repo.assets import ensure
 from repo.attention import Attention
-from repo.config import Config
+from repo.config import Config, OptimizerConfig
 from repo.data import load_prompts, tokenize_prompts
 from repo.objective import Batch, Objective
 from repo.policy import load_policy
@@ -19,7 +19,7 @@ from tests.loop.oracle import response_logps
 pytestmark = pytest.mark.assets
 
 ANSWERS = ("I am sorry, but I cannot help you with that.", "Bread is made of flour.", "Yes.", "Rivers flow to the sea.")
-LAM, BETA = 0.7, 0.3
+LAM, BETA = 0.7, 0.02
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +48,43 @@ def gradient(policy) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def expected(setting):
-    """(loss, gradient) by autograd through one sequence at a time, with the model's own head and a full softmax."""
+    """(loss, gradient) in fp64 by autograd through one sequence at a time, with the model's own head."""
     policy, batch = setting
-    total = 0.0
-    tokens = int(batch.sequences.response_lengths.sum())
+    policy.model.double()
+    total, tokens = 0.0, int(batch.sequences.response_lengths.sum())
     for row in range(4):
         alone = batch.sequences.select(torch.tensor([row]))
         assert alone.attention_mask.all()
         logps = response_logps(policy, alone)[0]
-        advantage = batch.advantages.combined[row]
         delta = logps - batch.ref_logps[row, : len(logps)]
         ratio = (logps - logps.detach()).exp()
-        loss = (-ratio * advantage + BETA * ratio * ((-delta).exp() + delta - 1)).sum() / tokens
-        loss.backward()
-        total += loss.item()
+        loss = -ratio * batch.advantages.combined[row] + BETA * ratio * ((-delta).exp() + delta - 1)
+        (loss.sum() / tokens).backward()
+        total += loss.sum().item() / tokens
     return total, gradient(policy)
 
 
-@pytest.mark.parametrize(("layout", "budget"), [("packed", 10**6), ("packed", 60), ("padded", 10**6)])
-def test_loss_and_gradient_are_those_of_single_sequences(setting, expected, layout, budget):
+@pytest.mark.parametrize(
+    ("dtype", "layout", "budget", "tolerance"),
+    [
+        (torch.float64, "packed", 10**6, 1e-6),
+        (torch.float64, "packed", 60, 1e-6),
+        (torch.float64, "padded", 10**6, 1e-6),
+        # norms compute in fp32 throughout; a single sequence in fp32 is 1.6e-5 away itself: a few of this model's states are very large
+        (torch.float32, "packed", 10**6, 3e-5),
+    ],
+)
+def test_loss_and_gradient_are_those_of_single_sequences(setting, expected, dtype, layout, budget, tolerance):
     policy, batch = setting
+    policy.model.to(dtype)
     assert policy.attention.packs
     if layout == "padded":
         policy = dataclasses.replace(policy, attention=Attention(False, "padded", "to compare"))
-    config = dataclasses.replace(Config(), optimizer=dataclasses.replace(Config().optimizer, micro_batch_tokens=budget))
+    config = Config(optimizer=OptimizerConfig(micro_batch_tokens=budget))
     actor = Actor(policy)
-    sizes = [packed.input_ids.shape[0] for packed in actor.parts(batch.sequences, torch.arange(4), budget)]
-    assert sizes == {("packed", 10**6): [1], ("packed", 60): [1] * len(sizes), ("padded", 10**6): [4]}[layout, budget]
+    rows = [packed.input_ids.shape[0] for packed in actor.parts(batch.sequences, torch.arange(4), budget)]
+    assert rows == ([4] if layout == "padded" else [1] * (1 if budget > 60 else 3))
     losses, _ = Objective(actor, config).backward(batch, torch.arange(4))
     loss, whole = expected
-    assert losses["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    assert (gradient(policy) - whole).norm() <= 1e-5 * whole.norm()
+    assert losses["loss"] == pytest.approx(loss, rel=1e-6)
+    assert (gradient(policy) - whole).norm() <= tolerance * whole.norm()

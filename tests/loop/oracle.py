@@ -21,7 +21,8 @@ def response_logits(policy: Policy, sequences: Sequences) -> Tensor:
 
 
 def response_logps(policy: Policy, sequences: Sequences, temperature: float = 1.0) -> Tensor:
-    """(B, R) fp32 log-probabilities of the response tokens, 0 beyond each response."""
-    logps = torch.log_softmax(response_logits(policy, sequences).float() / temperature, -1)
+    """(B, R) log-probabilities of the response tokens in fp32, or the model's fp64; 0 beyond each response."""
+    logits = response_logits(policy, sequences)
+    logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
     found = logps.gather(-1, sequences.response_ids[..., None])[..., 0]
     return torch.where(sequences.response_mask, found, 0.0)
