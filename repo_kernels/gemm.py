@@ -2,7 +2,8 @@
 
 Sums are fp32 (fp64 for fp64 hidden states). On CUDA bf16 and fp16 factors stay as they are and the GEMM itself returns
 fp32 where it can (`out_dtype`); elsewhere its rounded product is added to an fp32 sum. On other devices, where a GEMM
-in half precision is slower than one in fp32 or does not add in fp32, factors become fp32.
+in half precision is slower than one in fp32 or does not add in fp32, factors become fp32; where MKL is slow they are
+multiplied by oneDNN.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import functools
 
 import torch
 from torch import Tensor
+
+from . import onednn_linear
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -35,12 +38,25 @@ def returns_fp32(device: torch.device, factors: torch.dtype) -> bool:
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b; a, b: of the factors' type; out: of the sums' type, unit column stride."""
-    if a.dtype == out.dtype:
+    # oneDNN's operator copies what is not contiguous and has memory of its own for the result
+    if onednn_linear.multiplies(a.device, a.dtype) and a.is_contiguous() and out.numel() <= a.numel():
+        out.copy_(onednn_linear.product(a, b.t()))
+    elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif returns_fp32(a.device, a.dtype):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(torch.mm(a, b))
+
+
+def allocates(device: torch.device, factors: torch.dtype) -> bool:
+    """Whether the fastest product cannot write into given memory: `new_product` then."""
+    return onednn_linear.multiplies(device, factors)
+
+
+def new_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in memory of its own."""
+    return onednn_linear.product(a, b.t())
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:

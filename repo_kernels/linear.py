@@ -1,7 +1,7 @@
 """The linear forms: logits = hidden @ weight^T + bias, which exist one chunk of live rows at a time.
 
 Per chunk: GEMM -> a backend's kernel, which writes the gradient over the chunk's logits -> GEMMs into the gradients of
-hidden, weight and bias. One buffer serves all chunks.
+hidden, weight and bias. One chunk's logits exist at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends
 from .eager import take_rows
-from .gemm import add_product, factor_dtype, fp16_scale, product
+from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
 from .rows import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
 
 CHUNK_BYTES = 64_000_000
@@ -68,9 +68,12 @@ class Head:
         factors = factor_dtype(hidden.dtype, hidden.device, result)
         return Head(weight.detach().to(factors), None if bias is None else bias.detach().to(result))
 
-    def logits(self, x: Tensor, out: Tensor) -> Tensor:
-        """(n, H) of the factors' type -> `out`, (n, V)."""
-        product(x, self.weight.t(), out)
+    def logits(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """(n, H) of the factors' type -> (n, V), in `out` or memory of its own."""
+        if out is None:
+            out = new_product(x, self.weight.t())
+        else:
+            product(x, self.weight.t(), out)
         if self.bias is not None:
             out += self.bias
         return out
@@ -78,23 +81,25 @@ class Head:
 
 @dataclass(frozen=True)
 class Side:
-    """Live hidden states (n, H), their head, and the buffer of one chunk's logits."""
+    """Live hidden states (n, H), their head, and the buffer of one chunk's logits, None where each has its own."""
 
     rows: Tensor
     head: Head
-    buffer: Tensor
+    buffer: Tensor | None
 
     @staticmethod
     def of(hidden: Tensor, head: Head, live: LiveRows, size: int, result: torch.dtype) -> Side:
         """With a buffer for chunks of `size` rows."""
-        columns = head.weight.shape[0]
-        buffer = torch.empty(size, row_stride(columns), dtype=result, device=hidden.device)[:, :columns]
-        return Side(live.take_hidden(hidden.detach()), head, buffer)
+        columns, rows = head.weight.shape[0], live.take_hidden(hidden.detach())
+        if allocates(hidden.device, head.weight.dtype):
+            return Side(rows, head, None)
+        buffer = torch.empty(size, row_stride(columns), dtype=result, device=hidden.device)
+        return Side(rows, head, buffer[:, :columns])
 
     def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(rows (c, H) of the factors' type, their logits (c, V))."""
         x = self.rows[start:stop].to(self.head.weight.dtype)
-        return x, self.head.logits(x, self.buffer[: stop - start])
+        return x, self.head.logits(x, None if self.buffer is None else self.buffer[: stop - start])
 
 
 def row_stride(vocabulary: int) -> int:
@@ -221,6 +226,7 @@ def loss_chunks(
             kernels.scale_rows(logits, upstream[start:stop])
         if graded:
             gradients.add(start, stop, logits, x)
+        del logits, ref_logits  # before the next chunk's
     if graded and head.weight.dtype == torch.float16:
         gradients.divide(scale, backend)
     return live.spread(losses), live.spread(tokens), gradients
@@ -244,6 +250,7 @@ def statistics_chunks(
     for start, stop in chunks(live.count, size):
         _, logits = side.chunk(start, stop)
         state[:, start:stop] = kernels.statistics(logits, None, ids[start:stop], scalars, softcap, entropy)
+        del logits  # before the next chunk's
     return live.spread(state)
 
 
@@ -280,6 +287,7 @@ def slope_chunks(
             logits,
         )
         gradients.add(start, stop, logits, x)
+        del logits  # before the next chunk's
     if scale is not None:
         gradients.divide(scale, backend)
     return gradients

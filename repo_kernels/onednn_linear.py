@@ -28,8 +28,14 @@ def mkl_is_slow() -> bool:
     return torch.backends.mkl.is_available() and capable and "GenuineIntel" not in maker
 
 
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `product` is there and faster than PyTorch's own."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return device.type == "cpu" and dtype == torch.float32 and there and mkl_is_slow()
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b^T + bias: (..., k), (n, k), (n,) -> (..., n), fp32, any strides of the matrices."""
+    """a @ b^T + bias: (..., k), (n, k), (n,) -> (..., n), fp32; `a` is copied unless it is contiguous."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return out
 

@@ -70,7 +70,8 @@ def expected(setting):
         (torch.float64, "packed", 10**6, 1e-6),
         (torch.float64, "packed", 60, 1e-6),
         (torch.float64, "padded", 10**6, 1e-6),
-        # norms compute in fp32 throughout; a single sequence in fp32 is 1.6e-5 away itself: a few of this model's states are very large
+        # norms compute in fp32 in any case; a single sequence in fp32 is 1.6e-5 away itself, since a few of this
+        # model's states are very large
         (torch.float32, "packed", 10**6, 3e-5),
     ],
 )

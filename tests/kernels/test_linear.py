@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repo_kernels import backends, gemm, linear, linear_repo_loss, linear_selective_log_softmax
+from repo_kernels import backends, gemm, linear, linear_repo_loss, linear_selective_log_softmax, onednn_linear
 from repo_kernels.rows import SCALARS, TOKENS, VALUES, LossRows
 
 from .cases import Batch, loss_arguments, make_batch
@@ -77,6 +77,24 @@ def test_half_hidden_states_meet_an_fp32_head_whose_gradient_is_never_rounded(
     assert relative(loss.detach(), expected[0]) <= 1e-5
     for leaf, gradient, limit in zip(leaves, expected[1:], (rounding, 1e-5, 1e-5), strict=True):
         assert relative(leaf.grad, gradient) <= limit
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_products_of_mkl_and_of_onednn_give_the_same(
+    form: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN linear operator")
+    monkeypatch.setattr(onednn_linear, "mkl_is_slow", lambda: by_onednn)
+    batch = make_batch(64, (3, 3), VOCABULARY, dtype=torch.float32)
+    leaves = make_head(batch)
+    mine, arguments = make_arguments(batch, **FORMS[form])
+    expected = exact(leaves, arguments, 0.5)
+    loss = linear_repo_loss(*leaves[:2], bias=leaves[2], **mine, chunk_tokens=4).loss
+    loss.backward(torch.full_like(loss, 0.5))
+    for got, value in zip((loss.detach(), *(leaf.grad for leaf in leaves)), expected, strict=True):
+        assert relative(got, value) <= 1e-5
 
 
 @pytest.fixture
@@ -170,13 +188,13 @@ def test_gemms_and_dead_rows(frozen: bool, gemms: int, monkeypatch: pytest.Monke
     def spy(name: str) -> Any:
         whole = getattr(gemm, name)
 
-        def call(a: Tensor, b: Tensor, out: Tensor) -> None:
+        def call(a: Tensor, b: Tensor, *out: Tensor) -> Tensor | None:
             sizes.append((name, a.shape[0] * a.shape[1] * b.shape[1]))
-            whole(a, b, out)
+            return whole(a, b, *out)
 
         return call
 
-    for name in ("product", "add_product"):
+    for name in ("product", "new_product", "add_product"):
         monkeypatch.setattr(linear, name, spy(name))
     batch = make_batch(62, (3, 5), VOCABULARY, dtype=torch.float32, dead=0.6)
     hidden, weight, _ = make_head(batch)
