@@ -34,7 +34,7 @@ test-aot: $(VENV)/dev.stamp
 
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_gpu.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/dev.stamp
 	$(PIP) '.[bench]'

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.bench_loss import plain
 from benchmarks.peers import missing
 from benchmarks.timing import interleaved, machine
-from repo_kernels import linear_repo_loss
+from repo_kernels import linear_repo_loss, onednn_linear
 
 SEQUENCES, HIDDEN, VOCABULARY = 4, 576, 49_152
 BETA = 0.02
@@ -137,7 +137,13 @@ def products(p: Problem) -> dict[str, Callable[[], object]]:
         torch.mm(grad, w, out=out[1])
         torch.mm(grad.t(), x, out=out[2])
 
-    return {YARDSTICK: fresh, "three GEMMs, outputs given": given}
+    def mixed() -> object:
+        return onednn_linear.product(x, w), onednn_linear.product(grad, w.t()), torch.mm(grad.t(), x)
+
+    alone: dict[str, Callable[[], object]] = {YARDSTICK: fresh, "three GEMMs, outputs given": given}
+    if onednn_linear.multiplies(x.device, x.dtype):
+        alone["three GEMMs, the first two by oneDNN"] = mixed
+    return alone
 
 
 def time_table(tokens: int, rounds: int) -> str:

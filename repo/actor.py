@@ -7,12 +7,13 @@ policy, reference and critics all run through it; only the reader differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .assets.heads import Reading
+from .attention import Attention
 from .forward import States, lm_head, trunk_states
 from .packing import Packed, micro_batches, pack, pad, unflat
 from .policy import Policy
@@ -23,14 +24,20 @@ Reader = Callable[[States, nn.ModuleDict], T]
 
 
 class Actor(nn.Module):
-    """A causal LM and its critics (none for a reference). packs: prompts and responses are laid end to end and a prompt
-    is computed once for all its responses, or else padded."""
+    """A causal LM and its critics (none for a reference).
+
+    attention: of the policy, or of the first critic that cannot read what it reads. Where it packs, prompts and
+    responses are laid end to end and a prompt is computed once for all its responses; else they are padded.
+    """
+
+    attention: Attention
 
     def __init__(self, policy: Policy, critics: nn.ModuleDict | None = None) -> None:
         super().__init__()
         self.settings = policy
         self.policy, self.critics = policy.model, nn.ModuleDict() if critics is None else critics
-        self.packs = policy.attention.packs and all(critic.packs for critic in self.critics.values())
+        choices: list[Any] = [policy.attention, *(c.attention for c in self.critics.values() if c.trunk is not None)]
+        self.attention = next((choice for choice in choices if not choice.packs), choices[0])
         self.reads_layers = any(critic.trunk is None for critic in self.critics.values())
 
     def forward(self, packed: Packed, read: Reader[T], layers: bool = False) -> T:
@@ -41,8 +48,8 @@ class Actor(nn.Module):
 
     def parts(self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool = False) -> list[Packed]:
         """Rows (n,) of a batch in layouts of at most `budget` tokens, on the CPU. with_last: see packing.pack."""
-        sets = micro_batches(sequences, rows, budget, True, padded=not self.packs, with_last=with_last)
-        if self.packs:
+        sets = micro_batches(sequences, rows, budget, True, padded=not self.attention.packs, with_last=with_last)
+        if self.attention.packs:
             return [pack(sequences, part, True, with_last) for part in sets]
         return [pad(sequences, part, with_last) for part in sets]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .errors import first_line
-from .packing import Packed, Segments, make_segments, pack
+from .packing import Packed, Segments, make_segments, pack, take_rows
 from .seeds import generator
 from .sequences import make_sequences
 
@@ -59,7 +59,7 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     if segments.keys is not None:
-        k, v = k.index_select(0, segments.keys), v.index_select(0, segments.keys)
+        k, v = take_rows(k, segments.keys), take_rows(v, segments.keys)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = varlen_kernel(query.device, dtype, q.shape[-1], softcap is not None)
     attend = per_run if kernel is None else kernel[1]
@@ -140,6 +140,8 @@ def flash_kernel(function: Callable[..., Any]) -> Kernel:
         q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+        if "deterministic" in accepted:
+            options["deterministic"] = True
         if "max_seqlen_q" in accepted:
             options |= {"max_seqlen_q": segments.max_q, "max_seqlen_k": segments.max_k}
         if window is not None:
@@ -289,8 +291,9 @@ def _obstacle(trunk: Any, device: torch.device, dtype: torch.dtype) -> str | Non
     except Exception as error:  # each model refuses in its own way
         return f"{name} failed on packed rows: {first_line(error)}"
     window = getattr(text, "sliding_window", None)
-    expected = [window if kind == "sliding_attention" else None for kind in kinds or ()]
-    if windows != dict(enumerate(expected or [window] * len(windows))):
+    kinds = kinds or ["sliding_attention"] * len(windows)  # a window without kinds is every layer's
+    expected = {layer: window if kinds[layer] == "sliding_attention" else None for layer in windows}
+    if windows != expected:
         return f"{name} does not tell its attention function the windows of its layers"
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     return None if difference < tolerance else f"packed rows change the states of {name} by {difference:.1e}"

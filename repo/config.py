@@ -24,7 +24,7 @@ class ModelConfig:
     """"auto" (CUDA where there is one, else CPU) or a torch device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the policy's forward passes and of frozen weights, which are rounded to it (exact for those saved in it);
-    trained weights, AdamW's states and critics of their own stay fp32."""
+    trained weights and critics of their own stay fp32."""
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters on every linear layer but the head (needs peft), alpha = 2 x rank; 0: train all weights."""
     gradient_checkpointing: bool = False

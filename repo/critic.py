@@ -34,7 +34,7 @@ class Critic(nn.Module):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        self.packs = trunk is None or choose_attention(trunk, trunk.device, trunk.dtype).packs
+        self.attention = None if trunk is None else choose_attention(trunk, trunk.device, trunk.dtype)
 
     def forward(self, policy_states: States) -> Tensor:
         """(N,) fp32 V_t, the value before each response token; the policy's states are read without a trunk only."""

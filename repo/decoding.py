@@ -18,6 +18,7 @@ from .policy import Policy
 from .sequences import Sequences, make_sequences
 
 COLUMNS = 16  # lengths of fixed buffers are multiples of this, as fast attention kernels want masks aligned
+WARM_UP_STEPS = 3
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # these rotary embeddings read positions on the host
 
 
@@ -148,8 +149,9 @@ class StaticLayer(DynamicLayer):
 class StaticDecoder:
     """`rows` rows of `length` columns in buffers that every batch reuses; what a row may see is in a mask.
 
-    captures: the step is recorded as a CUDA graph at the first start and replayed ever after, so the weights must stay
-    where they are. A batch of fewer rows leaves the last ones idle.
+    captures: the step is recorded as a CUDA graph at the first start and replayed for every batch of this decoder, so
+    the weights must stay where they are while it is in use. Each rollout builds a decoder and records once. A batch of
+    fewer rows leaves the last ones idle.
     """
 
     def __init__(self, model: Any, rows: int, length: int, captures: bool) -> None:
@@ -170,12 +172,12 @@ class StaticDecoder:
         if self.cache is None:
             self.cache = DynamicCache(config=self.model.config)
             self.cache.layers = [self._layer(layer.keys, layer.values) for layer in found.layers]
+        if self.captures and self.graph is None:
+            self._capture()  # before the prompts come in: it writes into columns that they may reach
         self.count = len(logits) * samples
         for mine, given in zip(self.cache.layers, found.layers, strict=True):
             for buffer, states in ((mine.keys, given.keys), (mine.values, given.values)):
                 buffer[: self.count, :, : prefix.prompt_width] = states.repeat_interleave(samples, 0)
-        if self.captures and self.graph is None:
-            self._capture()
         self.mask.fill_(torch.finfo(self.dtype).min)
         visible = prefix.attention_mask[:, : prefix.prompt_width].repeat_interleave(samples, 0)
         self.mask[: self.count, 0, 0, : prefix.prompt_width].masked_fill_(visible, 0)
@@ -217,18 +219,20 @@ class StaticDecoder:
         self.positions += 1
         self.column += 1
 
-    def _capture(self) -> None:
+    def _warm_up(self) -> None:
         """The steps that come before a capture, which chooses kernels and workspaces, write into the last columns."""
-        steps = 3
-        self.column.fill_(self.length - steps)
+        self.column.fill_(self.length - WARM_UP_STEPS)
+        for _ in range(WARM_UP_STEPS):
+            self._step()
+
+    def _capture(self) -> None:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # its copies would die with the context and live on in the graph
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(steps):
-                    self._step()
+                self._warm_up()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -14,7 +14,7 @@ from repo_kernels import linear_selective_log_softmax
 
 from .attention import using_packed
 from .errors import UserError
-from .packing import Packed
+from .packing import Packed, take_rows
 from .seeds import generator
 
 
@@ -43,7 +43,7 @@ class States:
 
     def before(self, layer: int = -1) -> Tensor:
         """(N, H): the states that predict each response token."""
-        return self.hidden[layer].index_select(0, self.packed.rows)
+        return take_rows(self.hidden[layer], self.packed.rows)
 
     def of(self, layer: int = -1) -> Tensor:
         """(N, H): the states of each response token, in a layout that holds the last ones."""

@@ -51,14 +51,15 @@ def describe_memory(config: Config, model: nn.Module, vocabulary: int, critics: 
     if critics is not None and len(list(critics.parameters())):
         name = f"critics with gradients and AdamW states {optimizer.states}"
         always[name] = per_trained * _parameters(critics)
+    heads = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2 and len(p) == vocabulary]
+    logits = 4 * rows * vocabulary
     update = {
         "update: gradients fp32": 4 * trained,
-        f"update: logits of {rows} rows x {vocabulary}, a chunk at a time": min(
-            CHUNK_BYTES, frozen * rows * vocabulary
-        ),
+        f"update: logits of {rows} rows x {vocabulary}, a chunk at a time": min(CHUNK_BYTES, logits),
+        "update: a micro-batch's gradient of the head": 4 * max(heads, default=0),
     }
     sampling = {}
-    if settings.dtype == "bfloat16":
+    if settings.dtype == "bfloat16" and not lora:
         sampling["rollout: decode weights bfloat16"] = 2 * trained
     elif settings.device in ("auto", "cpu") and not torch.cuda.is_available():
         sampling["rollout: packed decode weights (CPU)"] = 4 * weights
@@ -68,7 +69,7 @@ def describe_memory(config: Config, model: nn.Module, vocabulary: int, critics: 
         uncounted += f", nor the critics, {per_trained:g} bytes per parameter of the scorers they copy"
     text = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in (always | update | sampling).items()]
     text.append(f"  {total / GIB:7.2f} GiB  at most at once, without {uncounted}")
-    text.append(f"  {frozen * rows * vocabulary / GIB:7.2f} GiB  avoided: the logits of all {rows} rows")
+    text.append(f"  {logits / GIB:7.2f} GiB  avoided: the logits of all {rows} rows")
     return "\n".join(text)
 
 

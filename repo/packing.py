@@ -231,6 +231,12 @@ def flat(packed: Packed, values: Tensor) -> Tensor:
     return send(values.reshape(-1)[send(index, values.device)], packed.device)
 
 
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along the first dimension, where an index may come again, by the one of PyTorch's two ways whose
+    backward adds in a fixed order on the device."""
+    return x[index] if x.is_cuda else x.index_select(0, index)
+
+
 def unflat(packed: Packed, flat_values: Tensor, out: Tensor) -> None:
     """Write (N,) values by token into a contiguous (B, R) tensor, whose other places stay as they are."""
     out.view(-1)[send(packed.places, out.device)] = flat_values.to(out.device, out.dtype)
@@ -245,6 +251,8 @@ def micro_batches(
     together; a larger one is cut into pieces that have the prompt each. A single row may exceed the budget. Every row
     is in exactly one set, in ascending order.
     """
+    if not len(rows):
+        return []
     prompts, responses = sequences.prompt_lengths[rows].tolist(), sequences.response_lengths[rows].tolist()
     if padded:
         return _padded_batches(rows.tolist(), prompts, [max(1, r) - (not with_last) for r in responses], budget)

@@ -59,7 +59,10 @@ class Policy:
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """What forward and backward happen in: gradient checkpointing, where configured."""
-        with self._linears(), recomputed(self.model) if self.recomputes else nullcontext():
+        if not self.recomputes:
+            yield
+            return
+        with self._linears(), recomputed(self.model):
             yield
 
 

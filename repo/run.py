@@ -21,7 +21,17 @@ from .metrics import JsonLines
 from .policy import Policy, save_policy
 
 MAY_CHANGE_ON_RESUME = {"steps", "save_every", "sample_every", "loggers", "scoring.timeout", "optimizer.max_skipped"}
-PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors", "repo-rlhf")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "numpy",
+    "safetensors",
+    "peft",
+    "bitsandbytes",
+    "flash-attn",
+    "repo-rlhf",
+)
 
 
 class Run:

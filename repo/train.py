@@ -172,8 +172,9 @@ def run_command(argv: list[str]) -> None:
         parts = load_parts(config, console)
         folder = run.create(config, path)
     console.print(f"run: {folder.folder}   {describe_batch(config)}", markup=False, highlight=False)
-    kernels = f"{parts.policy.attention.describe()}; {describe_decoding(parts.policy)}"
-    console.print(kernels, style=None if parts.policy.attention.packs else "yellow", markup=False, highlight=False)
+    attention = Actor(parts.policy, parts.critics).attention
+    kernels = f"{attention.describe()}; {describe_decoding(parts.policy)}"
+    console.print(kernels, style=None if attention.packs else "yellow", markup=False, highlight=False)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics)
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     try:

@@ -28,6 +28,7 @@ def mkl_is_slow() -> bool:
     return torch.backends.mkl.is_available() and capable and "GenuineIntel" not in maker
 
 
+@functools.cache
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `product` is there and faster than PyTorch's own."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -77,7 +78,7 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or not x.numel():
+    if x.dtype != torch.float32 or not x.numel() or torch.is_autocast_enabled("cpu"):
         return nn.functional.linear(x, layer.weight, layer.bias)
     found: Tensor = OneDnnLinear.apply(x, layer.weight, layer.bias)
     return found

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from repo_kernels import repo_loss, selective_log_softmax
+from repo_kernels import gemm, linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 
-from .cases import loss_arguments, make_batch
+from .cases import Batch, loss_arguments, make_batch
+from .test_linear import FORMS as LINEAR_FORMS
+from .test_linear import exact
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,6 +30,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "per token": {"reference": "k2", "beta": 0.2, "loss_agg_mode": "none", "mode": "split", "cost_form": "given"},
 }
 GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+LINEAR_GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # factors of GEMMs are rounded too
+HEADS = [*((dtype, dtype) for dtype in GRADIENT), (torch.bfloat16, torch.float32)]
 
 
 def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +67,72 @@ def test_loss_and_gradient_agree_with_fp64(vocabulary: int, form: str, dtype: to
     inplace.loss.sum().backward()
     assert torch.equal(again.grad, logits.grad)
     assert torch.equal(inplace.loss, out.loss)
+
+
+def make_head(batch: Batch, hidden: torch.dtype, head: torch.dtype, width: int = 64) -> list[Tensor]:
+    """hidden, weight, bias on the CPU; NaN on dead rows of hidden. GEMMs take weights rounded to hidden's type."""
+    states = batch.normal(*batch.leading, width).masked_fill(batch.dead[..., None], torch.nan)
+    vocabulary = batch.logits.shape[-1]
+    weight = batch.normal(vocabulary, width, scale=width**-0.5)
+    return [states.to(hidden), weight.to(hidden).to(head), batch.normal(vocabulary, scale=0.1).to(head)]
+
+
+def leaves_on_gpu(head: list[Tensor], frozen: bool) -> list[Tensor]:
+    """hidden, weight, bias as leaves on the device; only hidden requires grad where the head is frozen."""
+    return [x.cuda().requires_grad_(not (frozen and i)) for i, x in enumerate(head)]
+
+
+def value_limit(hidden: Tensor) -> float:
+    """Of relative errors of losses and log-probabilities: a GEMM that cannot return fp32 rounds the logits."""
+    exact_logits = hidden.dtype == torch.float32 or gemm.returns_fp32(hidden.device, hidden.dtype)
+    return 1e-5 if exact_logits else GRADIENT[hidden.dtype]
+
+
+def assert_gradients(leaves: list[Tensor], expected: list[Tensor]) -> None:
+    """Those that are wanted, of the leaves' types and within the rounding of the hidden states."""
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert (leaf.grad is not None) == leaf.requires_grad
+        if leaf.grad is not None:
+            assert leaf.grad.dtype == leaf.dtype
+            assert relative(leaf.grad.cpu(), gradient) <= LINEAR_GRADIENT[leaves[0].dtype]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(("hidden", "head"), HEADS)
+@pytest.mark.parametrize("form", LINEAR_FORMS)
+def test_the_linear_loss_and_its_gradients_agree_with_fp64(
+    form: str, hidden: torch.dtype, head: torch.dtype, frozen: bool
+) -> None:
+    batch = make_batch(3, (4, 5), 1021, dtype=torch.float32)
+    made, arguments = make_head(batch, hidden, head), loss_arguments(batch, **LINEAR_FORMS[form])
+    leaves, mine = leaves_on_gpu(made, frozen), on_gpu(arguments)
+    if mine.pop("ref_logits", None) is not None:
+        states, weight, _ = make_head(batch, hidden, head, width=32)
+        mine |= {"ref_hidden": states.cuda(), "ref_weight": weight.cuda()}
+        arguments["ref_logits"] = states.double() @ weight.double().T
+    expected = exact(made, arguments, 0.5)
+    loss = linear_repo_loss(*leaves[:2], bias=leaves[2], **mine, chunk_tokens=6).loss
+    loss.backward(torch.full_like(loss, 0.5))
+    assert relative(loss.detach().cpu(), expected[0]) <= value_limit(leaves[0])
+    assert_gradients(leaves, expected[1:])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(("hidden", "head"), HEADS)
+def test_linear_log_probs_and_their_gradients_agree_with_fp64(
+    hidden: torch.dtype, head: torch.dtype, frozen: bool
+) -> None:
+    batch = make_batch(4, (4, 5), 1021, dtype=torch.float32)
+    made = make_head(batch, hidden, head)
+    ids = batch.token_ids.masked_fill(batch.dead, -100)
+    leaves, upstream = leaves_on_gpu(made, frozen), batch.normal(*batch.leading)
+    got = linear_selective_log_softmax(*leaves[:2], ids.cuda(), bias=leaves[2], temperature=0.7, chunk_tokens=6)
+    got.backward(upstream.cuda())
+    wide = [x.double().nan_to_num(0.0).requires_grad_() for x in made]
+    logps = torch.log_softmax((wide[0] @ wide[1].T + wide[2]) / 0.7, -1)
+    expected = logps.gather(-1, ids.clamp(min=0)[..., None]).squeeze(-1).masked_fill(ids < 0, 0.0)
+    assert relative(got.detach().cpu(), expected.detach()) <= value_limit(leaves[0])
+    assert_gradients(leaves, list(torch.autograd.grad(expected, wide, upstream.double())))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -107,6 +107,24 @@ def test_a_full_batch_leaves_nothing_behind_for_a_smaller_one(policy):
     assert largest_difference(policy, used, fresh, BATCHES[1:]) == 0
 
 
+class WarmedUpDecoder(StaticDecoder):
+    """Takes the steps that come before a capture and goes on without a graph."""
+
+    def _capture(self):
+        self._warm_up()
+        self.captures = False
+
+
+@pytest.mark.parametrize("limit", [2, 3])
+def test_warm_up_steps_leave_no_trace_in_buffers_that_the_batch_fills(limit, policy):
+    width = decoding.COLUMNS - limit
+    growing, warmed = GrowingDecoder(policy.model, limit), WarmedUpDecoder(policy.model, 6, width + limit, True)
+    longest = [list(range(5, 5 + width)), [20, 21, 22]]
+    assert largest_difference(policy, growing, warmed, [longest, BATCHES[1]], steps=limit) < 1e-5
+    assert warmed.length == width + limit
+    assert not warmed.captures
+
+
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_responses_from_buffers_are_those_of_a_growing_cache(policy, prompts, monkeypatch, batch_size):
     config = RolloutConfig(max_new_tokens=40, batch_size=batch_size)

@@ -17,6 +17,7 @@ from repo.memory import describe_memory
 from repo.packing import flat
 from repo.policy import load_policy, load_reference
 from repo.rollout import sample
+from repo_kernels import onednn_linear
 
 from . import oracle
 from .tiny import QUESTIONS
@@ -111,6 +112,22 @@ def test_bf16_computes_in_bf16_and_trains_fp32_weights(load):
     frozen = load(dtype="bfloat16", lora_rank=2)
     dtypes = {("lora_" in name, p.dtype) for name, p in frozen.model.named_parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bf16_stays_bf16_while_training_on_any_processor(load, monkeypatch, recompute):
+    monkeypatch.setattr(onednn_linear, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn_linear, "multiplies", lambda *_: False)
+    policy = load(dtype="bfloat16", gradient_checkpointing=recompute)
+    sequences, dtypes = rollout_of(load()).sequences, []
+    policy.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+    (packed,) = Actor(policy).parts(sequences, torch.arange(12), 10**6)
+    expected = Actor(policy)(packed, lambda states, _: states.logps(1.0))
+    with policy.recomputing():
+        found = Actor(policy)(packed, lambda states, _: states.logps(1.0))
+        found.sum().backward()
+    assert torch.equal(found, expected)
+    assert dtypes == [torch.bfloat16] * (3 if recompute else 2)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 3])

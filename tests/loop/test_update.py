@@ -134,6 +134,16 @@ def test_old_log_probs_are_those_of_the_sampling_policy_though_the_first_minibat
     assert (old[first] == 0).all()
 
 
+def test_a_second_epoch_over_the_whole_batch_is_off_policy_by_its_own_first_pass(policy):
+    batch = make_batch(policy)
+    updater = make_updater(policy, None, OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=2))
+    old = updater.read(batch.sequences, 0)[0]
+    assert (old == 0).all()
+    result = updater.update(dataclasses.replace(batch, old_logps=old), 0, 1)
+    assert result.stats.tokens == 2 * batch.sequences.response_lengths.sum()
+    assert result.stats.ratio_max > 1.01
+
+
 def test_the_weight_of_the_kl_is_the_batchs_and_not_the_first_one(policy):
     batch, rows = make_batch(policy), torch.arange(12)
     gradients = []
