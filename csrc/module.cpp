@@ -12,6 +12,7 @@
 
 #include "dispatch.h"
 #include "losses.h"
+#include "transpose.h"
 
 namespace nb = nanobind;
 using namespace repo;
@@ -24,6 +25,7 @@ using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu>;
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstRows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 
 void require(bool condition, const char* message) {
     if (!condition) throw nb::value_error(message);
@@ -128,6 +130,14 @@ void bind_scale_rows(const Array& grad, const ConstVector& factors, int threads)
     scale_rows(rows, factors.data(), factors.stride(0), threads);
 }
 
+void bind_transpose(const ConstRows& from, const Matrix& to, int threads) {
+    const int64_t rows = from.shape(0), columns = from.shape(1);
+    require(from.stride(1) == 1 || columns == 1, "the columns of a row must be consecutive");
+    require_shape(to, columns, rows, "the transposed matrix must be (columns, rows)");
+    nb::gil_scoped_release unlocked;
+    transpose(from.data(), rows, columns, from.stride(0), to.data(), threads);
+}
+
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const RowKernels* set : available_kernels()) names.emplace_back(set->name);
@@ -155,6 +165,7 @@ NB_MODULE(_cpu, m) {
     m.def("apply", bind_apply, "logits"_a.noconvert(), "ref_logits"_a.noconvert().none(), "grad"_a.noconvert(), "zeroed"_a, "ids"_a.noconvert(), "state"_a.noconvert(),
           "slopes"_a.noconvert(), "scalars"_a.noconvert(), "softcap"_a, "threads"_a);
     m.def("scale_rows", bind_scale_rows, "grad"_a.noconvert(), "factors"_a.noconvert(), "threads"_a);
+    m.def("transpose", bind_transpose, "source"_a.noconvert(), "to"_a.noconvert(), "threads"_a);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("_isas", instruction_sets);
     m.def("_set_isa", set_isa, "name"_a);

@@ -3,6 +3,9 @@
     a group that shares its prompt   [prompt][response 1 but its last token][response 2 but its last token] ...
     any other row                    [prompt, response but its last token]
 
+At the end come up to 7 tokens that nobody reads or attends to, because matrix products like numbers of rows that are
+divisible by 8.
+
 The state of a prompt's last token predicts the first token of each of its responses. Everything here is index
 arithmetic on the CPU; one copy to the device follows, and no size is ever read back from it.
 """
@@ -19,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .sequences import Sequences
+
+MULTIPLE = 8
 
 
 class Run(NamedTuple):
@@ -177,10 +182,11 @@ def pack(sequences: Sequences, rows: Tensor, share_prefix: bool, with_last: bool
     first = (responses.cumsum(0) - responses)[responses > 0]
     predicts[first] = (prompt_starts + prompts - 1)[responses > 0]
     shared = (torch.bincount(leader[live], minlength=len(rows)) > 1)[leader]
+    filler = -len(source) % MULTIPLE
     return Packed(
-        input_ids=sequences.input_ids.reshape(-1)[source][None],
-        position_ids=positions[None],
-        segments=_segments(parts, shared, prompt_starts, prompts),
+        input_ids=sequences.input_ids.reshape(-1)[F.pad(source, (0, filler))][None],
+        position_ids=F.pad(positions, (0, filler))[None],
+        segments=_segments(parts, shared, prompt_starts, prompts, filler),
         attention_mask=None,
         rows=predicts,
         inputs=ranges(response_starts, responses) if with_last else None,
@@ -195,15 +201,17 @@ def _in_order(sequences: Sequences, rows: Tensor, share_prefix: bool) -> Tensor:
     return rows[sequences.group[rows].argsort(stable=True)] if share_prefix else rows
 
 
-def _segments(parts: Tensor, shared: Tensor, prompt_starts: Tensor, prompts: Tensor) -> Segments:
-    """Segments of the laid out parts (n, 2); prompt and response are one where the prompt is not shared."""
+def _segments(parts: Tensor, shared: Tensor, prompt_starts: Tensor, prompts: Tensor, filler: int) -> Segments:
+    """Segments of the laid out parts (n, 2), and of the filler at the end; prompt and response are one where the
+    prompt is not shared."""
     none = torch.zeros_like(prompts)
     merged = torch.stack((parts.sum(1), none), 1)
     lengths = torch.where(shared[:, None], parts, merged).flatten()
     prefix_starts = torch.stack((none, prompt_starts), 1).flatten()
     prefix_lengths = torch.stack((none, torch.where(shared, prompts, 0)), 1).flatten()
-    laid = lengths > 0
-    return make_segments(lengths[laid], prefix_starts[laid], prefix_lengths[laid])
+    laid, end = lengths > 0, (0, 1 if filler else 0)
+    lengths = F.pad(lengths[laid], end, value=filler)
+    return make_segments(lengths, F.pad(prefix_starts[laid], end), F.pad(prefix_lengths[laid], end))
 
 
 def pad(sequences: Sequences, rows: Tensor, with_last: bool = False) -> Packed:
@@ -247,7 +255,7 @@ def micro_batches(
 ) -> list[Tensor]:
     """Cut rows (n,) into sets whose forwards take at most `budget` tokens each: first-fit decreasing.
 
-    Tokens count as `pack` lays them out with the same arguments; padded: as `pad` does. A group that fits stays
+    Tokens count as `pack` lays them out with the same arguments, its filler included; padded: as `pad` does. A group that fits stays
     together; a larger one is cut into pieces that have the prompt each. A single row may exceed the budget. Every row
     is in exactly one set, in ascending order.
     """
@@ -256,6 +264,7 @@ def micro_batches(
     prompts, responses = sequences.prompt_lengths[rows].tolist(), sequences.response_lengths[rows].tolist()
     if padded:
         return _padded_batches(rows.tolist(), prompts, [max(1, r) - (not with_last) for r in responses], budget)
+    budget -= budget % MULTIPLE
     groups = sequences.group[rows].tolist() if share_prefix else rows.tolist()
     prompt_of = dict(zip(groups, prompts, strict=True))
     members: dict[int, list[_Item]] = {}

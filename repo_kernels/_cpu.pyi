@@ -48,6 +48,9 @@ def apply(
 def scale_rows(grad: Tensor, factors: Tensor, threads: int) -> None:
     """Multiplies the rows of grad whose factor is not 1."""
 
+def transpose(source: Tensor, to: Tensor, threads: int) -> None:
+    """Writes the transposed matrix of source (r, c) into to (c, r), contiguous; fp32."""
+
 def isa() -> str:
     """The instruction set in use."""
 

@@ -9,6 +9,7 @@ multiplied by oneDNN.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from . import onednn_linear
 
 HALF = (torch.bfloat16, torch.float16)
+BLOCK_ROWS = 2048  # what a block needs beside its factors stays in the caches
 
 
 def factor_dtype(source: torch.dtype, device: torch.device, result: torch.dtype) -> torch.dtype:
@@ -38,9 +40,9 @@ def returns_fp32(device: torch.device, factors: torch.dtype) -> bool:
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b; a, b: of the factors' type; out: of the sums' type, unit column stride."""
-    # oneDNN's operator copies what is not contiguous and has memory of its own for the result
-    if onednn_linear.multiplies(a.device, a.dtype) and a.is_contiguous() and out.numel() <= a.numel():
-        out.copy_(onednn_linear.product(a, b.t()))
+    if onednn_linear.multiplies(a.device, a.dtype):
+        for part, found in _by_onednn(a, b):
+            out[part] = found
     elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif returns_fp32(a.device, a.dtype):
@@ -61,12 +63,22 @@ def new_product(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a @ b, types as in `product`."""
-    if a.dtype == out.dtype:
+    if onednn_linear.multiplies(a.device, a.dtype):
+        for part, found in _by_onednn(a, b):
+            out[part] += found
+    elif a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     elif returns_fp32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b)
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their a @ b), a block after the other: oneDNN's operator returns new memory, and copies a transposed a."""
+    for start in range(0, a.shape[0], BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        yield part, onednn_linear.product(a[part], b.t())
 
 
 def fp16_scale(sizes: Tensor) -> Tensor:

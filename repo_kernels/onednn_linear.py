@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import cpu
 from .packed_linear import available
 
 
@@ -36,7 +37,9 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b^T + bias: (..., k), (n, k), (n,) -> (..., n), fp32; `a` is copied unless it is contiguous."""
+    """a @ b^T + bias: (..., k), (n, k), (n,) -> (..., n), fp32; `a` is copied unless it is contiguous, `b` is not."""
+    if a.dim() == 2 and a.stride(0) == 1 < a.stride(1) and cpu.available():
+        a = cpu.transposed(a.t())
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return out
 
@@ -57,7 +60,7 @@ class OneDnnLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = product(rows, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
-            of_weight = rows.t() @ x.reshape(-1, x.shape[-1])  # oneDNN's operator would copy the transposed rows
+            of_weight = product(rows.t(), x.reshape(-1, x.shape[-1]).t())
         if ctx.needs_input_grad[2]:
             of_bias = rows.sum(0)
         return of_x, of_weight, of_bias

@@ -107,3 +107,10 @@ def apply(
 def scale_rows(grad: Tensor, upstream: Tensor) -> None:
     """Multiply each row of `grad` by its entry of `upstream` (N,), in place; rows whose entry is 1 are not touched."""
     _cpu.scale_rows(grad.detach(), upstream.detach(), torch.get_num_threads())
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """A contiguous (c, r) copy of an fp32 matrix (r, c) with unit column stride."""
+    out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    _cpu.transpose(matrix.detach(), out, torch.get_num_threads())
+    return out
