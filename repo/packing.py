@@ -255,9 +255,9 @@ def micro_batches(
 ) -> list[Tensor]:
     """Cut rows (n,) into sets whose forwards take at most `budget` tokens each: first-fit decreasing.
 
-    Tokens count as `pack` lays them out with the same arguments, its filler included; padded: as `pad` does. A group that fits stays
-    together; a larger one is cut into pieces that have the prompt each. A single row may exceed the budget. Every row
-    is in exactly one set, in ascending order.
+    Tokens count as `pack` lays them out with the same arguments, its filler included; padded: as `pad` does. A group
+    that fits stays together; a larger one is cut into pieces that have the prompt each. A single row may exceed the
+    budget. Every row is in exactly one set, in ascending order.
     """
     if not len(rows):
         return []
