@@ -6,6 +6,7 @@ a step is one CUDA graph.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -75,6 +76,11 @@ def make_cache(model: Any, extra: int) -> DynamicCache:
     return cache
 
 
+def _as_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache as an argument of the model's forward, which transformers 5.24 gave another name."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 def prefill(model: Any, prefix: Sequences, cache: DynamicCache) -> Tensor:
     """(prompts, V) logits after each prompt, whose keys and values go into the cache."""
     width = prefix.prompt_width
@@ -82,7 +88,7 @@ def prefill(model: Any, prefix: Sequences, cache: DynamicCache) -> Tensor:
         input_ids=prefix.input_ids[:, :width],
         attention_mask=prefix.attention_mask[:, :width].to(torch.int64),
         position_ids=prefix.position_ids[:, :width],
-        past_key_values=cache,
+        **_as_cache(model, cache),
         use_cache=True,
         logits_to_keep=1,
     )
@@ -113,7 +119,7 @@ class GrowingDecoder:
             input_ids=tokens[:, None],
             attention_mask=self.mask[:, : self.length],
             position_ids=self.positions[:, None],
-            past_key_values=self.cache,
+            **_as_cache(self.model, self.cache),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -211,7 +217,7 @@ class StaticDecoder:
             input_ids=self.tokens[:, None],
             attention_mask=self.mask,
             position_ids=self.positions[:, None],
-            past_key_values=self.cache,
+            **_as_cache(self.model, self.cache),
             use_cache=True,
             logits_to_keep=1,
         )

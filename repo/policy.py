@@ -116,7 +116,11 @@ def add_lora(model: Any, rank: int) -> None:
         raise UserError("model.lora_rank needs the package peft: pip install peft") from None
     with torch.random.fork_rng():
         torch.manual_seed(0)  # every start of a run begins with the same random factor
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        try:
+            model.add_adapter(config)
+        except (ImportError, ValueError) as error:  # transformers asks for certain versions of peft
+            raise UserError(f"model.lora_rank: {first_line(error)}") from error
     model.eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
