@@ -6,6 +6,7 @@ policy, reference and critics all run through it; only the reader differs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from .forward import States, lm_head, trunk_states
 from .packing import Packed, micro_batches, pack, pad, unflat
 from .policy import Policy
 from .sequences import Sequences
+from .sharding import shard
+from .world import ALONE, World
 
 T = TypeVar("T")
 Reader = Callable[[States, nn.ModuleDict], T]
@@ -32,13 +35,18 @@ class Actor(nn.Module):
 
     attention: Attention
 
-    def __init__(self, policy: Policy, critics: nn.ModuleDict | None = None) -> None:
+    def __init__(
+        self, policy: Policy, critics: nn.ModuleDict | None = None, world: World = ALONE, shards: int = 1
+    ) -> None:
+        """shards: processes of `world` over which trained weights are split; with 1 each has all of them."""
         super().__init__()
-        self.settings = policy
+        self.settings, self.world, self.sharded = policy, world, shards > 1
         self.policy, self.critics = policy.model, nn.ModuleDict() if critics is None else critics
         choices: list[Any] = [policy.attention, *(c.attention for c in self.critics.values() if c.trunk is not None)]
         self.attention = next((choice for choice in choices if not choice.packs), choices[0])
         self.reads_layers = any(critic.trunk is None for critic in self.critics.values())
+        if self.sharded:
+            shard(self, shards, policy.device, policy.autocast)
 
     def forward(self, packed: Packed, read: Reader[T], layers: bool = False) -> T:
         """What `read` makes of the states of packed responses; layers: of every layer, not the last alone."""
@@ -48,10 +56,25 @@ class Actor(nn.Module):
 
     def parts(self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool = False) -> list[Packed]:
         """Rows (n,) of a batch in layouts of at most `budget` tokens, on the CPU. with_last: see packing.pack."""
-        sets = micro_batches(sequences, rows, budget, True, padded=not self.attention.packs, with_last=with_last)
-        if self.attention.packs:
-            return [pack(sequences, part, True, with_last) for part in sets]
-        return [pad(sequences, part, with_last) for part in sets]
+        return [self._layout(sequences, part, with_last) for part in self._cut(sequences, rows, budget, with_last)]
+
+    def own_parts(self, sequences: Sequences, rows: Tensor, budget: int) -> list[Packed]:
+        """This process's share of them, at least one. All processes of a sharded run have equally many, since each
+        forward and backward gathers weights: the last ones may be without responses."""
+        if self.world.size == 1:
+            return self.parts(sequences, rows, budget)
+        shares = [self._cut(sequences, share, budget, False) for share in self.world.divide(sequences, rows)]
+        mine = shares[self.world.rank]
+        idle = (max(len(share) for share in shares) if self.sharded else 1) - len(mine)
+        nothing = dataclasses.replace(sequences, response_lengths=torch.zeros_like(sequences.response_lengths))
+        laid = [self._layout(sequences, part, False) for part in mine]
+        return laid + [self._layout(nothing, rows[:1], False)] * idle
+
+    def _cut(self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool) -> list[Tensor]:
+        return micro_batches(sequences, rows, budget, True, padded=not self.attention.packs, with_last=with_last)
+
+    def _layout(self, sequences: Sequences, rows: Tensor, with_last: bool) -> Packed:
+        return pack(sequences, rows, True, with_last) if self.attention.packs else pad(sequences, rows, with_last)
 
 
 @torch.no_grad()
@@ -59,19 +82,20 @@ def read_responses(
     actor: Actor, sequences: Sequences, temperature: float, budget: int, rows: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, R) fp32 log-probabilities of response tokens and, by signal, the critics' values, all 0 beyond each response
-    and outside `rows` (n,). budget: tokens of one forward pass at most."""
+    and outside `rows` (n,). budget: tokens of one forward pass at most. Processes share the work and the result."""
     shape = sequences.response_ids.shape
     logps, values = torch.zeros(shape), {signal: torch.zeros(shape) for signal in actor.critics}
 
     def read(states: States, critics: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
         return states.logps(temperature), {signal: critic(states) for signal, critic in critics.items()}
 
-    for packed in actor.parts(sequences, torch.arange(shape[0]) if rows is None else rows, budget):
+    rows = torch.arange(shape[0]) if rows is None else rows
+    for packed in actor.own_parts(sequences, rows, budget) if len(rows) else []:
         found, said = actor(packed.to(actor.settings.device), read)
         unflat(packed, found, logps)
         for signal, value in said.items():
             unflat(packed, value, values[signal])
-    return logps, values
+    return actor.world.sum(logps), {signal: actor.world.sum(value) for signal, value in values.items()}
 
 
 def response_logps(policy: Policy, sequences: Sequences, temperature: float, budget: int) -> Tensor:

@@ -161,7 +161,9 @@ def method_advantages(
     cost_score = rectified_cost(costs, limit) if mode == "rectified" else costs
     signals = {"reward": token_signal(rewards, mask, log_ratio, -beta)}
     if algorithm.method != "ppo":
-        signals["cost"] = token_signal(cost_score, mask, log_ratio, beta if algorithm.kl_in_cost else 0.0)
+        signals["cost"] = token_signal(
+            cost_score, mask, log_ratio, beta if algorithm.kl_placement == "reward-and-cost" else 0.0
+        )
     returns: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, signal in signals.items():

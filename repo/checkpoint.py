@@ -1,84 +1,236 @@
 """Checkpoints: everything a run needs to go on, written aside, synced and renamed, with `latest` moved last.
 
-RUN/checkpoints/step-000010/{model.safetensors, optimizer.pt, state.json}
-RUN/checkpoints/latest       the name of the newest complete one
+RUN/checkpoints/step-000010/{state.safetensors, state.json, manifest.json}
+RUN/checkpoints/latest       the name of the newest
+RUN/checkpoints/best         the name of the best that is kept
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import nn
 
-from .errors import UserError
-from .files import write_folder, write_text
+from . import training_state
+from .errors import UserError, first_line
+from .files import partial_of, write_folder, write_text
+from .seeds import random_state, set_random_state
+from .world import World
+
+NAME = re.compile(r"step-\d{6,}")  # what `latest` and `best` may say: a folder beside them
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """step: steps done, hence the data cursor; penalty: its state; offsets: bytes of the append-only files."""
+    """step: steps done, hence the data cursor; penalty: its state; offsets: bytes of the append-only files; safe_rate,
+    reward: means over the steps since the checkpoint before; random: states of the global generators."""
 
     step: int
     penalty: dict[str, Any]
     skipped_in_a_row: int
     offsets: dict[str, int]
+    safe_rate: float
+    reward: float
+    random: dict[str, Any]
 
 
-def distinct_weights(model: Any) -> dict[str, Tensor]:
-    """Trained parameters by name, tied ones once, detached."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+def make_state(
+    step: int, penalty: dict[str, Any], skipped: int, offsets: dict[str, int], records: Sequence[dict[str, Any]]
+) -> State:
+    """The state after `step` steps. records: the metrics since the checkpoint before, at least one."""
+    safe_rate, reward = (sum(r[key] for r in records) / len(records) for key in ("safe_rate", "reward_mean"))
+    return State(step, penalty, skipped, offsets, safe_rate, reward, random_state())
 
 
-def save(run: Path, state: State, model: Any, optimizer: torch.optim.Optimizer, keep: int = 1) -> None:
-    """Write a checkpoint, move `latest` to it, then drop all but the newest `keep`."""
+class Saver:
+    """Writes the checkpoints of a run, in the background: weights and moments rest from the end of one update to the
+    next, so that they are written from where they are, and the next update waits for the writing to end.
 
-    def write(folder: Path) -> None:
-        save_file(distinct_weights(model), folder / "model.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps(vars(state)), encoding="utf-8")
+    Besides the newest `keep` the best stays: the highest reward among those whose safe rate reaches `safety_target`,
+    else the safest.
+    """
 
-    root = run / "checkpoints"
-    root.mkdir(exist_ok=True)
-    target = root / f"step-{state.step:06d}"
-    write_folder(target, write)
-    write_text(root / "latest", target.name)
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    def __init__(self, run: Path, keep: int, safety_target: float, world: World, sharded: bool) -> None:
+        self.root, self.keep, self.safety_target, self.world = run / "checkpoints", keep, safety_target, world
+        self.sharded = sharded
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def start(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to write; every process calls it. A sharded run writes in the foreground, all processes together."""
+        self.wait()
+        tensors, numbers = training_state.collect(model, optimizer)
+        if self.sharded:
+            self._write_shards(state, tensors, numbers)
+        elif self.world.first:
+            work = (state, tensors, numbers)
+            # a daemon: a second interrupt must end the process at once
+            self.thread = threading.Thread(target=self._write_aside, args=work, name="checkpoint", daemon=True)
+            self.thread.start()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is whole and on disk. UserError when it could not be written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def _write_aside(self, state: State, tensors: dict[str, Any], numbers: training_state.Numbers) -> None:
+        try:
+            self._publish(state, numbers, lambda folder: training_state.write(folder, tensors))
+        except BaseException as error:  # it belongs to whoever waits
+            self.error = error
+
+    def _write_shards(self, state: State, tensors: dict[str, Any], numbers: training_state.Numbers) -> None:
+        world, staging = self.world, partial_of(self.root / _name(state.step))
+
+        def write(folder: Path) -> None:
+            world.barrier()  # the folder is there
+            training_state.write(folder, tensors)
+            world.barrier()  # and so is everything in it
+
+        if world.first:
+            self._publish(state, numbers, write)
+        else:
+            write(staging)
+        world.barrier()
+
+    def _publish(self, state: State, numbers: training_state.Numbers, write_tensors: Any) -> None:
+        """The protocol: the folder, then `best`, then `latest`, then what is no longer kept goes."""
+
+        def write(folder: Path) -> None:
+            write_tensors(folder)
+            text = json.dumps(asdict(state) | {"numbers": numbers})
+            (folder / STATE).write_text(text, encoding="utf-8")
+            (folder / MANIFEST).write_text(json.dumps(make_manifest(folder), indent=1), encoding="utf-8")
+
+        name = _name(state.step)
+        write_folder(self.root / name, write)
+        if self._is_best(state):
+            write_text(self.root / "best", name)
+        write_text(self.root / "latest", name)
+        self._prune(state.step)
+
+    def _is_best(self, state: State) -> bool:
+        best = pointed(self.root / "best")
+        if best is None:
+            return True
+        try:
+            before, _ = read_state(best)
+        except UserError:
+            return True
+        return before.step >= state.step or self._merit(state) > self._merit(before)
+
+    def _merit(self, state: State) -> tuple[bool, float]:
+        safe = state.safe_rate >= self.safety_target
+        return safe, state.reward if safe else state.safe_rate
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest and the best. What is of later steps belongs to a future that this run gave up."""
+        folders = steps_of(self.root)
+        kept = [s for s in sorted(folders) if s <= step][-self.keep :]
+        best = pointed(self.root / "best")
+        for number, folder in folders.items():
+            if number not in kept and folder != best:
+                shutil.rmtree(folder)
+        for left_over in self.root.glob(".*"):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
-def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None before the first. UserError when the folder is no run."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"--resume: {run} is not a run folder (it has no config.yaml)")
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.is_file():
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def steps_of(root: Path) -> dict[int, Path]:
+    """The checkpoint folders by step, intact or not."""
+    return {int(p.name.removeprefix("step-")): p for p in root.glob("step-*") if NAME.fullmatch(p.name)}
+
+
+def pointed(pointer: Path) -> Path | None:
+    """The folder that `latest` or `best` names, None where it names none that is there."""
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
         return None
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / "state.json").is_file():
-        raise UserError(f"--resume: {folder} is incomplete; start a new run")
-    return folder
+    folder = pointer.parent / name
+    return folder if NAME.fullmatch(name) and folder.is_dir() else None
 
 
-def read_state(folder: Path) -> State:
-    """The state of a checkpoint."""
-    return State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+def make_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in a folder, by name."""
+    return {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(folder.iterdir())}
 
 
-def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every byte is what was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {p.name for p in folder.iterdir()} - {MANIFEST}
+        if files != manifest.keys() or STATE not in files:
+            return f"its files are not those of its {MANIFEST}"
+        for name, entry in manifest.items():
+            path = folder / name
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes of {entry['bytes']}"
+            if _digest(path) != entry["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"it cannot be read: {first_line(error)}"
+    return None
+
+
+def find(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, None before the first, and a sentence for each that is left out.
+
+    That is the one `latest` names, or where it is not intact, the newest that is. UserError when
+    there are some and none is intact.
+    """
+    root = run / "checkpoints"
+    newest_first = [folder for _, folder in sorted(steps_of(root).items(), reverse=True)]
+    latest = pointed(root / "latest")
+    order = ([latest] if latest else []) + [folder for folder in newest_first if folder != latest]
+    left_out: list[str] = []
+    for folder in order:
+        fault = fault_of(folder)
+        if fault is None:
+            return folder, left_out
+        left_out.append(f"{folder} is left out: {fault}")
+    if left_out:
+        raise UserError(f"--resume: no checkpoint of {run} is intact, and nothing was changed; {'; '.join(left_out)}")
+    return None, []
+
+
+def read_state(folder: Path) -> tuple[State, training_state.Numbers]:
+    """The state of a checkpoint, and the optimiser's plain numbers. UserError when it is not one of this version."""
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        numbers = content.pop("numbers")
+        return State(**content), numbers
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / STATE} is no state of this version: {first_line(error)}") from None
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load weights, optimiser state and the random state of a checkpoint into place."""
-    weights = load_file(folder / "model.safetensors")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if weights.keys() != parameters.keys():
-        raise UserError(f"{folder} belongs to another model: its parameters have other names")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"])
+    state, numbers = read_state(folder)
+    training_state.restore(folder, numbers, model, optimizer)
+    set_random_state(state.random)

@@ -29,6 +29,9 @@ class ModelConfig:
     """Rank of LoRA adapters on every linear layer but the head (needs peft), alpha = 2 x rank; 0: train all weights."""
     gradient_checkpointing: bool = False
     """Recompute the policy's activations in the backward pass: less memory, one more forward."""
+    shard: NonNegativeInt = 1
+    """Processes (of torchrun) that share one copy of trained weights, gradients and optimiser states by FSDP2, a divisor
+    of their number. 1: each has its own (data parallel); 0: all share one; between: several copies, as one per node."""
     compile: bool = False
     """Compile the policy's decoder layers with torch.compile (CUDA: faster update; first steps are slow)."""
 
@@ -101,20 +104,17 @@ class AlgorithmConfig:
     """Of crpo: the mean cost may exceed d by this before a cost step."""
     beta: NonNegativeFloat = 0.02
     """Weight of KL(policy || reference)."""
-    kl_placement: Literal["loss", "reward"] = "loss"
-    """loss: per token, with its exact gradient; reward: -beta k1 of each sampled token is part of the reward."""
-    kl_in_cost: bool = False
-    """With kl_placement reward, +beta k1 is part of the cost too, as in Safe RLHF."""
+    kl_placement: Literal["loss", "reward", "reward-and-cost"] = "loss"
+    """loss: per token, with its exact gradient; reward: -beta k1 of each sampled token is part of the reward;
+    reward-and-cost: and +beta k1 of the cost, as in Safe RLHF."""
     kl_target: float | None = None
     """Adapt beta so that `kl` of the metrics (nats per token) approaches this; null: beta is constant."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of KL(policy || reference) in the loss."""
     kl_ratio: bool = True
     """Multiply k1 and k3 by the ratio, without which their gradient is not that of the KL (an error for k1)."""
-    eps_low: ClosedUnitInterval = 0.2
-    """Lower clip range of the ratio."""
-    eps_high: NonNegativeFloat = 0.2
-    """Upper clip range of the ratio."""
+    clip_range: tuple[ClosedUnitInterval, NonNegativeFloat] = (0.2, 0.2)
+    """The ratio is clipped to [1 - the first, 1 + the second]."""
     dual_clip: float | None = None
     """Bound c > 1 of the surrogate for negative advantages; null: none."""
     entropy_coef: float = 0.0
@@ -148,8 +148,6 @@ class CriticConfig:
     policy and scorers are embedded, else as zero. scorers: models of their own, copies of the reward and cost model."""
     lr: PositiveFloat = 1e-4
     """Learning rate, constant; set for heads that begin as zero, models of their own want 5e-6."""
-    clip: PositiveFloat = 5.0
-    """A value counts as moved from the old one by at most this, where that makes its loss larger."""
     discount: ClosedUnitInterval = 1.0
     """gamma of generalised advantage estimation."""
     trace: ClosedUnitInterval = 0.95
@@ -216,6 +214,10 @@ class Config:
     """Rollout batches to train on."""
     save_every: NonNegativeInt = 10
     """Steps between checkpoints; 0: only at the end."""
+    keep: PositiveInt = 1
+    """Newest checkpoints to keep, besides the best one: the highest reward among those that reach safety_target."""
+    safety_target: ClosedUnitInterval = 0.95
+    """Safe rate of the best checkpoint, over the steps since the one before; where none reaches it, the safest stays."""
     seed: NonNegativeInt = 0
     """Seed of prompts, samples and minibatches."""
     sample_every: NonNegativeInt = 5
@@ -258,9 +260,10 @@ def check(config: Config) -> Config:
     _require(r.samples_per_prompt >= 2 or not group, "rollout.samples_per_prompt", r.samples_per_prompt, why)
     _require(r.top_p > 0, "rollout.top_p", r.top_p, "> 0")
     _require(group or not a.scale_by_std, "algorithm.scale_by_std", True, "false with advantages gae")
-    in_reward = a.kl_placement == "reward"
-    _require(in_reward or not a.kl_in_cost, "algorithm.kl_in_cost", True, "false with kl_placement loss")
-    _require(a.method != "ppo" or not a.kl_in_cost, "algorithm.kl_in_cost", True, "false with method ppo")
+    in_cost = a.kl_placement == "reward-and-cost"
+    _require(
+        a.method != "ppo" or not in_cost, "algorithm.kl_placement", a.kl_placement, "loss or reward with method ppo"
+    )
     for name, value in vars(a).items():
         _require(not isinstance(value, float) or isfinite(value), f"algorithm.{name}", value, "finite")
     _require(a.kl_target is None or a.kl_target > 0, "algorithm.kl_target", a.kl_target, "> 0 or null")
@@ -271,6 +274,9 @@ def check(config: Config) -> Config:
     bounded = a.method in ("repo", "ppo_lagrangian")
     _require(not bounded or p.max >= p.initial, "penalty.max", p.max, f">= penalty.initial = {p.initial}")
     _require(all(b < 1 for b in o.betas), "optimizer.betas", list(o.betas), "two numbers in [0, 1)")
+    sharded = config.model.shard != 1
+    _require(not (sharded and config.model.lora_rank), "model.shard", config.model.shard, "1 with model.lora_rank")
+    _require(not (sharded and o.states == "8bit"), "model.shard", config.model.shard, "1 with optimizer.states 8bit")
     batch = r.prompts_per_step * r.samples_per_prompt
     _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
     return config

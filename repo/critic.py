@@ -18,6 +18,8 @@ from .policy import Policy
 from .scorers.model import ClassifierScorer
 from .scoring import Scorers
 
+VALUE_CLIP = 5.0  # Safe RLHF's
+
 
 class Critic(nn.Module):
     """A linear head on states of the policy (trunk None), which it reads without moving them, or of its own trunk."""

@@ -20,6 +20,7 @@ from .policy import Policy
 from .rollout import sample
 from .scoring import Scorers
 from .seeds import seed_from
+from .world import ALONE, World
 
 RESAMPLES = 2000
 
@@ -92,10 +93,30 @@ def evaluate(
     scorers: Scorers,
     judge: JudgeLike | None,
     progress: Callable[[str], None] = lambda _: None,
+    world: World = ALONE,
 ) -> Evaluation:
-    """Sample, score and judge. The same seed gives the same random numbers to every policy, which pairs evaluations."""
+    """Sample, score and judge. The same seed gives the same random numbers to every policy, which pairs evaluations.
+
+    Processes share the prompts, and all get the whole.
+    """
+    part = world.slice(len(prompts))
+    found = _evaluate(config, policy, prompts, part, scorers, judge, progress) if part else []
+    records = [record for records in world.gather(found) for record in records]
+    return Evaluation(records, config.algorithm.cost_limit)
+
+
+def _evaluate(
+    config: Config,
+    policy: Policy,
+    prompts: list[Prompt],
+    part: range,
+    scorers: Scorers,
+    judge: JudgeLike | None,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
     progress("sampling")
-    rollout = sample(policy, prompts, config.evaluation.samples_per_prompt, config.rollout, config.seed, "evaluation")
+    samples = config.evaluation.samples_per_prompt
+    rollout = sample(policy, prompts, samples, config.rollout, config.seed, "evaluation", part)
     texts = list(rollout.texts)
     progress("scoring")
     scores = scorers(rollout.prompts, texts)
@@ -104,11 +125,10 @@ def evaluate(
     verdicts: list[dict[str, bool]] = [{"judge_safe": verdict} for verdict in safe] or [{} for _ in texts]
     columns = texts, rollout.sequences.response_lengths.tolist(), scores.rewards.tolist(), scores.costs.tolist()
     keys = "id", "category", "prompt", "response", "tokens", "reward", "cost"
-    records = [
+    return [
         dict(zip(keys, (p.id, p.category, p.text, *values), strict=True)) | verdict
         for p, *values, verdict in zip(rollout.prompts, *columns, verdicts, strict=True)
     ]
-    return Evaluation(records, config.algorithm.cost_limit)
 
 
 ROWS = (

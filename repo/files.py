@@ -35,12 +35,17 @@ def replace_folder(source: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
+def partial_of(target: Path) -> Path:
+    """Where `target` is written before it is renamed."""
+    return target.with_name(f".{target.name}.partial")
+
+
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Create or replace the folder `target` by what `write` puts into an empty one, or leave it as it was.
 
     Raises UserError when writing fails, whatever library it failed in.
     """
-    staging = target.with_name(f".{target.name}.partial")
+    staging = partial_of(target)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -61,9 +66,12 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically."""
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, encoding="utf-8")
-    fsync_path(staging)
-    staging.replace(path)
-    fsync_path(path.parent)
+    """Replace a small file atomically. UserError when that fails, and what was there stays."""
+    staging = partial_of(path)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        fsync_path(staging)
+        staging.replace(path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there before is intact") from error

@@ -31,10 +31,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def describe_memory(config: Config, model: nn.Module, vocabulary: int, critics: nn.Module | None = None) -> str:
-    """Bytes by arithmetic: weights, AdamW, what the update and the rollout hold besides. Activations come on top.
+def describe_memory(
+    config: Config, model: nn.Module, vocabulary: int, critics: nn.Module | None = None, shards: int = 1
+) -> str:
+    """Bytes of a process by arithmetic: weights, AdamW, what the update and the rollout hold besides. Activations come
+    on top.
 
-    model: the policy, on any device (the meta device will do). critics: None where they are not loaded yet.
+    model: the policy, on any device (the meta device will do), not sharded yet. critics: None where they are not loaded
+    yet. shards: processes that share the trained weights.
     """
     rollout, optimizer, settings = config.rollout, config.optimizer, config.model
     weights, trained = _parameters(model), _parameters(model, trained_only=True)
@@ -44,22 +48,24 @@ def describe_memory(config: Config, model: nn.Module, vocabulary: int, critics: 
     )
     lora, per_trained = settings.lora_rank > 0, 8 + STATE_BYTES[optimizer.states]
     always = {
-        f"policy weights ({trained / 1e6:.1f} M trained, fp32)": 4 * trained + frozen * (weights - trained),
+        f"policy weights ({trained / 1e6:.1f} M trained, fp32)": 4 * trained / shards + frozen * (weights - trained),
         "reference weights" + (": the policy without its adapter" if lora else ""): 0 if lora else frozen * weights,
-        f"AdamW states {optimizer.states}": STATE_BYTES[optimizer.states] * trained,
+        f"AdamW states {optimizer.states}": STATE_BYTES[optimizer.states] * trained / shards,
     }
+    if shards > 1:
+        always[f"whole copy for sampling {settings.dtype}"] = frozen * weights
     if critics is not None and len(list(critics.parameters())):
         name = f"critics with gradients and AdamW states {optimizer.states}"
-        always[name] = per_trained * _parameters(critics)
+        always[name] = per_trained * _parameters(critics) / shards
     heads = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2 and len(p) == vocabulary]
     logits = 4 * rows * vocabulary
     update = {
-        "update: gradients fp32": 4 * trained,
+        "update: gradients fp32": 4 * trained / shards,
         f"update: logits of {rows} rows x {vocabulary}, a chunk at a time": min(CHUNK_BYTES, logits),
         "update: a micro-batch's gradient of the head": 4 * max(heads, default=0),
     }
     sampling = {}
-    if settings.dtype == "bfloat16" and not lora:
+    if settings.dtype == "bfloat16" and not lora and shards == 1:
         sampling["rollout: decode weights bfloat16"] = 2 * trained
     elif settings.device in ("auto", "cpu") and not torch.cuda.is_available():
         sampling["rollout: packed decode weights (CPU)"] = 4 * weights

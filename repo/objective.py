@@ -14,7 +14,7 @@ from repo_kernels import LossStats, linear_repo_loss
 from .actor import Actor
 from .advantages import Advantages, loss_mode, method_advantages
 from .config import Config
-from .critic import value_loss
+from .critic import VALUE_CLIP, value_loss
 from .data import Example
 from .forward import States
 from .packing import Packed, flat, unflat
@@ -49,7 +49,7 @@ def make_batch(
     values: dict[str, Tensor],
 ) -> Batch:
     """From scores (B,) and what policy, reference and critics said (B, R) to what an update reads."""
-    in_reward = config.algorithm.kl_placement == "reward"
+    in_reward = config.algorithm.kl_placement != "loss"
     k = old_logps - ref_logps if in_reward and old_logps is not None else None
     group, mask = sequences.group, sequences.response_mask
     found = method_advantages(config.algorithm, config.critic, rewards, costs, group, mask, lam, k, beta, values)
@@ -61,7 +61,7 @@ class Objective:
     micro-batches does not change the result."""
 
     def __init__(self, actor: Actor, config: Config) -> None:
-        self.actor, self.algorithm, self.clip = actor, config.algorithm, config.critic.clip
+        self.actor, self.algorithm = actor, config.algorithm
         self.temperature, self.budget = config.rollout.temperature, config.optimizer.micro_batch_tokens
         self.ptx_coef = config.ptx.coef
 
@@ -74,17 +74,22 @@ class Objective:
         tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
         divisor = tokens if self.algorithm.loss_agg_mode == "token-mean" else sequences
         found, stats = list[dict[str, Tensor]](), []
+        said = torch.zeros(batch.ref_logps.shape)
         with self.actor.settings.recomputing():
-            for packed in self.actor.parts(batch.sequences, rows, self.budget):
+            for packed in self.actor.own_parts(batch.sequences, rows, self.budget):
                 part = packed.to(self.actor.settings.device)
                 losses, part_stats, part_logps = self.actor(part, self._reader(batch, part, divisor, tokens))
                 torch.stack(list(losses.values())).sum().backward()
                 found.append({name: value.detach() for name, value in losses.items()})
                 stats.append(part_stats)
-                if logps is not None:
-                    unflat(packed, part_logps, logps)
-        sums = {name: torch.stack([losses[name] for losses in found]).sum().item() for name in found[0]}
-        return sums, stats[0].merge(*stats[1:])
+                unflat(packed, part_logps, said)
+        own = {name: torch.stack([losses[name] for losses in found]).sum().item() for name in found[0]}
+        mine = LossStats(stats[0].merge(*stats[1:]).tensor.cpu())
+        everyone = self.actor.world.gather((own, mine, said[rows]))
+        if logps is not None:
+            logps[rows] = torch.stack([part for _, _, part in everyone]).sum(0)
+        sums = {name: sum(each[name] for each, _, _ in everyone) for name in own}
+        return sums, everyone[0][1].merge(*(each for _, each, _ in everyone[1:]))
 
     def _reader(self, batch: Batch, packed: Packed, divisor: int, tokens: int) -> Callable[..., Any]:
         """What the actor's forward ends with: (losses by name, statistics, log-probabilities (N,)) of a micro-batch."""
@@ -103,7 +108,7 @@ class Objective:
                     critic(states),
                     here(batch.values[signal]),
                     here(batch.advantages.returns[signal]),
-                    self.clip,
+                    VALUE_CLIP,
                     tokens,
                 )
                 for signal, critic in critics.items()
@@ -117,8 +122,8 @@ class Objective:
                 ref_logps=here(batch.ref_logps),
                 cu_seqlens=packed.cu_seqlens,
                 temperature=self.temperature,
-                eps_low=algorithm.eps_low,
-                eps_high=algorithm.eps_high,
+                eps_low=algorithm.clip_range[0],
+                eps_high=algorithm.clip_range[1],
                 dual_clip=algorithm.dual_clip,
                 beta=batch.beta if algorithm.kl_placement == "loss" else 0.0,
                 kl_estimator=algorithm.kl_estimator,
@@ -156,8 +161,8 @@ class Objective:
             return -states.logps(1.0).sum() / tokens
 
         with self.actor.settings.recomputing():
-            for packed in self.actor.parts(sequences, torch.arange(len(examples)), self.budget):
+            for packed in self.actor.own_parts(sequences, torch.arange(len(examples)), self.budget):
                 loss = self.actor(packed.to(device), read)
                 (self.ptx_coef * loss).backward()
                 total += loss.detach()
-        return total.item()
+        return sum(self.actor.world.gather(total.item()))

@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from .config import Config, OptimizerConfig
 from .errors import UserError
+from .sharding import local
 
 BLOCK = 2**22  # elements whose moments are widened at a time
 
@@ -83,7 +84,9 @@ class BFloat16AdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, dtype=torch.bfloat16) for _ in "mv")
-        tensors = [torch.atleast_1d(t) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        assert parameter.grad is not None
+        whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+        tensors = [torch.atleast_1d(local(t)) for t in whole]  # of a sharded weight, what this process has
         rows = max(1, BLOCK * len(tensors[0]) // max(1, tensors[0].numel()))
         for pieces in zip(*(t.split(rows) for t in tensors), strict=True):
             # the fused step takes equal layouts for granted

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import re
+import textwrap
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
+class HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Never breaks a line within a switch."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        text = " ".join(text.split())
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
 def make_parser(
     prog: str, description: str, flags: argparse.ArgumentParser | None = None
 ) -> jsonargparse.ArgumentParser:
@@ -43,7 +52,12 @@ def make_parser(
         shown = (f"{a.option_strings[0]} {a.metavar or ''}".strip() + f": {a.help}" for a in flags._actions)
         epilog = "Besides: " + "; ".join(shown) + "."
     parser = jsonargparse.ArgumentParser(
-        prog=prog, description=description, epilog=epilog, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file of this configuration")
     parser.add_class_arguments(Config)

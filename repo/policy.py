@@ -78,19 +78,26 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_policy(path: str, device: torch.device, trainable: bool, config: ModelConfig | None = None) -> Policy:
-    """Load a folder or hub name. UserError when transformers cannot.
+def load_policy(
+    path: str, device: torch.device, trainable: bool, config: ModelConfig | None = None, trust: bool = False
+) -> Policy:
+    """Load a folder or hub name. UserError when transformers cannot, or a weight is not finite.
 
-    config: dtype, lora_rank, gradient_checkpointing and compile (default: fp32, all weights trained).
+    config: dtype, lora_rank, gradient_checkpointing and compile (default: fp32, all weights trained). trust: run Python
+    code that comes with the model.
     """
     config = config or ModelConfig()
     dtype, lora = getattr(torch, config.dtype), trainable and config.lora_rank > 0
     full = trainable and not lora
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if full else dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32 if full else dtype, trust_remote_code=trust
+        )
     except Exception as error:  # each format and tokenizer library raises its own kind
         raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
+    if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise UserError(f"model.path: weight {bad} of {path!r} is not finite")
     model.to(device).eval().requires_grad_(full)
     if lora:
         add_lora(model, config.lora_rank)
@@ -127,11 +134,11 @@ def add_lora(model: Any, rank: int) -> None:
             parameter.data = parameter.data.float()
 
 
-def load_reference(policy: Policy, path: str, config: ModelConfig) -> Policy:
+def load_reference(policy: Policy, path: str, config: ModelConfig, trust: bool = False) -> Policy:
     """The frozen reference: the policy without its adapter under LoRA, else a second model."""
     if config.lora_rank:
         return dataclasses.replace(policy, base_only=True)
-    return load_policy(path, policy.device, False, config)
+    return load_policy(path, policy.device, False, config, trust)
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -150,7 +157,7 @@ def vocabulary(policy: Policy) -> int:
     return int(policy.model.config.get_text_config().vocab_size)
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Weights (safetensors), configs and tokenizer in Hugging Face format."""
-    policy.model.save_pretrained(folder)
+def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Weights (safetensors), configs and tokenizer in Hugging Face format. weights: the whole ones of a sharded model."""
+    policy.model.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)

@@ -12,6 +12,7 @@ from .objective import Batch
 from .rollout import Rollout
 from .scoring import Scores
 from .update import UpdateResult
+from .watchdog import Agreement
 
 
 def step_record(
@@ -21,6 +22,7 @@ def step_record(
     scores: Scores,
     batch: Batch,
     result: UpdateResult,
+    agreed: Agreement,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The line of metrics.jsonl; `lam` and `beta` are those used in the step."""
@@ -36,6 +38,8 @@ def step_record(
         "clip_frac": stats.clip_fraction.item(),
         "ratio_max": stats.ratio_max.item(),
         "effective_sample_size": stats.effective_sample_size.item(),
+        "rollout_gap": agreed.gap,
+        "rollout_ess": agreed.ess,
         **result.losses,
         **{f"{s}_explained_variance": explained_variance(v, returns[s], mask) for s, v in batch.values.items()},
         "grad_norm": result.grad_norm,

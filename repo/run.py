@@ -7,20 +7,39 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from . import checkpoint as checkpoints
 from . import parsing
-from .checkpoint import State, latest, read_state
+from .checkpoint import State
 from .config import Config, field_names
 from .errors import UserError
 from .files import write_folder, write_text
-from .loggers import make_loggers
+from .inputs import FILE as INPUTS
+from .inputs import changed
+from .loggers import Logger, make_loggers
 from .metrics import JsonLines
 from .policy import Policy, save_policy
+from .world import ALONE, World
 
-MAY_CHANGE_ON_RESUME = {"steps", "save_every", "sample_every", "loggers", "scoring.timeout", "optimizer.max_skipped"}
+APPENDED = ("metrics", "samples")
+MAY_CHANGE_ON_RESUME = {
+    "steps",
+    "save_every",
+    "keep",
+    "safety_target",
+    "sample_every",
+    "loggers",
+    "model.shard",
+    "scoring.timeout",
+    "optimizer.max_skipped",
+}
 PACKAGES = (
     "torch",
     "transformers",
@@ -35,30 +54,41 @@ PACKAGES = (
 
 
 class Run:
-    """RUN/{config.yaml, versions.json, metrics.jsonl, samples.jsonl, checkpoints/, eval/, final/}."""
+    """RUN/{config.yaml, versions.json, inputs.json, metrics.jsonl, samples.jsonl, checkpoints/, eval/, final/}.
 
-    def __init__(self, folder: Path, config: Config, state: State | None = None, resumed: bool = False) -> None:
-        self.folder = folder
-        offsets: dict[str, int] = state.offsets if state else {"metrics": 0, "samples": 0} if resumed else {}
-        self.loggers = make_loggers(config.loggers, folder, dataclasses.asdict(config), state.step if state else 0)
-        self.metrics = JsonLines(folder / "metrics.jsonl", offsets.get("metrics"))
-        self.samples = JsonLines(folder / "samples.jsonl", offsets.get("samples"))
+    Of several processes the first writes; the others call the same methods.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, world: World = ALONE, state: State | None = None, resumed: bool = False
+    ) -> None:
+        self.folder, self.world = folder, world
+        self.loggers: list[Logger] = []
+        self.files: dict[str, JsonLines] = {}
+        if world.first:
+            settings, first_step = dataclasses.asdict(config), state.step if state else 0
+            self.loggers = make_loggers(config.loggers, folder, settings, first_step)
+            offsets = state.offsets if state else dict.fromkeys(APPENDED, 0) if resumed else {}
+            self.files = {name: JsonLines(path_of(folder, name), offsets.get(name)) for name in APPENDED}
 
     @property
     def offsets(self) -> dict[str, int]:
         """Synced sizes of the append-only files."""
-        return {"metrics": self.metrics.sync(), "samples": self.samples.sync()}
+        return {name: file.sync() for name, file in self.files.items()}
 
     @property
     def resume_command(self) -> str:
         """What the user types to go on."""
-        return f"python -m repo.train --resume {self.folder}"
+        launch = f"torchrun --nproc_per_node {self.world.size}" if self.world.size > 1 else "python"
+        return f"{launch} -m repo.train --resume {self.folder}"
 
     def write(self, step: int, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """A step's lines, in the files and in the configured loggers."""
-        self.metrics.write(record)
+        if not self.world.first:
+            return
+        self.files["metrics"].write(record)
         for sample in samples:
-            self.samples.write(sample)
+            self.files["samples"].write(sample)
         for logger in self.loggers:
             logger.log(record, step)
 
@@ -69,23 +99,33 @@ class Run:
 
     def write_evaluation(self, name: str, value: Any) -> None:
         """RUN/eval/<name>.json."""
-        (self.folder / "eval").mkdir(exist_ok=True)
-        write_text(self.folder / "eval" / f"{name}.json", json.dumps(value, indent=1, ensure_ascii=False))
+        if self.world.first:
+            (self.folder / "eval").mkdir(exist_ok=True)
+            text = json.dumps(value, indent=1, ensure_ascii=False)
+            write_text(self.folder / "eval" / f"{name}.json", text)
 
     def read_evaluation(self, name: str) -> Any:
-        """What write_evaluation wrote, or None."""
-        path = self.folder / "eval" / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """What write_evaluation wrote, None where nothing is or it cannot be read."""
+        return self.world.from_first(lambda: _read_json(self.folder / "eval" / f"{name}.json"))
 
-    def export(self, policy: Policy, card: str) -> Path:
-        """RUN/final/: the policy in Hugging Face format with a model card."""
+    def export(self, policy: Policy, card: str, weights: Iterable[tuple[str, Tensor]] | None = None) -> Path:
+        """RUN/final/: the policy in Hugging Face format with a model card. weights: the whole ones of a sharded model,
+        which all processes gather."""
+        final = self.folder / "final"
+        gathered = {name: w.cpu() for name, w in weights if self.world.first} if weights is not None else None
 
         def write(folder: Path) -> None:
-            save_policy(policy, folder)
+            save_policy(policy, folder, gathered)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
-        write_folder(self.folder / "final", write)
-        return self.folder / "final"
+        if self.world.first:
+            write_folder(final, write)
+        return final
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """An append-only file of a run."""
+    return folder / f"{name}.jsonl"
 
 
 def folder_of(config: Config) -> Path:
@@ -98,49 +138,109 @@ def folder_of(config: Config) -> Path:
     return folder
 
 
-def create(config: Config, folder: Path) -> Run:
-    """A new run folder with the resolved configuration. UserError when it cannot be made."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot create {folder}: {error.strerror}") from None
+def create(config: Config, folder: Path, inputs: dict[str, str], world: World = ALONE) -> Run:
+    """A new run folder with the resolved configuration, whole or not there. UserError when it cannot be made.
+
+    inputs: fingerprints of what is read from elsewhere.
+    """
     config = dataclasses.replace(config, out=str(folder))
-    write_text(folder / "config.yaml", parsing.to_yaml(config))
-    write_text(folder / "versions.json", json.dumps(versions(), indent=1))
+
+    def write(staging: Path) -> None:
+        (staging / "config.yaml").write_text(parsing.to_yaml(config), encoding="utf-8")
+        (staging / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+        (staging / INPUTS).write_text(json.dumps(inputs, indent=1), encoding="utf-8")
+
+    if world.first:
+        write_folder(folder, write)
     try:
-        return Run(folder, config)
+        return Run(folder, config, world)
     except UserError:  # a logger that cannot start
         shutil.rmtree(folder)
         raise
 
 
-def check_resume(folder: Path, config: Config) -> tuple[State | None, Path | None]:
-    """State and checkpoint of the run to resume, both None before the first one; nothing is changed.
+def require_run(folder: Path) -> None:
+    """UserError for a folder that is no run."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--resume: {folder} is not a run folder (it has no config.yaml)")
 
-    UserError when there is nothing left to do, or a field differs from the saved one that would change
-    the steps already done.
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from. state, checkpoint: None before the first; warnings: sentences about what is not as it
+    was."""
+
+    state: State | None
+    checkpoint: Path | None
+    warnings: list[str]
+
+
+def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> Resumed:
+    """Where the run in `folder` goes on; nothing is changed.
+
+    allowed: fields that may differ from the saved ones although that changes what the remaining steps do. UserError
+    when there is nothing left to do, no checkpoint is intact, a file is shorter than its checkpoint says, or another
+    field differs.
     """
-    checkpoint = latest(folder)
-    saved = parsing.load(folder / "config.yaml")
     names = field_names()
-    changed = [k for k in names if _get(saved, k) != _get(config, k) and k not in MAY_CHANGE_ON_RESUME]
-    if changed:
-        k = changed[0]
-        raise UserError(f"--resume: {k} was {_get(saved, k)!r} in this run and cannot become {_get(config, k)!r}")
-    state = read_state(checkpoint) if checkpoint else None
+    if unknown := [name for name in allowed if name not in names]:
+        raise UserError(f"--allow-change takes fields of the configuration; got {unknown[0]!r}")
+    checkpoint, warnings = checkpoints.find(folder)
+    saved = parsing.load(folder / "config.yaml")
+    for k in (k for k in names if _get(saved, k) != _get(config, k) and k not in MAY_CHANGE_ON_RESUME):
+        change = f"{k} was {_get(saved, k)!r} in this run"
+        if k not in allowed:
+            way = f"unless --allow-change {k} is given"
+            raise UserError(f"--resume: {change} and cannot become {_get(config, k)!r} {way}")
+        warnings.append(f"{change} and is now {_get(config, k)!r}")
+    before = _read_json(folder / "versions.json") or {}
+    newer = [f"{name} {before[name]} -> {v}" for name, v in versions().items() if before.get(name, v) != v]
+    if newer:
+        warnings.append(f"the run began with other versions, so that bits may differ: {', '.join(newer)}")
+    state = checkpoints.read_state(checkpoint)[0] if checkpoint else None
     done = state.step if state else 0
     if done > config.steps or (done == config.steps and (folder / "final").exists()):
         raise UserError(f"--resume: the run already has {done} steps; ask for more with --steps")
-    return state, checkpoint
+    for name, offset in (state.offsets if state else {}).items():
+        path = path_of(folder, name)
+        size = path.stat().st_size if path.is_file() else 0
+        if size < offset:
+            raise UserError(
+                f"--resume: {path} has {size} bytes, {offset} when the checkpoint was written; was it edited?"
+            )
+    return Resumed(state, checkpoint, warnings)
 
 
-def reopen(folder: Path, config: Config, state: State | None) -> Run:
+def check_inputs(folder: Path, inputs: dict[str, str], allowed: Sequence[str] = ()) -> list[str]:
+    """Warnings about models, prompts and scorers that are not those the run began with. UserError for one that is not
+    allowed."""
+    warnings = []
+    for name in changed(_read_json(folder / INPUTS) or {}, inputs):
+        if name not in allowed:
+            raise UserError(
+                f"--resume: what {name} names has changed since the run began; give back what was there, or go on with "
+                f"--allow-change {name}"
+            )
+        warnings.append(f"what {name} names has changed since the run began")
+    return warnings
+
+
+def reopen(folder: Path, config: Config, state: State | None, world: World = ALONE) -> Run:
     """The run, with its files cut back to the checkpoint and without what a longer run makes stale."""
-    run = Run(folder, config, state, resumed=True)  # first, since a logger that cannot start must not lose anything
-    (folder / "eval" / "after.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / "final", ignore_errors=True)
-    write_text(folder / "config.yaml", parsing.to_yaml(config))
+    # first, since a logger that cannot start must not lose anything
+    run = Run(folder, config, world, state, resumed=True)
+    if world.first:
+        (folder / "eval" / "after.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "final", ignore_errors=True)
+        write_text(folder / "config.yaml", parsing.to_yaml(config))
     return run
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _get(config: Config, key: str) -> Any:

@@ -34,6 +34,11 @@ class Scores:
     costs: Tensor
 
 
+def concatenate(scores: Sequence[Scores]) -> Scores:
+    """The scores of several batches, in their order."""
+    return Scores(torch.cat([s.rewards for s in scores]), torch.cat([s.costs for s in scores]))
+
+
 @dataclass(frozen=True)
 class Part:
     """A scorer of a signal, and what its scores are multiplied by before they are added."""
@@ -120,11 +125,17 @@ def scorer_names(config: ScoringConfig) -> list[str]:
 
 
 def load_scorers(
-    config: ScoringConfig, assets: Path | None, model: Any = None, tokenizer: Any = None, device: str = "cpu"
+    config: ScoringConfig,
+    assets: Path | None,
+    model: Any = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    trust: bool = False,
 ) -> Scorers:
     """Both signals, with the sign of each scorer checked whose manifest has two canned answers.
 
     model, tokenizer: the frozen reference, when it is the model the embedded scorers read; else they load their own.
+    trust: run Python code that comes with models.
     """
     parts: dict[str, list[Part]] = {signal: [] for signal in SIGNALS}
     for signal in SIGNALS:
@@ -137,7 +148,7 @@ def load_scorers(
             elif FUNCTION.fullmatch(name) and not Path(name).exists():
                 scorer = FunctionScorer(name, signal, config.timeout)
             else:
-                scorer = load_model(name, signal, device)
+                scorer = load_model(name, signal, device, trust)
             check_sign(scorer, f"scoring.{signal} {name!r}")
             parts[signal].append(Part(name, weight, scorer))
     return Scorers(parts["reward"], parts["cost"], config.clamp)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -16,3 +19,25 @@ def seed_from(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by the parts."""
     return torch.Generator().manual_seed(seed_from(*parts))
+
+
+def random_state() -> dict[str, Any]:
+    """States of the global generators of PyTorch, NumPy and Python, as JSON. The loop draws from none of them; scorers
+    of the user's own may."""
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "python": [version, list(words), gauss],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing from where `random_state` was called."""
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))

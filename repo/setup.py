@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,14 +24,17 @@ from .memory import describe_memory
 from .policy import Policy, add_lora, choose_device, load_policy, load_reference
 from .scoring import EMBEDDED, Scorers, load_scorers, scorer_names
 from .seeds import seed_from
+from .world import ALONE, World
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with. reference is frozen; the judge takes no part in training; critics is empty without GAE
-    and examples without ptx."""
+    """What the loop works with. policy is trained; sampler is the same, or a whole copy of it where policy will be
+    sharded; reference is frozen; the judge takes no part in training; critics is empty without GAE and examples without
+    ptx."""
 
     policy: Policy
+    sampler: Policy
     reference: Policy
     scorers: Scorers
     critics: nn.ModuleDict
@@ -69,28 +71,40 @@ def model_path(config: Config, folder: Path | None) -> str:
     return str(folder / "policy") if folder and config.model.path == EMBEDDED else config.model.path
 
 
-def load_parts(config: Config, console: Console) -> Parts:
-    """Load everything. UserError on what cannot be loaded."""
+def shards_of(config: Config, world: World) -> int:
+    """Processes that share one copy of the trained weights. UserError when the processes cannot be split so."""
+    shard = config.model.shard or world.size
+    if world.size % shard:
+        raise UserError(f"model.shard must divide the {world.size} processes of this run; got {shard}")
+    prompts = config.rollout.prompts_per_step
+    if prompts < world.size:
+        raise UserError(f"rollout.prompts_per_step must be >= the {world.size} processes of this run; got {prompts}")
+    return shard
+
+
+def load_parts(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> Parts:
+    """Load everything. UserError on what cannot be loaded. trust: run Python code that comes with models."""
     check_loggers(config.loggers)
-    folder = find_assets(config, console)
+    shards = shards_of(config, world)
+    folder = world.from_first(lambda: find_assets(config, console))
     device, path = choose_device(config.model.device), model_path(config, folder)
-    policy = load_policy(path, device, True, config.model)
+    policy = load_policy(path, device, True, config.model, trust)
+    sampler = load_policy(path, device, False, config.model, trust) if shards > 1 else policy
     shape = policy.model.config.get_text_config()
     prompts = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
-    reference = load_reference(policy, path, config.model)
+    reference = load_reference(policy, path, config.model, trust)
     # the scorers' features were fitted on fp32 states of the model without an adapter
     shares = config.model.path == EMBEDDED and not reference.base_only and reference.model.dtype == torch.float32
     shared = reference if shares else None
-    scorers = load_scorers(
-        config.scoring, folder, shared and shared.model, shared and shared.tokenizer, device=str(device)
-    )
+    model, tokenizer = (shared.model, shared.tokenizer) if shared else (None, None)
+    scorers = load_scorers(config.scoring, folder, model, tokenizer, str(device), trust)
     signals = ("reward",) if config.algorithm.method == "ppo" else ("reward", "cost")
     uses_critics = config.algorithm.advantages == "gae"
     same_trunk = config.model.path == EMBEDDED
     critics = make_critics(config.critic, policy, scorers, signals if uses_critics else (), same_trunk)
     wants_judge = config.evaluation.judge and config.evaluation.prompts > 0 and folder is not None
     judge = Judge.load(folder / "judge", device=str(device)) if wants_judge and folder is not None else None
-    return Parts(policy, reference, scorers, critics, judge, *prompts)
+    return Parts(policy, sampler, reference, scorers, critics, judge, *prompts)
 
 
 def load_data(
@@ -135,13 +149,7 @@ def load_data(
     return kept, held_out[: config.evaluation.prompts], examples
 
 
-def require_one_process() -> None:
-    """UserError under torchrun with several processes, which would train as many unrelated models."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training on several processes is not built yet")
-
-
-def describe_batch(config: Config) -> str:
+def describe_batch(config: Config, world: World = ALONE) -> str:
     """One line of batch arithmetic."""
     r, o = config.rollout, config.optimizer
     responses = r.prompts_per_step * r.samples_per_prompt
@@ -149,19 +157,32 @@ def describe_batch(config: Config) -> str:
         f"batch: {r.prompts_per_step} prompts x {r.samples_per_prompt} samples = {responses} responses of <= "
         f"{r.max_new_tokens} tokens; {o.epochs} epochs x {o.minibatches} minibatches = {o.epochs * o.minibatches} "
         f"optimiser steps per rollout, {config.steps} rollouts; micro-batches of <= {o.micro_batch_tokens} tokens"
+        + describe_world(config, world)
     )
 
 
-def dry_run(config: Config, console: Console) -> None:
+def describe_world(config: Config, world: World) -> str:
+    """What the processes share, "" for one alone."""
+    if world.size == 1:
+        return ""
+    shards = shards_of(config, world)
+    if shards == 1:
+        return f"; {world.size} processes, each with all weights (data parallel)"
+    copies = f" in {world.size // shards} copies (HSDP)" if shards < world.size else ""
+    return f"; {world.size} processes, trained weights over {shards} each{copies} by FSDP2"
+
+
+def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> None:
     """Resolve the configuration, read tokenizer, shapes and prompts, print memory and batch arithmetic."""
     folder = find_assets(config, console)
     path = model_path(config, folder)
     try:
-        tokenizer, shape = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except Exception as error:
         raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
         if config.model.lora_rank:
             add_lora(model.requires_grad_(False), config.model.lora_rank)
     parameters = sum(p.numel() for p in model.parameters())
@@ -169,5 +190,6 @@ def dry_run(config: Config, console: Console) -> None:
     console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
     text = shape.get_text_config()
     load_data(config, folder, tokenizer, (), text, console)
-    console.print(describe_batch(config), markup=False, highlight=False)
-    console.print("memory:\n" + describe_memory(config, model, text.vocab_size), markup=False, highlight=False)
+    console.print(describe_batch(config, world), markup=False, highlight=False)
+    memory = describe_memory(config, model, text.vocab_size, shards=shards_of(config, world))
+    console.print("memory:\n" + memory, markup=False, highlight=False)

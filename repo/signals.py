@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
-class StopRequest:
-    """`requested` is set by the first signal, which also puts the previous handlers back."""
+class Stopped(BaseException):
+    """Raised by a signal where nothing has to be saved."""
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
-        self.requested, self.announce = False, announce
+
+class StopRequest:
+    """`requested` is set by the first signal, which also puts the previous handlers back.
+
+    of_several: under torchrun, which passes an interrupt of the terminal on as a SIGTERM: only the same signal again
+    ends the process.
+    """
+
+    def __init__(self, announce: Callable[[str], None], of_several: bool = False) -> None:
+        self.requested, self.announce, self.of_several, self._nothing_to_save = False, announce, of_several, False
         self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.restore()
-        self.announce("stopping at the next safe point, with a checkpoint; interrupt again to quit at once")
+        again, self.requested = self.requested, True
+        if self.of_several:
+            signal.signal(number, self.previous[signal.Signals(number)])
+        else:
+            self.restore()
+        if self._nothing_to_save:
+            raise Stopped
+        if not again:
+            self.announce("stopping at the next safe point, with a checkpoint; interrupt again to quit at once")
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal raises Stopped: what is done there is done again on resuming."""
+        if self.requested:
+            raise Stopped
+        self._nothing_to_save = True
+        try:
+            yield
+        finally:
+            self._nothing_to_save = False
 
     def restore(self) -> None:
         """Put the previous handlers back."""

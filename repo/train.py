@@ -12,89 +12,125 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
 from .actor import Actor, read_reference
 from .card import model_card
+from .checkpoint import Saver
 from .config import Config
 from .data import batch_at
 from .decoding import describe_decoding
 from .errors import UserError, exit_with_sentence
 from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
+from .inputs import fingerprints
 from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .objective import make_batch
 from .parsing import PRESETS, make_parser, parse, preset_names
 from .penalty import Penalty
-from .policy import Policy, vocabulary
+from .policy import Policy, choose_device, vocabulary
 from .record import Timer, sample_records, step_record
-from .rollout import sample
-from .run import Run
-from .setup import Parts, describe_batch, dry_run, load_parts, require_one_process
-from .signals import StopRequest
+from .rollout import Rollout, concatenated, merge, sample
+from .run import Resumed, Run
+from .scoring import Scores, concatenate
+from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
+from .sharding import copy_weights, whole_weights
+from .signals import Stopped, StopRequest
 from .update import Updater
+from .watchdog import agreement, require_finite_weights, warning_of
+from .world import World, joined
 
 LOG_WIDTH = 140  # columns of a console that is not a terminal
 
 
 def train(
-    config: Config, folder: Run, parts: Parts, console: Console, state: checkpoint.State | None, saved: Path | None
+    config: Config, folder: Run, parts: Parts, actor: Actor, console: Console, resumed: Resumed, world: World
 ) -> None:
     """The loop. Returns after the last step, or early, with a checkpoint, when a signal asked for it."""
-    a, r = config.algorithm, config.rollout
-    penalty = Penalty(a, config.penalty)
-    actor, reference = Actor(parts.policy, parts.critics), Actor(parts.reference)
+    a, r, o = config.algorithm, config.rollout, config.optimizer
+    penalty, reference = Penalty(a, config.penalty), Actor(parts.reference)
     updater, layers = Updater(actor, config, parts.examples), parts.scorers.layers_of(parts.reference.model)
-    first, stop = 0, StopRequest(console.print)
-    before = evaluated(config, parts, folder, "before", console, parts.reference)
-    if state and saved:
-        first, updater.skipped_in_a_row = state.step, state.skipped_in_a_row
-        penalty.load_state_dict(state.penalty)
-        checkpoint.restore(saved, actor, updater.optimizer)
-    table, started = ConsoleTable(console), time.perf_counter()
+    saver = Saver(folder.folder, config.keep, config.safety_target, world, actor.sharded)
+    stop, first = StopRequest(console.print, world.size > 1), 0
+    with stop.at_once():
+        before = evaluated(config, parts, folder, "before", console, parts.reference, world)
+    if resumed.state and resumed.checkpoint:
+        first, updater.skipped_in_a_row = resumed.state.step, resumed.state.skipped_in_a_row
+        penalty.load_state_dict(resumed.state.penalty)
+        checkpoint.restore(resumed.checkpoint, actor, updater.optimizer)
+    table, watched, started, records = ConsoleTable(console), False, time.perf_counter(), list[dict[str, Any]]()
     with progress_bar(console) as bar:
         task = bar.add_task("training", total=config.steps, completed=first)
         for step in range(first, config.steps):
-            if stop.requested:
-                console.print(f"stopped after step {step}; continue with: {folder.resume_command}", markup=False)
-                return
             timer = Timer()
+            copy_weights(parts.policy.model, parts.sampler.model)
             prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
-            rollout = sample(parts.policy, prompts, r.samples_per_prompt, r, config.seed, step)
+            part = world.slice(len(prompts))
+            rollout = sample(parts.sampler, prompts, r.samples_per_prompt, r, config.seed, step, part)
             timer.mark("rollout")
-            budget = config.optimizer.micro_batch_tokens
-            ref_logps, reading = read_reference(reference, rollout.sequences, r.temperature, budget, layers)
+            ref_logps, reading = read_reference(
+                reference, rollout.sequences, r.temperature, o.micro_batch_tokens, layers
+            )
             timer.mark("reference")
             scores = parts.scorers(rollout.prompts, rollout.texts, reading)
+            rollout, scores, ref_logps = gathered(world, rollout, scores, ref_logps, parts.policy.pad_id)
             timer.mark("score")
+            saver.wait()  # the weights have rested until here
             said = updater.read(rollout.sequences, step)
             weights = penalty.value, penalty.beta
             batch = make_batch(config, rollout.sequences, scores.rewards, scores.costs, ref_logps, *weights, *said)
             result = updater.update(batch, step, config.steps)
+            require_finite_weights(actor, world, f"after step {step}")
             timer.mark("update")
 
-            record = step_record(step, a.cost_limit, rollout, scores, batch, result, timer.seconds)
+            found = agreement(rollout.logps, result.logps, rollout.sequences.response_mask)
+            record = step_record(step, a.cost_limit, rollout, scores, batch, result, found, timer.seconds)
             penalty.update(scores.costs.tolist(), record["rectified_cost"], record["kl"])
             samples = sample_records(step, rollout, scores, batch.advantages, a.cost_limit)
             folder.write(step, record, samples)
+            records.append(record)
             done = step + 1
             eta = (time.perf_counter() - started) / (done - first) * (config.steps - done)
             table.row(record, f"eta {duration(eta)}")
+            if not watched and (warning := warning_of(found, config)):
+                console.print(warning, style="yellow", markup=False, highlight=False)
+                watched = True
             if config.sample_every and done % config.sample_every == 0:
                 show_samples(console, samples[:: r.samples_per_prompt][:2])
             bar.advance(task)
-            if stop.requested or done == config.steps or (config.save_every and done % config.save_every == 0):
-                state = checkpoint.State(done, penalty.state_dict(), updater.skipped_in_a_row, folder.offsets)
-                checkpoint.save(folder.folder, state, actor, updater.optimizer)
+            stopping = world.any(stop.requested)
+            if stopping or done == config.steps or (config.save_every and done % config.save_every == 0):
+                state = checkpoint.make_state(
+                    done, penalty.state_dict(), updater.skipped_in_a_row, folder.offsets, records
+                )
+                saver.start(state, actor, updater.optimizer)
+                records = []
+            if stopping and done < config.steps:
+                saver.wait()
+                raise Stopped
+    saver.wait()
+    with stop.at_once():
+        finish(config, parts, folder, console, before, world)
     stop.restore()
-    finish(config, parts, folder, console, before)
+
+
+def gathered(
+    world: World, rollout: Rollout, scores: Scores, ref_logps: Tensor, pad_id: int
+) -> tuple[Rollout, Scores, Tensor]:
+    """What all processes sampled, scored and read, as one batch that each of them then has."""
+    if world.size == 1:
+        return rollout, scores, ref_logps
+    rollouts, found, logps = zip(*world.gather((rollout, scores, ref_logps)), strict=True)
+    return merge(rollouts, pad_id), concatenate(found), concatenated(logps)
 
 
 def evaluated(
-    config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Policy
+    config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Policy, world: World
 ) -> Evaluation | None:
     """Evaluate on the held-out prompts into RUN/eval/<name>.json, or read that file when a resumed run has it."""
     if not parts.eval_prompts:
@@ -111,6 +147,7 @@ def evaluated(
             parts.scorers,
             parts.judge,
             lambda stage: status.update(f"evaluation {name} training: {stage}"),
+            world,
         )
     seconds = time.perf_counter() - started
     console.print(f"evaluation {name} training: {len(found.records)} responses in {seconds:.0f} s", highlight=False)
@@ -118,14 +155,22 @@ def evaluated(
     return found
 
 
-def finish(config: Config, parts: Parts, folder: Run, console: Console, before: Evaluation | None) -> None:
+def finish(
+    config: Config, parts: Parts, folder: Run, console: Console, before: Evaluation | None, world: World
+) -> None:
     """Evaluate again, print the comparison, export the model."""
-    after = evaluated(config, parts, folder, "after", console, parts.policy)
+    copy_weights(parts.policy.model, parts.sampler.model)
+    after = evaluated(config, parts, folder, "after", console, parts.sampler, world)
     rows = comparison_rows(before, after) if before and after else []
-    final = folder.export(parts.policy, model_card(config, config.steps, rows))
+    whole = None if parts.sampler is parts.policy else whole_weights(parts.policy.model)
+    final = folder.export(parts.sampler, model_card(config, config.steps, rows), whole)
     if before and after:
         print_comparison(console, before, after)
-    console.print(f"model: {final}   metrics: {folder.metrics.path}   samples: {folder.samples.path}", markup=False)
+    console.print(
+        f"model: {final}   metrics: {run.path_of(folder.folder, 'metrics')}   "
+        f"samples: {run.path_of(folder.folder, 'samples')}",
+        markup=False,
+    )
 
 
 def read_command(argv: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -133,6 +178,18 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     command = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     command.add_argument("--preset", choices=preset_names(), help="start from one of repo/presets")
     command.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    command.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="with --resume: this field, or what it names, may differ from what the run began with",
+    )
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the models named; never read from a file",
+    )
     command.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")
     try:
         flags, rest = command.parse_known_args(argv)
@@ -141,44 +198,58 @@ def read_command(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     if flags.preset:
         rest = ["--config", str(PRESETS / f"{flags.preset}.yaml"), *rest]
     if flags.resume:
-        checkpoint.latest(flags.resume)
+        run.require_run(flags.resume)
         rest = ["--config", str(flags.resume / "config.yaml"), *rest]
     return flags, parse(make_parser("repo.train", __doc__ or "", command), rest)
 
 
 def run_command(argv: list[str]) -> None:
-    """Parse, then dry-run, resume or start."""
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    transformers_logging.disable_progress_bar()
+    """Parse, then dry-run, resume or start; on every process of torchrun."""
     flags, config = read_command(argv)
-    require_one_process()
-    if config.rollout.top_p < 1:
-        console.print(
-            "warning: rollout.top_p < 1 samples from another distribution than the loss assumes", style="yellow"
-        )
-    if flags.dry_run:
-        dry_run(config, console)
-        return
-    keep_freed_memory()
-    state = saved = None
+    with joined(lambda: choose_device(config.model.device)) as world:
+        console = Console(soft_wrap=True, quiet=not world.first)
+        if not console.is_terminal:
+            console.width = LOG_WIDTH
+        transformers_logging.disable_progress_bar()
+        if config.rollout.top_p < 1:
+            console.print(
+                "warning: rollout.top_p < 1 samples from another distribution than the loss assumes", style="yellow"
+            )
+        if flags.dry_run:
+            dry_run(config, console, world, flags.trust_remote_code)
+            return
+        keep_freed_memory()
+        start(flags, config, console, world)
+
+
+def start(flags: argparse.Namespace, config: Config, console: Console, world: World) -> None:
+    """Load, say what will be done and how, and train."""
+    resumed, path = run.Resumed(None, None, []), flags.resume
     if flags.resume:
-        state, saved = run.check_resume(flags.resume, config)
-        parts = load_parts(config, console)
-        folder = run.reopen(flags.resume, config, state)
+        resumed = world.from_first(lambda: run.check_resume(flags.resume, config, flags.allow_change))
     else:
-        path = run.folder_of(config)
-        parts = load_parts(config, console)
-        folder = run.create(config, path)
-    console.print(f"run: {folder.folder}   {describe_batch(config)}", markup=False, highlight=False)
-    attention = Actor(parts.policy, parts.critics).attention
-    kernels = f"{attention.describe()}; {describe_decoding(parts.policy)}"
-    console.print(kernels, style=None if attention.packs else "yellow", markup=False, highlight=False)
-    memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics)
+        path = world.from_first(lambda: run.folder_of(config))
+    parts = load_parts(config, console, world, flags.trust_remote_code)
+    inputs = world.from_first(lambda: fingerprints(parts))
+    if flags.resume:
+        warnings = world.from_first(lambda: run.check_inputs(path, inputs, flags.allow_change))
+        folder = run.reopen(path, config, resumed.state, world)
+        for warning in (*resumed.warnings, *warnings):
+            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    else:
+        folder = run.create(config, path, inputs, world)
+    console.print(f"run: {folder.folder}   {describe_batch(config, world)}", markup=False, highlight=False)
+    shards = shards_of(config, world)
+    memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
+    decoding = describe_decoding(parts.sampler)
+    actor = Actor(parts.policy, parts.critics, world, shards)
+    style = None if actor.attention.packs else "yellow"
+    console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     try:
-        train(config, folder, parts, console, state, saved)
+        train(config, folder, parts, actor, console, resumed, world)
+    except Stopped:
+        console.print(f"stopped; continue with: {folder.resume_command}", markup=False, highlight=False)
     finally:
         folder.close()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from repo_kernels import LossStats
 
@@ -26,13 +27,14 @@ from .sequences import Sequences
 @dataclass(frozen=True)
 class UpdateResult:
     """losses: by name, mean over optimiser steps; grad_norm: the policy's in the last one, before clipping; skipped:
-    non-finite steps."""
+    non-finite steps; logps: (B, R) fp32 of the policy that sampled, as the update computes them."""
 
     losses: dict[str, float]
     grad_norm: float
     lr: float
     skipped: int
     stats: LossStats
+    logps: Tensor
 
 
 class Updater:
@@ -68,7 +70,7 @@ class Updater:
     @property
     def _needs_values(self) -> bool:
         """Whether the advantages are made from what policy or critics say of every token."""
-        return len(self.actor.critics) > 0 or self.config.algorithm.kl_placement == "reward"
+        return len(self.actor.critics) > 0 or self.config.algorithm.kl_placement != "loss"
 
     def update(self, batch: Batch, step: int, steps: int) -> UpdateResult:
         """Epochs x shuffled minibatches x micro-batches, with supervised examples in the same optimiser steps.
@@ -80,13 +82,15 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = lr if group["policy"] else group["lr"]
         losses, stats, skipped, norm = defaultdict[str, list[float]](list), [], 0, 0.0
-        old = None if batch.old_logps is None else batch.old_logps.clone()
+        old = torch.zeros_like(batch.ref_logps) if batch.old_logps is None else batch.old_logps.clone()
         for index, (rows, examples) in enumerate(self._minibatches(len(batch.costs), step)):
             # before the first optimiser step the policy is the one that sampled: rho = 1, with its gradient
             known = dataclasses.replace(batch, old_logps=old if index else None)
             found, minibatch_stats = self.objective.backward(known, rows, None if index else old)
             if examples:
                 found["ptx_loss"] = self.objective.supervised_backward(examples)
+            if not self.actor.sharded:
+                self.actor.world.sum_gradients(list(self.actor.parameters()))
             norm, critic_norm = (self._clip(module) for module in (self.actor.policy, self.actor.critics))
             if all(math.isfinite(x) for x in (norm, critic_norm, *found.values())):
                 self.optimizer.step()
@@ -99,11 +103,14 @@ class Updater:
             for name, value in found.items():
                 losses[name].append(value)
         means = {name: sum(values) / len(values) for name, values in losses.items()}
-        return UpdateResult(means, norm, lr, skipped, stats[0].merge(*stats[1:]))
+        return UpdateResult(means, norm, lr, skipped, stats[0].merge(*stats[1:]), old)
 
     def _clip(self, module: nn.Module) -> float:
         trained = [p for p in module.parameters() if p.requires_grad]
-        return torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm).item() if trained else 0.0
+        if not trained:
+            return 0.0
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _minibatches(self, count: int, step: int) -> Iterator[tuple[Tensor, list[Example]]]:
         """Rows of each minibatch of each epoch, beside as many supervised examples, if there are any."""

@@ -30,11 +30,11 @@ class ClassifierScorer:
 
     kind, model_class = "classifier", AutoModelForSequenceClassification
 
-    def __init__(self, name: str, signal: str, device: str) -> None:
+    def __init__(self, name: str, signal: str, device: str, trust: bool = False) -> None:
         path, _, label = name.partition("#")
-        self.where = f"scoring.{signal} {name!r}"
+        self.where, self.trust = f"scoring.{signal} {name!r}", trust
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
             self.model = self._load(path, device)
         except Exception as error:
             raise UserError(f"scoring.{signal}: cannot load {path!r} as a {self.kind}: {first_line(error)}") from error
@@ -48,9 +48,12 @@ class ClassifierScorer:
         self.column = self.labels.index(label)
 
     def _load(self, path: str, device: str) -> Any:
-        config = AutoConfig.from_pretrained(path)
+        trust = {} if self.model_class is ScoreModel else {"trust_remote_code": self.trust}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust)
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"  # a GPU keeps the saved one
-        model, info = self.model_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+        model, info = self.model_class.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, **trust
+        )
         if missing := sorted(info["missing_keys"]):  # transformers would leave them random
             raise ValueError(f"it has no weights {', '.join(missing[:3])}")
         return model
@@ -137,11 +140,14 @@ class ScoreModelScorer(ClassifierScorer):
         return (format_conversation(messages, self.tokenizer.eos_token or ""),)
 
 
-def load_model(name: str, signal: str, device: str) -> ClassifierScorer:
-    """A scorer for the folder or hub name, by the architecture in its config. UserError when it cannot be loaded."""
+def load_model(name: str, signal: str, device: str, trust: bool = False) -> ClassifierScorer:
+    """A scorer for the folder or hub name, by the architecture in its config. UserError when it cannot be loaded.
+
+    trust: run Python code that comes with the model.
+    """
     path = name.partition("#")[0]
     try:
-        architectures = AutoConfig.from_pretrained(path).architectures or ()
+        architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust).architectures or ()
     except Exception as error:
         if Path(path).is_dir():
             raise UserError(f"scoring.{signal}: cannot load {path!r} as a model: {first_line(error)}") from error
@@ -150,4 +156,4 @@ def load_model(name: str, signal: str, device: str) -> ClassifierScorer:
             f"which is no folder and cannot be loaded by name: {first_line(error)}"
         ) from error
     is_score_model = any(kind.endswith("ForScore") for kind in architectures)
-    return (ScoreModelScorer if is_score_model else ClassifierScorer)(name, signal, device)
+    return (ScoreModelScorer if is_score_model else ClassifierScorer)(name, signal, device, trust)

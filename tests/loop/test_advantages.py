@@ -109,8 +109,8 @@ def test_the_kl_in_reward_and_cost_by_hand():
     log_ratio = torch.tensor([[0.5, -1.0], [2.0, torch.nan]])
     rewards, costs, group = torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0]), torch.tensor([0, 0])
     reward = [3 - 0.1 * -0.5, 1 - 0.1 * 2.0]
-    for in_cost, cost in ((False, [-1.0, 2.0]), (True, [-1 + 0.1 * -0.5, 2 + 0.1 * 2.0])):
-        algorithm = AlgorithmConfig(mode="split", kl_placement="reward", kl_in_cost=in_cost)
+    for placement, cost in (("reward", [-1.0, 2.0]), ("reward-and-cost", [-1 + 0.1 * -0.5, 2 + 0.1 * 2.0])):
+        algorithm = AlgorithmConfig(mode="split", kl_placement=placement)
         found = method_advantages(algorithm, CriticConfig(), rewards, costs, group, mask, 1.0, log_ratio, 0.1)
         assert torch.allclose(found.reward, torch.tensor([reward[0] - reward[1], reward[1] - reward[0]]))
         assert torch.allclose(found.cost, torch.tensor([cost[0] - cost[1], cost[1] - cost[0]]))

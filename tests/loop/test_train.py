@@ -200,7 +200,7 @@ def test_every_method_trains(method, tiny_arguments, tmp_path):
     [
         ["--algorithm.mode=split"],
         ["--algorithm.kl_placement=reward", "--algorithm.beta=0.1"],
-        ["--algorithm.kl_placement=reward", "--algorithm.kl_in_cost=true", "--algorithm.mode=split"],
+        ["--algorithm.kl_placement=reward-and-cost", "--algorithm.mode=split"],
         ["--algorithm.advantages=gae", "--algorithm.method=crpo"],
         ["--algorithm.advantages=gae", "--algorithm.method=ppo", "--optimizer.epochs=2"],
         ["--algorithm.advantages=gae", "--algorithm.method=ppo_lagrangian", "--algorithm.entropy_coef=0.01"],
@@ -282,10 +282,9 @@ def test_printed_config_is_a_config(tiny_arguments, tmp_path, capsys):
         (["--algorithm.cost_limit=.nan"], "algorithm.cost_limit must be finite; got nan"),
         (["--algorithm.dual_clip=.inf"], "algorithm.dual_clip must be finite; got inf"),
         (
-            ["--algorithm.kl_in_cost=true", "--algorithm.kl_placement=reward", "--algorithm.method=ppo"],
-            "algorithm.kl_in_cost must be false with method ppo",
+            ["--algorithm.kl_placement=reward-and-cost", "--algorithm.method=ppo"],
+            "algorithm.kl_placement must be loss or reward with method ppo",
         ),
-        (["--algorithm.kl_in_cost=true"], "algorithm.kl_in_cost must be false with kl_placement loss"),
         (["--algorithm.advantages=gae", "--algorithm.scale_by_std=true"], "algorithm.scale_by_std must be false"),
         (["--ptx.data=nowhere.jsonl"], "prompt file not found: nowhere.jsonl"),
         (["--loggers=[tensorboad]"], "loggers"),

@@ -1,0 +1,59 @@
+"""Sharding: trained weights, gradients and optimiser states split over processes by FSDP2, and whole copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .compile import decoder_layers
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of it."""
+    return isinstance(tensor, DTensor)
+
+
+def shard(actor: nn.Module, count: int, device: torch.device, compute: torch.dtype | None) -> None:
+    """Split every decoder layer, and what is left of the actor, over `count` processes each; in place.
+
+    With more processes than `count` there are several such copies, whose gradients are added too (HSDP). compute: dtype
+    of the forward pass, in which weights are gathered; None: as they are. Gradients are summed in fp32, not averaged:
+    losses are divided by counts over all processes.
+    """
+    copies = dist.get_world_size() // count
+    names = ("copy", "shard")
+    mesh = init_device_mesh(device.type, (copies, count), mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for module in (*decoder_layers(actor), actor):
+        fully_shard(module, mesh=mesh if copies > 1 else mesh["shard"], mp_policy=precision)
+    for module in actor.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+
+
+def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter by name, gathered one after another; every process takes part to the end."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Bring a model that is whole up to date with one that is sharded."""
+    if source is target:
+        return
+    into = dict(target.named_parameters())
+    for name, value in whole_weights(source):
+        into[name].copy_(value)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

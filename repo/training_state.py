@@ -1,0 +1,109 @@
+"""Training state: the tensors of policy, critics and optimiser, to safetensors files and back.
+
+One process writes one file. Where weights are sharded each process writes its shards, and torch's distributed
+checkpoint puts them together again for any number of processes. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from .errors import UserError
+from .sharding import is_sharded
+
+Numbers = dict[str, float | int]
+MODEL, OPTIMIZER = "model.", "optimizer."
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name; tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Numbers]:
+    """Trained weights and the optimiser's tensors as they stand in memory, not copied, and its plain numbers.
+
+    Names are `model.<parameter>` and `optimizer.<state>.<parameter>`.
+    """
+    parameters, numbers = trained_parameters(model), Numbers()
+    tensors = {MODEL + name: p.detach() for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{OPTIMIZER}{key}.{name}"] = value.detach()
+            else:
+                numbers[f"{OPTIMIZER}{key}.{name}"] = value
+    return tensors, numbers
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Every process of a sharded run calls this with its shards, else one calls it."""
+    if any(is_sharded(t) for t in tensors.values()):
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        return
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():  # 8-bit optimisers share a table, which the format does not
+        separate[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    save_file(separate, folder / "state.safetensors")
+
+
+def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what `write` wrote, from whatever number of processes, into place.
+
+    UserError when the checkpoint is of other parameters.
+    """
+    parameters, found = trained_parameters(model), _shapes(folder)
+    if {name.removeprefix(MODEL) for name in found if name.startswith(MODEL)} != parameters.keys():
+        raise UserError(f"{folder} belongs to another model: its parameters have other names")
+    targets: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in parameters.items()}
+    state: dict[str, dict[str, Any]] = {name: {} for name in parameters}
+    for name, (shape, dtype) in found.items():
+        if name.startswith(OPTIMIZER):
+            key, parameter = _split(name)
+            like = parameters[parameter]
+            same = tuple(like.shape) == shape
+            target = torch.zeros_like(like, dtype=dtype) if same else torch.zeros(shape, dtype=dtype)
+            targets[name] = state[parameter][key] = target.detach()
+        elif targets[name].shape != shape:
+            raise UserError(f"{folder} belongs to another model: {name} has shape {shape}")
+    for name, number in numbers.items():
+        key, parameter = _split(name)
+        state[parameter][key] = number
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not _distributed(targets))
+    _give(optimizer, {id(p): state[name] for name, p in parameters.items()})
+
+
+def _distributed(tensors: Mapping[str, Tensor]) -> bool:
+    return any(is_sharded(t) for t in tensors.values())
+
+
+def _split(name: str) -> tuple[str, str]:
+    """optimizer.<state>.<parameter> -> state, parameter."""
+    key, _, parameter = name.removeprefix(OPTIMIZER).partition(".")
+    return key, parameter
+
+
+def _shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Whole shape and dtype of every tensor in the folder's files."""
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: (tuple(m.size), m.properties.dtype) for name, m in metadata.items()}  # type: ignore[union-attr]
+
+
+def _give(optimizer: torch.optim.Optimizer, state_of: Mapping[int, dict[str, Any]]) -> None:
+    """Hand each parameter's state to the optimiser, in the form of its own state_dict."""
+    saved = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved["state"] = {i: state_of[id(p)] for i, p in enumerate(parameters) if state_of[id(p)]}
+    optimizer.load_state_dict(saved)
