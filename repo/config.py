@@ -30,8 +30,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute the policy's activations in the backward pass: less memory, one more forward."""
     shard: NonNegativeInt = 1
-    """Processes (of torchrun) that share one copy of trained weights, gradients and optimiser states by FSDP2, a divisor
-    of their number. 1: each has its own (data parallel); 0: all share one; between: several copies, as one per node."""
+    """Processes (of torchrun) that share one copy of trained weights, gradients and optimiser states by FSDP2; divides
+    their number. 1: each has its own (data parallel); 0: all share one; between: several copies, as one per node."""
     compile: bool = False
     """Compile the policy's decoder layers with torch.compile (CUDA: faster update; first steps are slow)."""
 
@@ -217,7 +217,7 @@ class Config:
     keep: PositiveInt = 1
     """Newest checkpoints to keep, besides the best one: the highest reward among those that reach safety_target."""
     safety_target: ClosedUnitInterval = 0.95
-    """Safe rate of the best checkpoint, over the steps since the one before; where none reaches it, the safest stays."""
+    """Safe rate of the best checkpoint over the steps since the one before; where none reaches it, the safest stays."""
     seed: NonNegativeInt = 0
     """Seed of prompts, samples and minibatches."""
     sample_every: NonNegativeInt = 5

@@ -133,7 +133,7 @@ class Objective:
                 divisor=divisor,
                 return_entropy=True,
             )
-            return {"loss": out.loss, **losses}, out.stats, out.logps
+            return {"loss": out.loss.clone(), **losses}, out.stats, out.logps  # FSDP2 wants no view
 
         return read
 

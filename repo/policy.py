@@ -158,6 +158,6 @@ def vocabulary(policy: Policy) -> int:
 
 
 def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Weights (safetensors), configs and tokenizer in Hugging Face format. weights: the whole ones of a sharded model."""
+    """Weights (safetensors), configs and tokenizer in Hugging Face format. weights: whole ones, of a sharded model."""
     policy.model.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)

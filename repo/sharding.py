@@ -35,6 +35,7 @@ def shard(actor: nn.Module, count: int, device: torch.device, compute: torch.dty
     for module in actor.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ share of the sampling and of every minibatch. So no result depends on their numb
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from .errors import UserError
 from .sequences import Sequences
 
 T = TypeVar("T")
+LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed? ?out|remote process exited", re.IGNORECASE)
 BUCKET = 2**25  # elements that are added over processes in one call
 
 
@@ -135,6 +137,8 @@ def joined(device_of: Callable[[], torch.device]) -> Iterator[World]:
     if size == 1:
         yield ALONE
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"$WORLD_SIZE is {size} but ${missing[0]} is not set; start several processes with torchrun")
     device = device_of()
     if device.type == "cuda":
         torch.cuda.set_device(_from_environment("LOCAL_RANK", 0))
@@ -143,7 +147,7 @@ def joined(device_of: Callable[[], torch.device]) -> Iterator[World]:
     try:
         yield world
     except RuntimeError as error:  # gloo and NCCL raise no type of their own
-        if not any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "store")):
+        if not LOST.search(str(error)):
             raise
         raise UserError(f"process {world.rank}: another process of the run has ended; its message says why") from error
     else:

@@ -87,7 +87,7 @@ def test_decoding_with_a_cache_samples_as_full_forwards_do(family):
         for t, token in enumerate(response):
             with torch.no_grad():
                 logits = policy.model(input_ids=torch.tensor([ids])).logits[:, -1]
-            assert sample_tokens(logits, uniforms[row, t : t + 1], 1.0, 1.0).item() == token
+            assert sample_tokens(logits, uniforms[row, t : t + 1], 1.0, 1.0)[0].item() == token
             ids.append(token)
 
 

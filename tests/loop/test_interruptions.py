@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(tiny_a
     assert "what was there before is intact" in failed.stderr
     assert len(failed.stderr.splitlines()) == 1
     assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "step-000002").iterdir()} == before
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["latest", "step-000002"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["best", "latest", "step-000002"]
     subprocess.run(command("--resume", str(out), "--steps=4"), check=True, capture_output=True, timeout=120)
     assert lines(out) == lines(tmp_path / "whole")
     whole, resumed = (load_file(f / "final" / "model.safetensors") for f in (tmp_path / "whole", out))

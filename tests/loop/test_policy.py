@@ -68,7 +68,7 @@ def test_lora_trains_resumes_and_exports_an_adapter(tiny_arguments, tiny_model, 
     folders = [tmp_path / name for name in ("whole", "part")]
     adapters = [load_file(f / "final" / "adapter_model.safetensors") for f in folders]
     assert all(torch.equal(adapters[0][k], adapters[1][k]) for k in adapters[0])
-    saved = load_file(next((tmp_path / "whole" / "checkpoints").glob("step-*")) / "model.safetensors")
+    saved = load_file(next((tmp_path / "whole" / "checkpoints").glob("step-*")) / "state.safetensors")
     assert all("lora_" in name for name in saved)
     lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)

@@ -101,7 +101,12 @@ def test_an_unknown_preset_lists_those_there_are():
         train.run_command(["--preset=papers"])
 
 
-def test_several_processes_are_refused(monkeypatch, tiny_arguments):
+def test_several_processes_without_torchrun_are_a_sentence(monkeypatch, tiny_arguments):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE=2: training on several processes is not built yet"):
+    with pytest.raises(
+        UserError, match=r"WORLD_SIZE is 2 but \$RANK is not set; start several processes with torchrun"
+    ):
+        train.run_command(tiny_arguments)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match=r"WORLD_SIZE must be a number"):
         train.run_command(tiny_arguments)

@@ -11,7 +11,7 @@ from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.errors import UserError
 from repo.policy import choose_device, load_policy
-from repo.rollout import draw_uniforms, sample, sample_tokens
+from repo.rollout import draw_uniforms, merge, sample, sample_tokens
 from repo.sequences import make_sequences
 from repo_kernels.packed_linear import packed_linears
 
@@ -65,13 +65,33 @@ def test_decoding_with_a_cache_equals_sampling_from_full_forwards(policy, prompt
         expected = []
         for t in range(10):
             logits = policy.model(input_ids=torch.tensor([ids])).logits[:, -1]
-            token = int(sample_tokens(logits, uniforms[row, t : t + 1], 1.0, 1.0))
+            token = int(sample_tokens(logits, uniforms[row, t : t + 1], 1.0, 1.0)[0])
             expected.append(token)
             ids.append(token)
             if token in policy.eos_ids:
                 break
         got = rollout.sequences.response_ids[row][rollout.sequences.response_mask[row]]
         assert got.tolist() == expected
+
+
+def test_a_rollout_knows_the_log_probs_it_sampled_with(policy, prompts):
+    rollout = sample(policy, prompts, 2, RolloutConfig(max_new_tokens=9, temperature=0.7, batch_size=4), seed=2, step=0)
+    expected = response_logps(policy, rollout.sequences, 0.7, 10**6)
+    assert rollout.logps.shape == expected.shape
+    assert torch.allclose(rollout.logps, expected, atol=1e-5)
+
+
+def test_parts_of_a_batch_are_sampled_as_the_whole(policy, prompts):
+    repeated = [*prompts, prompts[0]]  # the prompt that comes again draws on, whoever samples it
+    config = RolloutConfig(max_new_tokens=12)
+    whole = sample(policy, repeated, 2, config, 5, 3)
+    parts = [sample(policy, repeated, 2, config, 5, 3, part) for part in (range(3), range(3, 4), range(4, 7))]
+    joined = merge(parts, policy.pad_id)
+    assert joined.texts == whole.texts
+    assert joined.prompts == whole.prompts
+    assert torch.equal(joined.group, whole.group)
+    assert torch.equal(joined.sequences.input_ids, whole.sequences.input_ids)
+    assert torch.allclose(joined.logps, whole.logps, atol=1e-5)
 
 
 def test_responses_end_with_their_first_stop_token(policy, prompts):
@@ -91,23 +111,25 @@ def test_inverse_cdf_sampling_has_the_right_frequencies():
     torch.manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
     uniforms = (torch.arange(20000) + 0.5) / 20000
-    tokens = sample_tokens(logits.expand(20000, -1), uniforms, temperature=2.0, top_p=1.0)
+    tokens, logps = sample_tokens(logits.expand(20000, -1), uniforms, temperature=2.0, top_p=1.0)
     frequencies = torch.bincount(tokens, minlength=4) / 20000
     assert torch.allclose(frequencies, torch.softmax(logits[0] / 2, -1), atol=1e-4)
     assert frequencies[2] == 0
+    assert torch.allclose(logps, torch.log_softmax(logits[0] / 2, -1)[tokens], atol=1e-6)
 
 
 def test_inverse_cdf_never_picks_an_impossible_token_at_the_ends():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    assert sample_tokens(logits, torch.tensor([0.0]), 1.0, 1.0).item() == 1
-    assert sample_tokens(logits, torch.tensor([1 - 1e-12], dtype=torch.float64), 1.0, 1.0).item() == 2
+    assert sample_tokens(logits, torch.tensor([0.0]), 1.0, 1.0)[0].item() == 1
+    assert sample_tokens(logits, torch.tensor([1 - 1e-12], dtype=torch.float64), 1.0, 1.0)[0].item() == 2
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_the_mass():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     uniforms = torch.linspace(0, 0.9999, 1000)
-    kept = sample_tokens(logits.expand(1000, -1), uniforms, 1.0, 0.79).unique().tolist()
-    assert kept == [0, 1]
+    tokens, logps = sample_tokens(logits.expand(1000, -1), uniforms, 1.0, 0.79)
+    assert tokens.unique().tolist() == [0, 1]
+    assert torch.allclose(logps.exp(), torch.tensor([0.5, 0.3])[tokens] / 0.8)  # of the truncated distribution
 
 
 def test_packed_linears_compute_the_same_and_leave_no_trace(policy):

@@ -117,7 +117,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(finished, tiny_
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoint, "save", died)
+        patch.setattr(train.Saver, "start", died)
         with pytest.raises(MemoryError):
             run(tiny_arguments, tmp_path / "run")
     train.run_command(["--resume", str(tmp_path / "run")])
@@ -171,10 +171,10 @@ def test_the_model_card_names_no_folder_of_this_machine(finished, tiny_model):
 def test_a_signal_saves_and_says_how_to_go_on(finished, tiny_arguments, tmp_path, monkeypatch, capsys):
     plain = train.sample
 
-    def interrupted(policy, prompts, samples, config, seed, step):
+    def interrupted(policy, prompts, samples, config, seed, step, part):
         if step == 1:
             signal.raise_signal(signal.SIGINT)
-        return plain(policy, prompts, samples, config, seed, step)
+        return plain(policy, prompts, samples, config, seed, step, part)
 
     monkeypatch.setattr(train, "sample", interrupted)
     folder = run(tiny_arguments, tmp_path / "stopped")

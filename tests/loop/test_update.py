@@ -17,6 +17,7 @@ from repo.optimizer import lr_at
 from repo.policy import load_policy
 from repo.rollout import sample
 from repo.update import Updater
+from repo.world import ALONE
 
 from .oracle import response_logits
 from .tiny import QUESTIONS
@@ -235,7 +236,10 @@ def test_kl_in_the_reward_leaves_the_loss_without_a_kl(policy):
 
 def test_a_checkpoint_brings_back_weights_and_the_random_state(policy, tmp_path):
     updater = make_updater(policy)
-    checkpoint.save(tmp_path, checkpoint.State(1, {}, 0, {}), updater.actor, updater.optimizer)
+    records = [{"safe_rate": 0.5, "reward_mean": 0.0}]
+    saver = checkpoint.Saver(tmp_path, 1, 0.9, ALONE, sharded=False)
+    saver.start(checkpoint.make_state(1, {}, 0, {}, records), updater.actor, updater.optimizer)
+    saver.wait()
     expected, weight = torch.rand(3), policy.model.model.norm.weight.detach().clone()
     with torch.no_grad():
         policy.model.model.norm.weight.add_(1)
