@@ -7,12 +7,11 @@ RUN/checkpoints/best         the name of the best that is kept
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 
 from . import training_state
 from .errors import UserError, first_line
-from .files import partial_of, write_folder, write_text
+from .files import checksum_of, partial_of, write_folder, write_text
 from .seeds import random_state, set_random_state
 from .world import World
 
@@ -96,10 +95,11 @@ class Saver:
     def _write_shards(self, state: State, tensors: dict[str, Any], numbers: training_state.Numbers) -> None:
         world, staging = self.world, partial_of(self.root / _name(state.step))
 
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> dict[str, int]:
             world.barrier()  # the folder is there
-            training_state.write(folder, tensors)
+            training_state.write_shards(folder, tensors)
             world.barrier()  # and so is everything in it
+            return {}
 
         if world.first:
             self._publish(state, numbers, write)
@@ -107,14 +107,16 @@ class Saver:
             write(staging)
         world.barrier()
 
-    def _publish(self, state: State, numbers: training_state.Numbers, write_tensors: Any) -> None:
+    def _publish(
+        self, state: State, numbers: training_state.Numbers, write_tensors: Callable[[Path], dict[str, int]]
+    ) -> None:
         """The protocol: the folder, then `best`, then `latest`, then what is no longer kept goes."""
 
         def write(folder: Path) -> None:
-            write_tensors(folder)
+            checksums = write_tensors(folder)
             text = json.dumps(asdict(state) | {"numbers": numbers})
             (folder / STATE).write_text(text, encoding="utf-8")
-            (folder / MANIFEST).write_text(json.dumps(make_manifest(folder), indent=1), encoding="utf-8")
+            (folder / MANIFEST).write_text(json.dumps(make_manifest(folder, checksums), indent=1), encoding="utf-8")
 
         name = _name(state.step)
         write_folder(self.root / name, write)
@@ -168,14 +170,10 @@ def pointed(pointer: Path) -> Path | None:
     return folder if NAME.fullmatch(name) and folder.is_dir() else None
 
 
-def make_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in a folder, by name."""
-    return {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(folder.iterdir())}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def make_manifest(folder: Path, known: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Size and CRC-32 of every file in a folder, by name. known: checksums of those that need not be read again."""
+    paths = sorted(folder.iterdir())
+    return {p.name: {"bytes": p.stat().st_size, "crc32": known.get(p.name) or checksum_of(p)} for p in paths}
 
 
 def fault_of(folder: Path) -> str | None:
@@ -189,7 +187,7 @@ def fault_of(folder: Path) -> str | None:
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes of {entry['bytes']}"
-            if _digest(path) != entry["sha256"]:
+            if checksum_of(path) != entry["crc32"]:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .errors import UserError
+
+BLOCK, ALIGNMENT = 2**24, 4096  # bytes
 
 
 def fsync_path(path: Path) -> None:
@@ -17,6 +22,63 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_past_cache(path: Path, parts: Iterable[memoryview]) -> int:
+    """Write bytes one part after another, past the page cache where the file system allows it; returns their CRC-32.
+
+    Gigabytes at every checkpoint would push everything else out of the cache, and fill pages that cost more than the
+    disk: 1.6 GB took 2 to 4 s of a core through it, 0.2 s without.
+    """
+    descriptor = _open_past_cache(path)
+    filled = size = checksum = 0
+    with mmap.mmap(-1, BLOCK) as block:  # aligned to pages, as the device wants it
+        try:
+            for part in parts:
+                checksum = zlib.crc32(part, checksum)
+                for start in range(0, len(part), BLOCK):
+                    rest = part[start : start + BLOCK]
+                    while rest:
+                        take = min(len(rest), BLOCK - filled)
+                        block[filled : filled + take] = rest[:take]
+                        rest, filled, size = rest[take:], filled + take, size + take
+                        if filled == BLOCK:
+                            _write_all(descriptor, memoryview(block))
+                            filled = 0
+            if filled:
+                _write_all(descriptor, memoryview(block)[: -(-filled // ALIGNMENT) * ALIGNMENT])
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return checksum
+
+
+def _open_past_cache(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what a file system says that keeps files in memory
+            raise
+        return os.open(path, flags, 0o644)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    with data:
+        done = 0
+        while done < len(data):
+            with data[done:] as rest:
+                done += os.write(descriptor, rest)
+
+
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -6,6 +6,9 @@ checkpoint puts them together again for any number of processes. Nothing here is
 
 from __future__ import annotations
 
+import itertools
+import json
+import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,15 +16,24 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from .errors import UserError
+from .files import write_past_cache
 from .sharding import is_sharded
 
 Numbers = dict[str, float | int]
-MODEL, OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER, FILE = "model.", "optimizer.", "state.safetensors"
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,17 +57,30 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
     return tensors, numbers
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every process of a sharded run calls this with its shards, else one calls it."""
-    if any(is_sharded(t) for t in tensors.values()):
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-        return
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():  # 8-bit optimisers share a table, which the format does not
-        separate[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
-        seen.add(tensor.data_ptr())
-    save_file(separate, folder / "state.safetensors")
+def write(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """One safetensors file of whole tensors; returns its name and CRC-32.
+
+    The library's own save_file goes through the page cache, see `write_past_cache`.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts = itertools.chain([memoryview(struct.pack("<Q", len(text)) + text)], map(_bytes_of, tensors.values()))
+    return {FILE: write_past_cache(folder / FILE, parts)}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    data: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Every process of a sharded run writes a file of its parts."""
+    dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
