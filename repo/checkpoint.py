@@ -147,8 +147,11 @@ class Saver:
         for number, folder in folders.items():
             if number not in kept and folder != best:
                 shutil.rmtree(folder)
-        for left_over in self.root.glob(".*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        for left_over in self.root.glob(".*"):  # of a save that died
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
 
 
 def _name(step: int) -> str:
