@@ -32,25 +32,25 @@ def write_past_cache(path: Path, parts: Iterable[memoryview]) -> int:
     """
     descriptor = _open_past_cache(path)
     filled = size = checksum = 0
-    with mmap.mmap(-1, BLOCK) as block:  # aligned to pages, as the device wants it
-        try:
-            for part in parts:
-                checksum = zlib.crc32(part, checksum)
-                for start in range(0, len(part), BLOCK):
-                    rest = part[start : start + BLOCK]
-                    while rest:
-                        take = min(len(rest), BLOCK - filled)
-                        block[filled : filled + take] = rest[:take]
-                        rest, filled, size = rest[take:], filled + take, size + take
-                        if filled == BLOCK:
-                            _write_all(descriptor, memoryview(block))
-                            filled = 0
-            if filled:
-                _write_all(descriptor, memoryview(block)[: -(-filled // ALIGNMENT) * ALIGNMENT])
-            os.ftruncate(descriptor, size)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    block = mmap.mmap(-1, BLOCK)  # aligned to pages, as the device wants it
+    try:
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
+            for start in range(0, len(part), BLOCK):
+                rest = part[start : start + BLOCK]
+                while rest:
+                    take = min(len(rest), BLOCK - filled)
+                    block[filled : filled + take] = rest[:take]
+                    rest, filled, size = rest[take:], filled + take, size + take
+                    if filled == BLOCK:
+                        _write_all(descriptor, memoryview(block))
+                        filled = 0
+        if filled:
+            _write_all(descriptor, memoryview(block)[: -(-filled // ALIGNMENT) * ALIGNMENT])
+        os.ftruncate(descriptor, size)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return checksum
 
 
@@ -65,11 +65,8 @@ def _open_past_cache(path: Path) -> int:
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
-    with data:
-        done = 0
-        while done < len(data):
-            with data[done:] as rest:
-                done += os.write(descriptor, rest)
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def checksum_of(path: Path) -> int:

@@ -1,0 +1,131 @@
+"""Runs `repo.train` again and again in children that are killed (SIGKILL) at random moments, until it is done.
+
+    python -m tests.loop.killer KILLS SEED OUT ARGUMENT...
+
+Children are forked from a process that has everything imported, so that a kill costs no start. Prints a JSON list of
+what each child was doing when it died.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from repo import actor, checkpoint, evaluate, files, rollout, train, training_state, update
+
+# (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later
+PLACES = {
+    "rollout": (rollout, "decode"),
+    "reference": (train, "read_reference"),
+    "update": (update, "lr_at"),
+    "weights": (files, "_write_all"),
+    "fsync": (files, "fsync_path"),
+    "publish": (checkpoint, "write_text"),
+    "evaluation": (evaluate, "interval"),
+    "collect": (training_state, "collect"),
+    "state": (actor, "unflat"),
+}
+CALLS = 6  # a child dies at one of the first so many calls of its place
+
+
+def die_at(place: str, call: int, later: float) -> None:
+    """Arrange for this process to be killed at a call of a function, or `later` seconds after it."""
+    module, name = PLACES[place]
+    function, left = getattr(module, name), [call]
+
+    def wrapped(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0 and later:
+            timer = threading.Timer(later, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+        elif left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(module, name, wrapped)
+
+
+def child(arguments: list[str], death: tuple[str, int, float] | None, log: Path) -> int:
+    """Fork; returns the child's id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    status = 3
+    try:
+        if death is not None:
+            die_at(*death)
+        train.run_command(arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: float) -> list[str]:
+    """Kill `kills` children, then let one end. Returns how each was killed."""
+    draw, log, deaths = random.Random(seed), out.with_suffix(".log"), []
+    while True:
+        resumes = out.is_dir()
+        command = ["--resume", str(out)] if resumes else [*arguments, f"--out={out}"]
+        if len(deaths) < kills:
+            # one in three at any moment of a run, the others at a chosen place
+            place = draw.choice(list(PLACES)) if draw.random() < 0.67 else None
+            later = draw.choice((0.0, draw.uniform(0.001, 0.05)))
+            pid = child(command, (place, draw.randint(1, CALLS), later) if place else None, log)
+            deadline = time.monotonic() + (seconds if place else draw.uniform(0.1, seconds))
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.002)
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+        else:
+            _, status = os.waitpid(child(command, None, log), 0)
+            place = "none"
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            deaths.append(place or "any moment")
+        elif os.WEXITSTATUS(status) == 0:
+            if len(deaths) >= kills:
+                return deaths
+            remove_end(out, draw)  # it was done before it was killed often enough: it has to end again
+        else:
+            raise SystemExit(f"a child ended with status {status}: {log.read_text()[-3000:]}")
+
+
+def remove_end(out: Path, draw: random.Random) -> None:
+    """Take a finished run back to before its export and, as a disk that lost a file, to an older checkpoint."""
+    final = out / "final"
+    final.rename(out.with_name(f"{out.name}-final-{time.monotonic_ns()}"))
+    folders = sorted(checkpoint.steps_of(out / "checkpoints").items())
+    if len(folders) > 1 and draw.random() < 0.7:
+        (folders[-1][1] / "manifest.json").unlink()
+
+
+def main() -> None:
+    kills, seed, out, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    whole = Path(out).with_name(f"{Path(out).name}-whole")
+    _, status = os.waitpid(child([*arguments, f"--out={whole}"], None, whole.with_suffix(".log")), 0)
+    if status:
+        raise SystemExit(f"the run that nobody kills ended with {status}: {whole.with_suffix('.log').read_text()}")
+    seconds = 1.2 * (time.monotonic() - started)
+    print(json.dumps(run_killed(int(kills), int(seed), Path(out), arguments, seconds)))
+
+
+if __name__ == "__main__":
+    main()
