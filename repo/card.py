@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .config import Config
@@ -20,10 +21,10 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
         "",
         "# Policy aligned with RePO's training loop",
         "",
-        f"Base model: `{base}`. Method: `{algorithm.method}`"
+        f"Base model: {_code(base)}. Method: `{algorithm.method}`"
         + (f", mode `{algorithm.mode}`" if algorithm.method == "repo" else "")
         + f"; cost limit {algorithm.cost_limit}, beta {algorithm.beta}, {steps} steps, seed {config.seed}.",
-        f"Reward: `{config.scoring.reward}`. Cost: `{config.scoring.cost}`.",
+        f"Reward: {_code(config.scoring.reward)}. Cost: {_code(config.scoring.cost)}.",
         "",
     ]
     if table:
@@ -37,3 +38,10 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
         ]
     lines.append("Scores are those of the scorers named above; no claim is made beyond them.")
     return "\n".join(lines) + "\n"
+
+
+def _code(value: object) -> str:
+    """What a user named, as Markdown code that nothing in it can end."""
+    text = " ".join(str(value).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"

@@ -13,7 +13,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """`requested` is set by the first signal, which also puts the previous handlers back.
+    """`requested` is set by the first signal, which also puts the previous handlers back, as leaving the context does.
 
     of_several: under torchrun, which passes an interrupt of the terminal on as a SIGTERM: only the same signal again
     ends the process.
@@ -22,6 +22,12 @@ class StopRequest:
     def __init__(self, announce: Callable[[str], None], of_several: bool = False) -> None:
         self.requested, self.announce, self.of_several, self._nothing_to_save = False, announce, of_several, False
         self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again, self.requested = self.requested, True

@@ -49,14 +49,21 @@ LOG_WIDTH = 140  # columns of a console that is not a terminal
 
 
 def train(
-    config: Config, folder: Run, parts: Parts, actor: Actor, console: Console, resumed: Resumed, world: World
+    config: Config,
+    folder: Run,
+    parts: Parts,
+    actor: Actor,
+    console: Console,
+    resumed: Resumed,
+    world: World,
+    stop: StopRequest,
 ) -> None:
-    """The loop. Returns after the last step, or early, with a checkpoint, when a signal asked for it."""
+    """The loop. Returns after the last step; raises Stopped, with a checkpoint, when a signal asked for it."""
     a, r, o = config.algorithm, config.rollout, config.optimizer
     penalty, reference = Penalty(a, config.penalty), Actor(parts.reference)
     updater, layers = Updater(actor, config, parts.examples), parts.scorers.layers_of(parts.reference.model)
     saver = Saver(folder.folder, config.keep, config.safety_target, world, actor.sharded)
-    stop, first = StopRequest(console.print, world.size > 1), 0
+    first = 0
     with stop.at_once():
         before = evaluated(config, parts, folder, "before", console, parts.reference, world)
     if resumed.state and resumed.checkpoint:
@@ -116,7 +123,6 @@ def train(
     saver.wait()
     with stop.at_once():
         finish(config, parts, folder, console, before, world)
-    stop.restore()
 
 
 def gathered(
@@ -247,7 +253,8 @@ def start(flags: argparse.Namespace, config: Config, console: Console, world: Wo
     console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     try:
-        train(config, folder, parts, actor, console, resumed, world)
+        with StopRequest(console.print, world.size > 1) as stop:
+            train(config, folder, parts, actor, console, resumed, world, stop)
     except Stopped:
         console.print(f"stopped; continue with: {folder.resume_command}", markup=False, highlight=False)
     finally:

@@ -98,16 +98,17 @@ def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: 
             place = "none"
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             deaths.append(place or "any moment")
-        elif os.WEXITSTATUS(status) == 0:
+        elif status:
+            raise SystemExit(f"a child ended with status {status}: {log.read_text()[-3000:]}")
+        if (out / "final").is_dir():  # done, maybe killed in its last instructions
             if len(deaths) >= kills:
                 return deaths
-            remove_end(out, draw)  # it was done before it was killed often enough: it has to end again
-        else:
-            raise SystemExit(f"a child ended with status {status}: {log.read_text()[-3000:]}")
+            remove_end(out, draw)
 
 
 def remove_end(out: Path, draw: random.Random) -> None:
-    """Take a finished run back to before its export and, as a disk that lost a file, to an older checkpoint."""
+    """A finished run that was not killed often enough has to end again: without its export and, often, its newest
+    checkpoint."""
     final = out / "final"
     final.rename(out.with_name(f"{out.name}-final-{time.monotonic_ns()}"))
     folders = sorted(checkpoint.steps_of(out / "checkpoints").items())

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from repo.assets import ensure
+
 TIMES = ("seconds_", "tokens_per_second", "update_tokens_per_second")
 
 
@@ -61,7 +63,8 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills, more, tiny_
 
 @pytest.mark.long
 @pytest.mark.assets
-def test_the_embedded_default_survives_kills(assets, tmp_path):
+def test_the_embedded_default_survives_kills(tmp_path):
+    ensure()
     options = ["--steps=5", "--save_every=1", "--evaluation.prompts=0"]
     deaths = run_killed(5, 2, tmp_path / "run", options, timeout=3000)
     assert len(deaths) == 5
