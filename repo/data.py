@@ -102,8 +102,10 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:  # or no UTF-8
+                record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+                yield f"{path}:{number}", record
+            except (ValueError, RecursionError) as error:  # or no UTF-8
                 raise UserError(f"{path}:{number}: not JSON: {error}") from None
 
 

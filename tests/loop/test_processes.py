@@ -56,14 +56,20 @@ def single(options, tmp_path_factory) -> Path:
 GAE = ["--algorithm.advantages=gae", "--ptx.coef=0.5"]
 CASES = [
     # processes, model.shard, options
-    (2, 1, []),
-    (2, 0, ["--optimizer.micro_batch_tokens=24"]),
-    (3, 0, GAE),
-    (4, 2, [*GAE, "--optimizer.micro_batch_tokens=24", "--algorithm.loss_agg_mode=seq-mean-token-mean"]),
+    pytest.param(2, 1, [], id="DDP 2"),
+    pytest.param(2, 0, ["--optimizer.micro_batch_tokens=24"], id="FSDP2 2"),
+    pytest.param(3, 0, GAE, id="FSDP2 3"),
+    pytest.param(
+        4,
+        2,
+        [*GAE, "--optimizer.micro_batch_tokens=24", "--algorithm.loss_agg_mode=seq-mean-token-mean"],
+        id="HSDP 2x2",
+        marks=pytest.mark.long,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("processes", "shard", "more"), CASES, ids=["DDP 2", "FSDP2 2", "FSDP2 3", "HSDP 2x2"])
+@pytest.mark.parametrize(("processes", "shard", "more"), CASES)
 def test_loss_and_gradient_are_those_of_one_process(processes, shard, more, tiny_model, tmp_path):
     one = gradient(World(), config_of(more), str(tiny_model))
     run(processes, "tests.loop.processes", str(tmp_path / "many"), str(tiny_model), f"--model.shard={shard}", *more)
@@ -116,7 +122,7 @@ def test_a_run_goes_on_with_other_processes(options, single, tmp_path):
     assert_close_run(out, single)
 
 
-@pytest.mark.parametrize("shard", [1, 0], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("shard", [pytest.param(1, id="DDP", marks=pytest.mark.long), pytest.param(0, id="FSDP2")])
 def test_a_killed_run_of_two_is_the_one_that_was_not(shard, options, tmp_path):
     more = [*options, f"--model.shard={shard}", "--steps=5", "--save_every=1", "--keep=2"]
     run(2, "repo.train", *more, f"--out={tmp_path / 'whole'}")
@@ -146,9 +152,11 @@ def test_an_interrupt_of_torchrun_saves_and_says_how_to_go_on(options, tmp_path)
     ("more", "message"),
     [
         (["--rollout.prompts_per_step=1"], "rollout.prompts_per_step must be >= the 2 processes of this run; got 1"),
-        (["--model.shard=3"], "model.shard must divide the 2 processes of this run; got 3"),
+        pytest.param(
+            ["--model.shard=3"], "model.shard must divide the 2 processes of this run; got 3", marks=pytest.mark.long
+        ),
         (["--scoring.cost=tests.loop.scorers:not_a_number"], "gave nan for a response to the prompt"),
-        (["--out=/proc/nowhere/run"], "cannot write /proc/nowhere/run"),
+        pytest.param(["--out=/proc/nowhere/run"], "cannot write /proc/nowhere/run", marks=pytest.mark.long),
     ],
 )
 def test_a_users_mistake_ends_all_processes_with_a_sentence(more, message, options, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from repo import train
@@ -169,6 +169,7 @@ def property_test(examples: int):
         derandomize=True,
         suppress_health_check=list(HealthCheck),
         database=None,
+        phases=[Phase.generate],  # each example is a run: shrinking would take longer than the search
     )
     @given(overrides=OVERRIDES, prompts=st.one_of(st.none(), st.none(), PROMPTS), as_file=st.booleans())
     def run(arguments, folder, overrides, prompts, as_file):
