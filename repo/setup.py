@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,8 +89,12 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
     shards = shards_of(config, world)
     folder = world.from_first(lambda: find_assets(config, console))
     device, path = choose_device(config.model.device), model_path(config, folder)
-    policy = load_policy(path, device, True, config.model, trust)
-    sampler = load_policy(path, device, False, config.model, trust) if shards > 1 else policy
+    if shards > 1:
+        sampler = load_policy(path, device, False, config.model, trust)
+        policy = load_policy(path, torch.device("cpu"), True, config.model, trust)  # sharding moves a layer at a time
+        policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
+    else:
+        policy = sampler = load_policy(path, device, True, config.model, trust)
     shape = policy.model.config.get_text_config()
     prompts = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
     reference = load_reference(policy, path, config.model, trust)
