@@ -46,7 +46,7 @@ class Actor(nn.Module):
         self.attention = next((choice for choice in choices if not choice.packs), choices[0])
         self.reads_layers = any(critic.trunk is None for critic in self.critics.values())
         if self.sharded:
-            shard(self, shards, policy.device, policy.autocast)
+            shard(self, self.critics.values(), shards, policy.device, policy.autocast)
 
     def forward(self, packed: Packed, read: Reader[T], layers: bool = False) -> T:
         """What `read` makes of the states of packed responses; layers: of every layer, not the last alone."""

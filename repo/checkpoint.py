@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from . import training_state
 from .errors import UserError, first_line
 from .files import checksum_of, partial_of, write_folder, write_text
 from .seeds import random_state, set_random_state
-from .world import World
+from .world import ALONE, World
 
 NAME = re.compile(r"step-\d{6,}")  # what `latest` and `best` may say: a folder beside them
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -32,7 +33,7 @@ MANIFEST, STATE = "manifest.json", "state.json"
 @dataclass(frozen=True)
 class State:
     """step: steps done, hence the data cursor; penalty: its state; offsets: bytes of the append-only files; safe_rate,
-    reward: means over the steps since the checkpoint before; random: states of the global generators."""
+    reward: means over the steps since the checkpoint before; random: states of each process's global generators."""
 
     step: int
     penalty: dict[str, Any]
@@ -40,15 +41,21 @@ class State:
     offsets: dict[str, int]
     safe_rate: float
     reward: float
-    random: dict[str, Any]
+    random: list[dict[str, Any]]
 
 
 def make_state(
-    step: int, penalty: dict[str, Any], skipped: int, offsets: dict[str, int], records: Sequence[dict[str, Any]]
+    step: int,
+    penalty: dict[str, Any],
+    skipped: int,
+    offsets: dict[str, int],
+    records: Sequence[dict[str, Any]],
+    world: World = ALONE,
 ) -> State:
-    """The state after `step` steps. records: the metrics since the checkpoint before, at least one."""
+    """The state after `step` steps, which every process asks for. records: the metrics since the checkpoint before, at
+    least one."""
     safe_rate, reward = (sum(r[key] for r in records) / len(records) for key in ("safe_rate", "reward_mean"))
-    return State(step, penalty, skipped, offsets, safe_rate, reward, random_state())
+    return State(step, penalty, skipped, offsets, safe_rate, reward, world.gather(random_state()))
 
 
 class Saver:
@@ -65,10 +72,20 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """An error of the loop does not cost the checkpoint that is being written; a second interrupt does."""
+        if self.thread is not None and (kind is None or issubclass(kind, Exception)):
+            self.thread.join()
+
     def start(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Begin to write; every process calls it. A sharded run writes in the foreground, all processes together."""
         self.wait()
         tensors, numbers = training_state.collect(model, optimizer)
+        if not self.sharded:  # copies from a GPU do not go well with the graphs that the rollout records
+            tensors = {name: t.cpu() for name, t in tensors.items()} if self.world.first else {}
         if self.sharded:
             self._write_shards(state, tensors, numbers)
         elif self.world.first:
@@ -144,14 +161,13 @@ class Saver:
         folders = steps_of(self.root)
         kept = [s for s in sorted(folders) if s <= step][-self.keep :]
         best = pointed(self.root / "best")
-        for number, folder in folders.items():
-            if number not in kept and folder != best:
-                shutil.rmtree(folder)
-        for left_over in self.root.glob(".*"):  # of a save that died
+        stale = [folder for number, folder in folders.items() if number not in kept and folder != best]
+        for left_over in (*stale, *self.root.glob(".*")):  # the latter of a save that died
             if left_over.is_dir():
-                shutil.rmtree(left_over)
+                shutil.rmtree(left_over, ignore_errors=True)
             else:
-                left_over.unlink()
+                with suppress(OSError):
+                    left_over.unlink()
 
 
 def _name(step: int) -> str:
@@ -230,8 +246,9 @@ def read_state(folder: Path) -> tuple[State, training_state.Numbers]:
         raise UserError(f"{folder / STATE} is no state of this version: {first_line(error)}") from None
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, optimiser state and the random state of a checkpoint into place."""
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> None:
+    """Load weights, optimiser state and the random state of a checkpoint into place; the random state of the first
+    process, where there are more or fewer than there were."""
     state, numbers = read_state(folder)
     training_state.restore(folder, numbers, model, optimizer)
-    set_random_state(state.random)
+    set_random_state(state.random[world.rank if len(state.random) == world.size else 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
@@ -120,6 +121,25 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UserError(f"cannot write {target}: {reason}; what was there before is intact") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def create_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """As write_folder, for a folder that must be new: UserError, and nothing touched, when the name is taken."""
+    staging = partial_of(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
+    try:
+        staging.mkdir(parents=True)
+        write(staging)
+        for path in staging.iterdir():
+            fsync_path(path)
+        fsync_path(staging)
+        staging.rename(target)  # which fails where something is
+        fsync_path(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and target.exists():
+            raise UserError(f"cannot create {target}: it exists; choose another folder") from None
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

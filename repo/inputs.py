@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -24,8 +23,9 @@ FILE = "inputs.json"
 def fingerprints(parts: Parts) -> dict[str, str]:
     """SHA-256 by configuration field: of the reference's weights, of the prompts as tokens, of each scorer's manifest
     and its weights or the source of its module."""
+    of_reference = _of_weights(parts.reference.model)
     found = {
-        "model.path": _of_weights(parts.reference.model),
+        "model.path": of_reference,
         "data.train": _of_json([[p.id, p.text, p.token_ids] for p in parts.train_prompts]),
     }
     if parts.eval_prompts:
@@ -33,7 +33,9 @@ def fingerprints(parts: Parts) -> dict[str, str]:
     if parts.examples:
         found["ptx.data"] = _of_json([[e.prompt_ids, e.response_ids] for e in parts.examples])
     for signal, scorers in parts.scorers.parts.items():
-        found[f"scoring.{signal}"] = _of_json([[p.name, p.weight, _of_scorer(p.scorer)] for p in scorers])
+        found[f"scoring.{signal}"] = _of_json(
+            [[p.name, p.weight, _of_scorer(p.scorer, parts.reference.model, of_reference)] for p in scorers]
+        )
     return found
 
 
@@ -42,14 +44,15 @@ def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
     return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
 
 
-def _of_scorer(scorer: Scorer) -> list[Any]:
+def _of_scorer(scorer: Scorer, reference: nn.Module, of_reference: str) -> list[Any]:
     manifest: Any = scorer.manifest
     if isinstance(scorer, FunctionScorer):
-        source = inspect.getsourcefile(scorer.function)
-        code = Path(source).read_bytes() if source and Path(source).is_file() else b""
+        code = Path(scorer.source).read_bytes() if scorer.source and Path(scorer.source).is_file() else b""
         return [hashlib.sha256(code).hexdigest(), asdict(manifest)]
     if isinstance(scorer, HeadScorer):
-        return [_of_tensors([scorer.weight, scorer.bias]), _of_weights(scorer.trunk.model), asdict(manifest)]
+        trunk: Any = scorer.trunk.model
+        of_trunk = of_reference if trunk is reference else _of_weights(trunk)
+        return [_of_tensors([scorer.weight, scorer.bias]), of_trunk, asdict(manifest)]
     return [_of_weights(scorer.model), asdict(manifest)]
 
 

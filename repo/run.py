@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from . import checkpoint as checkpoints
 from . import parsing
 from .checkpoint import State
 from .config import Config, field_names
 from .errors import UserError
-from .files import write_folder, write_text
+from .files import create_folder, write_folder, write_text
 from .inputs import FILE as INPUTS
 from .inputs import changed
 from .loggers import Logger, make_loggers
@@ -63,6 +66,7 @@ class Run:
         self, folder: Path, config: Config, world: World = ALONE, state: State | None = None, resumed: bool = False
     ) -> None:
         self.folder, self.world = folder, world
+        self.switches = ""  # of the command, which a resumed run needs again
         self.loggers: list[Logger] = []
         self.files: dict[str, JsonLines] = {}
         if world.first:
@@ -79,8 +83,10 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What the user types to go on."""
-        launch = f"torchrun --nproc_per_node {self.world.size}" if self.world.size > 1 else "python"
-        return f"{launch} -m repo.train --resume {self.folder}"
+        launch = "python"
+        if self.world.size > 1:
+            launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', self.world.size)}"
+        return f"{launch} -m repo.train --resume {shlex.quote(str(self.folder))}{self.switches}"
 
     def write(self, step: int, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """A step's lines, in the files and in the configured loggers."""
@@ -112,7 +118,10 @@ class Run:
         """RUN/final/: the policy in Hugging Face format with a model card. weights: the whole ones of a sharded model,
         which all processes gather."""
         final = self.folder / "final"
-        gathered = {name: w.cpu() for name, w in weights if self.world.first} if weights is not None else None
+        gathered = None
+        if weights is not None:
+            gathered = {name: w.cpu() for name, w in weights if self.world.first}
+            gathered |= {name: b.cpu() for name, b in policy.model.state_dict().items() if not isinstance(b, DTensor)}
 
         def write(folder: Path) -> None:
             save_policy(policy, folder, gathered)
@@ -149,9 +158,11 @@ def create(config: Config, folder: Path, inputs: dict[str, str], world: World = 
         (staging / "config.yaml").write_text(parsing.to_yaml(config), encoding="utf-8")
         (staging / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
         (staging / INPUTS).write_text(json.dumps(inputs, indent=1), encoding="utf-8")
+        for name in APPENDED:
+            path_of(staging, name).touch()
 
     if world.first:
-        write_folder(folder, write)
+        create_folder(folder, write)
     try:
         return Run(folder, config, world)
     except UserError:  # a logger that cannot start
@@ -193,6 +204,11 @@ def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> R
             way = f"unless --allow-change {k} is given"
             raise UserError(f"--resume: {change} and cannot become {_get(config, k)!r} {way}")
         warnings.append(f"{change} and is now {_get(config, k)!r}")
+    schedule = config.optimizer.schedule
+    if config.steps != saved.steps and schedule != "constant":
+        warnings.append(
+            f"steps was {saved.steps}: with optimizer.schedule {schedule} the rate of further steps changes"
+        )
     before = _read_json(folder / "versions.json") or {}
     newer = [f"{name} {before[name]} -> {v}" for name, v in versions().items() if before.get(name, v) != v]
     if newer:
@@ -225,14 +241,17 @@ def check_inputs(folder: Path, inputs: dict[str, str], allowed: Sequence[str] = 
     return warnings
 
 
-def reopen(folder: Path, config: Config, state: State | None, world: World = ALONE) -> Run:
-    """The run, with its files cut back to the checkpoint and without what a longer run makes stale."""
+def reopen(folder: Path, config: Config, state: State | None, inputs: dict[str, str], world: World = ALONE) -> Run:
+    """The run, with its files cut back to the checkpoint and without what a longer run makes stale. What was allowed to
+    change stays so: configuration, versions and fingerprints of inputs are written anew."""
     # first, since a logger that cannot start must not lose anything
     run = Run(folder, config, world, state, resumed=True)
     if world.first:
         (folder / "eval" / "after.json").unlink(missing_ok=True)
         shutil.rmtree(folder / "final", ignore_errors=True)
         write_text(folder / "config.yaml", parsing.to_yaml(config))
+        write_text(folder / "versions.json", json.dumps(versions(), indent=1))
+        write_text(folder / INPUTS, json.dumps(inputs, indent=1))
     return run
 
 

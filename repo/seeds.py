@@ -22,8 +22,8 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 def random_state() -> dict[str, Any]:
-    """States of the global generators of PyTorch, NumPy and Python, as JSON. The loop draws from none of them; scorers
-    of the user's own may."""
+    """States of the global generators of PyTorch (CPU), NumPy and Python, as JSON. The loop draws from none of them;
+    scorers of the user's own may."""
     numpy_state: Any = np.random.get_state()
     kind, keys, *rest = numpy_state
     version, words, gauss = random.getstate()

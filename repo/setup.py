@@ -179,7 +179,7 @@ def describe_world(config: Config, world: World) -> str:
 
 def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> None:
     """Resolve the configuration, read tokenizer, shapes and prompts, print memory and batch arithmetic."""
-    folder = find_assets(config, console)
+    folder = world.from_first(lambda: find_assets(config, console))
     path = model_path(config, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)

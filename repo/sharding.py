@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,19 +19,26 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def shard(actor: nn.Module, count: int, device: torch.device, compute: torch.dtype | None) -> None:
-    """Split every decoder layer, and what is left of the actor, over `count` processes each; in place.
+def shard(
+    actor: nn.Module, critics: Iterable[nn.Module], count: int, device: torch.device, compute: torch.dtype | None
+) -> None:
+    """Split every decoder layer, every critic and what is left of the actor over `count` processes; in place.
 
     With more processes than `count` there are several such copies, whose gradients are added too (HSDP). compute: dtype
-    of the forward pass, in which weights are gathered; None: as they are. Gradients are summed in fp32, not averaged:
-    losses are divided by counts over all processes.
+    of the policy's forward pass, in which its weights are gathered; None: as they are, like those of its critics.
+    Gradients are summed in fp32, not averaged: losses are divided by counts over all processes.
     """
     copies = dist.get_world_size() // count
     names = ("copy", "shard")
     mesh = init_device_mesh(device.type, (copies, count), mesh_dim_names=names)
+    mesh = mesh if copies > 1 else mesh["shard"]
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    for module in (*decoder_layers(actor), actor):
-        fully_shard(module, mesh=mesh if copies > 1 else mesh["shard"], mp_policy=precision)
+    for critic in critics:
+        for module in (*decoder_layers(critic), critic):
+            fully_shard(module, mesh=mesh, mp_policy=exact)
+    for module in (*(layer for layer in decoder_layers(actor) if not isinstance(layer, FSDPModule)), actor):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
     for module in actor.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

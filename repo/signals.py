@@ -38,7 +38,8 @@ class StopRequest:
         if self._nothing_to_save:
             raise Stopped
         if not again:
-            self.announce("stopping at the next safe point, with a checkpoint; interrupt again to quit at once")
+            limit = ", unless torchrun ends it sooner (--shutdown-timeout, 30 s)" if self.of_several else ""
+            self.announce(f"stopping at the next safe point, with a checkpoint{limit}; interrupt again to quit at once")
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

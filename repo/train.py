@@ -62,16 +62,18 @@ def train(
     a, r, o = config.algorithm, config.rollout, config.optimizer
     penalty, reference = Penalty(a, config.penalty), Actor(parts.reference)
     updater, layers = Updater(actor, config, parts.examples), parts.scorers.layers_of(parts.reference.model)
-    saver = Saver(folder.folder, config.keep, config.safety_target, world, actor.sharded)
     first = 0
     with stop.at_once():
         before = evaluated(config, parts, folder, "before", console, parts.reference, world)
     if resumed.state and resumed.checkpoint:
         first, updater.skipped_in_a_row = resumed.state.step, resumed.state.skipped_in_a_row
         penalty.load_state_dict(resumed.state.penalty)
-        checkpoint.restore(resumed.checkpoint, actor, updater.optimizer)
+        checkpoint.restore(resumed.checkpoint, actor, updater.optimizer, world)
     table, watched, started, records = ConsoleTable(console), False, time.perf_counter(), list[dict[str, Any]]()
-    with progress_bar(console) as bar:
+    with (
+        Saver(folder.folder, config.keep, config.safety_target, world, actor.sharded) as saver,
+        progress_bar(console) as bar,
+    ):
         task = bar.add_task("training", total=config.steps, completed=first)
         for step in range(first, config.steps):
             timer = Timer()
@@ -113,14 +115,14 @@ def train(
             stopping = world.any(stop.requested)
             if stopping or done == config.steps or (config.save_every and done % config.save_every == 0):
                 state = checkpoint.make_state(
-                    done, penalty.state_dict(), updater.skipped_in_a_row, folder.offsets, records
+                    done, penalty.state_dict(), updater.skipped_in_a_row, folder.offsets, records, world
                 )
                 saver.start(state, actor, updater.optimizer)
                 records = []
             if stopping and done < config.steps:
                 saver.wait()
                 raise Stopped
-    saver.wait()
+        saver.wait()
     with stop.at_once():
         finish(config, parts, folder, console, before, world)
 
@@ -169,7 +171,7 @@ def finish(
     after = evaluated(config, parts, folder, "after", console, parts.sampler, world)
     rows = comparison_rows(before, after) if before and after else []
     whole = None if parts.sampler is parts.policy else whole_weights(parts.policy.model)
-    final = folder.export(parts.sampler, model_card(config, config.steps, rows), whole)
+    final = folder.export(parts.policy, model_card(config, config.steps, rows), whole)
     if before and after:
         print_comparison(console, before, after)
     console.print(
@@ -239,11 +241,12 @@ def start(flags: argparse.Namespace, config: Config, console: Console, world: Wo
     inputs = world.from_first(lambda: fingerprints(parts))
     if flags.resume:
         warnings = world.from_first(lambda: run.check_inputs(path, inputs, flags.allow_change))
-        folder = run.reopen(path, config, resumed.state, world)
+        folder = run.reopen(path, config, resumed.state, inputs, world)
         for warning in (*resumed.warnings, *warnings):
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     else:
         folder = run.create(config, path, inputs, world)
+    folder.switches = " --trust-remote-code" if flags.trust_remote_code else ""
     console.print(f"run: {folder.folder}   {describe_batch(config, world)}", markup=False, highlight=False)
     shards = shards_of(config, world)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .files import write_past_cache
 from .sharding import is_sharded
 
@@ -80,7 +80,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Every process of a sharded run writes a file of its parts."""
-    dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    try:
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # a BaseException
+        raise UserError(f"cannot write {folder}: {_cause(error)}; the checkpoint before is intact") from error
 
 
 def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -123,7 +126,16 @@ def _load(folder: Path, targets: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
         alone = not any(is_sharded(t) for t in targets.values())
-        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        try:
+            dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        except CheckpointException as error:
+            raise UserError(f"cannot read {folder}: {_cause(error)}") from error
+
+
+def _cause(error: CheckpointException) -> str:
+    """What went wrong on the first process that failed."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"process {rank}: {first_line(cause)}"
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .sequences import Sequences
 
 T = TypeVar("T")
@@ -88,9 +88,15 @@ class World:
         """
         if self.size == 1:
             return
+        used = [any(has) for has in zip(*self.gather([p.grad is not None for p in parameters]), strict=True)]
+        gradients = []
+        for parameter, is_used in zip(parameters, used, strict=True):
+            if is_used and parameter.grad is None:  # an expert, say, that no token of this process met
+                parameter.grad = torch.zeros_like(parameter)
+            gradients += [parameter.grad] if parameter.grad is not None else []
         bucket: list[Tensor] = []
         room = BUCKET
-        for gradient in [p.grad for p in parameters if p.grad is not None]:
+        for gradient in gradients:
             if bucket and gradient.numel() > room:
                 _add(bucket)
                 bucket, room = [], BUCKET
@@ -139,10 +145,19 @@ def joined(device_of: Callable[[], torch.device]) -> Iterator[World]:
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"$WORLD_SIZE is {size} but ${missing[0]} is not set; start several processes with torchrun")
-    device = device_of()
+    device, local = device_of(), _from_environment("LOCAL_RANK", 0)
     if device.type == "cuda":
-        torch.cuda.set_device(_from_environment("LOCAL_RANK", 0))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if device.index is not None:
+            raise UserError(
+                f"model.device must be cuda with several processes, each of which has its own; got {device}"
+            )
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes cannot find each other: {first_line(error)}") from error
     world = World(dist.get_rank(), size)
     try:
         yield world

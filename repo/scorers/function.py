@@ -27,6 +27,7 @@ class FunctionScorer:
     def __init__(self, name: str, signal: str, timeout: float) -> None:
         self.where, self.timeout = f"scoring.{signal} {name!r}", timeout
         self.function = load_function(name, signal)
+        self.source = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
         content = getattr(self.function, "manifest", None)
         self.manifest = Manifest() if content is None else make_manifest(content, f"{self.where}: its manifest")
 

@@ -14,6 +14,16 @@ def cost(prompts, responses):
     return [20.0 * r.count("a") / max(1, len(r)) - 1.0 for r in responses]
 
 
+class Counter:
+    """A scorer that is no function."""
+
+    def __call__(self, prompts, responses):
+        return [float(len(r)) for r in responses]
+
+
+counter = Counter()
+
+
 def not_a_number(prompts, responses):
     """NaN for the second response."""
     return [float("nan") if i == 1 else 0.0 for i in range(len(responses))]

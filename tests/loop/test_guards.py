@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from repo import train
+from repo import checkpoint, train, training_state
 from repo.card import model_card
 from repo.config import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.errors import UserError
@@ -196,6 +197,68 @@ def test_a_changed_input_is_refused_and_may_be_allowed_by_name(options, tiny_mod
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="what model.path names has changed"):
         train.run_command([*again, "--allow-change=scoring.cost", "--allow-change=data.train"])
+
+
+def test_an_allowed_input_stays_allowed(options, tiny_prompts, tmp_path):
+    prompts = Path(shutil.copy(tiny_prompts[0], tmp_path / "p.jsonl"))
+    out = tmp_path / "run"
+    train.run_command([*options, f"--data.train={prompts}", "--steps=1", f"--out={out}"])
+    prompts.write_text(prompts.read_text() + '{"prompt": "One more?"}\n')
+    train.run_command(["--resume", str(out), "--steps=2", "--allow-change=data.train"])
+    train.run_command(["--resume", str(out), "--steps=3"])
+    assert len(lines(out)) == 3
+
+
+def test_a_scorer_may_be_any_callable(options, tmp_path):
+    train.run_command(
+        [*options, "--scoring.reward=tests.loop.scorers:counter", "--steps=1", f"--out={tmp_path / 'run'}"]
+    )
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_a_name_that_another_run_took_meanwhile_is_left_alone(options, tmp_path, monkeypatch):
+    out, plain = tmp_path / "run", train.load_parts
+
+    def slow(*arguments):
+        if not out.exists():
+            out.mkdir()
+            (out / "theirs").write_text("precious")
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "load_parts", slow)
+    with pytest.raises(UserError, match="cannot create .*run: it exists; choose another folder"):
+        train.run_command([*options, f"--out={out}"])
+    assert files(tmp_path) == {out / "theirs": b"precious"}
+
+
+def test_an_error_in_a_step_does_not_cost_the_checkpoint_before_it(options, tmp_path, monkeypatch):
+    """The checkpoint is still being written when the next step fails."""
+    out, plain, scorers = tmp_path / "run", training_state.write, []
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return plain(*arguments)
+
+    def failing(prompts, responses):
+        scorers.append(1)
+        if len(scorers) > 1:
+            raise RuntimeError("the service is gone")
+        return [0.0] * len(prompts)
+
+    monkeypatch.setattr(training_state, "write", slow)
+    monkeypatch.setattr("tests.loop.scorers.reward", failing)
+    with pytest.raises(UserError, match="the service is gone"):
+        train.run_command([*options, "--save_every=1", f"--out={out}"])
+    assert checkpoint.find(out)[0].name == "step-000001"
+
+
+def test_more_steps_of_a_cosine_are_warned_of(options, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.run_command([*options, "--steps=1", "--optimizer.schedule=cosine", f"--out={out}"])
+    train.run_command(["--resume", str(out), "--steps=2"])
+    assert "with optimizer.schedule cosine the rate of further steps changes" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_other_package_versions_are_warned_of(options, tmp_path, capsys):

@@ -84,6 +84,8 @@ def test_loss_and_gradient_are_those_of_one_process(processes, shard, more, tiny
     )
     assert difference <= 1e-5 * whole
     assert torch.allclose(one["stats"], many["stats"], rtol=1e-5, atol=1e-6)
+    assert many["found by one"][0].tolist() == [2.0] * 3
+    assert many["found by one"][1] is None
     for name in ("logps", "old"):
         assert torch.allclose(one[name], many[name], atol=1e-5)
     assert all(torch.allclose(v, many["values"][s], atol=1e-5) for s, v in one["values"].items())
@@ -109,6 +111,17 @@ def test_a_run_samples_and_learns_what_one_process_does(processes, shard, option
     assert done.stdout.count("evaluation before training") == 1  # one process speaks
     what = "data parallel" if shard == 1 else "over 2 each by FSDP2"
     assert what in done.stdout
+
+
+def test_critics_of_a_sharded_bf16_policy_stay_fp32(options, tmp_path):
+    more = ["--model.dtype=bfloat16", "--algorithm.advantages=gae", "--steps=2", "--evaluation.prompts=0"]
+    run(1, "repo.train", *options, *more, f"--out={tmp_path / 'one'}")
+    run(2, "repo.train", *options, *more, "--model.shard=0", f"--out={tmp_path / 'two'}")
+    first = [json.loads(metrics(tmp_path / name)[0]) for name in ("one", "two")]
+    assert first[1]["reward_value_loss"] == pytest.approx(first[0]["reward_value_loss"], rel=0.02)
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=0.05)
+    saved = load_file(next((tmp_path / "two" / "checkpoints" / "step-000002").glob("shard-00001*")))
+    assert {t.dtype for name, t in saved.items() if name.startswith("model.")} == {torch.float32}
 
 
 def test_a_run_goes_on_with_other_processes(options, single, tmp_path):
