@@ -84,12 +84,11 @@ class Saver:
         """Begin to write; every process calls it. A sharded run writes in the foreground, all processes together."""
         self.wait()
         tensors, numbers = training_state.collect(model, optimizer)
-        if not self.sharded:  # copies from a GPU do not go well with the graphs that the rollout records
-            tensors = {name: t.cpu() for name, t in tensors.items()} if self.world.first else {}
         if self.sharded:
             self._write_shards(state, tensors, numbers)
         elif self.world.first:
-            work = (state, tensors, numbers)
+            # copies from a GPU beside the rollout would spoil the graph that it records
+            work = state, {name: t.cpu() for name, t in tensors.items()}, numbers
             # a daemon: a second interrupt must end the process at once
             self.thread = threading.Thread(target=self._write_aside, args=work, name="checkpoint", daemon=True)
             self.thread.start()
