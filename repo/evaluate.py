@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,8 +19,10 @@ from .data import Prompt
 from .metrics import summarize
 from .policy import Policy
 from .rollout import sample
+from .run import Run
 from .scoring import Scorers
 from .seeds import seed_from
+from .setup import Parts
 from .world import ALONE, World
 
 RESAMPLES = 2000
@@ -129,6 +132,32 @@ def _evaluate(
         dict(zip(keys, (p.id, p.category, p.text, *values), strict=True)) | verdict
         for p, *values, verdict in zip(rollout.prompts, *columns, verdicts, strict=True)
     ]
+
+
+def evaluated(
+    config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Policy, world: World
+) -> Evaluation | None:
+    """`evaluate` into RUN/eval/<name>.json, or what a resumed run has there; None without held-out prompts."""
+    if not parts.eval_prompts:
+        return None
+    a, e, started = config.algorithm, config.evaluation, time.perf_counter()
+    known = folder.read_evaluation(name)
+    if known and [r["id"] for r in known["responses"]][:: e.samples_per_prompt] == [p.id for p in parts.eval_prompts]:
+        return Evaluation(known["responses"], a.cost_limit)
+    with console.status("") as status:
+        found = evaluate(
+            config,
+            policy,
+            parts.eval_prompts,
+            parts.scorers,
+            parts.judge,
+            lambda stage: status.update(f"evaluation {name} training: {stage}"),
+            world,
+        )
+    seconds = time.perf_counter() - started
+    console.print(f"evaluation {name} training: {len(found.records)} responses in {seconds:.0f} s", highlight=False)
+    folder.write_evaluation(name, {"summary": found.summary(), "responses": found.records})
+    return found
 
 
 ROWS = (

@@ -16,8 +16,10 @@ from .assets.heads import HeadScorer, Reading, score_all
 from .config import ScoringConfig
 from .data import Prompt
 from .errors import UserError
+from .rollout import Rollout, concatenated, merge
 from .scorers.function import FunctionScorer
 from .scorers.model import ClassifierScorer, load_model
+from .world import World
 
 EMBEDDED = "embedded"
 SIGNALS = ("reward", "cost")
@@ -34,9 +36,15 @@ class Scores:
     costs: Tensor
 
 
-def concatenate(scores: Sequence[Scores]) -> Scores:
-    """The scores of several batches, in their order."""
-    return Scores(torch.cat([s.rewards for s in scores]), torch.cat([s.costs for s in scores]))
+def gathered(
+    world: World, rollout: Rollout, scores: Scores, ref_logps: Tensor, pad_id: int
+) -> tuple[Rollout, Scores, Tensor]:
+    """What all processes sampled, scored and read of the reference (B, R), as one batch that each of them then has."""
+    if world.size == 1:
+        return rollout, scores, ref_logps
+    rollouts, found, logps = zip(*world.gather((rollout, scores, ref_logps)), strict=True)
+    rewards, costs = (torch.cat([getattr(s, name) for s in found]) for name in ("rewards", "costs"))
+    return merge(rollouts, pad_id), Scores(rewards, costs), concatenated(logps)
 
 
 @dataclass(frozen=True)

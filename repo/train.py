@@ -8,36 +8,33 @@ python -m repo.train --resume runs/repo-...           go on from the last checkp
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
 from .actor import Actor, read_reference
 from .card import model_card
 from .checkpoint import Saver
+from .command import Switches, read_command
 from .config import Config
 from .data import batch_at
 from .decoding import describe_decoding
-from .errors import UserError, exit_with_sentence
-from .evaluate import Evaluation, comparison_rows, evaluate, print_comparison
+from .errors import exit_with_sentence
+from .evaluate import Evaluation, comparison_rows, evaluated, print_comparison
 from .inputs import fingerprints
 from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .objective import make_batch
-from .parsing import PRESETS, make_parser, parse, preset_names
 from .penalty import Penalty
-from .policy import Policy, choose_device, vocabulary
+from .policy import choose_device, vocabulary
 from .record import Timer, sample_records, step_record
-from .rollout import Rollout, concatenated, merge, sample
+from .rollout import sample
 from .run import Resumed, Run
-from .scoring import Scores, concatenate
+from .scoring import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .sharding import copy_weights, whole_weights
 from .signals import Stopped, StopRequest
@@ -59,10 +56,9 @@ def train(
     stop: StopRequest,
 ) -> None:
     """The loop. Returns after the last step; raises Stopped, with a checkpoint, when a signal asked for it."""
-    a, r, o = config.algorithm, config.rollout, config.optimizer
-    penalty, reference = Penalty(a, config.penalty), Actor(parts.reference)
+    a, r, budget = config.algorithm, config.rollout, config.optimizer.micro_batch_tokens
+    penalty, reference, first = Penalty(a, config.penalty), Actor(parts.reference), 0
     updater, layers = Updater(actor, config, parts.examples), parts.scorers.layers_of(parts.reference.model)
-    first = 0
     with stop.at_once():
         before = evaluated(config, parts, folder, "before", console, parts.reference, world)
     if resumed.state and resumed.checkpoint:
@@ -82,9 +78,7 @@ def train(
             part = world.slice(len(prompts))
             rollout = sample(parts.sampler, prompts, r.samples_per_prompt, r, config.seed, step, part)
             timer.mark("rollout")
-            ref_logps, reading = read_reference(
-                reference, rollout.sequences, r.temperature, o.micro_batch_tokens, layers
-            )
+            ref_logps, reading = read_reference(reference, rollout.sequences, r.temperature, budget, layers)
             timer.mark("reference")
             scores = parts.scorers(rollout.prompts, rollout.texts, reading)
             rollout, scores, ref_logps = gathered(world, rollout, scores, ref_logps, parts.policy.pad_id)
@@ -127,42 +121,6 @@ def train(
         finish(config, parts, folder, console, before, world)
 
 
-def gathered(
-    world: World, rollout: Rollout, scores: Scores, ref_logps: Tensor, pad_id: int
-) -> tuple[Rollout, Scores, Tensor]:
-    """What all processes sampled, scored and read, as one batch that each of them then has."""
-    if world.size == 1:
-        return rollout, scores, ref_logps
-    rollouts, found, logps = zip(*world.gather((rollout, scores, ref_logps)), strict=True)
-    return merge(rollouts, pad_id), concatenate(found), concatenated(logps)
-
-
-def evaluated(
-    config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Policy, world: World
-) -> Evaluation | None:
-    """Evaluate on the held-out prompts into RUN/eval/<name>.json, or read that file when a resumed run has it."""
-    if not parts.eval_prompts:
-        return None
-    a, e, started = config.algorithm, config.evaluation, time.perf_counter()
-    known = folder.read_evaluation(name)
-    if known and [r["id"] for r in known["responses"]][:: e.samples_per_prompt] == [p.id for p in parts.eval_prompts]:
-        return Evaluation(known["responses"], a.cost_limit)
-    with console.status("") as status:
-        found = evaluate(
-            config,
-            policy,
-            parts.eval_prompts,
-            parts.scorers,
-            parts.judge,
-            lambda stage: status.update(f"evaluation {name} training: {stage}"),
-            world,
-        )
-    seconds = time.perf_counter() - started
-    console.print(f"evaluation {name} training: {len(found.records)} responses in {seconds:.0f} s", highlight=False)
-    folder.write_evaluation(name, {"summary": found.summary(), "responses": found.records})
-    return found
-
-
 def finish(
     config: Config, parts: Parts, folder: Run, console: Console, before: Evaluation | None, world: World
 ) -> None:
@@ -174,46 +132,12 @@ def finish(
     final = folder.export(parts.policy, model_card(config, config.steps, rows), whole)
     if before and after:
         print_comparison(console, before, after)
-    console.print(
-        f"model: {final}   metrics: {run.path_of(folder.folder, 'metrics')}   "
-        f"samples: {run.path_of(folder.folder, 'samples')}",
-        markup=False,
-    )
-
-
-def read_command(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """The command's own switches and the configuration behind them: preset, then --config, then overrides."""
-    command = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    command.add_argument("--preset", choices=preset_names(), help="start from one of repo/presets")
-    command.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
-    command.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="with --resume: this field, or what it names, may differ from what the run began with",
-    )
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that comes with the models named; never read from a file",
-    )
-    command.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")
-    try:
-        flags, rest = command.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
-    if flags.preset:
-        rest = ["--config", str(PRESETS / f"{flags.preset}.yaml"), *rest]
-    if flags.resume:
-        run.require_run(flags.resume)
-        rest = ["--config", str(flags.resume / "config.yaml"), *rest]
-    return flags, parse(make_parser("repo.train", __doc__ or "", command), rest)
+    console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {folder.folder}", markup=False)
 
 
 def run_command(argv: list[str]) -> None:
     """Parse, then dry-run, resume or start; on every process of torchrun."""
-    flags, config = read_command(argv)
+    flags, config = read_command(argv, __doc__ or "")
     with joined(lambda: choose_device(config.model.device)) as world:
         console = Console(soft_wrap=True, quiet=not world.first)
         if not console.is_terminal:
@@ -230,13 +154,12 @@ def run_command(argv: list[str]) -> None:
         start(flags, config, console, world)
 
 
-def start(flags: argparse.Namespace, config: Config, console: Console, world: World) -> None:
+def start(flags: Switches, config: Config, console: Console, world: World) -> None:
     """Load, say what will be done and how, and train."""
-    resumed, path = run.Resumed(None, None, []), flags.resume
+    path = flags.resume or world.from_first(lambda: run.folder_of(config))
+    resumed = run.Resumed(None, None, [])
     if flags.resume:
-        resumed = world.from_first(lambda: run.check_resume(flags.resume, config, flags.allow_change))
-    else:
-        path = world.from_first(lambda: run.folder_of(config))
+        resumed = world.from_first(lambda: run.check_resume(path, config, flags.allow_change))
     parts = load_parts(config, console, world, flags.trust_remote_code)
     inputs = world.from_first(lambda: fingerprints(parts))
     if flags.resume:
