@@ -69,9 +69,9 @@ def trl_job(command: list[str]) -> dict[str, Any]:
 
     from repo.data import batch_at
     from repo.setup import find_assets, load_data, model_path
-    from repo.train import read_command
+    from repo.command import read_command
 
-    config = read_command(command)[1]
+    config = read_command(command, "")[1]
     rollout, algorithm, optimizer, console = config.rollout, config.algorithm, config.optimizer, Console(quiet=True)
     folder = find_assets(config, console)
     path = model_path(config, folder)
