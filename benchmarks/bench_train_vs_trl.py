@@ -67,9 +67,9 @@ def trl_job(command: list[str]) -> dict[str, Any]:
     from rich.console import Console
     from transformers import AutoConfig, AutoTokenizer
 
+    from repo.command import read_command
     from repo.data import batch_at
     from repo.setup import find_assets, load_data, model_path
-    from repo.command import read_command
 
     config = read_command(command, "")[1]
     rollout, algorithm, optimizer, console = config.rollout, config.algorithm, config.optimizer, Console(quiet=True)
