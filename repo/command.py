@@ -6,10 +6,22 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from . import run
 from .config import Config
 from .errors import UserError
 from .parsing import PRESETS, make_parser, parse, preset_names
+
+LOG_WIDTH = 140  # columns of a console that is not a terminal
+
+
+def console_of(quiet: bool = False) -> Console:
+    """Where a command prints."""
+    console = Console(soft_wrap=True, quiet=quiet)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
 
 
 @dataclass(frozen=True)

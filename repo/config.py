@@ -200,8 +200,9 @@ class EvaluationConfig:
     """Held-out prompts to use; 0 switches the evaluation off."""
     samples_per_prompt: PositiveInt = 1
     """Responses per held-out prompt."""
-    judge: bool = True
-    """Use the held-out judge of the assets (never used in training)."""
+    judge: str = "embedded"
+    """Never used in training: "embedded", "none", or a scorer of your own as in scoring.cost, safe iff its score is
+    <= 0."""
 
 
 @dataclass(frozen=True)

@@ -1,198 +1,183 @@
-"""Evaluation on held-out prompts: training scorers and the held-out judge, with bootstrap intervals over prompts."""
+"""Evaluate a run or a model on held-out prompts, by the training scorers and by a judge that took no part in training.
+
+python -m repo.evaluate runs/mine                             its final policy, 4 samples of each held-out prompt
+python -m repo.evaluate runs/mine --checkpoint best           or latest, step-000010; all: every checkpoint there is
+python -m repo.evaluate path/to/model --reference embedded    any causal LM, and the one that its KL is measured from
+python -m repo.evaluate runs/mine --data.eval mine.jsonl --evaluation.judge my_module:harmfulness
+
+Every field of the configuration may be given as to repo.train; those of a run are its own. A judge of yours is a scorer
+as scoring.cost takes it: a response is safe iff its score is <= 0.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
-from .advantages import is_safe, rectified_cost
+from . import checkpoint, parsing
+from .actor import Actor
+from .command import console_of
 from .config import Config
-from .data import Prompt
-from .metrics import summarize
-from .policy import Policy
-from .rollout import sample
-from .run import Run
-from .scoring import Scorers
-from .seeds import seed_from
-from .setup import Parts
-from .world import ALONE, World
+from .errors import UserError, exit_with_sentence
+from .export import chosen, policy_of
+from .files import write_text
+from .held_out import content_of, with_progress
+from .judging import load_judge
+from .policy import Policy, choose_device, load_policy
+from .setup import find_assets, load_held_out, model_path, scorers_beside
+from .tables import print_summary
 
-RESAMPLES = 2000
-
-
-class JudgeLike(Protocol):
-    """Called with prompts and responses; `safe` of the verdict is a (B,) bool tensor."""
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> Any: ...
+SAMPLES = 4
+"""Of each prompt, unless evaluation.samples_per_prompt is given."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Scored responses to held-out prompts, as records that a file keeps: `id category prompt response tokens reward
-    cost` and, with a judge, `judge_safe`."""
+class Command:
+    """target: a run folder, or the folder or hub name of a model; run: the folder if it is one; checkpoint: of a run,
+    None for its final policy; reference: model that the KL is measured from; out: the file; trust: run Python code that
+    comes with models."""
 
-    records: list[dict[str, Any]]
-    cost_limit: float
-
-    def column(self, key: str) -> Tensor:
-        """(B,) fp64 of a numeric key."""
-        return torch.tensor([float(r[key]) for r in self.records], dtype=torch.float64)
-
-    @property
-    def group(self) -> Tensor:
-        """(B,) int64, the prompt of each response."""
-        index: dict[str, int] = {}
-        return torch.tensor([index.setdefault(r["id"], len(index)) for r in self.records])
-
-    @property
-    def per_response(self) -> dict[str, Tensor]:
-        """The quantities that are averaged, (B,) fp64 each."""
-        costs = self.column("cost")
-        values = {
-            "reward": self.column("reward"),
-            "cost": costs,
-            "safe_rate": is_safe(costs, self.cost_limit).double(),
-            "rectified_cost": rectified_cost(costs, self.cost_limit),
-            "response_tokens": self.column("tokens"),
-        }
-        if self.records and "judge_safe" in self.records[0]:
-            values["judge_safe_rate"] = self.column("judge_safe")
-        return values
-
-    def summary(self) -> dict[str, Any]:
-        """Means with 95 % intervals, and the other quantities of summarize()."""
-        group = self.group
-        means = {k: interval(v, group) for k, v in self.per_response.items()}
-        return {"means": means, **summarize(self.column("reward"), self.column("cost"), group, self.cost_limit)}
+    target: str
+    run: Path | None
+    checkpoint: str | None
+    reference: str | None
+    out: Path | None
+    trust: bool
 
 
-def interval(values: Tensor, group: Tensor, level: float = 0.95) -> dict[str, float]:
-    """Mean and percentile-bootstrap interval of the mean; prompts are resampled, with all their responses.
+@dataclass(frozen=True)
+class Target:
+    """One policy to evaluate: its name, the file that its evaluation goes to, and how it is loaded."""
 
-    values, group: (B,). Deterministic. Returns {"mean", "low", "high"}.
-    """
-    _, index = group.unique(return_inverse=True)
-    prompts = int(index.max()) + 1
-    sums = torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, values.double()).numpy()
-    counts = np.bincount(index.numpy(), minlength=prompts).astype(float)
-    draws = np.random.default_rng(seed_from("bootstrap", prompts)).integers(0, prompts, (RESAMPLES, prompts))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return {"mean": float(values.double().mean()), "low": float(low), "high": float(high)}
+    name: str
+    out: Path
+    load: Callable[[], Policy]
 
 
-def evaluate(
-    config: Config,
-    policy: Policy,
-    prompts: list[Prompt],
-    scorers: Scorers,
-    judge: JudgeLike | None,
-    progress: Callable[[str], None] = lambda _: None,
-    world: World = ALONE,
-) -> Evaluation:
-    """Sample, score and judge. The same seed gives the same random numbers to every policy, which pairs evaluations.
-
-    Processes share the prompts, and all get the whole.
-    """
-    part = world.slice(len(prompts))
-    found = _evaluate(config, policy, prompts, part, scorers, judge, progress) if part else []
-    records = [record for records in world.gather(found) for record in records]
-    return Evaluation(records, config.algorithm.cost_limit)
-
-
-def _evaluate(
-    config: Config,
-    policy: Policy,
-    prompts: list[Prompt],
-    part: range,
-    scorers: Scorers,
-    judge: JudgeLike | None,
-    progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    progress("sampling")
-    samples = config.evaluation.samples_per_prompt
-    rollout = sample(policy, prompts, samples, config.rollout, config.seed, "evaluation", part)
-    texts = list(rollout.texts)
-    progress("scoring")
-    scores = scorers(rollout.prompts, texts)
-    progress("judging")
-    safe = [] if judge is None else judge([p.text for p in rollout.prompts], texts).safe.tolist()
-    verdicts: list[dict[str, bool]] = [{"judge_safe": verdict} for verdict in safe] or [{} for _ in texts]
-    columns = texts, rollout.sequences.response_lengths.tolist(), scores.rewards.tolist(), scores.costs.tolist()
-    keys = "id", "category", "prompt", "response", "tokens", "reward", "cost"
-    return [
-        dict(zip(keys, (p.id, p.category, p.text, *values), strict=True)) | verdict
-        for p, *values, verdict in zip(rollout.prompts, *columns, verdicts, strict=True)
-    ]
+def read_command(argv: list[str]) -> tuple[Command, Config]:
+    """The command's own switches and the configuration: the run's, or the default, then overrides."""
+    switches = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    switches.add_argument("--checkpoint", metavar="NAME", help="of a run: best, latest, step-000010 or all")
+    switches.add_argument("--reference", metavar="MODEL", help="model that the KL is measured from; a run's is its own")
+    switches.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes; default: RUN/eval/NAME.json")
+    switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
+    parser = parsing.make_parser("repo.evaluate", __doc__ or "", switches)
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & {*argv}:
+            parser.parse_args(["--help"])
+        raise UserError("repo.evaluate takes a run folder or a model first: python -m repo.evaluate RUN|MODEL")
+    try:
+        options, rest = switches.parse_known_args(argv[1:])
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    run = Path(argv[0]) if (Path(argv[0]) / "config.yaml").is_file() else None
+    if run is None and options.checkpoint:
+        raise UserError(f"--checkpoint is for run folders; {argv[0]} is none (it has no config.yaml)")
+    base = ["--config", str(run / "config.yaml")] if run else []
+    config = parsing.parse(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
+    if config.evaluation.prompts == 0:
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=sys.maxsize))
+    reference = options.reference or (config.model.path if run else None)
+    return Command(argv[0], run, options.checkpoint, reference, options.out, options.trust_remote_code), config
 
 
-def evaluated(
-    config: Config, parts: Parts, folder: Run, name: str, console: Console, policy: Policy, world: World
-) -> Evaluation | None:
-    """`evaluate` into RUN/eval/<name>.json, or what a resumed run has there; None without held-out prompts."""
-    if not parts.eval_prompts:
-        return None
-    a, e, started = config.algorithm, config.evaluation, time.perf_counter()
-    known = folder.read_evaluation(name)
-    if known and [r["id"] for r in known["responses"]][:: e.samples_per_prompt] == [p.id for p in parts.eval_prompts]:
-        return Evaluation(known["responses"], a.cost_limit)
-    with console.status("") as status:
-        found = evaluate(
-            config,
-            policy,
-            parts.eval_prompts,
-            parts.scorers,
-            parts.judge,
-            lambda stage: status.update(f"evaluation {name} training: {stage}"),
-            world,
-        )
-    seconds = time.perf_counter() - started
-    console.print(f"evaluation {name} training: {len(found.records)} responses in {seconds:.0f} s", highlight=False)
-    folder.write_evaluation(name, {"summary": found.summary(), "responses": found.records})
+def named(config: Config, path: str) -> Config:
+    """The configuration with another model."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+
+
+def load_named(path: str, config: Config, device: torch.device, trust: bool) -> Policy:
+    """A frozen model by folder, hub name or "embedded"."""
+    config = named(config, path)
+    folder = find_assets(config, Console(quiet=True))
+    return load_policy(model_path(config, folder), device, False, config.model, trust)
+
+
+def targets(command: Command, config: Config, device: torch.device) -> Iterator[Target]:
+    """What is to be evaluated. UserError for what is not there."""
+    if command.run is None:
+        name = Path(command.target).name or command.target
+        out = Path("evaluations") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
+        yield Target(name, out, lambda: load_named(command.target, config, device, command.trust))
+        return
+    final, there = command.run / "final", checkpoint.steps_of(command.run / "checkpoints")
+    names = [command.checkpoint or ("final" if final.is_dir() else "latest")]
+    if names == ["all"]:
+        names = [there[step].name for step in sorted(there)] + ["final"] * final.is_dir()
+    for name in names:
+        source = final if name == "final" and final.is_dir() else chosen(command.run, name)
+        out = command.run / "eval" / f"{source.name}.json"
+        yield Target(source.name, out, partial(_of_run, source, config, device, command.trust))
+
+
+def _of_run(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
+    """The policy of RUN/final or of a checkpoint."""
+    if source.name == "final":
+        return load_policy(str(source), device, False, config.model, trust)
+    return policy_of(source, config, device, trust)
+
+
+def checked(command: Command, found: list[Target]) -> list[Target]:
+    """The targets with the files that their evaluations go to. UserError for a file that exists already."""
+    if command.out and len(found) > 1:
+        raise UserError(f"--out: one file cannot hold the evaluations of {len(found)} checkpoints; leave it out")
+    found = [dataclasses.replace(target, out=command.out or target.out) for target in found]
+    for target in found:
+        if target.out.exists():
+            raise UserError(f"--out: {target.out} exists; name another file, or remove it to evaluate again")
     return found
 
 
-ROWS = (
-    ("reward", "reward", "{:.3f}"),
-    ("safe_rate", "safe rate (training cost)", "{:.1%}"),
-    ("rectified_cost", "E{C-d}+", "{:.3f}"),
-    ("cost", "E[C]", "{:.3f}"),
-    ("judge_safe_rate", "safe rate (held-out judge)", "{:.1%}"),
-    ("response_tokens", "response tokens", "{:.1f}"),
-)
+def require_same_vocabulary(policy: Policy, reference: Policy, name: str) -> None:
+    """UserError when a reference would read other words in the policy's tokens."""
+    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise UserError(f"--reference: {name!r} has another vocabulary than the policy, so there is no KL between them")
 
 
-def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:
-    """The closing lines of a run: each quantity before and after with intervals, and the paired change."""
-    prompts = len(before.group.unique())
-    table = Table(title=f"{prompts} held-out prompts, before and after (95 % bootstrap intervals over prompts)")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for name, before_text, after_text, change in comparison_rows(before, after):
-        table.add_row(name, before_text, after_text, change)
-    console.print(table)
+def run_command(argv: list[str]) -> None:
+    """Load what is common, then evaluate, print and write each target."""
+    command, config = read_command(argv)
+    console = console_of()
+    transformers_logging.disable_progress_bar()
+    device, trust = choose_device(config.model.device), command.trust
+    found = checked(command, list(targets(command, config, device)))
+    folder = find_assets(config, console)
+    reference = load_named(command.reference, config, device, trust) if command.reference else None
+    scorers = scorers_beside(config, folder, reference, command.reference, str(device), trust)
+    judge = load_judge(config.evaluation.judge, folder, str(device), config.scoring.timeout, trust)
+    console.print(scorers.describe(), markup=False, highlight=False)
+    for target in found:
+        policy = target.load()
+        if reference is not None:
+            require_same_vocabulary(policy, reference, command.reference or "")
+        shape = policy.model.config.get_text_config()
+        prompts = load_held_out(config, folder, policy.tokenizer, shape, console)[: config.evaluation.prompts]
+        beside = None if reference is None else Actor(reference)
+        evaluation = with_progress(console, target.name, config, policy, beside, prompts, scorers, judge)
+        about: dict[str, Any] = {"policy": command.target, "checkpoint": target.name, "reference": command.reference}
+        content = content_of(config, evaluation, **about)
+        target.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target.out, json.dumps(content, indent=1, ensure_ascii=False))
+        print_summary(console, f"{command.target}, {target.name}", content["summary"])
+        console.print(f"evaluation: {target.out}", markup=False, highlight=False)
 
 
-def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
-    """(name, before, after, paired change) as text."""
-    rows = []
-    group = before.group
-    for key, title, form in ROWS:
-        if key in before.per_response and key in after.per_response:
-            a, b = before.per_response[key], after.per_response[key]
-            change = _show(interval(b - a, group), form.replace("{:", "{:+"))
-            rows.append((title, _show(interval(a, group), form), _show(interval(b, group), form), change))
-    return rows
+def main() -> None:
+    """Console script."""
+    exit_with_sentence(lambda: run_command(sys.argv[1:]))
 
 
-def _show(value: Mapping[str, float], form: str) -> str:
-    mean, low, high = (form.format(value[k]) for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+if __name__ == "__main__":
+    main()

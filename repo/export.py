@@ -15,9 +15,10 @@ from transformers.utils import logging as transformers_logging
 from . import assets, checkpoint, parsing, run, training_state
 from .actor import Actor
 from .card import model_card
+from .config import Config
 from .errors import UserError, exit_with_sentence
 from .files import write_folder
-from .policy import load_policy, save_policy
+from .policy import Policy, load_policy, save_policy
 from .scoring import EMBEDDED
 from .setup import model_path
 
@@ -35,6 +36,14 @@ def chosen(folder: Path, name: str) -> Path:
     return found
 
 
+def policy_of(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
+    """The policy of a checkpoint folder; config: of its run."""
+    path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
+    policy = load_policy(path, device, True, config.model, trust)
+    training_state.restore_weights(source, Actor(policy))
+    return policy
+
+
 def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
     """Write the policy of a checkpoint to `out` (default: RUN/export-<checkpoint>), which must not exist."""
     run.require_run(folder)
@@ -42,9 +51,7 @@ def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
     target = out or folder / f"export-{source.name}"
     if target.exists():
         raise UserError(f"--out: {target} exists; choose another folder")
-    path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
-    policy = load_policy(path, torch.device("cpu"), True, config.model, trust)
-    training_state.restore_weights(source, Actor(policy))
+    policy = policy_of(source, config, torch.device("cpu"), trust)
     steps = checkpoint.read_state(source)[0].step
 
     def write(staging: Path) -> None:

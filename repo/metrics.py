@@ -60,7 +60,7 @@ class JsonLines:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object; NaN and infinities become null."""
         try:
-            self.file.write(json.dumps(_finite(dict(record)), ensure_ascii=False) + "\n")
+            self.file.write(json.dumps(finite(dict(record)), ensure_ascii=False) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact") from error
@@ -76,9 +76,10 @@ class JsonLines:
         self.file.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, as JSON takes it."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

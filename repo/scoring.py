@@ -71,7 +71,7 @@ class Scorers:
         sums = {signal: torch.zeros(len(prompts)) for signal in SIGNALS}
         found = score_each([part.scorer for _, part in parts], prompts, responses, reading)
         for (signal, part), values in zip(parts, found, strict=True):
-            _require_finite(f"scoring.{signal} {part.name!r}", values, prompts)
+            require_finite(f"scoring.{signal} {part.name!r}", values, prompts)
             sums[signal] += part.weight * values
         return Scores(*(sums[signal].clamp(-self.clamp, self.clamp) for signal in SIGNALS))
 
@@ -108,7 +108,8 @@ def _describe(signal: str, part: Part) -> str:
     return f"{weight}{manifest.units or part.name}{unchecked}"
 
 
-def _require_finite(where: str, values: Tensor, prompts: Sequence[Prompt]) -> None:
+def require_finite(where: str, values: Tensor, prompts: Sequence[Prompt]) -> None:
+    """UserError that names the prompt of the first score that is not finite."""
     bad = (~values.isfinite()).nonzero()
     if bad.numel():
         row = int(bad[0])

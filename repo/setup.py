@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import assets
-from .assets.judge import Judge
 from .config import Config
 from .critic import make_critics
 from .data import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
 from .errors import UserError, first_line
+from .judging import Judging, load_judge
 from .loggers import check_loggers
 from .memory import describe_memory
 from .policy import Policy, add_lora, choose_device, load_policy, load_reference
@@ -39,7 +39,7 @@ class Parts:
     reference: Policy
     scorers: Scorers
     critics: nn.ModuleDict
-    judge: Judge | None
+    judge: Judging | None
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     examples: list[Example]
@@ -51,7 +51,7 @@ def find_assets(config: Config, console: Console) -> Path | None:
     used = [config.model.path, config.data.train, *scorer_names(config.scoring)]
     used += [config.data.eval] if evaluates else []
     required = EMBEDDED in used
-    if not (required or (evaluates and config.evaluation.judge)):
+    if not (required or (evaluates and config.evaluation.judge == EMBEDDED)):
         return None
 
     def report(stage: str, done: int, total: int) -> None:
@@ -98,18 +98,58 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
     shape = policy.model.config.get_text_config()
     prompts = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
     reference = load_reference(policy, path, config.model, trust)
-    # the scorers' features were fitted on fp32 states of the model without an adapter
-    shares = config.model.path == EMBEDDED and not reference.base_only and reference.model.dtype == torch.float32
-    shared = reference if shares else None
-    model, tokenizer = (shared.model, shared.tokenizer) if shared else (None, None)
-    scorers = load_scorers(config.scoring, folder, model, tokenizer, str(device), trust)
+    scorers = scorers_beside(config, folder, reference, config.model.path, str(device), trust)
     signals = ("reward",) if config.algorithm.method == "ppo" else ("reward", "cost")
     uses_critics = config.algorithm.advantages == "gae"
     same_trunk = config.model.path == EMBEDDED
     critics = make_critics(config.critic, policy, scorers, signals if uses_critics else (), same_trunk)
-    wants_judge = config.evaluation.judge and config.evaluation.prompts > 0 and folder is not None
-    judge = Judge.load(folder / "judge", device=str(device)) if wants_judge and folder is not None else None
+    judge = None
+    if config.evaluation.prompts > 0:
+        judge = load_judge(config.evaluation.judge, folder, str(device), config.scoring.timeout, trust)
     return Parts(policy, sampler, reference, scorers, critics, judge, *prompts)
+
+
+def context_of(shape: Any) -> int:
+    """Tokens of prompt and response together that a text config allows."""
+    return getattr(shape, "max_position_embeddings", None) or sys.maxsize
+
+
+def read_prompts(
+    config: Config, source: str, split: str, folder: Path | None, tokenizer: Any, shape: Any, console: Console
+) -> list[Prompt]:
+    """Tokenised prompts of a source; says what was kept and what was dropped."""
+    data, context, limit = config.data, context_of(shape), config.rollout.max_new_tokens
+    room = min(data.max_prompt_tokens, context - limit)
+    if room < 1:
+        raise UserError(f"rollout.max_new_tokens={limit} leaves no room for a prompt in a context of {context}")
+    if source == EMBEDDED and folder is not None:
+        source = str(folder / "prompts" / f"{split}.jsonl")
+    found = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room)
+    tokens = sum(len(p.token_ids) for p in found.kept) / len(found.kept)
+    line = f"{split} prompts: {len(found.kept)} of {source}, mean {tokens:.0f} tokens, {found.report()}"
+    console.print(line, markup=False, highlight=False)
+    return found.kept
+
+
+def load_held_out(config: Config, folder: Path | None, tokenizer: Any, shape: Any, console: Console) -> list[Prompt]:
+    """All held-out prompts in a fixed random order, [] where evaluation.prompts is 0."""
+    if not config.evaluation.prompts:
+        return []
+    split = "eval" if config.data.eval == EMBEDDED else "test"
+    held_out = read_prompts(config, config.data.eval, split, folder, tokenizer, shape, console)
+    # files are often sorted by category, and the first n would be one category
+    return sorted(held_out, key=lambda prompt: seed_from("held out", prompt.id))
+
+
+def scorers_beside(
+    config: Config, folder: Path | None, reference: Policy | None, name: str | None, device: str, trust: bool
+) -> Scorers:
+    """Both signals; embedded ones read the reference's own forward where that is the model they were fitted on, in fp32
+    and without an adapter. name: what the reference was loaded as."""
+    shares = reference is not None and name == EMBEDDED and not reference.base_only
+    if reference is None or not shares or reference.model.dtype != torch.float32:
+        return load_scorers(config.scoring, folder, None, None, device, trust)
+    return load_scorers(config.scoring, folder, reference.model, reference.tokenizer, device, trust)
 
 
 def load_data(
@@ -119,31 +159,15 @@ def load_data(
 
     shape: the model's text config, whose context bounds prompt and response together.
     """
-    data, context = config.data, getattr(shape, "max_position_embeddings", None) or sys.maxsize
-    room = min(data.max_prompt_tokens, context - config.rollout.max_new_tokens)
-    if room < 1:
-        limit = config.rollout.max_new_tokens
-        raise UserError(f"rollout.max_new_tokens={limit} leaves no room for a prompt in a context of {context}")
-
-    def read(source: str, split: str) -> list[Prompt]:
-        if source == EMBEDDED and folder is not None:
-            source = str(folder / "prompts" / f"{split}.jsonl")
-        found = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room)
-        tokens = sum(len(p.token_ids) for p in found.kept) / len(found.kept)
-        line = f"{split} prompts: {len(found.kept)} of {source}, mean {tokens:.0f} tokens, {found.report()}"
-        console.print(line, markup=False, highlight=False)
-        return found.kept
-
-    train = read(data.train, "train")
-    held_out = read(data.eval, "eval" if data.eval == EMBEDDED else "test") if config.evaluation.prompts else []
+    data, context = config.data, context_of(shape)
+    train = read_prompts(config, data.train, "train", folder, tokenizer, shape, console)
+    held_out = load_held_out(config, folder, tokenizer, shape, console)
     held_texts = {p.text for p in held_out}
     kept = [p for p in train if p.text not in held_texts]
     if len(kept) < len(train):
         console.print(f"train prompts: {len(train) - len(kept)} more dropped, since they are held out", style="yellow")
     if not kept:
         raise UserError("every prompt of data.train is in data.eval too")
-    # a fixed shuffle: files are often sorted by category, and the first n would be one category
-    held_out.sort(key=lambda prompt: seed_from("held out", prompt.id))
     examples: list[Example] = []
     if config.ptx.data is not None:
         answers = load_prompts(config.ptx.data, data.column)

@@ -19,12 +19,13 @@ from . import checkpoint, run
 from .actor import Actor, read_reference
 from .card import model_card
 from .checkpoint import Saver
-from .command import Switches, read_command
+from .command import Switches, console_of, read_command
 from .config import Config
 from .data import batch_at
 from .decoding import describe_decoding
 from .errors import exit_with_sentence
-from .evaluate import Evaluation, comparison_rows, evaluated, print_comparison
+from .evaluation import Evaluation
+from .held_out import evaluated
 from .inputs import fingerprints
 from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
@@ -38,11 +39,10 @@ from .scoring import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .sharding import copy_weights, whole_weights
 from .signals import Stopped, StopRequest
+from .tables import comparison_rows, print_comparison
 from .update import Updater
 from .watchdog import agreement, require_finite_weights, warning_of
 from .world import World, joined
-
-LOG_WIDTH = 140  # columns of a console that is not a terminal
 
 
 def train(
@@ -139,9 +139,7 @@ def run_command(argv: list[str]) -> None:
     """Parse, then dry-run, resume or start; on every process of torchrun."""
     flags, config = read_command(argv, __doc__ or "")
     with joined(lambda: choose_device(config.model.device)) as world:
-        console = Console(soft_wrap=True, quiet=not world.first)
-        if not console.is_terminal:
-            console.width = LOG_WIDTH
+        console = console_of(quiet=not world.first)
         transformers_logging.disable_progress_bar()
         if config.rollout.top_p < 1:
             console.print(

@@ -47,7 +47,7 @@ def tiny_arguments(tiny_model: Path, tiny_prompts: tuple[Path, Path]) -> list[st
         f"--data.eval={tiny_prompts[1]}",
         "--scoring.reward=tests.loop.scorers:reward",
         "--scoring.cost=tests.loop.scorers:cost",
-        "--evaluation.judge=false",
+        "--evaluation.judge=none",
         "--rollout.prompts_per_step=2",
         "--rollout.samples_per_prompt=3",
         "--rollout.max_new_tokens=8",

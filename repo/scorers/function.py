@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data import Prompt
 from ..errors import UserError, first_line
+from . import field_of
 from .manifest import Manifest, make_manifest
 
 
@@ -25,7 +26,7 @@ class FunctionScorer:
     """
 
     def __init__(self, name: str, signal: str, timeout: float) -> None:
-        self.where, self.timeout = f"scoring.{signal} {name!r}", timeout
+        self.where, self.timeout = f"{field_of(signal)} {name!r}", timeout
         self.function = load_function(name, signal)
         self.source = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
         content = getattr(self.function, "manifest", None)
@@ -73,10 +74,10 @@ def load_function(name: str, signal: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code runs here
-        raise UserError(f"scoring.{signal}: cannot import module {module_name!r}: {first_line(error)}") from error
+        raise UserError(f"{field_of(signal)}: cannot import module {module_name!r}: {first_line(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise UserError(f"scoring.{signal}: module {module_name!r} has no function {attribute!r}")
+        raise UserError(f"{field_of(signal)}: module {module_name!r} has no function {attribute!r}")
     return function
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ..data import Prompt
 from ..errors import UserError, first_line
+from . import field_of
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 
@@ -32,12 +33,14 @@ class ClassifierScorer:
 
     def __init__(self, name: str, signal: str, device: str, trust: bool = False) -> None:
         path, _, label = name.partition("#")
-        self.where, self.trust = f"scoring.{signal} {name!r}", trust
+        self.where, self.trust = f"{field_of(signal)} {name!r}", trust
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
             self.model = self._load(path, device)
         except Exception as error:
-            raise UserError(f"scoring.{signal}: cannot load {path!r} as a {self.kind}: {first_line(error)}") from error
+            raise UserError(
+                f"{field_of(signal)}: cannot load {path!r} as a {self.kind}: {first_line(error)}"
+            ) from error
         self.model.to(device).eval().requires_grad_(False)
         self.manifest = read_manifest(Path(path), self.where)
         if not label and len(self.labels) == 1:
@@ -150,9 +153,9 @@ def load_model(name: str, signal: str, device: str, trust: bool = False) -> Clas
         architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust).architectures or ()
     except Exception as error:
         if Path(path).is_dir():
-            raise UserError(f"scoring.{signal}: cannot load {path!r} as a model: {first_line(error)}") from error
+            raise UserError(f"{field_of(signal)}: cannot load {path!r} as a model: {first_line(error)}") from error
         raise UserError(
-            f"scoring.{signal} must be 'embedded', a model (folder or hub name) or 'module:function'; got {name!r}, "
+            f"{field_of(signal)} must be 'embedded', a model (folder or hub name) or 'module:function'; got {name!r}, "
             f"which is no folder and cannot be loaded by name: {first_line(error)}"
         ) from error
     is_score_model = any(kind.endswith("ForScore") for kind in architectures)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from repo import actor, checkpoint, evaluate, files, rollout, train, training_state, update
+from repo import actor, checkpoint, evaluation, files, rollout, train, training_state, update
 
 # (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later
 PLACES = {
@@ -28,7 +28,7 @@ PLACES = {
     "weights": (files, "_write_all"),
     "fsync": (files, "fsync_path"),
     "publish": (checkpoint, "write_text"),
-    "evaluation": (evaluate, "interval"),
+    "evaluation": (evaluation, "measured"),
     "collect": (training_state, "collect"),
     "state": (actor, "unflat"),
 }

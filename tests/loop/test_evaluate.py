@@ -9,26 +9,36 @@ import pytest
 import torch
 
 from repo.errors import UserError
-from repo.evaluate import Evaluation, interval
+from repo.evaluation import Evaluation, measured
 from repo.files import replace_folder, write_folder, write_text
 from repo.metrics import JsonLines, duration, summarize
+
+
+def evaluation_of(values, samples: int = 1, limit: float = 0.0, **more) -> Evaluation:
+    """Responses with the costs `values`, `samples` in a row for each prompt; more: further columns."""
+    rows = [
+        {"id": str(i // samples), "category": "c", "reward": 0.0, "cost": float(v), "tokens": 1}
+        for i, v in enumerate(values)
+    ]
+    for key, column in more.items():
+        for row, value in zip(rows, column, strict=True):
+            row[key] = value
+    return Evaluation(rows, limit)
 
 
 def test_bootstrap_interval_covers_the_mean_at_its_level():
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(200):
-        values = torch.randn(60, generator=generator, dtype=torch.float64)
-        found = interval(values, torch.arange(60))
+        found = measured(evaluation_of(torch.randn(60, generator=generator, dtype=torch.float64)).columns)["cost"]
         covered += found["low"] <= 0 <= found["high"]
     assert 180 <= covered <= 198
 
 
 def test_bootstrap_resamples_prompts_not_responses():
-    values = torch.tensor([0.0] * 20 + [1.0] * 20)  # 2 prompts, 20 identical responses each
-    group = torch.tensor([0] * 20 + [1] * 20)
-    assert interval(values, group)["low"] == 0.0
-    assert interval(values, torch.arange(40))["low"] > 0.3
+    values = [0.0] * 20 + [1.0] * 20  # 2 prompts, 20 identical responses each
+    assert measured(evaluation_of(values, 20).columns)["cost"]["low"] == 0.0
+    assert measured(evaluation_of(values, 1).columns)["cost"]["low"] > 0.3
 
 
 def test_summary_of_a_batch_where_compensation_hides_unsafe_prompts():
@@ -92,8 +102,7 @@ def test_a_cost_at_the_limit_is_safe_everywhere():
     found = summarize(torch.ones(2), costs, group, cost_limit=0.1)
     assert found["safe_rate"] == 1.0
     assert found["rectified_cost"] == 0.0
-    records = [{"id": "a", "reward": 0.0, "cost": c, "tokens": 1} for c in costs.tolist()]
-    assert Evaluation(records, 0.1).summary()["means"]["safe_rate"]["mean"] == 1.0
+    assert evaluation_of(costs.tolist(), 2, limit=0.1).summary()["overall"]["safe_rate"]["mean"] == 1.0
 
 
 def test_small_files_are_replaced_whole(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from repo import checkpoint, evaluate, train, training_state
+from repo import checkpoint, held_out, train, training_state
 from repo.card import model_card
 from repo.config import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.errors import UserError
@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(options, tmp_
 def test_a_signal_during_an_evaluation_ends_at_once_and_says_how_to_go_on(
     when, tiny_arguments, tmp_path, monkeypatch, capsys
 ):
-    plain = evaluate.evaluate
+    plain = held_out.evaluate_policy
 
     def interrupted(config, policy, *rest):
         if (tmp_path / "run" / "checkpoints").exists() == (when == "after"):
@@ -302,7 +302,7 @@ def test_a_signal_during_an_evaluation_ends_at_once_and_says_how_to_go_on(
         return plain(config, policy, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate", interrupted)
+        patch.setattr(held_out, "evaluate_policy", interrupted)
         train.run_command([*tiny_arguments, f"--out={tmp_path / 'run'}"])  # returns, so that the command exits with 0
     assert f"python -m repo.train --resume {tmp_path / 'run'}" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run" / "final").exists()

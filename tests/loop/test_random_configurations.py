@@ -60,7 +60,7 @@ SAFE = {  # fields whose values bound time and memory, or name things outside
     ],
     "scoring.cost": ["tests.loop.scorers:cost", "tests.loop.scorers:too_few", "a b:c", "x:", ":y", "builtins:len"],
     "scoring.timeout": ["5", "0", "-1", "x"],
-    "evaluation.judge": ["false", "no!"],
+    "evaluation.judge": ["none", "nowhere:to_be_found"],
     "evaluation.prompts": ["0", "1", "2", "-1"],
     "ptx.data": ["null", "nowhere.jsonl", "README.md"],
 }

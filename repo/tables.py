@@ -1,0 +1,98 @@
+"""Tables: evaluations as text, with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .evaluation import Evaluation, measured, paired
+
+TITLES = {
+    "reward": ("reward E[R]", "{:.3f}"),
+    "reward_safe": ("reward of safe responses", "{:.3f}"),
+    "safe_rate": ("safe rate (training cost)", "{:.1%}"),
+    "rectified_cost": ("E{C-d}+", "{:.3f}"),
+    "cost": ("E[C]", "{:.3f}"),
+    "compensation_gap": ("compensation gap", "{:.3f}"),
+    "cost_p95": ("cost, 95th percentile", "{:.3f}"),
+    "cost_max": ("cost, maximum", "{:.3f}"),
+    "prompts_mostly_unsafe": ("prompts mostly unsafe", "{:.1%}"),
+    "judge_safe_rate": ("safe rate (held-out judge)", "{:.1%}"),
+    "judge_prompts_mostly_unsafe": ("prompts mostly unsafe (held-out judge)", "{:.1%}"),
+    "refusal_rate": ("refusals", "{:.1%}"),
+    "repetition": ("repeated word 4-grams", "{:.1%}"),
+    "response_tokens": ("response tokens", "{:.1f}"),
+    "kl": ("KL to the reference, nats per response", "{:.2f}"),
+    "kl_per_token": ("KL to the reference, nats per token", "{:.4f}"),
+    "entropy": ("entropy, nats per token", "{:.3f}"),
+}
+"""Quantity -> what a table calls it and how it writes the number."""
+
+IN_CATEGORIES = ("reward", "safe_rate", "judge_safe_rate", "rectified_cost", "refusal_rate", "response_tokens")
+
+
+def show(value: Mapping[str, float | None], form: str) -> str:
+    """mean [low, high]; the mean alone where there is no interval, - where there is no mean."""
+    if value["mean"] is None:
+        return "-"
+    if value["low"] is None:
+        return form.format(value["mean"])
+    mean, low, high = (form.format(value[k]) for k in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def signed(form: str) -> str:
+    """The format of a difference."""
+    return form.replace("{:", "{:+")
+
+
+def print_summary(console: Console, title: str, summary: Mapping[str, Any]) -> None:
+    """Every quantity with its interval, then some of them for each category of prompts."""
+    many = f"{summary['prompts']} held-out prompts x {summary['samples']} samples"
+    table = Table(title=f"{title}: {many} (95 % bootstrap intervals over prompts)")
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for key, value in summary["overall"].items():
+        name, form = TITLES[key]
+        table.add_row(name, show(value, form))
+    console.print(table)
+    if len(summary["categories"]) > 1:
+        console.print(_categories(summary))
+
+
+def _categories(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="by category of prompts")
+    shown = [key for key in IN_CATEGORIES if key in summary["overall"]]
+    for column in ("category", "prompts", *(TITLES[key][0] for key in shown)):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for category, values in sorted(summary["categories"].items(), key=lambda item: -item[1]["prompts"]):
+        cells = (show(values[key] | {"low": None}, TITLES[key][1]) for key in shown)
+        table.add_row(category, str(values["prompts"]), *cells)
+    return table
+
+
+CHANGES = ("reward", "safe_rate", "rectified_cost", "cost", "judge_safe_rate", "refusal_rate", "response_tokens")
+
+
+def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
+    """(name, before, after, paired change) as text."""
+    values, others, changes = measured(before.columns), measured(after.columns), paired(before, after)
+    return [
+        (name, show(values[key], form), show(others[key], form), show(changes[key], signed(form)))
+        for key, (name, form) in ((key, TITLES[key]) for key in CHANGES)
+        if key in changes
+    ]
+
+
+def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:
+    """The closing lines of a run: each quantity before and after with intervals, and the paired change."""
+    title = f"{len(before.ids)} held-out prompts, before and after (95 % bootstrap intervals over prompts)"
+    table = Table(title=title)
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for row in comparison_rows(before, after):
+        table.add_row(*row)
+    console.print(table)
