@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,12 @@ def first_line(error: BaseException) -> str:
     """The type and first line of a library's error, for a sentence of ours."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def require_package(name: str, what: str) -> None:
+    """UserError that says how to install a package that is missing. what: what needs it."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{what} needs the package {name}: pip install {name}")
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:

@@ -37,7 +37,7 @@ from .held_out import content_of, with_progress
 from .judging import load_judge
 from .policy import Policy, choose_device, load_policy
 from .setup import find_assets, load_held_out, model_path, scorers_beside
-from .tables import print_summary
+from .tables import print_compensation, print_summary
 
 SAMPLES = 4
 """Of each prompt, unless evaluation.samples_per_prompt is given."""
@@ -130,13 +130,19 @@ def _of_run(source: Path, config: Config, device: torch.device, trust: bool) -> 
 
 
 def checked(command: Command, found: list[Target]) -> list[Target]:
-    """The targets with the files that their evaluations go to. UserError for a file that exists already."""
+    """The targets with the files that their evaluations go to; of --checkpoint all, those that have none yet.
+
+    UserError for a file that exists already.
+    """
+    if command.checkpoint == "all":
+        found = [target for target in found if not target.out.exists()]
+        if not found:
+            raise UserError(f"--checkpoint all: {command.target} has no checkpoint that is not evaluated yet")
     if command.out and len(found) > 1:
         raise UserError(f"--out: one file cannot hold the evaluations of {len(found)} checkpoints; leave it out")
     found = [dataclasses.replace(target, out=command.out or target.out) for target in found]
-    for target in found:
-        if target.out.exists():
-            raise UserError(f"--out: {target.out} exists; name another file, or remove it to evaluate again")
+    if there := next((target.out for target in found if target.out.exists()), None):
+        raise UserError(f"--out: {there} exists; name another file, or remove it to evaluate again")
     return found
 
 
@@ -171,6 +177,7 @@ def run_command(argv: list[str]) -> None:
         target.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(target.out, json.dumps(content, indent=1, ensure_ascii=False))
         print_summary(console, f"{command.target}, {target.name}", content["summary"])
+        print_compensation(console, evaluation)
         console.print(f"evaluation: {target.out}", markup=False, highlight=False)
 
 

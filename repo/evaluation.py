@@ -161,35 +161,36 @@ def measured(columns: Columns) -> dict[str, dict[str, float | None]]:
     for key, statistic in QUANTITIES.items():
         if NEEDS.get(key, "cost") in columns:
             resampled = None if key in POINTS else _resampled(statistic, columns, draws)
-            found[key] = _interval(float(statistic(columns)), resampled)
+            found[key] = interval_of(float(statistic(columns)), resampled)
     return found
 
 
 def _resampled(statistic: Callable[[Columns], Array], columns: Columns, draws: NDArray[np.int64]) -> Array:
     """(RESAMPLES,) of a statistic, some draws at a time, so that memory stays small."""
-    used = _Lazy(columns)
+    used = _Resampled(columns)
     at_once = max(1, 2**22 // max(columns["cost"].size, 1))
     return np.concatenate(
         [statistic(used.at(draws[i : i + at_once])) for i in range(0, len(draws), at_once)],
     )
 
 
-class _Lazy(dict[str, Array]):
+class _Resampled(dict[str, Array]):
     """Columns at resampled prompts, taken when a statistic asks for them."""
 
     def __init__(self, columns: Columns, draws: NDArray[np.int64] | None = None) -> None:
         super().__init__()
         self.columns, self.draws = columns, draws
 
-    def at(self, draws: NDArray[np.int64]) -> _Lazy:
-        return _Lazy(self.columns, draws)
+    def at(self, draws: NDArray[np.int64]) -> _Resampled:
+        return _Resampled(self.columns, draws)
 
     def __missing__(self, key: str) -> Array:
         self[key] = self.columns[key][self.draws]
         return self[key]
 
 
-def _interval(value: float, resampled: Array | None) -> dict[str, float | None]:
+def interval_of(value: float, resampled: Array | None) -> dict[str, float | None]:
+    """{"mean", "low", "high"} of an estimate and its bootstrap draws (RESAMPLES,); None for NaN, and without draws."""
     if resampled is None or np.isnan(resampled).all():
         return {"mean": value if np.isfinite(value) else None, "low": None, "high": None}
     low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -201,7 +202,7 @@ def paired(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float |
 
     UserError when they have no prompt in common.
     """
-    a, b = _at(before, common(before, after)), _at(after, common(before, after))
+    a, b = aligned(before, after)
     draws = draws_of(len(a["cost"]))
     found = {}
     for key, statistic in QUANTITIES.items():
@@ -209,17 +210,17 @@ def paired(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float |
         if needed in a and needed in b:
             change = float(statistic(b)) - float(statistic(a))
             resampled = _resampled(statistic, b, draws) - _resampled(statistic, a, draws)
-            found[key] = _interval(change, None if key in POINTS else resampled)
+            found[key] = interval_of(change, None if key in POINTS else resampled)
     return found
 
 
-def common(before: Evaluation, after: Evaluation) -> list[str]:
-    """Ids of the prompts of both. UserError when there is none."""
+def aligned(before: Evaluation, after: Evaluation) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Columns of both at their common prompts, in the same order. UserError when there is none."""
     there = set(after.ids)
     ids = [i for i in before.ids if i in there]
     if not ids:
         raise UserError("the evaluations have no prompt in common, so nothing can be compared prompt by prompt")
-    return ids
+    return _at(before, ids), _at(after, ids)
 
 
 def _at(evaluation: Evaluation, ids: Sequence[str]) -> dict[str, Array]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -116,8 +116,17 @@ class ConsoleTable:
         self.console.print("  ".join(cells.values()) + f"  {suffix}", highlight=False)
 
 
-def progress_bar(console: Console) -> Progress:
-    """Steps done, elapsed and remaining time; shown on terminals only."""
+class _ProgressAbove(Progress):
+    """A progress bar above something else that is live."""
+
+    below: RenderableType = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from (*super().get_renderables(), self.below)
+
+
+def progress_bar(console: Console, below: RenderableType = "") -> Progress:
+    """Steps done, elapsed and remaining time, above `below`; shown on terminals only."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -125,7 +134,9 @@ def progress_bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar = _ProgressAbove(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar.below = below
+    return bar
 
 
 def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
-from .advantages import Advantages, is_safe
+from torch import Tensor
+
+from .advantages import Advantages, is_safe, loss_mode
+from .config import AlgorithmConfig
 from .critic import explained_variance
 from .metrics import summarize
 from .objective import Batch
@@ -17,7 +21,7 @@ from .watchdog import Agreement
 
 def step_record(
     step: int,
-    limit: float,
+    algorithm: AlgorithmConfig,
     rollout: Rollout,
     scores: Scores,
     batch: Batch,
@@ -30,9 +34,10 @@ def step_record(
     returns = batch.advantages.returns
     return {
         "step": step,
-        **summarize(scores.rewards, scores.costs, rollout.group, limit),
+        **summarize(scores.rewards, scores.costs, rollout.group, algorithm.cost_limit),
         "lam": batch.lam,
         "beta": batch.beta,
+        "reward_cost_grad_ratio": reward_cost_grad_ratio(algorithm, batch),
         "kl": stats.kl_ref.item(),
         "entropy": stats.entropy.item(),
         "clip_frac": stats.clip_fraction.item(),
@@ -50,6 +55,30 @@ def step_record(
         "update_tokens_per_second": int((rollout.sequences.attention_mask).sum()) / seconds["update"],
         **{f"seconds_{name}": value for name, value in seconds.items()},
     }
+
+
+def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
+    """|d L_reward / d logps| / |d L_cost / d logps|, L2 over the batch's response tokens, with lambda in the latter.
+
+    It is of the policy that sampled: there the surrogate's derivative is -w_t A_t, so the norms are of the advantages.
+
+    KL, clipping and scale_by_std are left out. NaN where the method has no such cost term, or it is 0.
+    """
+    reward, cost = batch.advantages.reward, batch.advantages.cost
+    if cost is None or loss_mode(algorithm) is None:
+        return math.nan
+    if loss_mode(algorithm) == "split":
+        safe = is_safe(batch.costs, algorithm.cost_limit).reshape(-1, *[1] * (cost.ndim - 1))
+        cost = cost.masked_fill(safe, 0.0)
+    lengths, mask = batch.sequences.response_lengths, batch.sequences.response_mask
+    weights = 1 / lengths.clamp_min(1) if algorithm.loss_agg_mode == "seq-mean-token-mean" else lengths.clamp_max(1)
+
+    def norm(advantages: Tensor) -> float:
+        per_token = advantages if advantages.ndim == 2 else advantages[:, None]
+        return ((per_token * weights[:, None]).double().square() * mask).sum().sqrt().item()
+
+    divisor = batch.lam * norm(cost)
+    return norm(reward) / divisor if divisor else math.nan
 
 
 def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Advantages, limit: float) -> list[dict]:

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .evaluation import Evaluation, measured, paired
+from .evaluation import QUANTITIES, Evaluation, measured, paired
+from .panel import compensation_sentence
 
 TITLES = {
     "reward": ("reward E[R]", "{:.3f}"),
@@ -85,6 +86,14 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, st
         for key, (name, form) in ((key, TITLES[key]) for key in CHANGES)
         if key in changes
     ]
+
+
+def print_compensation(console: Console, evaluation: Evaluation) -> None:
+    """The sentence about a mean constraint that is met while prompts are unsafe, where that is so."""
+    found = {key: QUANTITIES[key](evaluation.columns) for key in ("cost", "prompts_mostly_unsafe")}
+    told = compensation_sentence(float(found["cost"]), evaluation.cost_limit, float(found["prompts_mostly_unsafe"]))
+    if told:
+        console.print(f"held-out prompts: {told}", style="yellow", highlight=False)
 
 
 def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:

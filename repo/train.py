@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -30,6 +29,7 @@ from .inputs import fingerprints
 from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .objective import make_batch
+from .panel import SafetyPanel
 from .penalty import Penalty
 from .policy import choose_device, vocabulary
 from .record import Timer, sample_records, step_record
@@ -39,7 +39,7 @@ from .scoring import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .sharding import copy_weights, whole_weights
 from .signals import Stopped, StopRequest
-from .tables import comparison_rows, print_comparison
+from .tables import comparison_rows, print_comparison, print_compensation
 from .update import Updater
 from .watchdog import agreement, require_finite_weights, warning_of
 from .world import World, joined
@@ -65,10 +65,11 @@ def train(
         first, updater.skipped_in_a_row = resumed.state.step, resumed.state.skipped_in_a_row
         penalty.load_state_dict(resumed.state.penalty)
         checkpoint.restore(resumed.checkpoint, actor, updater.optimizer, world)
-    table, watched, started, records = ConsoleTable(console), False, time.perf_counter(), list[dict[str, Any]]()
+    table, panel, watched, records = ConsoleTable(console), SafetyPanel(console, a.cost_limit), False, []
+    started = time.perf_counter()
     with (
         Saver(folder.folder, config.keep, config.safety_target, world, actor.sharded) as saver,
-        progress_bar(console) as bar,
+        progress_bar(console, panel) as bar,
     ):
         task = bar.add_task("training", total=config.steps, completed=first)
         for step in range(first, config.steps):
@@ -92,7 +93,7 @@ def train(
             timer.mark("update")
 
             found = agreement(rollout.logps, result.logps, rollout.sequences.response_mask)
-            record = step_record(step, a.cost_limit, rollout, scores, batch, result, found, timer.seconds)
+            record = step_record(step, a, rollout, scores, batch, result, found, timer.seconds)
             penalty.update(scores.costs.tolist(), record["rectified_cost"], record["kl"])
             samples = sample_records(step, rollout, scores, batch.advantages, a.cost_limit)
             folder.write(step, record, samples)
@@ -100,6 +101,7 @@ def train(
             done = step + 1
             eta = (time.perf_counter() - started) / (done - first) * (config.steps - done)
             table.row(record, f"eta {duration(eta)}")
+            panel.add(samples)
             if not watched and (warning := warning_of(found, config)):
                 console.print(warning, style="yellow", markup=False, highlight=False)
                 watched = True
@@ -117,6 +119,8 @@ def train(
                 saver.wait()
                 raise Stopped
         saver.wait()
+    if not console.is_terminal:
+        console.print(panel)
     with stop.at_once():
         finish(config, parts, folder, console, before, world)
 
@@ -132,6 +136,7 @@ def finish(
     final = folder.export(parts.policy, model_card(config, config.steps, rows), whole)
     if before and after:
         print_comparison(console, before, after)
+        print_compensation(console, after)
     console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {folder.folder}", markup=False)
 
 

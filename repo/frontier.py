@@ -1,0 +1,56 @@
+"""Frontier: reward against safe rate over evaluated policies, and which of them no other one dominates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .drawing import GRID, INK, MUTED, STYLE
+
+MARKERS = "osD^vP*X"
+COLOURS = ("#0062a3", "#c2410c", "#00795a", "#8a3ffc", "#737b84", "#b28600", "#a2191f", "#1c2024")
+
+Trail = Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
+"""(name, quantities with intervals) of evaluations in the order of training."""
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices, by rising safe rate, of the points (safe rate, reward) that no other dominates: is as good in both and
+    better in one."""
+    return [
+        i
+        for i in sorted(range(len(points)), key=lambda i: points[i])
+        if not any(q[0] >= points[i][0] and q[1] >= points[i][1] and q != points[i] for q in points)
+    ]
+
+
+def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
+    """Each policy's way through training, from hollow to filled, with intervals of the last; the frontier of all."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.4))
+        axes = figure.subplots()
+        points = []
+        for n, (name, trail) in enumerate(trails.items()):
+            colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
+            x, y = zip(*((q["safe_rate"]["mean"], q["reward"]["mean"]) for _, q in trail), strict=True)
+            points += list(zip(x, y, strict=True))
+            axes.plot(x, y, marker=marker, mfc="white", color=colour, lw=1, ms=6)
+            last = trail[-1][1]
+            across, up = _around(last["safe_rate"]), _around(last["reward"])
+            axes.errorbar(x[-1], y[-1], up, across, fmt=marker, color=colour, ms=7, elinewidth=1, capsize=3, label=name)
+        best = [points[i] for i in frontier(points)]
+        axes.step(*zip(*best, strict=True), where="pre", color=MUTED, lw=1, ls=":", label="frontier", zorder=0)
+        axes.set_xlabel("safe rate (training cost)")
+        axes.set_ylabel("reward")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.tick_params(colors=GRID, labelcolor=MUTED)
+        axes.title.set_color(INK)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        return figure
+
+
+def _around(value: Mapping[str, float]) -> list[list[float]]:
+    return [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
