@@ -1,4 +1,4 @@
-"""Panel: how safe the last steps were, live under the progress bar, and a sentence when the mean hides unsafe prompts."""
+"""Panel: how safe the last steps were, live under the progress bar, and whether the mean hides unsafe prompts."""
 
 from __future__ import annotations
 

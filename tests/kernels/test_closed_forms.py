@@ -1,91 +1,40 @@
 """A softmax table trained with repo_loss reaches the optimum that is known in closed form.
 
-The table has 60 prompts of 12 answers. Each (prompt, answer) is one row with one token, so that
-
-    sum over answers of pi(y) (held still) * loss per token(x, y)
-
-has the exact policy gradient of the expectation: nothing is sampled, and what is left of the distance to the optimum is
-the loss's own.
+Trained as `python -m benchmarks.reproduce.table` trains it.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+import math
 
 import pytest
 import torch
-from torch import Tensor
 
+from benchmarks.reproduce.table import (
+    ANSWERS,
+    BETA,
+    COST,
+    HINGE,
+    LIMIT,
+    PROMPTS,
+    REFERENCE,
+    REWARD,
+    TABLE,
+    Row,
+    distance,
+    exact_gradient,
+    mean_of,
+    optimum,
+    repo_lambdas,
+    safe_rate,
+    train,
+    train_lagrangian,
+    train_split,
+    train_with,
+    unsafe_of_prompts,
+)
 from repo.advantages import token_signal
-from repo_kernels import repo_loss
-
-TABLE = json.loads((Path(__file__).parents[1] / "data" / "compensation_table.json").read_text())
-REWARD, COST, REFERENCE = (torch.tensor(TABLE[name], dtype=torch.float64) for name in ("reward", "cost", "reference"))
-BETA, LIMIT = TABLE["beta"], TABLE["limit"]
-PROMPTS, ANSWERS = REWARD.shape
-IDS = torch.arange(ANSWERS).expand(PROMPTS, ANSWERS)
-
-
-def optimum(utility: Tensor) -> Tensor:
-    """pi proportional to pi_ref exp(utility / beta), (60, 12)."""
-    return torch.softmax(REFERENCE.log() + utility / BETA, -1)
-
-
-def exact_gradient(table: Tensor, mode: str, lam: float, reward: Tensor, cost: Tensor | None, **options: Any) -> Tensor:
-    """d(expected loss)/d(table), (60, 12). cost: cost advantages; None: the hinge that the loss forms itself."""
-    table = table.detach().requires_grad_()
-    if options.get("kl_estimator") == "full":
-        reference = {"ref_logits": REFERENCE.log()[:, None].expand(PROMPTS, ANSWERS, ANSWERS)}
-    else:
-        reference = {"ref_logps": REFERENCE.log()}
-    per_token = repo_loss(
-        table[:, None].expand(PROMPTS, ANSWERS, ANSWERS),
-        IDS,
-        None,
-        reward,
-        cost,
-        costs=COST,
-        cost_limit=LIMIT,
-        mode=mode,
-        lam=lam,
-        loss_agg_mode="none",
-        **reference,
-        **{"beta": BETA, **options},
-    ).loss
-    (gradient,) = torch.autograd.grad((table.detach().softmax(-1) * per_token).sum(), table)
-    return gradient
-
-
-def train(mode: str, lam: float, steps: int = 400, fitted_baselines: bool = False, **options: Any) -> Tensor:
-    """The policy (60, 12) that Adam reaches from the reference. fitted_baselines: subtract the policy's mean reward."""
-    table = REFERENCE.log().clone().requires_grad_()
-    optimiser = torch.optim.Adam([table], lr=0.3, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(steps):
-        baseline = (table.detach().softmax(-1) * REWARD).sum(-1, keepdim=True) if fitted_baselines else 0.0
-        table.grad = exact_gradient(
-            table, mode, lam, REWARD - baseline, None if mode == "rectified" else COST, **options
-        )
-        optimiser.step()
-        schedule.step()
-    return table.detach().softmax(-1)
-
-
-def distance(policy: Tensor, other: Tensor) -> float:
-    """Mean total variation over prompts."""
-    return (policy - other).abs().sum(-1).mean().item() / 2
-
-
-def safe_rate(policy: Tensor) -> float:
-    """Share of safe answers."""
-    return (policy * (COST <= LIMIT)).sum(-1).mean().item()
-
-
-def mean_reward(policy: Tensor) -> float:
-    """E[R]."""
-    return (policy * REWARD).sum(-1).mean().item()
+from repo.penalty import repo_lambda
 
 
 def test_the_table_states_the_optima_that_the_formulas_give() -> None:
@@ -94,7 +43,7 @@ def test_the_table_states_the_optima_that_the_formulas_give() -> None:
         entries[f"repo_lam_{lam}"] = REWARD - lam * (COST - LIMIT).clamp_min(0)
     for name, utility in entries.items():
         assert safe_rate(optimum(utility)) == pytest.approx(TABLE["oracle"][name]["safe_rate"], abs=1e-6)
-        assert mean_reward(optimum(utility)) == pytest.approx(TABLE["oracle"][name]["reward"], abs=1e-6)
+        assert mean_of(optimum(utility), REWARD) == pytest.approx(TABLE["oracle"][name]["reward"], abs=1e-6)
 
 
 def test_the_expected_constraint_is_met_on_average_by_a_policy_that_is_mostly_unsafe() -> None:
@@ -103,7 +52,51 @@ def test_the_expected_constraint_is_met_on_average_by_a_policy_that_is_mostly_un
     assert distance(policy, optimum(REWARD - expected["lam"] * COST)) <= 0.01
     assert abs((policy * COST).sum(-1).mean().item()) <= 0.02
     assert safe_rate(policy) == pytest.approx(0.475, abs=0.01)
-    assert ((policy * (COST > LIMIT)).sum(-1) > 0.5).sum() == 30
+    assert (unsafe_of_prompts(policy) > 0.5).sum() == 30
+
+
+def test_the_lambda_of_the_expected_constraint_is_learned_by_its_rule() -> None:
+    policy, lams = train_lagrangian()
+    expected = TABLE["oracle"]["expected_constraint"]["lam"]
+    assert lams[0] == 1.0
+    assert lams[-1] == pytest.approx(expected, rel=1e-3)
+    assert mean_of(policy, COST) == pytest.approx(0.0, abs=1e-3)
+    assert distance(policy, optimum(REWARD - expected * COST)) <= 0.01
+    row = Row("PPO-Lagrangian", lams[-1], policy, None).figures
+    assert row["prompts mostly unsafe"] == 30
+    assert row["safe answers"] == pytest.approx(0.475, abs=0.005)
+
+
+def test_repos_lambda_follows_its_recursion_while_the_policy_is_trained() -> None:
+    hinges: list[float] = []
+
+    def rule(lam: float, policy: torch.Tensor) -> float:
+        hinges.append(mean_of(policy, HINGE))
+        return repo_lambda(lam, hinges[-1], 0.5, 3.0)
+
+    policy, lams = train_with("rectified", 1.0, rule, steps=200)
+    for before, after, hinge in zip(lams, lams[1:], hinges, strict=False):
+        assert after == min(before + 0.5 * hinge, 3.0)
+    assert lams[-1] > 1.0
+    assert safe_rate(policy) > safe_rate(train("rectified", 1.0, 200))
+
+
+def test_lambda_of_an_always_optimal_policy_climbs_as_slowly_as_the_recursion_says() -> None:
+    assert repo_lambdas((5.0,)) == {5.0: 4249}
+
+
+def test_split_reaches_its_fixed_points_when_trained() -> None:
+    for lam, safe, reward in ((1.0, 0.900, 0.968), (5.0, 1.000, 0.844)):
+        policy = train_split(lam, 300)
+        assert safe_rate(policy) == pytest.approx(safe, abs=0.001)
+        assert mean_of(policy, REWARD) == pytest.approx(reward, abs=0.001)
+
+
+def test_at_lambda_20_nearly_every_answer_is_safe_and_no_prompt_is_mostly_unsafe() -> None:
+    row = Row("RePO", 20.0, train("rectified", 20.0), None).figures
+    assert row["safe answers"] >= 0.99
+    assert row["prompts mostly unsafe"] == 0
+    assert math.isnan(row["TV to the closed form"])
 
 
 @pytest.mark.parametrize(("lam", "safe"), [(1.0, 0.804), (5.0, 0.961), (20.0, 0.998)])
@@ -162,7 +155,7 @@ def test_split_with_a_fitted_critic_rests_at_a_more_conservative_policy(lam: flo
         log_policy = 0.95 * log_policy + 0.05 * (REFERENCE.log() + utility / BETA)
     policy = log_policy.softmax(-1)
     assert safe_rate(policy) == pytest.approx(safe, abs=0.001)
-    assert mean_reward(policy) == pytest.approx(reward, abs=0.001)
+    assert mean_of(policy, REWARD) == pytest.approx(reward, abs=0.001)
     assert safe_rate(policy) > TABLE["oracle"][f"repo_lam_{lam:g}"]["safe_rate"] + 0.02
 
     # full KL: the sampled estimators are clamped at |log pi - log pi_ref| = 20, and a policy this safe is beyond it
