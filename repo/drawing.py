@@ -105,7 +105,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = 2 * POINTS) -> tuple[np.nd
 
 def edges_of(costs: np.ndarray, limit: float) -> np.ndarray:
     """(n,) edges of equal bins from the 0.5th to the 99.5th percentile; the limit is one of them."""
-    low, high = np.nanpercentile(costs, [0.5, 99.5])
+    low, high = np.percentile(costs, [0.5, 99.5])
     low, high = min(low, limit), max(high, limit)
     width = (high - low) / BINS or 1.0
     return limit + width * np.arange(np.floor((low - limit) / width) - 1, np.ceil((high - limit) / width) + 2)

@@ -147,7 +147,6 @@ def _curves(history: History) -> list[tuple[str, np.ndarray, str, str, str]]:
     found = []
     for label, records, colour, line, where in sides:
         costs = column(records, "cost")
-        costs = costs[np.isfinite(costs)]
         if len(costs):
             prompts = len({r["id"] for r in records})
             over = f"{label}: {len(records)} responses to {prompts} prompts, {where}"
@@ -185,7 +184,7 @@ def _cumulative(history: History) -> tuple[Figure, str, str] | None:
     mark_limit(axes, history.limit, edges)
     axes.set_ylabel("% of responses at most")
     legend(axes)
-    safe = ", ".join(f"{(costs <= history.limit).mean():.0%} {label}" for label, costs, *_ in curves)
+    safe = "; ".join(f"{label} {(costs <= history.limit).mean():.0%}" for label, costs, *_ in curves)
     caption = f"The height at the limit is the safe rate: {safe}. Same responses as in the distribution."
     return figure, "Cumulative costs", caption
 

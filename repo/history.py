@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +85,9 @@ def read(folder: Path) -> History:
     # samples of a step are written after its metrics: read in the other order, every sample has its step
     samples = _json_lines(folder / "samples.jsonl", SAMPLE_KEYS, notes)
     metrics = _json_lines(folder / "metrics.jsonl", {"step"}, notes)
+    scored = [s for s in samples if _scored(s)]
+    if len(scored) < len(samples):
+        notes.append(f"{len(samples) - len(scored)} samples without a reward or a cost were left out.")
     if not metrics:
         raise UserError(f"{folder} has no metrics yet: metrics.jsonl has no line; a report needs one step")
     evaluations = {}
@@ -96,10 +100,14 @@ def read(folder: Path) -> History:
         _config(folder / "config.yaml"),
         _json(versions) if versions.is_file() else {},
         metrics,
-        samples,
+        scored,
         evaluations,
         notes,
     )
+
+
+def _scored(record: Record) -> bool:
+    return all(isinstance(record[k], int | float) and math.isfinite(record[k]) for k in ("reward", "cost"))
 
 
 def _text(path: Path) -> str:
@@ -132,6 +140,8 @@ def _evaluation(path: Path) -> Mapping[str, Any]:
     for i, record in enumerate(found["responses"]):
         if not isinstance(record, dict) or not record.keys() >= EVALUATION_KEYS:
             raise UserError(f"{path} is damaged: response {i} lacks one of {', '.join(sorted(EVALUATION_KEYS))}")
+        if not _scored(record):
+            raise UserError(f"{path} is damaged: response {i} has no reward or no cost")
     return found
 
 

@@ -103,7 +103,7 @@ def ledger_table(entries: Sequence[Entry], limit: float) -> str:
         title = f'<button type="button">{name}</button>' if kind else f"<span>{name}</span>"
         heads.append(f'<th scope="col" data-kind="{kind}"{order}>{title}</th>')
     costs = [v.cost for e in entries for v in e.visits]
-    low, high = np.nanpercentile(costs, SPARK_RANGE)
+    low, high = np.percentile(costs, SPARK_RANGE)
     low, high = min(float(low), limit), max(float(high), limit)
     rows = "".join(_ledger_row(e, limit, low, high) for e in entries)
     search = (
@@ -136,9 +136,8 @@ def _sortable(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
 
 
-def _cost(cost: float | None, limit: float) -> str:
-    shown = number(cost)
-    return f'<span class="bad">{shown}</span>' if cost is not None and cost > limit else shown
+def _cost(cost: float, limit: float) -> str:
+    return f'<span class="bad">{number(cost)}</span>' if cost > limit else number(cost)
 
 
 def spark(costs: Sequence[float], limit: float, low: float, high: float, unsafe: bool) -> str:
@@ -148,7 +147,7 @@ def spark(costs: Sequence[float], limit: float, low: float, high: float, unsafe:
         values = values[np.linspace(0, len(values) - 1, SPARK_POINTS).astype(int)]
     scale = SPARK_HEIGHT / ((high - low) or 1.0)
     x = np.linspace(0, SPARK_WIDTH, len(values)) if len(values) > 1 else np.array([SPARK_WIDTH])
-    y = (high - np.clip(np.nan_to_num(values, nan=low), low, high)) * scale
+    y = (high - np.clip(values, low, high)) * scale
     path = "M" + " ".join(f"{a:.0f},{b:.1f}" for a, b in zip(x, y, strict=True))
     level = f"{(high - limit) * scale:.1f}"
     label = f"mean cost at {len(costs)} visits, from {number(costs[0])} to {number(costs[-1])}"
@@ -196,7 +195,7 @@ def _card(record: Record, scores: Iterable[str], sides: str) -> str:
 
 
 def _side(record: Record, limit: float, name: str) -> str:
-    safe = record["cost"] is not None and record["cost"] <= limit
+    safe = record["cost"] <= limit
     verdict = f'<span class="{"good" if safe else "bad"}">{"safe" if safe else "unsafe"}</span>'
     told = [verdict, f"cost {number(record['cost'])}", f"reward {number(record['reward'])}"]
     if (judged := record.get("judge_safe")) is not None:

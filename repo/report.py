@@ -11,7 +11,7 @@ import base64
 import hashlib
 import importlib.util
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,7 +193,7 @@ def _samples(history: History) -> str:
     limit = history.limit
     pairs, names, where = _pairs(history)
     if not pairs:
-        hardest = sorted(history.now, key=lambda r: -(r["cost"] or 0.0))[:EXAMPLES]
+        hardest = sorted(history.now, key=lambda r: -r["cost"])[:EXAMPLES]
         lead = "No prompt has been answered twice yet; these are the most costly responses of the last steps."
         return f'<p class="lead">{lead}</p>{page.cards(hardest, limit)}' if hardest else ""
     shown = [f'<p class="lead">{where} Responses may be offensive; they open on demand.</p>']
@@ -217,20 +217,19 @@ def _pairs(history: History) -> tuple[list[Pair], tuple[str, str], str]:
     return pairs, ("first visit", "last visit"), "Training prompts, the first response of their first and last visit."
 
 
-def grouped(pairs: Iterable[Pair], limit: float) -> dict[str, list[Pair]]:
+def grouped(pairs: Sequence[Pair], limit: float) -> dict[str, list[Pair]]:
     """Pairs of (before, after) by what happened to their safety, the largest changes first; each pair once, but for
     the last group: what changed most in reward."""
-    known = [p for p in pairs if all(r["cost"] is not None and r["reward"] is not None for r in p)]
 
     def ranked(before_unsafe: bool, after_unsafe: bool, key: Callable[[Pair], float]) -> list[Pair]:
         wanted = before_unsafe, after_unsafe
-        return sorted((p for p in known if tuple(r["cost"] > limit for r in p) == wanted), key=key, reverse=True)
+        return sorted((p for p in pairs if tuple(r["cost"] > limit for r in p) == wanted), key=key, reverse=True)
 
     return {
         "Unsafe → safe": ranked(True, False, lambda p: p[0]["cost"] - p[1]["cost"]),
         "Safe → unsafe": ranked(False, True, lambda p: p[1]["cost"] - p[0]["cost"]),
         "Stayed unsafe": ranked(True, True, lambda p: p[1]["cost"]),
-        "Reward changed most": sorted(known, key=lambda p: -abs(p[1]["reward"] - p[0]["reward"]))[:EXAMPLES],
+        "Reward changed most": sorted(pairs, key=lambda p: -abs(p[1]["reward"] - p[0]["reward"]))[:EXAMPLES],
     }
 
 

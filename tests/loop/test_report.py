@@ -225,6 +225,14 @@ def test_costs_that_are_all_equal_or_extreme_are_drawn(tmp_path):
         assert {"distribution", "cumulative", "scatter"} <= {d.name for d in draw_all(read(run))}
 
 
+def test_samples_without_a_score_are_left_out_and_counted(tmp_path):
+    run = write_run(tmp_path / "run")
+    rewrite(run, "samples", lambda r: {"cost": None} if r["step"] == 2 else {})
+    text = page_of(run).text
+    assert "4 samples without a reward or a cost were left out." in text
+    assert "4 training prompts in 10 visits" in text
+
+
 def test_optional_keys_of_evaluations_are_shown(tmp_path):
     run = write_run(tmp_path / "run", held_out=6)
     for name in ("before", "after"):
@@ -350,6 +358,10 @@ def test_a_damaged_evaluation_is_named(tmp_path):
     run = write_run(tmp_path / "run", held_out=2)
     (run / "eval" / "after.json").write_text('{"summary": {}, "responses": [{"id": "a"}]}')
     with pytest.raises(UserError, match=r"after.json is damaged: response 0 lacks"):
+        report(run)
+    nothing = [dict.fromkeys(("id", "category", "prompt", "response", "tokens", "reward", "cost"))]
+    (run / "eval" / "after.json").write_text(json.dumps({"summary": {}, "responses": nothing}))
+    with pytest.raises(UserError, match=r"after.json is damaged: response 0 has no reward or no cost"):
         report(run)
     (run / "eval" / "after.json").write_text("{")
     with pytest.raises(UserError, match=r"after.json is damaged"):
