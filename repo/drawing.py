@@ -121,8 +121,9 @@ def mark_limit(axes: Axes, limit: float, edges: np.ndarray) -> None:
 
 def legend(axes: Axes) -> None:
     """Above the axes, where it hides nothing."""
-    entries = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if entries == 4 else 3, borderaxespad=0.2)
+    labels = axes.get_legend_handles_labels()[1]
+    columns = 3 if len(labels) < 4 and sum(map(len, labels)) <= 34 else 2  # what fits the width
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
 def png(figure: Figure) -> bytes:

@@ -389,6 +389,26 @@ def test_running_means_skip_what_is_not_known():
     assert np.isnan(running_mean(np.arange(8.0), 6)[:2]).all()
 
 
+@pytest.mark.parametrize(
+    "names", [("E[C]", "E{C−d}⁺", "limit d = -12.345"), ("start, training", "now, training", "reference, held out")]
+)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_legends_stay_inside_their_figure(names, count):
+    import matplotlib
+
+    from repo.drawing import STYLE, legend, panel
+
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panel()
+        for name in names[:count]:
+            axes.plot([0, 1], [0, 1], label=name)
+        legend(axes)
+        figure.draw_without_rendering()
+        found = axes.get_legend().get_window_extent()
+    assert found.x1 <= figure.bbox.x1
+    assert axes.get_window_extent().width > 0.8 * figure.bbox.width
+
+
 def test_a_cost_at_the_limit_falls_into_a_safe_bin():
     from repo.drawing import edges_of
 
