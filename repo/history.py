@@ -127,9 +127,9 @@ def _json(path: Path) -> Any:
 def _config(path: Path) -> Mapping[str, Any]:
     try:
         found = yaml.safe_load(_text(path))
-        float(found["algorithm"]["cost_limit"])
+        float(found["algorithm"]["cost_limit"]), found["algorithm"]["method"]
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: it has no readable algorithm.cost_limit") from error
+        raise UserError(f"{path} is damaged: it has no readable algorithm.method and algorithm.cost_limit") from error
     return found
 
 

@@ -40,8 +40,8 @@ SECTIONS = {
 
 
 def report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of a run and return its path. Files in `out` that are no report's stay; see UserError's
-    sentences for what cannot be reported."""
+    """Write the report of a run and return its path; other files in `out` stay. UserError without matplotlib, for what
+    is no run or damaged, and where writing fails or would replace another page."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures of a report need matplotlib: pip install 'matplotlib>=3.8'")
     from .figures import draw_all
@@ -99,11 +99,10 @@ def assemble(history: History, drawn: Iterable[Drawn]) -> str:
 def _head(history: History, comparison: Comparison | None) -> str:
     config, algorithm = history.config, history.config["algorithm"]
     done, planned = int(history.steps[-1]), config.get("steps")
-    form = ", ".join(
-        str(algorithm[k]) for k in ("mode", "advantages") if k in algorithm and algorithm["method"] != "ppo"
-    )
+    kinds = ("mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
+    form = ", ".join(str(algorithm[k]) for k in kinds if k in algorithm)
     facts = (
-        ("Method", f"{algorithm['method']}{f' ({form})' if form else ''}"),
+        ("Method", f"{algorithm['method']} ({form})"),
         ("Model", config.get("model", {}).get("path", "")),
         ("Steps done", f"{done} of {planned}" if planned else str(done)),
         ("Cost limit d", f"{algorithm['cost_limit']:g}"),

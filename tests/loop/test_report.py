@@ -335,6 +335,11 @@ def test_what_cannot_be_reported_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file"):
         report(run, tmp_path / "file" / "below")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("algorithm: {")
+    with pytest.raises(UserError, match=r"config.yaml is damaged"):
+        report(run)
+    (run / "config.yaml").write_text(config)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([*lines[:2], '{"step"\n', *lines[2:]]))
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 3"):
