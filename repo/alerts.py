@@ -13,7 +13,8 @@ LENGTH_CHANGE, LENGTH_CORRELATION = 0.3, 0.5
 REPETITION, REPETITION_GROWTH = 0.2, 2.0
 REFUSAL_RISE = 0.1
 TEMPLATE_SHARE, TEMPLATE_GROWTH, OPENING_WORDS = 0.25, 3.0, 5
-FEWEST = 8  # responses that a correlation or a category's share takes
+FEWEST = 10  # responses that a correlation or a category's share takes
+FEWEST_REFUSALS = 2
 NGRAM = 4
 REFUSAL_REACH = 80  # characters: a refusal says so at once
 
@@ -138,16 +139,20 @@ def _repetition(start: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
 
 def _refusals(start: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     before, after = (_share(records, _refuses) for records in (start, now))
-    if after - before > REFUSAL_RISE:
+    if _rose(before, after, len(now)):
         yield f"Refusals: {after:.0%} of {len(now)} responses refuse, {before:.0%} of {len(start)} at the start."
     for category in _harmless(start):
         sides = [[r for r in records if r.get("category") == category] for records in (start, now)]
         before, after = (_share(records, _refuses) for records in sides)
-        if min(len(x) for x in sides) >= FEWEST and after - before > REFUSAL_RISE:
+        if min(len(x) for x in sides) >= FEWEST and _rose(before, after, len(sides[1])):
             yield (
                 f"Refusals of harmless requests: in category {category}, whose responses cost less than average at the "
                 f"start, {after:.0%} of {len(sides[1])} refuse, {before:.0%} of {len(sides[0])} at the start."
             )
+
+
+def _rose(before: float, after: float, count: int) -> bool:
+    return after - before > REFUSAL_RISE and round(after * count) >= FEWEST_REFUSALS
 
 
 def _refuses(record: Mapping[str, Any]) -> float:

@@ -25,7 +25,7 @@ COLOURS = {
     "good": "#00795a",
 }
 INK, MUTED, GRID, NOW, START, BAD, GOOD = COLOURS.values()
-POINTS, BINS = 250, 32
+POINTS, BINS = 250, 24
 WIDTH = 4.7  # inches: text of 10 points stays readable on a phone
 STYLE = {
     "font.size": 10,
@@ -85,12 +85,14 @@ def window(steps: int) -> int:
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the last `width` values that are known, NaN where none is. values: (S,)."""
+    """Mean of the last `width` values that are known; NaN where none is, and at the start, before half of them are
+    there. values: (S,)."""
     known = np.isfinite(values)
     sums, counts = (np.cumsum(np.r_[0, x]) for x in (np.where(known, values, 0), known))
-    first = np.maximum(np.arange(1, len(values) + 1) - width, 0)
+    end = np.arange(1, len(values) + 1)
+    first = np.maximum(end - width, 0)
     n = counts[1:] - counts[first]
-    return np.where(n > 0, (sums[1:] - sums[first]) / np.maximum(n, 1), np.nan)
+    return np.where((n > 0) & (2 * end >= width), (sums[1:] - sums[first]) / np.maximum(n, 1), np.nan)
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +105,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = 2 * POINTS) -> tuple[np.nd
 
 def edges_of(costs: np.ndarray, limit: float) -> np.ndarray:
     """(n,) edges of equal bins from the 0.5th to the 99.5th percentile; the limit is one of them."""
-    low, high = np.nanpercentile(costs, [0.5, 99.5])
+    low, high = np.percentile(costs, [0.5, 99.5])
     low, high = min(low, limit), max(high, limit)
     width = (high - low) / BINS or 1.0
     return limit + width * np.arange(np.floor((low - limit) / width) - 1, np.ceil((high - limit) / width) + 2)
@@ -119,8 +121,9 @@ def mark_limit(axes: Axes, limit: float, edges: np.ndarray) -> None:
 
 def legend(axes: Axes) -> None:
     """Above the axes, where it hides nothing."""
-    entries = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2 if entries == 4 else 3, borderaxespad=0.2)
+    labels = axes.get_legend_handles_labels()[1]
+    columns = 3 if len(labels) < 4 and sum(map(len, labels)) <= 34 else 2  # what fits the width
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
 def png(figure: Figure) -> bytes:

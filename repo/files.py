@@ -146,9 +146,14 @@ def create_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically. UserError when that fails, and what was there stays."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As write_text."""
     staging = partial_of(path)
     try:
-        staging.write_text(text, encoding="utf-8")
+        staging.write_bytes(content)
         fsync_path(staging)
         staging.replace(path)
         fsync_path(path.parent)

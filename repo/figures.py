@@ -1,0 +1,287 @@
+"""Figures of a report: what each shows, over which responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .drawing import (
+    BAD,
+    GOOD,
+    INK,
+    NOW,
+    POINTS,
+    START,
+    STYLE,
+    WIDTH,
+    edges_of,
+    legend,
+    mark_limit,
+    panel,
+    png,
+    step_axis,
+    svg,
+    thinned,
+    trend,
+    window,
+)
+from .history import History, column
+
+SCATTERED = 400  # responses on each side
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure in both forms; caption: what is shown, over which responses."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def draw_all(history: History) -> Iterator[Drawn]:
+    """Every figure for which the run has numbers."""
+    draws: Sequence[Callable[[History], tuple[Figure, str, str] | None]] = (
+        _reward,
+        _cost,
+        _distribution,
+        _cumulative,
+        _safe_rate,
+        _compensation,
+        _penalty,
+        _scatter,
+        _policy,
+        _training,
+    )
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user has set for figures of his own
+        matplotlib.rcParams.update(STYLE)
+        for draw in draws:
+            if (found := draw(history)) is not None:
+                figure, title, caption = found
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")  # laid out once for both forms
+                name = draw.__name__[1:]
+                yield Drawn(name, title, caption, svg(figure, name, title), png(figure))
+
+
+def _reward(history: History) -> tuple[Figure, str, str]:
+    figure, axes = panel()
+    _over_steps(axes, history, "reward_mean", NOW, "all responses")
+    _over_steps(axes, history, "reward_safe_mean", GOOD, "safe responses", "--", points=False)
+    axes.set_ylabel("mean reward")
+    legend(axes)
+    return figure, "Reward", f"Training batches: {_drawing(history)}"
+
+
+def _cost(history: History) -> tuple[Figure, str, str]:
+    figure, axes = panel()
+    _over_steps(axes, history, "cost_mean", NOW, "E[C]")
+    _over_steps(axes, history, "rectified_cost", BAD, "E{C−d}⁺", "--", points=False)
+    axes.axhline(history.limit, color=INK, lw=1, ls=":", label=f"limit d = {history.limit:g}")
+    axes.set_ylabel("cost")
+    legend(axes)
+    return figure, "Cost", f"Training batches: {_drawing(history)} The limit is for every prompt, not for the mean."
+
+
+def _safe_rate(history: History) -> tuple[Figure, str, str]:
+    figure, axes = panel()
+    _over_steps(axes, history, "safe_rate", GOOD, "responses with C ≤ d", scale=100)
+    _over_steps(axes, history, "prompts_mostly_unsafe", BAD, "prompts mostly unsafe", "--", points=False, scale=100)
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("%")
+    legend(axes)
+    return figure, "Safe rate", f"Training batches: {_drawing(history)} Mostly unsafe: more than half of the responses."
+
+
+def _compensation(history: History) -> tuple[Figure, str, str]:
+    figure, axes = panel()
+    _over_steps(axes, history, "compensation_gap", NOW, "E{C−d}⁺ − {E[C]−d}⁺")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("compensation gap")
+    legend(axes)
+    words = "What the mean hides: 0 only where no safe response pays for an unsafe one."
+    return figure, "Compensation gap", f"{words} Training batches: {_drawing(history)}"
+
+
+def _penalty(history: History) -> tuple[Figure, str, str]:
+    ratio = history.series("reward_cost_grad_ratio")
+    with np.errstate(invalid="ignore"):
+        known = bool((ratio > 0).any())
+    figure = Figure(figsize=(WIDTH, 5.6 if known else 4.0))
+    panels = figure.subplots(3 if known else 2, 1, sharex=True)
+    panels[0].plot(*thinned(history.steps, history.series("lam")), color=NOW)
+    panels[0].set_title("λ used in the step")
+    panels[0].set_ylim(bottom=0)
+    _over_steps(panels[1], history, "safe_rate", BAD, "", scale=-100, offset=100)
+    panels[1].set_title("rectified responses, C > d (%)")
+    panels[1].set_ylim(-3, 103)
+    caption = f"λ moves once per batch. Training batches: {_drawing(history)}"
+    if known:
+        panels[2].set_yscale("log")
+        _over_steps(panels[2], history, "reward_cost_grad_ratio", GOOD, "")
+        panels[2].axhline(1, color=INK, lw=1, ls=":")
+        panels[2].set_title("gradient norms, reward ÷ λ cost (log)")
+        caption += " The ratio is of L2 norms with respect to the log-probs of responses: below 1 the cost leads."
+    step_axis(panels[-1])
+    return figure, "Penalty", caption
+
+
+def _curves(history: History) -> list[tuple[str, np.ndarray, str, str, str]]:
+    """(label, costs, colour, line, what it is over) of the four states that a cost distribution compares."""
+    n = history.tenth
+    span = "step" if n == 1 else f"{n} steps"
+    sides = (
+        ("start, training", history.start, START, "--", f"first {span} of training"),
+        ("now, training", history.now, NOW, "--", f"last {span} of training"),
+        ("reference, held out", history.responses("before"), START, "-", "held-out prompts before training"),
+        ("now, held out", history.responses("after"), NOW, "-", "the same held-out prompts after training"),
+    )
+    found = []
+    for label, records, colour, line, where in sides:
+        costs = column(records, "cost")
+        if len(costs):
+            prompts = len({r["id"] for r in records})
+            over = f"{label}: {len(records)} responses to {prompts} prompts, {where}"
+            found.append((label, costs, colour, line, over))
+    return found
+
+
+def _distribution(history: History) -> tuple[Figure, str, str] | None:
+    curves = _curves(history)
+    if not curves:
+        return None
+    figure, axes = panel(3.4)
+    edges = edges_of(np.concatenate([c[1] for c in curves]), history.limit)
+    for label, costs, colour, line, _ in curves:
+        # right-closed bins: a cost at the limit is safe
+        counts = np.histogram(-np.clip(costs, edges[0], edges[-1]), -edges[::-1])[0][::-1]
+        axes.stairs(100 * counts / len(costs), edges, color=colour, ls=line, lw=1.6, label=label)
+    mark_limit(axes, history.limit, edges)
+    axes.set_ylabel("% of responses")
+    legend(axes)
+    ends = "Costs beyond the axis are in the outermost bins."
+    return figure, "Distribution of costs", f"{'; '.join(c[4] for c in curves)}. {ends}"
+
+
+def _cumulative(history: History) -> tuple[Figure, str, str] | None:
+    curves = _curves(history)
+    if not curves:
+        return None
+    figure, axes = panel(3.4)
+    edges = edges_of(np.concatenate([c[1] for c in curves]), history.limit)
+    for label, costs, colour, line, _ in curves:
+        x, share = np.sort(costs), 100 * np.arange(1, len(costs) + 1) / len(costs)
+        axes.step(*thinned(np.r_[edges[0], x, edges[-1]], np.r_[0, share, 100]), where="post", color=colour, ls=line)
+        axes.lines[-1].set_label(label)
+    mark_limit(axes, history.limit, edges)
+    axes.set_ylabel("% of responses at most")
+    legend(axes)
+    safe = "; ".join(f"{label} {(costs <= history.limit).mean():.0%}" for label, costs, *_ in curves)
+    caption = f"The height at the limit is the safe rate: {safe}. Same responses as in the distribution."
+    return figure, "Cumulative costs", caption
+
+
+def _scatter(history: History) -> tuple[Figure, str, str] | None:
+    held_out = bool(history.responses("before") and history.responses("after"))
+    sides = [history.responses("before"), history.responses("after")] if held_out else [history.start, history.now]
+    if not all(sides):
+        return None
+    figure = Figure(figsize=(WIDTH, 3.4))
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    edges = edges_of(np.concatenate([column(side, "cost") for side in sides]), history.limit)
+    shown = []
+    for axes, records, title in zip(panels, sides, ("start", "now"), strict=True):
+        kept = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, SCATTERED).astype(int))]
+        cost, reward = np.clip(column(kept, "cost"), edges[0], edges[-1]), column(kept, "reward")
+        for chosen, colour, marker in ((cost <= history.limit, NOW, "o"), (cost > history.limit, BAD, "D")):
+            axes.plot(cost[chosen], reward[chosen], marker, color=colour, ms=3.2, mew=0, alpha=0.6)
+        safe = (column(records, "cost") <= history.limit).mean()
+        axes.set_title(f"{title}: {safe:.0%} safe")
+        mark_limit(axes, history.limit, edges)
+        shown.append(f"{len(kept)} of {len(records)}")
+    panels[0].set_ylabel("reward")
+    where = (
+        "held-out prompts before and after training" if held_out else "training prompts, first and last tenth of steps"
+    )
+    caption = f"Responses to {where}; {shown[0]} and {shown[1]} shown, evenly spaced. Right of the limit is unsafe."
+    return figure, "Reward against cost", caption
+
+
+# Key, title, factor of each small panel.
+POLICY = (
+    ("kl", "KL to reference, nats/token", 1),
+    ("entropy", "entropy, nats/token", 1),
+    ("length", "response length, tokens", 1),
+    ("clip_frac", "clipped ratios, %", 100),
+)
+TRAINING = (
+    ("grad_norm", "gradient norm", 1),
+    ("tokens_per_second", "sampling, tokens/s", 1),
+    ("reward_explained_variance", "reward critic, expl. var.", 1),
+    ("cost_explained_variance", "cost critic, expl. var.", 1),
+)
+
+
+def _policy(history: History) -> tuple[Figure, str, str] | None:
+    return _small(history, POLICY, "Policy")
+
+
+def _training(history: History) -> tuple[Figure, str, str] | None:
+    return _small(history, TRAINING, "Optimiser, speed, critics")
+
+
+def _small(history: History, panels: Sequence[tuple[str, str, float]], title: str) -> tuple[Figure, str, str] | None:
+    """Small panels, two in a row, of the metrics that the run has."""
+    known = [p for p in panels if np.isfinite(_metric(history, p[0])).any()]
+    if not known:
+        return None
+    rows = -(-len(known) // 2)
+    figure = Figure(figsize=(WIDTH, 1.6 * rows + 0.4))
+    grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
+    for axes, (key, name, scale) in zip(grid.flat, known, strict=False):
+        trend(axes, history.steps, scale * _metric(history, key), NOW, "")
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=9)
+    for axes in grid.flat[len(known) :]:
+        axes.set_axis_off()
+    for axes in grid[-1]:
+        step_axis(axes, 4)
+    return figure, title, f"Training batches: {_drawing(history)}"
+
+
+def _metric(history: History, key: str) -> np.ndarray:
+    if key != "length":
+        return history.series(key)
+    per_step = {r["step"]: 0 for r in history.metrics}
+    for sample in history.samples:
+        per_step[sample["step"]] = per_step.get(sample["step"], 0) + 1
+    counts = np.array([per_step[r["step"]] for r in history.metrics], dtype=float)
+    return history.series("response_tokens") / np.where(counts > 0, counts, np.nan)
+
+
+def _over_steps(
+    axes: Axes,
+    history: History,
+    key: str,
+    colour: str,
+    label: str,
+    line: str = "-",
+    points: bool = True,
+    scale: float = 1,
+    offset: float = 0,
+) -> None:
+    trend(axes, history.steps, offset + scale * history.series(key), colour, label, line, points)
+
+
+def _drawing(history: History) -> str:
+    steps = len(history.steps)
+    points = "points are steps" if steps <= POINTS else f"points are {POINTS} of {steps} steps"
+    return f"{points}, lines the mean of the last {window(steps)}." if window(steps) > 1 else f"{points}."

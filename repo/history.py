@@ -1,0 +1,167 @@
+"""History: a run folder read back, also while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from .errors import UserError
+
+Record = Mapping[str, Any]
+SAMPLE_KEYS = {"step", "id", "category", "prompt", "response", "reward", "cost"}
+EVALUATION_KEYS = SAMPLE_KEYS - {"step"} | {"tokens"}
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run has written so far. evaluations: `before` and `after` training, those that are there."""
+
+    name: str
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    metrics: Sequence[Record]
+    samples: Sequence[Record]
+    evaluations: Mapping[str, Mapping[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def limit(self) -> float:
+        """d, rounded to fp32 as the costs are."""
+        return float(np.float32(self.config["algorithm"]["cost_limit"]))
+
+    @property
+    def steps(self) -> np.ndarray:
+        """(S,) the steps done, counted from 1."""
+        return np.array([r["step"] + 1 for r in self.metrics])
+
+    def series(self, key: str) -> np.ndarray:
+        """(S,) a metric by step, NaN where it was null or is missing."""
+        return column(self.metrics, key)
+
+    @cached_property
+    def sampled(self) -> list[int]:
+        """The steps that left samples."""
+        return sorted({s["step"] for s in self.samples})
+
+    @property
+    def tenth(self) -> int:
+        """How many steps `start` and `now` cover."""
+        return max(1, len(self.sampled) // 10)
+
+    @cached_property
+    def start(self) -> list[Record]:
+        """Training samples of the first tenth of the steps."""
+        return [s for s in self.samples if s["step"] <= self.sampled[self.tenth - 1]]
+
+    @cached_property
+    def now(self) -> list[Record]:
+        """Training samples of the last tenth of the steps."""
+        return [s for s in self.samples if s["step"] >= self.sampled[-self.tenth]]
+
+    def responses(self, name: str) -> list[Record]:
+        """Those of an evaluation, none where it is not there."""
+        return self.evaluations[name]["responses"] if name in self.evaluations else []
+
+
+def column(records: Iterable[Record], key: str) -> np.ndarray:
+    """(n,) fp64 of a numeric key, NaN where it is null or missing."""
+    values = (r.get(key) for r in records)
+    return np.array([np.nan if v is None else v for v in values], dtype=float)
+
+
+def read(folder: Path) -> History:
+    """Read RUN. UserError for a folder that is no run, has no step yet, or holds a damaged file."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder (it has no config.yaml)")
+    notes: list[str] = []
+    # samples of a step are written after its metrics: read in the other order, every sample has its step
+    samples = _json_lines(folder / "samples.jsonl", SAMPLE_KEYS, notes)
+    metrics = _json_lines(folder / "metrics.jsonl", {"step"}, notes)
+    scored = [s for s in samples if _scored(s)]
+    if len(scored) < len(samples):
+        notes.append(f"{len(samples) - len(scored)} samples without a reward or a cost were left out.")
+    if not metrics:
+        raise UserError(f"{folder} has no metrics yet: metrics.jsonl has no line; a report needs one step")
+    evaluations = {}
+    for name in ("before", "after"):
+        if (path := folder / "eval" / f"{name}.json").is_file():
+            evaluations[name] = _evaluation(path)
+    versions = folder / "versions.json"
+    return History(
+        folder.resolve().name,
+        _config(folder / "config.yaml"),
+        _json(versions) if versions.is_file() else {},
+        metrics,
+        scored,
+        evaluations,
+        notes,
+    )
+
+
+def _scored(record: Record) -> bool:
+    return all(isinstance(record[k], int | float) and math.isfinite(record[k]) for k in ("reward", "cost"))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(_text(path))
+        float(found["algorithm"]["cost_limit"]), found["algorithm"]["method"]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: it has no readable algorithm.method and algorithm.cost_limit") from error
+    return found
+
+
+def _evaluation(path: Path) -> Mapping[str, Any]:
+    found = _json(path)
+    if not isinstance(found, dict) or not {"summary", "responses"} <= found.keys():
+        raise UserError(f"{path} is damaged: it has no summary or no responses")
+    for i, record in enumerate(found["responses"]):
+        if not isinstance(record, dict) or not record.keys() >= EVALUATION_KEYS:
+            raise UserError(f"{path} is damaged: response {i} lacks one of {', '.join(sorted(EVALUATION_KEYS))}")
+        if not _scored(record):
+            raise UserError(f"{path} is damaged: response {i} has no reward or no cost")
+    return found
+
+
+def _json_lines(path: Path, keys: set[str], notes: list[str]) -> list[Record]:
+    """The objects of a file, without a last line that is still being written."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} is not a run folder (it has no {path.name})")
+    lines = _text(path).split("\n")
+    found: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not keys <= record.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(keys - record.keys()))}")
+        except (ValueError, AttributeError) as error:
+            if number == len(lines):  # no newline after it
+                notes.append(f"The last line of {path.name} is not complete and was left out: the run was writing it.")
+                continue
+            raise UserError(f"{path} is damaged in line {number}: {error}") from error
+        found.append(record)
+    return found

@@ -1,0 +1,87 @@
+"""Ledger: what happened to every training prompt, visit by visit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from .history import Record, column
+
+RECENT = 3  # visits
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A prompt's responses in one step."""
+
+    step: int
+    responses: list[Record]
+    limit: float
+
+    @property
+    def costs(self) -> np.ndarray:
+        """(k,) fp64."""
+        return column(self.responses, "cost")
+
+    @property
+    def cost(self) -> float:
+        """The mean."""
+        return float(self.costs.mean())
+
+    @property
+    def rectified_cost(self) -> float:
+        """The mean of {C - d}+."""
+        return float(np.maximum(self.costs - self.limit, 0).mean())
+
+    @property
+    def unsafe_share(self) -> float:
+        """Share of responses with C > d."""
+        return float((self.costs > self.limit).mean())
+
+    @property
+    def unsafe(self) -> bool:
+        """More than half of the responses are."""
+        return self.unsafe_share > 0.5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prompt and its visits in order of time."""
+
+    id: str
+    category: str
+    prompt: str
+    visits: list[Visit]
+
+    @property
+    def flips(self) -> int:
+        """Changes between safe and unsafe from one visit to the next."""
+        return sum(a.unsafe != b.unsafe for a, b in pairwise(self.visits))
+
+    @property
+    def unsafe_share(self) -> float:
+        """Over all responses."""
+        counts = [len(v.responses) for v in self.visits]
+        return float(np.average([v.unsafe_share for v in self.visits], weights=counts))
+
+    @property
+    def hardness(self) -> float:
+        """E{C - d}+ over the responses of the last 3 visits."""
+        recent = self.visits[-RECENT:]
+        return float(np.average([v.rectified_cost for v in recent], weights=[len(v.responses) for v in recent]))
+
+
+def ledger(samples: Iterable[Record], limit: float) -> list[Entry]:
+    """Every prompt of the samples, the hardest first."""
+    grouped: dict[str, dict[int, list[Record]]] = {}
+    for sample in samples:
+        grouped.setdefault(sample["id"], {}).setdefault(sample["step"], []).append(sample)
+    entries = []
+    for name, steps in grouped.items():
+        visits = [Visit(step, steps[step], limit) for step in sorted(steps)]
+        newest = visits[-1].responses[0]
+        entries.append(Entry(name, newest["category"] or "", newest["prompt"], visits))
+    return sorted(entries, key=lambda e: (-e.hardness, -e.unsafe_share, e.id))

@@ -1,0 +1,208 @@
+"""Page: the parts of a report as HTML. Everything that a run wrote goes through `escaped`."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .history import Record
+from .ledger import Entry
+
+if TYPE_CHECKING:
+    from .figures import Drawn
+
+PROMPT_LENGTH, RESPONSE_LENGTH = 300, 1500  # characters
+SPARK_WIDTH, SPARK_HEIGHT, SPARK_POINTS = 104, 32, 60
+SPARK_RANGE = 2, 98  # percentiles of all visits, beyond which lines are clipped
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+Pair = tuple[Record, Record]
+
+
+def escaped(value: Any, most: int | None = None) -> str:
+    """Text for an element or a quoted attribute, cut after `most` characters; what HTML cannot hold becomes U+FFFD."""
+    text = UNPRINTABLE.sub("\ufffd", str(value))
+    if most is not None and len(text) > most:
+        text = f"{text[:most]}… ({len(text) - most} more characters)"
+    return html.escape(text)
+
+
+def number(value: float | None, form: str = "{:.2f}") -> str:
+    """A number with a minus sign, – where it is not known."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    text = form.format(value)
+    if not any(c in "123456789" for c in text):
+        text = text.removeprefix("-")
+    return text.replace("-", "−")
+
+
+def facts(items: Iterable[tuple[str, str]]) -> str:
+    """A list of names and values."""
+    return f'<dl class="facts">{"".join(f"<div><dt>{a}</dt><dd>{escaped(b)}</dd></div>" for a, b in items)}</dl>'
+
+
+def tiles(items: Iterable[tuple[str, str, str]]) -> str:
+    """Large numbers: name, value, what it was."""
+    cells = (f"<div><dt>{name}</dt><dd>{value}</dd><dd>{was}</dd></div>" for name, value, was in items)
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Texts; what stands in brackets, an interval, steps back."""
+    head = "".join(f'<th scope="col">{escaped(c)}</th>' for c in columns)
+    lines = (
+        f'<tr><th scope="row">{escaped(name)}</th>{"".join(f"<td>{_interval(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in rows
+    )
+    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>", "Comparison")
+
+
+def _interval(cell: str) -> str:
+    text = escaped(cell).replace("-", "−")
+    return re.sub(r"\[.*\]", lambda m: f'<span class="interval">{m[0]}</span>', text)
+
+
+def _scroll(content: str, label: str, kind: str = "scroll") -> str:
+    """Wide content scrolls by itself, by keyboard too."""
+    return f'<div class="{kind}" tabindex="0" role="region" aria-label="{label}">{content}</div>'
+
+
+def bullets(sentences: Iterable[str]) -> str:
+    """A list of sentences."""
+    return f"<ul>{''.join(f'<li>{escaped(s)}</li>' for s in sentences)}</ul>"
+
+
+def figure(drawn: Drawn) -> str:
+    """A figure under its title, with its caption."""
+    caption = f"<figcaption>{escaped(drawn.caption)}</figcaption>"
+    return f"<figure><h3>{escaped(drawn.title)}</h3>{drawn.svg}{caption}</figure>"
+
+
+LEDGER_COLUMNS = (
+    ("prompt", "text"),
+    ("visits", "number"),
+    ("cost history", ""),
+    ("first cost", "number"),
+    ("last cost", "number"),
+    ("flips", "number"),
+    ("unsafe", "number"),
+    ("recent E{C−d}⁺", "number"),
+)
+
+
+def ledger_table(entries: Sequence[Entry], limit: float) -> str:
+    """One sortable row per prompt; the caller has sorted by the last column."""
+    heads = []
+    for name, kind in LEDGER_COLUMNS:
+        order = ' aria-sort="descending"' if name == LEDGER_COLUMNS[-1][0] else ""
+        title = f'<button type="button">{name}</button>' if kind else f"<span>{name}</span>"
+        heads.append(f'<th scope="col" data-kind="{kind}"{order}>{title}</th>')
+    costs = [v.cost for e in entries for v in e.visits]
+    low, high = np.percentile(costs, SPARK_RANGE)
+    low, high = min(float(low), limit), max(float(high), limit)
+    rows = "".join(_ledger_row(e, limit, low, high) for e in entries)
+    search = (
+        f'<label>Filter by prompt, category or id<input type="search" id="filter"></label>'
+        f'<p id="count" role="status">{len(entries)} of {len(entries)} shown</p>'
+    )
+    content = f'<table id="ledger"><thead><tr>{"".join(heads)}</tr></thead><tbody>{rows}</tbody></table>'
+    return search + _scroll(content, "Ledger of prompts", "scroll tall")
+
+
+def _ledger_row(entry: Entry, limit: float, low: float, high: float) -> str:
+    first, last = entry.visits[0], entry.visits[-1]
+    text = escaped(entry.prompt, PROMPT_LENGTH)
+    small = " · ".join(escaped(x, 80) for x in (entry.category, entry.id) if x)
+    cells = (
+        (len(entry.visits), str(len(entry.visits))),
+        ("", spark([v.cost for v in entry.visits], limit, low, high, last.unsafe)),
+        (first.cost, _cost(first.cost, limit)),
+        (last.cost, _cost(last.cost, limit)),
+        (entry.flips, str(entry.flips)),
+        (entry.unsafe_share, f"{entry.unsafe_share:.0%}"),
+        (entry.hardness, number(entry.hardness, "{:.3f}")),
+    )
+    rest = "".join(f'<td data-value="{_sortable(value)}">{shown}</td>' for value, shown in cells)
+    value = escaped(entry.prompt.lower()[:40])
+    return f'<tr><td data-value="{value}"><span dir="auto">{text}</span><small>{small}</small></td>{rest}</tr>'
+
+
+def _sortable(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def _cost(cost: float, limit: float) -> str:
+    return f'<span class="bad">{number(cost)}</span>' if cost > limit else number(cost)
+
+
+def spark(costs: Sequence[float], limit: float, low: float, high: float, unsafe: bool) -> str:
+    """Mean cost of each visit as a small line between `low` and `high`, the limit dashed, the last visit a dot."""
+    values = np.array(costs, dtype=float)
+    if len(values) > SPARK_POINTS:
+        values = values[np.linspace(0, len(values) - 1, SPARK_POINTS).astype(int)]
+    scale = SPARK_HEIGHT / ((high - low) or 1.0)
+    x = np.linspace(0, SPARK_WIDTH, len(values)) if len(values) > 1 else np.array([SPARK_WIDTH])
+    y = (high - np.clip(values, low, high)) * scale
+    path = "M" + " ".join(f"{a:.0f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    level = f"{(high - limit) * scale:.1f}"
+    label = f"mean cost at {len(costs)} visits, from {number(costs[0])} to {number(costs[-1])}"
+    return (
+        f'<svg class="spark" viewBox="0 0 {SPARK_WIDTH} {SPARK_HEIGHT}" role="img" aria-label="{label}">'
+        f'<line x1="0" x2="{SPARK_WIDTH}" y1="{level}" y2="{level}"/><path d="{path}"/>'
+        f'<circle class="{"unsafe" if unsafe else "safe"}" cx="{x[-1]:.0f}" cy="{y[-1]:.1f}" r="2.5"/></svg>'
+    )
+
+
+def pair_cards(pairs: Iterable[Pair], limit: float, names: tuple[str, str]) -> str:
+    """Prompts with two responses each, which open on demand."""
+    cards = []
+    for before, after in pairs:
+        sides = "".join(_side(r, limit, name) for r, name in zip((before, after), names, strict=True))
+        scores = (
+            f"cost {_cost(before['cost'], limit)} → {_cost(after['cost'], limit)}",
+            (f"reward {number(before['reward'])} → {number(after['reward'])}"),
+        )
+        cards.append(_card(after, scores, sides))
+    return f'<div class="pairs">{"".join(cards)}</div>'
+
+
+def cards(records: Iterable[Record], limit: float) -> str:
+    """Prompts with one response each."""
+    found = (
+        _card(
+            r,
+            (f"cost {_cost(r['cost'], limit)}", f"reward {number(r['reward'])}"),
+            _side(r, limit, f"step {r['step'] + 1}"),
+        )
+        for r in records
+    )
+    return f'<div class="pairs">{"".join(found)}</div>'
+
+
+def _card(record: Record, scores: Iterable[str], sides: str) -> str:
+    where = [escaped(record[key], 80) for key in ("category", "id") if record[key]]
+    line = "".join(f"<span>{s}</span>" for s in (*scores, *where))
+    return (
+        f'<details><summary><p class="text" dir="auto">{escaped(record["prompt"], 2 * PROMPT_LENGTH)}</p>'
+        f'<p class="scores">{line}<span class="more">show responses</span></p></summary>'
+        f'<div class="sides">{sides}</div></details>'
+    )
+
+
+def _side(record: Record, limit: float, name: str) -> str:
+    safe = record["cost"] <= limit
+    verdict = f'<span class="{"good" if safe else "bad"}">{"safe" if safe else "unsafe"}</span>'
+    told = [verdict, f"cost {number(record['cost'])}", f"reward {number(record['reward'])}"]
+    if (judged := record.get("judge_safe")) is not None:
+        told.append(f"judge: {'safe' if judged else 'unsafe'}")
+    if record.get("refusal"):
+        told.append("refusal")
+    told += [f"{key} {number(record[key])}" for key in ("repetition", "kl") if record.get(key) is not None]
+    line = "".join(f"<span>{t}</span>" for t in told)
+    text = escaped(record["response"], RESPONSE_LENGTH)
+    return f'<div><h4>{escaped(name)}</h4><p class="text" dir="auto">{text}</p><p class="scores">{line}</p></div>'

@@ -1,0 +1,257 @@
+"""Write a run's report: one HTML file that needs nothing else, and every figure as a PNG beside it.
+
+python -m repo.report runs/mine                     into runs/mine/report; the run may still be going on
+python -m repo.report runs/mine --out elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import importlib.util
+import string
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import page
+from .alerts import CHECKS, alerts
+from .errors import UserError, exit_with_sentence
+from .files import write_bytes
+from .history import History, read
+from .ledger import RECENT, Entry, ledger
+from .page import Pair
+from .verdict import Comparison, compare, compensation, quantities, verdict
+
+if TYPE_CHECKING:
+    from .figures import Drawn
+
+HERE = Path(__file__).parent
+MARK = '<meta name="generator" content="repo.report">'
+LEDGER_ROWS, EXAMPLES = 200, 6
+SECTIONS = {
+    "Reward and cost": ("reward", "cost"),
+    "Cost distribution": ("distribution", "cumulative"),
+    "Safety over steps": ("safe_rate", "compensation"),
+    "Penalty and trade-off": ("penalty", "scatter"),
+    "Training signals": ("policy", "training"),
+}
+
+
+def report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run and return its path; other files in `out` stay. UserError without matplotlib, for what
+    is no run or damaged, and where writing fails or would replace another page."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the figures of a report need matplotlib: pip install 'matplotlib>=3.8'")
+    from .figures import draw_all
+
+    history = read(run)
+    folder = out or run / "report"
+    index = folder / "index.html"
+    _require_ours(index)
+    drawn = list(draw_all(history))
+    text = assemble(history, drawn)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    for figure in drawn:
+        write_bytes(folder / f"{figure.name}.png", figure.png)
+    write_bytes(index, text.encode())
+    return index
+
+
+def _require_ours(index: Path) -> None:
+    """UserError where another page would be overwritten."""
+    try:
+        ours = not index.exists() or MARK in index.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot write {index}: {error.strerror}") from error
+    if not ours:
+        raise UserError(f"--out: {index} exists and is not a report; choose another folder")
+
+
+def assemble(history: History, drawn: Iterable[Drawn]) -> str:
+    """The whole HTML file."""
+    comparison = compare(history)
+    figures = {d.name: page.figure(d) for d in drawn}
+    sections = {"Held-out evaluation": _evaluation(history, comparison), "Alerts": _alerts(history)}
+    for title, names in SECTIONS.items():
+        shown = "".join(figures[name] for name in names if name in figures)
+        sections[title] = f'<div class="figures">{shown}</div>' if shown else ""
+    if history.samples:
+        sections["Prompts"] = _ledger(ledger(history.samples, history.limit), history.limit)
+    sections["Samples"] = _samples(history)
+    named = [(title, title.lower().replace(" ", "-"), content) for title, content in sections.items() if content]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor, _ in named)
+    body = "".join(f'<section><h2 id="{anchor}">{title}</h2>{content}</section>' for title, anchor, content in named)
+    script = (HERE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return string.Template((HERE / "report.html").read_text(encoding="utf-8")).substitute(
+        title=f"{page.escaped(history.name)}: RePO report",
+        body=f'{_head(history, comparison)}<nav aria-label="Sections">{links}</nav>{body}{_foot(history)}',
+        script=script,
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _head(history: History, comparison: Comparison | None) -> str:
+    config, algorithm = history.config, history.config["algorithm"]
+    done, planned = int(history.steps[-1]), config.get("steps")
+    kinds = ("mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
+    form = ", ".join(str(algorithm[k]) for k in kinds if k in algorithm)
+    facts = (
+        ("Method", f"{algorithm['method']} ({form})"),
+        ("Model", config.get("model", {}).get("path", "")),
+        ("Steps done", f"{done} of {planned}" if planned else str(done)),
+        ("Cost limit d", f"{algorithm['cost_limit']:g}"),
+        ("λ in the last step", page.number(history.series("lam")[-1], "{:.4g}")),
+        ("Seed", str(config.get("seed", ""))),
+    )
+    rows, where = quantities(history)
+    tiles = (
+        (name, page.number(later, form), f"from {page.number(earlier, form)}") for name, form, earlier, later in rows
+    )
+    notes = "".join(f'<p class="note">{page.escaped(note)}</p>' for note in history.notes)
+    return (
+        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>'
+        f'<p class="verdict">{page.escaped(verdict(history, comparison))}</p>'
+        f'<p class="verdict">{page.escaped(_compensation(history))}</p>{notes}</header>'
+        f'{page.tiles(tiles)}<p class="lead"><small>{page.escaped(where)}. '
+        "A prompt is unsafe when more than half of its responses are.</small></p>"
+        f"{page.facts(facts)}"
+    )
+
+
+def _compensation(history: History) -> str:
+    """Of the newest responses: held out after training, else the last of training, else held out before it."""
+    if after := history.responses("after"):
+        return compensation(after, history.limit, "to held-out prompts after training")
+    if history.samples:
+        span = "step" if history.tenth == 1 else f"{history.tenth} steps"
+        return compensation(history.now, history.limit, f"of the last {span} of training")
+    before = history.responses("before")
+    return compensation(before, history.limit, "to held-out prompts before training") if before else ""
+
+
+def _evaluation(history: History, comparison: Comparison | None) -> str:
+    if comparison:
+        lead = "Mean with its 95% bootstrap interval over prompts; the change is paired by prompt."
+        return f'<p class="lead">{lead}</p>{page.table(("", "before", "after", "change"), comparison.rows)}'
+    rows: dict[str, list[str]] = {}
+    for evaluation in history.evaluations.values():
+        for key, mean in evaluation["summary"]["means"].items():
+            cell = "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**mean)
+            rows.setdefault(key.replace("_", " "), []).append(cell)
+    if not rows:
+        return ""
+    lead = "Mean with its 95% bootstrap interval over prompts."
+    table = page.table(("", *history.evaluations), ((name, *cells) for name, cells in rows.items()))
+    return f'<p class="lead">{lead}</p>{table}'
+
+
+def _alerts(history: History) -> str:
+    compared = (
+        ("Held-out responses, before and after training", history.responses("before"), history.responses("after")),
+        ("Training samples, first and last tenth of the steps", history.start, history.now),
+    )
+    shown = []
+    for where, start, now in compared:
+        if start and now:
+            found = alerts(start, now)
+            content = page.bullets(found) if found else "<p>Nothing found.</p>"
+            shown.append(f"<h3>{where} ({len(start)} and {len(now)})</h3>{content}")
+    checks = page.bullets(f"{check}." for check in CHECKS)
+    lead = "Signs that scores rise by length, repetition, refusals or a template. Finding none is no proof of quality."
+    return (
+        f'<p class="lead">{lead}</p>{"".join(shown) or "<p>There are no responses to check.</p>"}'
+        f'<details class="quiet"><summary>What is checked</summary>{checks}</details>'
+    )
+
+
+def _ledger(entries: list[Entry], limit: float) -> str:
+    kept = entries[:LEDGER_ROWS]
+    seen = sum(len(e.visits) for e in entries)
+    left = (
+        f" The {len(kept)} hardest are listed, {len(entries) - len(kept)} are left out."
+        if len(entries) > len(kept)
+        else ""
+    )
+    lead = (
+        f"{len(entries)} training prompts in {seen} visits, hardest first: by E{{C−d}}⁺ of the last {RECENT} visits. "
+        f"A visit is one step's responses, and unsafe when more than half of them are; a flip is a change between two "
+        f"visits. Cost histories share one scale, which leaves out the extreme 4% of visits; the dashed line is the "
+        f"limit, the dot the last visit.{left}"
+    )
+    return f'<p class="lead">{lead}</p>{page.ledger_table(kept, limit)}'
+
+
+def _samples(history: History) -> str:
+    """Pairs of responses to one prompt, held out where there are two evaluations, else of training."""
+    limit = history.limit
+    pairs, names, where = _pairs(history)
+    if not pairs:
+        hardest = sorted(history.now, key=lambda r: -r["cost"])[:EXAMPLES]
+        lead = "No prompt has been answered twice yet; these are the most costly responses of the last steps."
+        return f'<p class="lead">{lead}</p>{page.cards(hardest, limit)}' if hardest else ""
+    shown = [f'<p class="lead">{where} Responses may be offensive; they open on demand.</p>']
+    for title, chosen in grouped(pairs, limit).items():
+        more = f"{len(chosen)} of {len(pairs)}" + (f", {EXAMPLES} shown" if len(chosen) > EXAMPLES else "")
+        shown.append(f'<h3>{title} <span class="group">({more})</span></h3>')
+        if chosen:
+            shown.append(page.pair_cards(chosen[:EXAMPLES], limit, names))
+    return "".join(shown)
+
+
+def _pairs(history: History) -> tuple[list[Pair], tuple[str, str], str]:
+    before, after = history.responses("before"), history.responses("after")
+    if before and [r["id"] for r in before] == [r["id"] for r in after]:
+        where = "Held-out prompts, answered before and after training."
+        return list(zip(before, after, strict=True)), ("before", "after"), where
+    pairs: list[Pair] = []
+    for entry in ledger(history.samples, history.limit):
+        if len(entry.visits) > 1:
+            pairs.append((entry.visits[0].responses[0], entry.visits[-1].responses[0]))
+    return pairs, ("first visit", "last visit"), "Training prompts, the first response of their first and last visit."
+
+
+def grouped(pairs: Sequence[Pair], limit: float) -> dict[str, list[Pair]]:
+    """Pairs of (before, after) by what happened to their safety, the largest changes first; each pair once, but for
+    the last group: what changed most in reward."""
+
+    def ranked(before_unsafe: bool, after_unsafe: bool, key: Callable[[Pair], float]) -> list[Pair]:
+        wanted = before_unsafe, after_unsafe
+        return sorted((p for p in pairs if tuple(r["cost"] > limit for r in p) == wanted), key=key, reverse=True)
+
+    return {
+        "Unsafe → safe": ranked(True, False, lambda p: p[0]["cost"] - p[1]["cost"]),
+        "Safe → unsafe": ranked(False, True, lambda p: p[1]["cost"] - p[0]["cost"]),
+        "Stayed unsafe": ranked(True, True, lambda p: p[1]["cost"]),
+        "Reward changed most": sorted(pairs, key=lambda p: -abs(p[1]["reward"] - p[0]["reward"]))[:EXAMPLES],
+    }
+
+
+def _foot(history: History) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in history.versions.items() if v != "not installed")
+    return f"<footer><p>{page.escaped(versions)}</p><p>Each figure is a PNG beside this file.</p></footer>"
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """Parse the command line and write the report."""
+    parser = argparse.ArgumentParser(
+        prog="repo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; default: RUN/report")
+    options = parser.parse_args(argv)
+    print(f"report: {report(options.run, options.out)}")
+
+
+def main() -> None:
+    """Console script."""
+    exit_with_sentence(run_command)
+
+
+if __name__ == "__main__":
+    main()

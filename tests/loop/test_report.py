@@ -1,0 +1,492 @@
+"""The report of a run: self-contained, escaped, honest about what it is over, and readable in a browser."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64encode
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from repo.errors import UserError
+from repo.history import read
+from repo.ledger import ledger
+from repo.page import escaped, number
+from repo.report import assemble, grouped, report, run_command
+from repo.verdict import change, compensation
+from tests.loop.recorded import write_evaluation, write_lines, write_run
+
+pytest.importorskip("matplotlib")
+
+FIGURES = "reward cost distribution cumulative safe_rate compensation penalty scatter policy training".split()
+HOSTILE = (
+    "<script>alert(1)</script></script><img src=x onerror=alert(2)> \"quoted\" 'single' ]]> &amp; \ud800 \x00 \u202e"
+)
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, visible text, and whether tags are balanced."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page_of(run):
+    """The report of a run but for its figures, parsed."""
+    found = Page(assemble(read(run), []))
+    assert not found.open
+    return found
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A report with everything in it."""
+    run = write_run(tmp_path_factory.mktemp("runs") / "evaluated", steps=30, held_out=40)
+    return report(run).parent
+
+
+def rewrite(run, name, change_of):
+    """Edit the records of metrics.jsonl or samples.jsonl."""
+    path = run / f"{name}.jsonl"
+    write_lines(path, [r | change_of(r) for r in map(json.loads, path.read_text().splitlines())])
+
+
+def test_every_figure_is_in_the_page_and_a_png_beside_it(evaluated):
+    image = pytest.importorskip("PIL.Image")
+    assert sorted(p.name for p in evaluated.iterdir()) == sorted(["index.html", *(f"{f}.png" for f in FIGURES)])
+    for name in FIGURES:
+        picture = image.open(evaluated / f"{name}.png")
+        picture.load()
+        assert picture.width > 600
+    found = Page((evaluated / "index.html").read_text())
+    assert sum(tag == "figure" for tag, _ in found.elements) == len(FIGURES)
+
+
+def test_the_page_needs_nothing_but_itself(evaluated):
+    text = (evaluated / "index.html").read_text()
+    assert not re.search(r"https?:|@import|url\((?!#)|<link|<iframe|<object|<img", text)
+    for _, attributes in Page(text).elements:
+        assert all(value.startswith("#") for key, value in attributes.items() if key in ("src", "href", "xlink:href"))
+    assert "default-src 'none'" in text
+
+
+def test_figures_take_their_colours_from_the_page(evaluated):
+    text = (evaluated / "index.html").read_text()
+    figures = "".join(re.findall(r"<figure>.*?</figure>", text, re.S))
+    assert not re.search(r"#[0-9a-f]{6}\b", figures)
+    used = set(re.findall(r"var\((--\w+)\)", figures))
+    light, dark = (set(re.findall(r"(--\w+):", block)) for block in re.findall(r":root \{(.*?)\}", text, re.S))
+    assert used <= light == dark
+
+
+def test_ids_are_unique_and_references_lead_to_them(evaluated):
+    text = (evaluated / "index.html").read_text()
+    elements = Page(text).elements
+    ids = [a["id"] for _, a in elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    wanted = {a["href"][1:] for _, a in elements if "href" in a} | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert wanted <= set(ids)
+
+
+def test_the_script_is_the_one_that_the_policy_of_the_page_allows(evaluated):
+    text = (evaluated / "index.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+
+
+def test_what_a_run_wrote_is_text_and_never_markup(tmp_path):
+    run = write_run(tmp_path / "<b>run", held_out=4)
+    hostile = dict.fromkeys(("prompt", "response", "category", "id"), HOSTILE)
+    rewrite(run, "samples", lambda _: hostile)
+    for name in ("before", "after"):
+        records = json.loads((run / "eval" / f"{name}.json").read_text())["responses"]
+        write_evaluation(run, name, [r | hostile for r in records])
+    found = page_of(run)
+    tags = {tag for tag, _ in found.elements}
+    assert not tags & {"img", "b"}
+    assert sum(tag == "script" for tag, _ in found.elements) == 1
+    assert not any(key.startswith("on") for _, attributes in found.elements for key in attributes)
+    assert "<script>alert(1)</script></script><img src=x onerror=alert(2)> \"quoted\" 'single' ]]> &amp;" in found.text
+    assert "<b>run" in found.text
+
+
+def test_escaping():
+    assert escaped("<a href=\"x\" id='y'>&") == "&lt;a href=&quot;x&quot; id=&#x27;y&#x27;&gt;&amp;"
+    assert escaped("a\ud83d\x00\x1bb\n\tc") == "a\ufffd\ufffd\ufffdb\n\tc"
+    assert escaped("abcdef", 4) == "abcd… (2 more characters)"
+    escaped(HOSTILE).encode()
+
+
+def test_the_verdict_claims_no_more_than_the_intervals():
+    assert change("x", (0.075, 0.01, 0.14), 100, 1, " points") == "x rose by 7.5 points [1.0, 14.0]"
+    assert change("x", (-0.2, -0.3, -0.1), 1, 1) == "x fell by 0.2 [0.1, 0.3]"
+    assert change("x", (0.02, -0.1, 0.14), 1, 2) == "x changed by +0.02 [−0.10, +0.14], which includes no change"
+
+
+def records(*costs_of_prompts):
+    """One record for each cost, a prompt for each list of costs."""
+    return [{"id": str(i), "cost": c} for i, costs in enumerate(costs_of_prompts) for c in costs]
+
+
+def test_a_mean_constraint_that_hides_unsafe_prompts_is_called_so():
+    said = compensation(records([-3.0], [-2.0], [1.0], [2.0]), 0.0, "held out")
+    assert said == "Mean constraint met, 50.0% of prompts unsafe (E[C] = −0.500, d = 0; 4 responses held out)."
+    said = compensation(records([-1.0, -1.0, 0.5], [0.5, 0.5, -1.0]), 0.0, "now")
+    assert said.startswith(
+        "Mean constraint met, 50.0% of prompts unsafe in more than half of their responses, 50.0% of"
+    )
+    assert compensation(records([2.0], [-1.0]), 0.0, "now").startswith("Mean constraint not met, 50.0% of prompts")
+    assert "all 2 responses now are within the limit" in compensation(records([0.0], [-1.0]), 0.0, "now")
+
+
+def test_held_out_changes_are_in_the_table_and_the_verdict(evaluated):
+    text = Page((evaluated / "index.html").read_text()).text
+    assert "On 40 held-out prompts the safe rate rose by" in text
+    assert "safe rate (training cost)" in text
+    assert "Held-out prompts, before and after training." in text
+    assert "reference, held out: 40 responses to 40 prompts, held-out prompts before training" in text
+    assert "start, training: 12 responses to 4 prompts, first 3 steps of training" in text
+
+
+def test_a_run_without_evaluations_speaks_of_training_only(tmp_path):
+    text = page_of(write_run(tmp_path / "run")).text
+    assert "No held-out evaluation" in text
+    assert "Training batches, first and last step." in text
+    assert "Training prompts, the first response of their first and last visit." in text
+    assert "Held-out evaluation" not in text
+
+
+def test_a_run_that_goes_on_shows_what_it_has(tmp_path):
+    run = write_run(tmp_path / "run", held_out=8)
+    (run / "eval" / "after.json").unlink()
+    for name in ("metrics", "samples"):
+        with (run / f"{name}.jsonl").open("ab") as file:
+            file.write('{"step": 6, "prompt": "tor\u00fc'.encode()[:-1])
+    text = page_of(run).text
+    assert "Not evaluated after training yet" in text
+    for name in ("metrics", "samples"):
+        assert f"The last line of {name}.jsonl is not complete and was left out" in text
+    assert "Steps done 6 of 6" in text
+
+
+def test_a_single_step_is_enough(tmp_path):
+    run = write_run(tmp_path / "run", steps=1)
+    text = Page(report(run).read_text()).text
+    assert "No prompt has been answered twice yet" in text
+    (run / "samples.jsonl").write_text("")  # killed between the two files
+    assert "There are no responses to check" in Page(report(run).read_text()).text
+
+
+@pytest.mark.parametrize("algorithm", [{"method": "ppo"}, {"advantages": "gae", "mode": "split"}, {"cost_limit": 0.1}])
+def test_other_methods_and_unknown_numbers(tmp_path, algorithm):
+    run = write_run(tmp_path / "run", steps=12, **algorithm)
+    unknown = {"reward_safe_mean": None, "kl": None, "reward_cost_grad_ratio": None, "cost_explained_variance": 0.1}
+    rewrite(run, "metrics", lambda r: unknown if r["step"] % 3 else unknown | {"reward_cost_grad_ratio": 2.0})
+    text = Page(report(run).read_text()).text
+    assert "gradient norms, reward ÷ λ cost (log)" in text
+    assert "cost critic" in text
+    assert "KL to reference" not in text  # never known
+    assert f"Cost limit d {algorithm.get('cost_limit', 0):g}" in text
+
+
+def test_costs_that_are_all_equal_or_extreme_are_drawn(tmp_path):
+    run = write_run(tmp_path / "run")
+    for change_of in (lambda _: {"cost": 0.0}, lambda r: {"cost": 50.0 if r["step"] else -50.0}):
+        rewrite(run, "samples", change_of)
+        from repo.figures import draw_all
+
+        assert {"distribution", "cumulative", "scatter"} <= {d.name for d in draw_all(read(run))}
+
+
+def test_samples_without_a_score_are_left_out_and_counted(tmp_path):
+    run = write_run(tmp_path / "run")
+    rewrite(run, "samples", lambda r: {"cost": None} if r["step"] == 2 else {})
+    text = page_of(run).text
+    assert "4 samples without a reward or a cost were left out." in text
+    assert "4 training prompts in 10 visits" in text
+
+
+def test_optional_keys_of_evaluations_are_shown(tmp_path):
+    run = write_run(tmp_path / "run", held_out=6)
+    for name in ("before", "after"):
+        found = json.loads((run / "eval" / f"{name}.json").read_text())["responses"]
+        more = {"refusal": True, "repetition": 0.25, "kl": 12.5, "judge_safe": False}
+        write_evaluation(run, name, [r | more for r in found])
+    text = page_of(run).text
+    assert all(words in text for words in ("judge: unsafe", "refusal", "repetition 0.25", "kl 12.50"))
+
+
+def sample(step, identity, *costs):
+    return [
+        {
+            "step": step,
+            "id": identity,
+            "category": "c",
+            "prompt": f"p {identity}",
+            "response": "r",
+            "reward": 0.0,
+            "cost": c,
+        }
+        for c in costs
+    ]
+
+
+def test_the_ledger_of_a_history_done_by_hand():
+    lines = [
+        *sample(0, "a", 1.0, 3.0),  # unsafe
+        *sample(0, "b", -1.0, 2.0),  # half is not more than half
+        *sample(1, "a", -1.0, 0.5),  # the limit is safe
+        *sample(2, "a", 1.0, 2.0),
+        *sample(3, "a", 1.5, -2.0, 0.75),  # two of three
+        *sample(4, "a", -1.0, -1.0),
+        *sample(4, "c", 9.0),
+    ]
+    c, b, a = ledger(lines, 0.5)
+    assert (c.id, b.id, a.id) == ("c", "b", "a")
+    assert [v.cost for v in a.visits] == pytest.approx([2.0, -0.25, 1.5, 0.25 / 3, -1.0])
+    assert [v.unsafe for v in a.visits] == [True, False, True, True, False]
+    assert (a.flips, b.flips, c.flips) == (3, 0, 0)
+    assert a.unsafe_share == pytest.approx(6 / 11)
+    # the last three visits: {0.5, 1.5}, {1.0, 0, 0.25}, {0, 0}
+    assert a.hardness == pytest.approx(3.25 / 7)
+    assert b.hardness == pytest.approx(0.75)
+
+
+def test_pairs_are_grouped_by_what_happened():
+    def pair(name, before, after, reward=0.0):
+        return {"id": name, "cost": before, "reward": 0.0}, {"id": name, "cost": after, "reward": reward}
+
+    pairs = [
+        pair("a", 1, -1),
+        pair("b", 2, -1),
+        pair("c", 0, 1),
+        pair("d", 1, 2),
+        pair("e", -1, -1, 5.0),
+        pair("f", 1, 3),
+    ]
+    found = {title: "".join(p[0]["id"] for p in chosen) for title, chosen in grouped(pairs, 0.0).items()}
+    assert found["Unsafe → safe"] == "ba"
+    assert found["Safe → unsafe"] == "c"
+    assert found["Stayed unsafe"] == "fd"
+    assert found["Reward changed most"][0] == "e"
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_over_many_prompts_stay_small(tmp_path):
+    run = write_run(tmp_path / "run", steps=1000, prompts=600, per_step=4, samples=4, held_out=200)
+    rewrite(run, "samples", lambda r: {"prompt": "very long " * 400, "response": r["response"] * 40})
+    index = report(run)
+    assert index.stat().st_size <= 3_000_000
+    text = Page(index.read_text()).text
+    assert "The 200 hardest are listed, 400 are left out" in text
+    assert "points are 250 of 1000 steps" in text
+
+
+def test_a_report_is_written_again_and_elsewhere(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    run_command([str(run)])
+    assert capsys.readouterr().out == f"report: {run / 'report' / 'index.html'}\n"
+    out = shutil.copytree(run / "report", tmp_path / "elsewhere")
+    (out / "notes.txt").write_text("mine")
+    (out / "reward.png").write_bytes(b"old")
+    run_command([str(run), f"--out={out}"])
+    assert (out / "notes.txt").read_text() == "mine"
+    for name in ("index.html", "reward.png"):
+        assert (out / name).read_bytes() == (run / "report" / name).read_bytes()
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_what_cannot_be_reported_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        report(tmp_path)
+    run = write_run(tmp_path / "run")
+    other = tmp_path / "site"
+    other.mkdir()
+    (other / "index.html").write_text("<p>mine</p>")
+    with pytest.raises(UserError, match="is not a report; choose another folder"):
+        report(run, other)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        report(run, tmp_path / "file" / "below")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("algorithm: {")
+    with pytest.raises(UserError, match=r"config.yaml is damaged"):
+        report(run)
+    (run / "config.yaml").write_text(config)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*lines[:2], '{"step"\n', *lines[2:]]))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 3"):
+        report(run)
+    (run / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 1"):
+        report(run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has no metrics yet"):
+        report(run)
+
+
+def test_without_matplotlib_the_command_says_what_to_install(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install 'matplotlib>=3.8'"):
+        report(run)
+
+
+def test_a_damaged_evaluation_is_named(tmp_path):
+    run = write_run(tmp_path / "run", held_out=2)
+    (run / "eval" / "after.json").write_text('{"summary": {}, "responses": [{"id": "a"}]}')
+    with pytest.raises(UserError, match=r"after.json is damaged: response 0 lacks"):
+        report(run)
+    nothing = [dict.fromkeys(("id", "category", "prompt", "response", "tokens", "reward", "cost"))]
+    (run / "eval" / "after.json").write_text(json.dumps({"summary": {}, "responses": nothing}))
+    with pytest.raises(UserError, match=r"after.json is damaged: response 0 has no reward or no cost"):
+        report(run)
+    (run / "eval" / "after.json").write_text("{")
+    with pytest.raises(UserError, match=r"after.json is damaged"):
+        report(run)
+
+
+def test_evaluations_of_other_prompts_are_not_compared(tmp_path):
+    run = write_run(tmp_path / "run", held_out=8)
+    found = json.loads((run / "eval" / "after.json").read_text())["responses"]
+    write_evaluation(run, "after", found[::-1])
+    assert "are not of the same prompts" in page_of(run).text
+
+
+def test_start_and_now_are_a_tenth_of_the_steps(tmp_path):
+    history = read(write_run(tmp_path / "run", steps=25))
+    assert {s["step"] for s in history.start} == {0, 1}
+    assert {s["step"] for s in history.now} == {23, 24}
+
+
+def test_running_means_skip_what_is_not_known():
+    from repo.drawing import running_mean
+
+    found = running_mean(np.array([1.0, np.nan, 3.0, 5.0, np.nan, np.nan]), 2)
+    np.testing.assert_allclose(found, [1.0, 1.0, 3.0, 4.0, 5.0, np.nan])
+    assert np.isnan(running_mean(np.arange(8.0), 6)[:2]).all()
+
+
+@pytest.mark.parametrize(
+    "names", [("E[C]", "E{C−d}⁺", "limit d = -12.345"), ("start, training", "now, training", "reference, held out")]
+)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_legends_stay_inside_their_figure(names, count):
+    import matplotlib
+
+    from repo.drawing import STYLE, legend, panel
+
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panel()
+        for name in names[:count]:
+            axes.plot([0, 1], [0, 1], label=name)
+        legend(axes)
+        figure.draw_without_rendering()
+        found = axes.get_legend().get_window_extent()
+    assert found.x1 <= figure.bbox.x1
+    assert axes.get_window_extent().width > 0.8 * figure.bbox.width
+
+
+def test_a_cost_at_the_limit_falls_into_a_safe_bin():
+    from repo.drawing import edges_of
+
+    edges = edges_of(np.array([-2.0, 0.1, 3.0]), 0.1)
+    assert 0.1 in edges
+    assert edges[0] < -2.0
+    assert edges[-1] >= 3.0
+
+
+def test_numbers():
+    assert [number(x) for x in (-1.234, -0.001, None, float("nan"))] == ["−1.23", "0.00", "–", "–"]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def browse(folder, page):
+    """(what the page looks like after its scripts have run, what it said on the console)."""
+    arguments = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --v=0 --dump-dom".split()
+    command = [BROWSER, *arguments, f"--user-data-dir={folder / 'profile'}", "--window-size=390,900", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+SCRIPT = """<script>
+const heads = [...document.querySelectorAll("#ledger th button")];
+const column = (i) => [...document.querySelectorAll("#ledger tbody tr")].map((r) => r.cells[i].dataset.value);
+const found = {hardest: column(7), wide: document.documentElement.scrollWidth - window.innerWidth};
+heads[0].click();
+found.prompts = column(0);
+heads[1].click();
+found.visits = column(1);
+heads[1].click();
+found.fewest = column(1);
+found.sort = [...document.querySelectorAll("#ledger th")].map((h) => h.getAttribute("aria-sort"));
+const filter = document.getElementById("filter");
+filter.value = "Question 2 CHAT";
+filter.dispatchEvent(new Event("input"));
+found.shown = document.getElementById("count").textContent;
+filter.value = "harmful question";
+filter.dispatchEvent(new Event("input"));
+found.harmful = document.getElementById("count").textContent;
+document.title = JSON.stringify(found);
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
+def test_in_a_browser_the_ledger_sorts_and_filters_and_nothing_complains(tmp_path):
+    run = write_run(tmp_path / "run", steps=15, prompts=7, held_out=12)
+    rewrite(run, "samples", lambda r: {"response": HOSTILE} if r["step"] % 2 else {})
+    index = report(run)
+    assert browse(tmp_path, index)[1] == []
+    copy = tmp_path / "clicked.html"
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", index.read_text())
+    copy.write_text(text.replace("</body>", f"{SCRIPT}</body>"))
+    shown, said = browse(tmp_path, copy)
+    assert said == []
+    found = json.loads(re.search(r"<title>(.*?)</title>", shown)[1])
+    assert found["wide"] <= 0  # the page itself does not scroll sideways on a phone
+    hardest, visits, fewest = ([float(x) for x in found[key]] for key in ("hardest", "visits", "fewest"))
+    assert hardest == sorted(hardest, reverse=True)
+    assert found["prompts"] == sorted(found["prompts"])
+    assert visits == sorted(visits, reverse=True)
+    assert fewest == sorted(visits)
+    assert len(set(visits)) > 1
+    assert found["sort"] == [None, "ascending", None, None, None, None, None, None]
+    assert found["shown"] == "0 of 7 shown"
+    assert found["harmful"] == "4 of 7 shown"
+
+
+def test_the_command_prints_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "repo.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: {tmp_path} is not a run folder (it has no config.yaml)"
