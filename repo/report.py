@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import importlib.util
 import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from . import page
 from .alerts import CHECKS, alerts
-from .errors import UserError, exit_with_sentence
+from .errors import UserError, exit_with_sentence, require_package
 from .files import write_bytes
 from .history import History, read
 from .ledger import RECENT, Entry, ledger
 from .page import Pair
+from .tables import TITLES, show
 from .verdict import Comparison, compare, compensation, quantities, verdict
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ SECTIONS = {
 def report(run: Path, out: Path | None = None) -> Path:
     """Write the report of a run and return its path; other files in `out` stay. UserError without matplotlib, for what
     is no run or damaged, and where writing fails or would replace another page."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the figures of a report need matplotlib: pip install 'matplotlib>=3.8'")
+    require_package("matplotlib", "a report with figures")
     from .figures import draw_all
 
     history = read(run)
@@ -141,9 +140,9 @@ def _evaluation(history: History, comparison: Comparison | None) -> str:
         return f'<p class="lead">{lead}</p>{page.table(("", "before", "after", "change"), comparison.rows)}'
     rows: dict[str, list[str]] = {}
     for evaluation in history.evaluations.values():
-        for key, mean in evaluation["summary"]["means"].items():
-            cell = "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**mean)
-            rows.setdefault(key.replace("_", " "), []).append(cell)
+        for key, value in evaluation["summary"]["overall"].items():
+            name, form = TITLES[key]
+            rows.setdefault(name, []).append(show(value, form))
     if not rows:
         return ""
     lead = "Mean with its 95% bootstrap interval over prompts."

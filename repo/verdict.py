@@ -7,24 +7,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .evaluation import Evaluation, paired
 from .history import History, Record
+from .tables import comparison_rows
 
 QUANTITIES = (
     ("safe_rate", "Safe rate", "{:.1%}"),
     ("prompts_mostly_unsafe", "Unsafe prompts", "{:.1%}"),
     ("rectified_cost", "E{C−d}⁺", "{:.3f}"),
     ("compensation_gap", "Compensation gap", "{:.3f}"),
-    ("cost_mean", "E[C]", "{:.3f}"),
-    ("reward_mean", "Reward", "{:.3f}"),
+    ("cost", "E[C]", "{:.3f}"),
+    ("reward", "Reward", "{:.3f}"),
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Held-out prompts before and after training, paired: rows of text, and (mean, low, high) of a change."""
+    """Held-out prompts before and after training, paired: rows of text, and a change's {mean, low, high}."""
 
     rows: Sequence[tuple[str, str, str, str]]
-    changes: Mapping[str, tuple[float, float, float]]
+    changes: Mapping[str, Mapping[str, float | None]]
 
 
 def compare(history: History) -> Comparison | None:
@@ -32,14 +34,9 @@ def compare(history: History) -> Comparison | None:
     before, after = history.responses("before"), history.responses("after")
     if not before or [r["id"] for r in before] != [r["id"] for r in after]:
         return None
-    from .evaluate import Evaluation, comparison_rows, interval  # takes seconds: it imports the models
-
     a, b = (Evaluation([dict(r) for r in records], history.limit) for records in (before, after))
-    changes = {}
-    for key in ("safe_rate", "reward"):
-        found = interval(b.per_response[key] - a.per_response[key], a.group)
-        changes[key] = (found["mean"], found["low"], found["high"])
-    return Comparison(comparison_rows(a, b), changes)
+    found = paired(a, b)
+    return Comparison(comparison_rows(a, b), {key: found[key] for key in ("safe_rate", "reward")})
 
 
 def verdict(history: History, comparison: Comparison | None) -> str:
@@ -55,7 +52,7 @@ def verdict(history: History, comparison: Comparison | None) -> str:
     if "after" in history.evaluations and "before" in history.evaluations:
         return "The evaluations before and after training are not of the same prompts and are not compared."
     if "before" in history.evaluations:
-        found = history.evaluations["before"]["summary"]["means"]["safe_rate"]
+        found = history.evaluations["before"]["summary"]["overall"]["safe_rate"]
         low, high = found["low"], found["high"]
         return (
             f"Not evaluated after training yet; before it, {found['mean']:.1%} [{low:.1%}, {high:.1%}] of held-out "
@@ -66,9 +63,9 @@ def verdict(history: History, comparison: Comparison | None) -> str:
     return "No held-out evaluation: training batches alone say little about other prompts."
 
 
-def change(name: str, interval: tuple[float, float, float], scale: float, digits: int, unit: str = "") -> str:
+def change(name: str, interval: Mapping[str, float | None], scale: float, digits: int, unit: str = "") -> str:
     """`name rose by 7.5 points [1.0, 14.0]`, or that no change is inside the interval too."""
-    mean, low, high = (scale * x for x in interval)
+    mean, low, high = (scale * (interval[end] or 0.0) for end in ("mean", "low", "high"))
     if low > 0:
         return f"{name} rose by {mean:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
     if high < 0:
@@ -104,16 +101,23 @@ def quantities(history: History) -> tuple[list[tuple[str, str, float, float]], s
     """(name, format, earlier, later) of each quantity, and where they are from: held out if evaluated twice."""
     before, after = (history.evaluations.get(k) for k in ("before", "after"))
     if before and after:
-        sides, where = [[before["summary"]], [after["summary"]]], "Held-out prompts, before and after training"
+        found = [{key: v["mean"] for key, v in e["summary"]["overall"].items()} for e in (before, after)]
+        where = "Held-out prompts, before and after training"
     else:
         n = max(1, len(history.metrics) // 10)
-        sides = [list(history.metrics[:n]), list(history.metrics[-n:])]
+        found = [_training_means(records) for records in (history.metrics[:n], history.metrics[-n:])]
         where = "Training batches, first and last " + (f"{n} steps" if n > 1 else "step")
-    rows = []
-    for key, name, form in QUANTITIES:
-        earlier, later = (_mean([record.get(key) for record in side]) for side in sides)
-        rows.append((name, form, earlier, later))
+    rows = [(name, form, _number(found[0].get(key)), _number(found[1].get(key))) for key, name, form in QUANTITIES]
     return rows, where
+
+
+def _training_means(records: Sequence[Record]) -> dict[str, float]:
+    """QUANTITIES by the lines of metrics.jsonl, which call means what they are."""
+    return {key: _mean([r.get(key, r.get(f"{key}_mean")) for r in records]) for key, _, _ in QUANTITIES}
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -1,1 +1,1 @@
-"""The claim of the paper reproduced: exactly on a table of answers (table.py), and on a language model (language.py)."""
+"""The paper's claim reproduced: exactly on a table of answers (table.py), and on a language model (language.py)."""

@@ -200,8 +200,8 @@ def markdown(found: list[Row], updates: dict[float, int], seconds: float) -> str
     lines = [
         "# An expected constraint hides unsafe prompts: the table of 60 prompts x 12 answers",
         "",
-        f"`python -m benchmarks.reproduce.table`, {seconds:.0f} s, {machine()}. Softmax policies trained with `repo_loss`",
-        f"from the reference (split: from uniform), exact expectations, fp64, beta {BETA}, limit {LIMIT:g}.",
+        f"`python -m benchmarks.reproduce.table`, {seconds:.0f} s, {machine()}. Softmax policies trained by",
+        f"`repo_loss` from the reference (split: from uniform), exact expectations, beta {BETA}, limit {LIMIT:g}.",
         "",
         f"| | {' | '.join(names)} |",
         "|---|" + "---|" * len(names),
@@ -239,20 +239,22 @@ def draw(found: list[Row]) -> Figure:
         figure = Figure(figsize=(9.4, 3.9))
         left, right = figure.subplots(1, 2)
         for row in found:
-            split = "split" in row.name
+            split, repo = "split" in row.name, "RePO" in row.name
             point = row.figures["safe answers"], row.figures["E[R]"]
             left.plot(*point, "s" if split else "o", color=STYLES[method_of(row)][0], mfc="white" if split else None)
-            label = method_of(row) if row.name in STYLES or "learned" in row.name else f"\u03bb = {row.lam:g}"
-            above = 6 if split or "RePO" not in row.name else -13
-            left.annotate(label, point, xytext=(-4, above), textcoords="offset points", fontsize=8, ha="right")
-        left.set(xlim=(0, 1.04), xlabel="share of safe answers (squares: RePO, mode split)", ylabel="E[R]")
+            label = f"\u03bb = {row.lam:g}" if repo else method_of(row)
+            beside, side = ((7, 3), "left") if split or "Lagrangian" in row.name else ((-7, -9), "right")
+            beside, side = ((0, -15), "center") if row.lam == 20 else (beside, side)
+            left.annotate(label, point, xytext=beside, textcoords="offset points", fontsize=8, ha=side)
+        left.set(xlim=(0.3, 1.12), ylim=(-0.25, 1.55), xlabel="share of safe answers", ylabel="E[R]")
+        left.annotate("RePO: circles mode rectified,\nsquares mode split", (0.8, 0.45), fontsize=8, ha="center")
         for row in (r for r in found if "RePO" not in r.name or (r.name == "RePO" and r.lam == 20)):
             colour, line = STYLES[method_of(row)]
             label = f"{method_of(row)}: E[C] = {round(row.figures['E[C]'], 2) + 0.0:.2f}"
             unsafe = unsafe_of_prompts(row.policy).sort(descending=True).values
             right.plot(range(1, PROMPTS + 1), unsafe, line, color=colour, label=label)
         right.set(xlabel="prompts, most unsafe first", ylabel="probability of an unsafe answer")
-        right.legend(loc="upper right", fontsize=8)
+        right.legend(loc="center right", fontsize=8)
         return figure
 
 

@@ -145,9 +145,12 @@ def test_escaping():
 
 
 def test_the_verdict_claims_no_more_than_the_intervals():
-    assert change("x", (0.075, 0.01, 0.14), 100, 1, " points") == "x rose by 7.5 points [1.0, 14.0]"
-    assert change("x", (-0.2, -0.3, -0.1), 1, 1) == "x fell by 0.2 [0.1, 0.3]"
-    assert change("x", (0.02, -0.1, 0.14), 1, 2) == "x changed by +0.02 [−0.10, +0.14], which includes no change"
+    def said(mean, low, high, *how):
+        return change("x", {"mean": mean, "low": low, "high": high}, *how)
+
+    assert said(0.075, 0.01, 0.14, 100, 1, " points") == "x rose by 7.5 points [1.0, 14.0]"
+    assert said(-0.2, -0.3, -0.1, 1, 1) == "x fell by 0.2 [0.1, 0.3]"
+    assert said(0.02, -0.1, 0.14, 1, 2) == "x changed by +0.02 [−0.10, +0.14], which includes no change"
 
 
 def records(*costs_of_prompts):
@@ -355,7 +358,7 @@ def test_what_cannot_be_reported_is_a_sentence(tmp_path):
 def test_without_matplotlib_the_command_says_what_to_install(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install 'matplotlib>=3.8'"):
+    with pytest.raises(UserError, match="pip install matplotlib"):
         report(run)
 
 
