@@ -1,7 +1,7 @@
 """Evaluate a run or a model on held-out prompts, by the training scorers and by a judge that took no part in training.
 
 python -m repo.evaluate runs/mine                             its final policy, 4 samples of each held-out prompt
-python -m repo.evaluate runs/mine --checkpoint best           or latest, step-000010; all: every checkpoint there is
+python -m repo.evaluate runs/mine --checkpoint best           or latest, step-000010, reference; all: every checkpoint
 python -m repo.evaluate path/to/model --reference embedded    any causal LM, and the one that its KL is measured from
 python -m repo.evaluate runs/mine --data.eval mine.jsonl --evaluation.judge my_module:harmfulness
 
@@ -69,7 +69,11 @@ class Target:
 def read_command(argv: list[str]) -> tuple[Command, Config]:
     """The command's own switches and the configuration: the run's, or the default, then overrides."""
     switches = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    switches.add_argument("--checkpoint", metavar="NAME", help="of a run: best, latest, step-000010 or all")
+    switches.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="of a run: best, latest, step-000010, all, or reference, what training began with",
+    )
     switches.add_argument("--reference", metavar="MODEL", help="model that the KL is measured from; a run's is its own")
     switches.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes; default: RUN/eval/NAME.json")
     switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
@@ -117,6 +121,10 @@ def targets(command: Command, config: Config, device: torch.device) -> Iterator[
     if names == ["all"]:
         names = [there[step].name for step in sorted(there)] + ["final"] * final.is_dir()
     for name in names:
+        if name == "reference":
+            out = command.run / "eval" / "reference.json"
+            yield Target(name, out, partial(load_named, config.model.path, config, device, command.trust))
+            continue
         source = final if name == "final" and final.is_dir() else chosen(command.run, name)
         out = command.run / "eval" / f"{source.name}.json"
         yield Target(source.name, out, partial(_of_run, source, config, device, command.trust))

@@ -165,6 +165,11 @@ def measured(columns: Columns) -> dict[str, dict[str, float | None]]:
     return found
 
 
+def resampled_of(key: str, columns: Columns) -> Array:
+    """(RESAMPLES,) of a quantity at resampled prompts: the same for all columns of equally many prompts."""
+    return _resampled(QUANTITIES[key], columns, draws_of(len(columns["cost"])))
+
+
 def _resampled(statistic: Callable[[Columns], Array], columns: Columns, draws: NDArray[np.int64]) -> Array:
     """(RESAMPLES,) of a statistic, some draws at a time, so that memory stays small."""
     used = _Resampled(columns)

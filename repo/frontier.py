@@ -40,7 +40,9 @@ def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
             axes.plot(x, y, marker=marker, mfc="white", color=colour, lw=1, ms=6)
             last = trail[-1][1]
             across, up = _around(last["safe_rate"]), _around(last["reward"])
-            axes.errorbar(x[-1], y[-1], up, across, fmt=marker, color=colour, ms=7, elinewidth=1, capsize=3, label=name)
+            axes.errorbar(
+                x[-1], y[-1], up, across, fmt=marker, color=colour, ms=7, elinewidth=1, capsize=3, label=_short(name)
+            )
         best = [points[i] for i in frontier(points)]
         axes.step(*zip(*best, strict=True), where="pre", color=MUTED, lw=1, ls=":", label="frontier", zorder=0)
         axes.set_xlabel("safe rate (training cost)")
@@ -50,6 +52,10 @@ def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
         axes.title.set_color(INK)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         return figure
+
+
+def _short(name: str, longest: int = 28) -> str:
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"
 
 
 def _around(value: Mapping[str, float]) -> list[list[float]]:

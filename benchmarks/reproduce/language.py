@@ -1,0 +1,302 @@
+"""The claim where it can be measured: five methods with equal budgets on the embedded language model.
+
+python -m benchmarks.reproduce.language                 trains what is not there yet, evaluates, writes the results
+python -m benchmarks.reproduce.language --seeds 0 1 2 --jobs 2 --out reproduce -- --steps 48
+
+All share language.yaml and differ in the method alone. Each final policy answers the held-out prompts with the same
+random numbers, scored by the training scorers and the held-out judge. Folders of finished runs are kept, so that a
+broken-off command goes on; their checkpoints are removed, 1.6 GB each. Results go to benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.timing import machine
+from repo.compare import read_evaluation
+from repo.drawing import STYLE
+from repo.evaluation import QUANTITIES, Array, Evaluation, interval_of, resampled_of
+from repo.metrics import finite
+from repo.run import versions
+from repo.tables import TITLES, show, signed
+
+CONFIG = Path(__file__).with_name("language.yaml")
+RESULTS = Path(__file__).parents[1] / "results"
+METHODS = {
+    "ppo": ("PPO", ["--algorithm.method=ppo"]),
+    "fixed_penalty": ("fixed penalty", ["--algorithm.method=fixed_penalty"]),
+    "ppo_lagrangian": ("PPO-Lagrangian", ["--algorithm.method=ppo_lagrangian"]),
+    "repo": ("RePO", ["--algorithm.method=repo"]),
+    "paper": (
+        "RePO, preset paper",
+        [
+            "--algorithm.advantages=gae",
+            "--algorithm.mode=split",
+            "--algorithm.kl_placement=reward",
+            "--critic.lr=2.0e-5",
+        ],
+    ),
+}
+"""Name -> (title, what it changes)."""
+BASELINE = "ppo_lagrangian"
+SAMPLES, EVALUATION_SEED = 2, 1000
+SHOWN = (
+    "reward",
+    "cost",
+    "safe_rate",
+    "rectified_cost",
+    "compensation_gap",
+    "prompts_mostly_unsafe",
+    "judge_safe_rate",
+    "judge_prompts_mostly_unsafe",
+    "refusal_rate",
+    "repetition",
+    "response_tokens",
+    "kl",
+)
+
+
+def call(arguments: Sequence[str], threads: int | None, log: Path) -> None:
+    """Run a command of the package; its output goes to `log`. Raises RuntimeError with its end when it fails."""
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with log.open("a", encoding="utf-8") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed; the end of {log}: {log.read_text(encoding='utf-8')[-500:]}")
+
+
+def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: int | None) -> float:
+    """Train RUN = out/method-seed unless it is there; returns the seconds that it took, 0 for one that was there."""
+    run, started = out / f"{method}-{seed}", time.perf_counter()
+    if (run / "final").is_dir():
+        return 0.0
+    shutil.rmtree(run, ignore_errors=True)  # broken off, without a checkpoint
+    options = [f"--config={CONFIG}", *METHODS[method][1], f"--seed={seed}", f"--out={run}", *overrides]
+    call(["repo.train", *options], threads, out / f"{run.name}.log")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return time.perf_counter() - started
+
+
+def evaluate(target: str, file: Path, log: Path, options: Sequence[str], threads: int | None) -> Evaluation:
+    """The evaluation of a run or model, made unless its file is there."""
+    if not file.exists():
+        sampled = [f"--evaluation.samples_per_prompt={SAMPLES}", f"--seed={EVALUATION_SEED}"]
+        call(["repo.evaluate", target, f"--out={file}", *sampled, *options], threads, log)
+    return read_evaluation(file)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A quantity of a method: of each seed (S,), and of each seed's resampled prompts (S, RESAMPLES)."""
+
+    values: Array
+    resampled: Array
+
+    def draws(self, stream: int = 0) -> Array:
+        """(RESAMPLES,) of the mean over seeds, which are resampled too, by random numbers of their own per stream.
+
+        With few seeds its spread is somewhat too small.
+        """
+        seeds, resamples = self.resampled.shape
+        chosen = np.random.default_rng(stream).integers(0, seeds, (seeds, resamples))
+        return self.resampled[chosen, np.arange(resamples)].mean(0)
+
+    @property
+    def interval(self) -> dict[str, float | None]:
+        """Mean and 95 % interval over seeds and prompts."""
+        return interval_of(float(self.values.mean()), self.draws())
+
+    def minus(self, other: Seeds) -> dict[str, float | None]:
+        """The difference with its interval: the same prompts are drawn on both sides, seeds apart from each other."""
+        return interval_of(float(self.values.mean() - other.values.mean()), self.draws(1) - other.draws(2))
+
+
+def of_seeds(evaluations: Sequence[Evaluation], key: str) -> Seeds:
+    """A quantity over the evaluations of a method's seeds, all of the same prompts."""
+    columns = [evaluation.columns for evaluation in evaluations]
+    values = np.array([float(QUANTITIES[key](c)) for c in columns])
+    return Seeds(values, np.stack([resampled_of(key, c) for c in columns]))
+
+
+def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
+    """Every quantity of each method, and what each differs by from PPO-Lagrangian."""
+    found = {m: {key: of_seeds(e, key) for key in SHOWN if e[0].has(key)} for m, e in evaluations.items()}
+    summary: dict[str, Any] = {
+        method: {key: {**seeds.interval, "seeds": seeds.values.tolist()} for key, seeds in quantities.items()}
+        for method, quantities in found.items()
+    }
+    against = {
+        method: {key: seeds.minus(found[BASELINE][key]) for key, seeds in quantities.items()}
+        for method, quantities in found.items()
+        if BASELINE in found and method != BASELINE
+    }
+    return {"methods": summary, "against_ppo_lagrangian": against}
+
+
+def minutes_of(runs: Iterable[Path]) -> float:
+    """Minutes that the steps of runs took in all."""
+    total = 0.0
+    for run in runs:
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            total += sum(value for key, value in json.loads(line).items() if key.startswith("seconds_"))
+    return total / 60
+
+
+def title_of(method: str) -> str:
+    """What tables and figures call a method."""
+    return METHODS[method][0] if method in METHODS else method
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results as they are committed."""
+    methods = results["methods"]
+    lines = [
+        "# Every prompt or the average: five methods on the embedded language model",
+        "",
+        f"`{results['command']}`; {results['prompts']} held-out prompts x {SAMPLES} samples, seeds {results['seeds']}; "
+        f"{results['machine']}; {results['minutes']:.0f} minutes of training in all, {results['jobs']} runs at a time.",
+        "",
+        "Mean over seeds [95 % interval, bootstrapped over seeds and prompts; with few seeds somewhat too narrow].",
+        "",
+        f"| | {' | '.join(title_of(m) for m in methods)} |",
+        "|---|" + "---|" * len(methods),
+    ]
+    for key in SHOWN:
+        if all(key in q for q in methods.values()):
+            cells = " | ".join(show(q[key], TITLES[key][1]) for q in methods.values())
+            lines.append(f"| {TITLES[key][0]} | {cells} |")
+    against = results["against_ppo_lagrangian"]
+    if against:
+        lines += ["", "Differences from PPO-Lagrangian, on the same prompts:", ""]
+        lines += [f"| | {' | '.join(title_of(m) for m in against)} |", "|---|" + "---|" * len(against)]
+        for key in SHOWN:
+            if all(key in q for q in against.values()):
+                cells = " | ".join(show(q[key], signed(TITLES[key][1])) for q in against.values())
+                lines.append(f"| {TITLES[key][0]} | {cells} |")
+    lines += ["", "By seed:", "", f"| | {' | '.join(title_of(m) for m in methods)} |", "|---|" + "---|" * len(methods)]
+    for key in ("reward", "safe_rate", "judge_safe_rate", "cost"):
+        if all(key in q for q in methods.values()):
+            form = TITLES[key][1]
+            cells = " | ".join(", ".join(form.format(v) for v in q[key]["seeds"]) for q in methods.values())
+            lines.append(f"| {TITLES[key][0]} | {cells} |")
+    told = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version != "not installed")
+    lines += ["", f"Versions: {told}.", "", "![reward against safe rate by method](reproduce_language.png)"]
+    return "\n".join(lines) + "\n"
+
+
+COLOURS = {
+    "reference": "#737b84",
+    "ppo": "#c2410c",
+    "fixed_penalty": "#8a3ffc",
+    "ppo_lagrangian": "#b28600",
+    "repo": "#0062a3",
+    "paper": "#00795a",
+}
+
+
+PANELS = (("safe_rate", "reward"), ("judge_safe_rate", "reward"), ("rectified_cost", "cost"))
+"""What the figure shows against what."""
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+    """Reward against the safe rate by training cost and by the judge, and E[C] against E{C-d}+; each seed is hollow."""
+    methods = results["methods"]
+    pairs = [pair for pair in PANELS if all(pair[0] in quantities for quantities in methods.values())]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.7 * len(pairs), 3.9))
+        panels = figure.subplots(1, len(pairs))
+        for axes, (across, up) in zip(panels, pairs, strict=True):
+            for method, quantities in methods.items():
+                x, y, colour = quantities[across], quantities[up], COLOURS.get(method, "#1c2024")
+                axes.plot(x["seeds"], y["seeds"], "o", color=colour, mfc="white", ms=4)
+                errors = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (y, x)]
+                label = title_of(method)
+                axes.errorbar(
+                    x["mean"], y["mean"], *errors, fmt="o", color=colour, capsize=3, elinewidth=1, label=label
+                )
+            axes.set(xlabel=TITLES[across][0], ylabel=TITLES[up][0])
+            if up == "cost":
+                axes.axhline(results["cost_limit"], color="#1c2024", lw=1, ls=":")
+            else:
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panels[-1].set_title(f"dotted: the mean constraint, {results['cost_limit']:g}", fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9)
+        return figure
+
+
+def measure(
+    methods: Sequence[str], seeds: Sequence[int], out: Path, overrides: Sequence[str], jobs: int
+) -> dict[str, list[Evaluation]]:
+    """Train and evaluate what is not there yet, `jobs` at a time; by method, an evaluation for each seed."""
+    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def one(pair: tuple[str, int]) -> Evaluation:
+        run = out / f"{pair[0]}-{pair[1]}"
+        seconds = train(*pair, out, overrides, threads)
+        found = evaluate(str(run), run / "eval" / "final.json", out / f"{run.name}.log", (), threads)
+        print(f"{run.name}: trained in {seconds:.0f} s, {len(found.records)} responses evaluated", flush=True)
+        return found
+
+    pairs = [(method, seed) for seed in seeds for method in methods]
+    with ThreadPoolExecutor(jobs) as pool:
+        evaluations = dict(zip(pairs, pool.map(one, pairs), strict=True))
+    return {method: [evaluations[method, seed] for seed in seeds] for method in methods}
+
+
+def evaluate_reference(run: Path, out: Path) -> Evaluation:
+    """The policy that the training of a run started from."""
+    return evaluate(str(run), out / "reference.json", out / "reference.log", ["--checkpoint=reference"], None)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to train")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("overrides", nargs="*", help="after --: fields of the configuration, for every method alike")
+    options = parser.parse_args(argv)
+    evaluations = measure(options.methods, options.seeds, options.out, options.overrides, options.jobs)
+    reference = evaluate_reference(options.out / f"{options.methods[0]}-{options.seeds[0]}", options.out)
+    first = next(iter(evaluations.values()))[0]
+    results = {
+        "command": "python -m benchmarks.reproduce.language " + " ".join(sys.argv[1:] if argv is None else argv),
+        "machine": machine(),
+        "minutes": minutes_of(options.out / f"{m}-{seed}" for m in options.methods for seed in options.seeds),
+        "jobs": options.jobs,
+        "versions": versions(),
+        "seeds": options.seeds,
+        "prompts": len(first.ids),
+        "cost_limit": first.cost_limit,
+        **analyse({"reference": [reference], **evaluations}),
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    text = markdown(results)
+    (options.results / "reproduce_language.json").write_text(json.dumps(finite(results), indent=1))
+    (options.results / "reproduce_language.md").write_text(text)
+    draw(results).savefig(options.results / "reproduce_language.png", dpi=144)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
