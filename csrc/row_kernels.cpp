@@ -1,6 +1,7 @@
 // The kernels of one instruction set: compiled once with each REPO_ISA.
 #include "row_kernels.h"
 
+#include "layer_rows.h"
 #include "row_gradient.h"
 #include "row_sums.h"
 
@@ -91,6 +92,11 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     fence_streams,
     exp2_of,
     soft_cap_of,
+    norm_row,
+    norm_gradient_row,
+    swiglu_row,
+    swiglu_gradient_row,
+    rotate_row,
 };
 
 }  // namespace repo

@@ -114,3 +114,47 @@ def transposed(matrix: Tensor) -> Tensor:
     out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
     _cpu.transpose(matrix.detach(), out, torch.get_num_threads())
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """weight x / rms(x) of the rows of a contiguous fp32 tensor (..., c), and 1 / rms of each, (rows,).
+
+    rms(x)^2 = mean(x^2) + epsilon.
+    """
+    y, rows = torch.empty_like(x), x.detach().view(-1, x.shape[-1])
+    inverse = x.new_empty(len(rows))
+    _cpu.rms_norm(rows, weight.detach(), y.view_as(rows), inverse, epsilon, torch.get_num_threads())
+    return y, inverse
+
+
+def rms_norm_gradient(
+    x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor, with_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and, with_weight, of the weight; grad: contiguous, like x."""
+    of_x, of_weight = torch.empty_like(x), torch.empty_like(weight) if with_weight else None
+    rows, threads = x.detach().view(-1, x.shape[-1]), torch.get_num_threads()
+    by_row = grad.detach().view_as(rows), of_x.view_as(rows)
+    _cpu.rms_norm_gradient(rows, weight.detach(), inverse, *by_row, of_weight, threads)
+    return of_x, of_weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of contiguous fp32 tensors of one shape."""
+    out = torch.empty_like(gate)
+    _cpu.swiglu(gate.detach(), up.detach(), out, torch.get_num_threads())
+    return out
+
+
+def swiglu_gradient(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; grad: contiguous, like them."""
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    _cpu.swiglu_gradient(gate.detach(), up.detach(), grad.detach(), of_gate, of_up, torch.get_num_threads())
+    return of_gate, of_up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """x cos + rotate_half(x) sin, or the transposed map, with x's strides. x: (B, heads, T, D); cos, sin: (B, 1, T, D);
+    fp32 with unit stride of D."""
+    out = torch.empty_like(x)
+    _cpu.rotate(x.detach(), cos.detach(), sin.detach(), out, back, torch.get_num_threads())
+    return out
