@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "attention.h"
 #include "dispatch.h"
 #include "layers.h"
 #include "losses.h"
@@ -29,6 +30,9 @@ using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::devi
 using ConstRows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 using Flat = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstFlat = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+template <class T>
+using PerToken = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
+using Bounds = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using PerHead = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 
@@ -205,6 +209,66 @@ void bind_rotate(const PerHead<const float>& x, const PerHead<const float>& cos,
     rotate(from, by_cos, by_sin, to, back, threads);
 }
 
+template <class T>
+TokenHeads<T> token_heads(const PerToken<T>& array, int64_t tokens, int64_t heads, int64_t columns) {
+    require(int64_t(array.shape(0)) == tokens && int64_t(array.shape(1)) == heads && int64_t(array.shape(2)) == columns,
+            "queries, keys and values and their gradients must have matching shapes");
+    require(array.stride(2) == 1, "the columns of a head must be consecutive");
+    return {array.data(), array.stride(0), array.stride(1)};
+}
+
+void require_bounds(const Bounds& bounds, int64_t count) {
+    const size_t last = bounds.shape(0) - 1;
+    require(bounds.shape(0) >= 1 && bounds(0) == 0 && bounds(last) == count, "bounds must go from 0 to the length");
+    require(std::is_sorted(bounds.data(), bounds.data() + last + 1), "bounds must ascend");
+}
+
+AttentionBatch attention_of(const PerToken<const float>& q, const PerToken<const float>& k,
+                            const PerToken<const float>& v, const Bounds& query_bounds, const Bounds& key_bounds,
+                            float scale, int64_t window, const Matrix& log2_sums) {
+    const int64_t tokens = q.shape(0), heads = q.shape(1), columns = q.shape(2), keys = k.shape(0);
+    const int64_t key_heads = k.shape(1), segments = int64_t(query_bounds.shape(0)) - 1;
+    require(columns % kColumnMultiple == 0 && columns > 0, "a head must have a multiple of 16 columns");
+    require(key_heads > 0 && heads % key_heads == 0, "key heads must divide the query heads");
+    require(window > 0, "window must be at least 1");
+    require_shape(log2_sums, heads, tokens, "log2_sums must be (heads, tokens)");
+    require(query_bounds.shape(0) == key_bounds.shape(0), "queries and keys must have equally many segments");
+    require_bounds(query_bounds, tokens);
+    require_bounds(key_bounds, keys);
+    for (int64_t s = 0; s < segments; ++s)
+        require(query_bounds(s + 1) - query_bounds(s) <= key_bounds(s + 1) - key_bounds(s),
+                "a segment must have at least as many keys as queries");
+    AttentionTask of = {};
+    of.heads = heads / key_heads, of.columns = columns, of.tokens = tokens, of.window = window, of.scale = scale;
+    of.q = token_heads(q, tokens, heads, columns);
+    of.k = token_heads(k, keys, key_heads, columns), of.v = token_heads(v, keys, key_heads, columns);
+    of.log2_sums = log2_sums.data();
+    return {of, segments, key_heads, query_bounds.data(), key_bounds.data()};
+}
+
+void bind_attention(const PerToken<const float>& q, const PerToken<const float>& k, const PerToken<const float>& v,
+                    const Bounds& query_bounds, const Bounds& key_bounds, float scale, int64_t window,
+                    const PerToken<float>& out, const Matrix& log2_sums, int threads) {
+    AttentionBatch batch = attention_of(q, k, v, query_bounds, key_bounds, scale, window, log2_sums);
+    batch.of.out = token_heads(out, q.shape(0), q.shape(1), q.shape(2));
+    nb::gil_scoped_release unlocked;
+    attention(batch, threads);
+}
+
+void bind_attention_gradient(const PerToken<const float>& q, const PerToken<const float>& k,
+                             const PerToken<const float>& v, const Bounds& query_bounds, const Bounds& key_bounds,
+                             float scale, int64_t window, const PerToken<const float>& dout, const Matrix& log2_sums,
+                             const PerToken<float>& dq, const PerToken<float>& dk, const PerToken<float>& dv,
+                             int threads) {
+    AttentionBatch batch = attention_of(q, k, v, query_bounds, key_bounds, scale, window, log2_sums);
+    batch.of.dout = token_heads(dout, q.shape(0), q.shape(1), q.shape(2));
+    batch.of.dq = token_heads(dq, q.shape(0), q.shape(1), q.shape(2));
+    batch.of.dk = token_heads(dk, k.shape(0), k.shape(1), q.shape(2));
+    batch.of.dv = token_heads(dv, k.shape(0), k.shape(1), q.shape(2));
+    nb::gil_scoped_release unlocked;
+    attention_gradient(batch, threads);
+}
+
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const RowKernels* set : available_kernels()) names.emplace_back(set->name);
@@ -240,6 +304,11 @@ NB_MODULE(_cpu, m) {
     m.def("swiglu_gradient", bind_swiglu_gradient, "gate"_a.noconvert(), "up"_a.noconvert(), "grad"_a.noconvert(), "of_gate"_a.noconvert(),
           "of_up"_a.noconvert(), "threads"_a);
     m.def("rotate", bind_rotate, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "y"_a.noconvert(), "back"_a, "threads"_a);
+    m.def("attention", bind_attention, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "query_bounds"_a.noconvert(), "key_bounds"_a.noconvert(),
+          "scale"_a, "window"_a, "out"_a.noconvert(), "log2_sums"_a.noconvert(), "threads"_a);
+    m.def("attention_gradient", bind_attention_gradient, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "query_bounds"_a.noconvert(),
+          "key_bounds"_a.noconvert(), "scale"_a, "window"_a, "dout"_a.noconvert(), "log2_sums"_a.noconvert(), "dq"_a.noconvert(), "dk"_a.noconvert(),
+          "dv"_a.noconvert(), "threads"_a);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("_isas", instruction_sets);
     m.def("_set_isa", set_isa, "name"_a);

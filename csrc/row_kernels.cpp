@@ -1,6 +1,7 @@
 // The kernels of one instruction set: compiled once with each REPO_ISA.
 #include "row_kernels.h"
 
+#include "attention_rows.h"
 #include "layer_rows.h"
 #include "row_gradient.h"
 #include "row_sums.h"
@@ -97,6 +98,8 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     swiglu_row,
     swiglu_gradient_row,
     rotate_row,
+    attend,
+    attend_gradient,
 };
 
 }  // namespace repo

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "attention.h"
+
 namespace repo {
 
 enum DType { kFloat32, kBFloat16, kFloat16, kDTypes };
@@ -71,6 +73,9 @@ struct RowKernels {
     void (*swiglu_gradient)(const float* gate, const float* up, const float* grad, float* of_gate, float* of_up,
                             int64_t columns);
     void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half, bool back);
+    // attention_rows.h
+    void (*attend)(const AttentionTask&, float* scratch);
+    void (*attend_gradient)(const AttentionTask&, float* scratch);
 };
 
 extern const RowKernels generic_kernels;

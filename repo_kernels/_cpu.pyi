@@ -74,6 +74,37 @@ def swiglu_gradient(gate: Tensor, up: Tensor, grad: Tensor, of_gate: Tensor, of_
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, back: bool, threads: int) -> None:
     """Writes y (B, heads, T, D) from x and cos, sin (B, 1, T, D); any strides but that of D."""
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    scale: float,
+    window: int,
+    out: Tensor,
+    log2_sums: Tensor,
+    threads: int,
+) -> None:
+    """Writes out, like q (T, Hq, D), and log2_sums (Hq, T)."""
+
+def attention_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    scale: float,
+    window: int,
+    dout: Tensor,
+    log2_sums: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    threads: int,
+) -> None:
+    """Writes dq, dk and dv, like q, k and v."""
+
 def isa() -> str:
     """The instruction set in use."""
 

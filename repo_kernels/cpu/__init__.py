@@ -158,3 +158,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     out = torch.empty_like(x)
     _cpu.rotate(x.detach(), cos.detach(), sin.detach(), out, back, torch.get_num_threads())
     return out
+
+
+def unit_columns(x: Tensor) -> Tensor:
+    """x, copied unless its last stride is 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, query_bounds: Tensor, key_bounds: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention by segments, (T, Hq, D), and the logarithms to base 2 of its denominators, (Hq, T)."""
+    out, log2_sums = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0])
+    inputs = q.detach(), k.detach(), v.detach(), query_bounds, key_bounds, scale, window
+    _cpu.attention(*inputs, out, log2_sums, torch.get_num_threads())
+    return out, log2_sums
+
+
+def attention_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    scale: float,
+    window: int,
+    grad: Tensor,
+    log2_sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q, k, v))
+    inputs = q.detach(), k.detach(), v.detach(), query_bounds, key_bounds, scale, window
+    _cpu.attention_gradient(*inputs, grad.detach(), log2_sums, of_q, of_k, of_v, torch.get_num_threads())
+    return of_q, of_k, of_v
