@@ -33,7 +33,8 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_column, const
 template <int M, int N>
 inline void multiply_rows(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                           int64_t c_row, int64_t i, int64_t m, int64_t k, bool add) {
-    for (; i + M <= m; i += M) multiply_tile<M, N>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, k, add);
+    for (; i + M <= m; i += M)
+        multiply_tile<M, N>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, k, add);
     if constexpr (M > 1) {
         if (i < m) multiply_rows<M / 2, N>(a, a_row, a_column, b, b_row, c, c_row, i, m, k, add);
     }
@@ -57,7 +58,8 @@ inline int64_t rounded_up(int64_t count) { return (count + kWidth - 1) / kWidth 
 inline void transpose_into(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t width) {
     const int64_t whole = rows / 4 * 4;
     for (int64_t r = 0; r < whole; r += 4)
-        for (int64_t c = 0; c < columns; c += 4) transpose_square<false>(from + r * row + c, row, to + c * width + r, width);
+        for (int64_t c = 0; c < columns; c += 4)
+            transpose_square<false>(from + r * row + c, row, to + c * width + r, width);
     for (int64_t c = 0; c < columns; ++c) {
         for (int64_t r = whole; r < rows; ++r) to[c * width + r] = from[r * row + c];
         for (int64_t r = rows; r < width; ++r) to[c * width + r] = 0;

@@ -62,17 +62,13 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return cpu.rotate(_rows(q), cos, sin, False), cpu.rotate(_rows(k), cos, sin, False)
+        return cpu.rotate(q, cos, sin, False), cpu.rotate(k, cos, sin, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return cpu.rotate(_rows(of_q), cos, sin, True), cpu.rotate(_rows(of_k), cos, sin, True), None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+        return cpu.rotate(of_q, cos, sin, True), cpu.rotate(of_k, cos, sin, True), None, None
 
 
 def _fits(*tensors: Tensor) -> bool:
@@ -105,7 +101,7 @@ def rotary(
     fits = fits and shape == (k.shape[0], *k.shape[2:]) and cos.shape[1:] == shape[1:] and shape[2] % 2 == 0
     if not fits or cos.shape[0] not in (1, shape[0]) or cos.requires_grad or sin.requires_grad:
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    return Rotary.apply(q, k, *(_rows(t).expand(shape).unsqueeze(1) for t in (cos, sin)))
+    return Rotary.apply(q, k, *(cpu.unit_columns(t).expand(shape).unsqueeze(1) for t in (cos, sin)))
 
 
 @contextmanager

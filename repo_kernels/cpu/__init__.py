@@ -1,4 +1,5 @@
-"""The C++ backend: repo_kernels/eager.py over rows in memory, compiled from csrc/ into the module repo_kernels._cpu.
+"""The C++ backend: repo_kernels/eager.py over rows in memory, and what a transformer does between its matrix products,
+compiled from csrc/ into the module repo_kernels._cpu.
 
 Three sets of kernels (AVX-512, AVX2 with FMA, and plain vectors), chosen once for the machine. Each row is read from
 memory once and its gradient is written past the caches; a row's bits do not depend on the number of threads
@@ -154,7 +155,8 @@ def swiglu_gradient(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """x cos + rotate_half(x) sin, or the transposed map, with x's strides. x: (B, heads, T, D); cos, sin: (B, 1, T, D);
-    fp32 with unit stride of D."""
+    fp32; x is copied unless its last stride is 1, which that of cos and sin is."""
+    x = unit_columns(x)
     out = torch.empty_like(x)
     _cpu.rotate(x.detach(), cos.detach(), sin.detach(), out, back, torch.get_num_threads())
     return out
