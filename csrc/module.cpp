@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <optional>
 
+#include "attention.h"
 #include "dispatch.h"
+#include "layers.h"
 #include "losses.h"
 #include "transpose.h"
 
@@ -26,6 +28,13 @@ using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu>;
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstRows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Flat = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using ConstFlat = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+template <class T>
+using PerToken = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
+using Bounds = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using PerHead = nb::ndarray<T, nb::ndim<4>, nb::device::cpu>;
 
 void require(bool condition, const char* message) {
     if (!condition) throw nb::value_error(message);
@@ -89,6 +98,11 @@ void require_shape(const M& matrix, int64_t rows, int64_t columns, const char* m
     require(int64_t(matrix.shape(0)) == rows && int64_t(matrix.shape(1)) == columns, message);
 }
 
+template <class V>
+void require_vector(const V& vector, int64_t count, const char* message) {
+    require(int64_t(vector.shape(0)) == count && (count <= 1 || vector.stride(0) == 1), message);
+}
+
 void bind_fused(const Array& logits, const std::optional<Array>& ref_logits, const std::optional<Array>& grad,
                 bool zeroed, const Ids& ids, const ConstMatrix& values, const ConstVector& scalars, int64_t code,
                 float softcap, bool with_entropy, const Vector& losses, const Matrix& tokens, int threads) {
@@ -138,6 +152,123 @@ void bind_transpose(const ConstRows& from, const Matrix& to, int threads) {
     transpose(from.data(), rows, columns, from.stride(0), to.data(), threads);
 }
 
+void bind_rms_norm(const ConstMatrix& x, const ConstVector& weight, const Matrix& y, const Vector& inverse,
+                   float epsilon, int threads) {
+    const Shape shape = {int64_t(x.shape(0)), int64_t(x.shape(1))};
+    require_shape(y, shape.rows, shape.columns, "y must be like x");
+    require_vector(weight, shape.columns, "weight must be (columns,), consecutive");
+    require_vector(inverse, shape.rows, "inverse must be (rows,)");
+    nb::gil_scoped_release unlocked;
+    rms_norm(x.data(), weight.data(), y.data(), inverse.data(), shape, epsilon, threads);
+}
+
+void bind_rms_norm_gradient(const ConstMatrix& x, const ConstVector& weight, const ConstVector& inverse,
+                            const ConstMatrix& dy, const Matrix& dx, const std::optional<Vector>& dweight,
+                            int threads) {
+    const Shape shape = {int64_t(x.shape(0)), int64_t(x.shape(1))};
+    require_shape(dy, shape.rows, shape.columns, "dy must be like x");
+    require_shape(dx, shape.rows, shape.columns, "dx must be like x");
+    require_vector(weight, shape.columns, "weight must be (columns,), consecutive");
+    require_vector(inverse, shape.rows, "inverse must be (rows,), consecutive");
+    if (dweight) require_vector(*dweight, shape.columns, "dweight must be (columns,)");
+    nb::gil_scoped_release unlocked;
+    rms_norm_gradient(x.data(), weight.data(), inverse.data(), dy.data(), dx.data(),
+                      dweight ? dweight->data() : nullptr, shape, threads);
+}
+
+void bind_swiglu(const ConstFlat& gate, const ConstFlat& up, const Flat& out, int threads) {
+    require(gate.size() == up.size() && gate.size() == out.size(), "gate, up and out must have the same shape");
+    nb::gil_scoped_release unlocked;
+    swiglu(gate.data(), up.data(), out.data(), int64_t(gate.size()), threads);
+}
+
+void bind_swiglu_gradient(const ConstFlat& gate, const ConstFlat& up, const ConstFlat& grad, const Flat& of_gate,
+                          const Flat& of_up, int threads) {
+    for (const size_t size : {up.size(), grad.size(), of_gate.size(), of_up.size()})
+        require(gate.size() == size, "gate, up and the gradients must have the same shape");
+    nb::gil_scoped_release unlocked;
+    swiglu_gradient(gate.data(), up.data(), grad.data(), of_gate.data(), of_up.data(), int64_t(gate.size()), threads);
+}
+
+template <class T>
+Heads<T> heads_of(const PerHead<T>& array) {
+    require(array.stride(3) == 1 || array.shape(3) == 1 || !array.size(), "the columns of a head must be consecutive");
+    return {array.data(),           int64_t(array.shape(0)), int64_t(array.shape(1)), int64_t(array.shape(2)),
+            int64_t(array.shape(3)), array.stride(0),         array.stride(1),         array.stride(2)};
+}
+
+void bind_rotate(const PerHead<const float>& x, const PerHead<const float>& cos, const PerHead<const float>& sin,
+                 const PerHead<float>& y, bool back, int threads) {
+    const auto from = heads_of(x), by_cos = heads_of(cos), by_sin = heads_of(sin);
+    const auto to = heads_of(y);
+    require(from.columns % 2 == 0, "a head must have an even number of columns");
+    for (const size_t axis : {0, 1, 2, 3}) require(x.shape(axis) == y.shape(axis), "y must be like x");
+    for (const size_t axis : {0, 2, 3})
+        require(x.shape(axis) == cos.shape(axis) && x.shape(axis) == sin.shape(axis), "cos and sin must be like a head");
+    nb::gil_scoped_release unlocked;
+    rotate(from, by_cos, by_sin, to, back, threads);
+}
+
+template <class T>
+TokenHeads<T> token_heads(const PerToken<T>& array, int64_t tokens, int64_t heads, int64_t columns) {
+    require(int64_t(array.shape(0)) == tokens && int64_t(array.shape(1)) == heads && int64_t(array.shape(2)) == columns,
+            "queries, keys and values and their gradients must have matching shapes");
+    require(array.stride(2) == 1, "the columns of a head must be consecutive");
+    return {array.data(), array.stride(0), array.stride(1)};
+}
+
+void require_bounds(const Bounds& bounds, int64_t count) {
+    const size_t last = bounds.shape(0) - 1;
+    require(bounds.shape(0) >= 1 && bounds(0) == 0 && bounds(last) == count, "bounds must go from 0 to the length");
+    require(std::is_sorted(bounds.data(), bounds.data() + last + 1), "bounds must ascend");
+}
+
+AttentionBatch attention_of(const PerToken<const float>& q, const PerToken<const float>& k,
+                            const PerToken<const float>& v, const Bounds& query_bounds, const Bounds& key_bounds,
+                            float scale, int64_t window, const Matrix& log2_sums) {
+    const int64_t tokens = q.shape(0), heads = q.shape(1), columns = q.shape(2), keys = k.shape(0);
+    const int64_t key_heads = k.shape(1), segments = int64_t(query_bounds.shape(0)) - 1;
+    require(columns % kColumnMultiple == 0 && columns > 0, "a head must have a multiple of 16 columns");
+    require(key_heads > 0 && heads % key_heads == 0, "key heads must divide the query heads");
+    require(window > 0, "window must be at least 1");
+    require_shape(log2_sums, heads, tokens, "log2_sums must be (heads, tokens)");
+    require(query_bounds.shape(0) == key_bounds.shape(0), "queries and keys must have equally many segments");
+    require_bounds(query_bounds, tokens);
+    require_bounds(key_bounds, keys);
+    for (int64_t s = 0; s < segments; ++s)
+        require(query_bounds(s + 1) - query_bounds(s) <= key_bounds(s + 1) - key_bounds(s),
+                "a segment must have at least as many keys as queries");
+    AttentionTask of = {};
+    of.heads = heads / key_heads, of.columns = columns, of.tokens = tokens, of.window = window, of.scale = scale;
+    of.q = token_heads(q, tokens, heads, columns);
+    of.k = token_heads(k, keys, key_heads, columns), of.v = token_heads(v, keys, key_heads, columns);
+    of.log2_sums = log2_sums.data();
+    return {of, segments, key_heads, query_bounds.data(), key_bounds.data()};
+}
+
+void bind_attention(const PerToken<const float>& q, const PerToken<const float>& k, const PerToken<const float>& v,
+                    const Bounds& query_bounds, const Bounds& key_bounds, float scale, int64_t window,
+                    const PerToken<float>& out, const Matrix& log2_sums, int threads) {
+    AttentionBatch batch = attention_of(q, k, v, query_bounds, key_bounds, scale, window, log2_sums);
+    batch.of.out = token_heads(out, q.shape(0), q.shape(1), q.shape(2));
+    nb::gil_scoped_release unlocked;
+    attention(batch, threads);
+}
+
+void bind_attention_gradient(const PerToken<const float>& q, const PerToken<const float>& k,
+                             const PerToken<const float>& v, const Bounds& query_bounds, const Bounds& key_bounds,
+                             float scale, int64_t window, const PerToken<const float>& dout, const Matrix& log2_sums,
+                             const PerToken<float>& dq, const PerToken<float>& dk, const PerToken<float>& dv,
+                             int threads) {
+    AttentionBatch batch = attention_of(q, k, v, query_bounds, key_bounds, scale, window, log2_sums);
+    batch.of.dout = token_heads(dout, q.shape(0), q.shape(1), q.shape(2));
+    batch.of.dq = token_heads(dq, q.shape(0), q.shape(1), q.shape(2));
+    batch.of.dk = token_heads(dk, k.shape(0), k.shape(1), q.shape(2));
+    batch.of.dv = token_heads(dv, k.shape(0), k.shape(1), q.shape(2));
+    nb::gil_scoped_release unlocked;
+    attention_gradient(batch, threads);
+}
+
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const RowKernels* set : available_kernels()) names.emplace_back(set->name);
@@ -166,6 +297,18 @@ NB_MODULE(_cpu, m) {
           "slopes"_a.noconvert(), "scalars"_a.noconvert(), "softcap"_a, "threads"_a);
     m.def("scale_rows", bind_scale_rows, "grad"_a.noconvert(), "factors"_a.noconvert(), "threads"_a);
     m.def("transpose", bind_transpose, "source"_a.noconvert(), "to"_a.noconvert(), "threads"_a);
+    m.def("rms_norm", bind_rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "y"_a.noconvert(), "inverse"_a.noconvert(), "epsilon"_a, "threads"_a);
+    m.def("rms_norm_gradient", bind_rms_norm_gradient, "x"_a.noconvert(), "weight"_a.noconvert(), "inverse"_a.noconvert(), "dy"_a.noconvert(),
+          "dx"_a.noconvert(), "dweight"_a.noconvert().none(), "threads"_a);
+    m.def("swiglu", bind_swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
+    m.def("swiglu_gradient", bind_swiglu_gradient, "gate"_a.noconvert(), "up"_a.noconvert(), "grad"_a.noconvert(), "of_gate"_a.noconvert(),
+          "of_up"_a.noconvert(), "threads"_a);
+    m.def("rotate", bind_rotate, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "y"_a.noconvert(), "back"_a, "threads"_a);
+    m.def("attention", bind_attention, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "query_bounds"_a.noconvert(), "key_bounds"_a.noconvert(),
+          "scale"_a, "window"_a, "out"_a.noconvert(), "log2_sums"_a.noconvert(), "threads"_a);
+    m.def("attention_gradient", bind_attention_gradient, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "query_bounds"_a.noconvert(),
+          "key_bounds"_a.noconvert(), "scale"_a, "window"_a, "dout"_a.noconvert(), "log2_sums"_a.noconvert(), "dq"_a.noconvert(), "dk"_a.noconvert(),
+          "dv"_a.noconvert(), "threads"_a);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("_isas", instruction_sets);
     m.def("_set_isa", set_isa, "name"_a);

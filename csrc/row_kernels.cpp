@@ -1,6 +1,8 @@
 // The kernels of one instruction set: compiled once with each REPO_ISA.
 #include "row_kernels.h"
 
+#include "attention_rows.h"
+#include "layer_rows.h"
 #include "row_gradient.h"
 #include "row_sums.h"
 
@@ -91,6 +93,13 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     fence_streams,
     exp2_of,
     soft_cap_of,
+    norm_row,
+    norm_gradient_row,
+    swiglu_row,
+    swiglu_gradient_row,
+    rotate_row,
+    attend,
+    attend_gradient,
 };
 
 }  // namespace repo

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "attention.h"
+
 namespace repo {
 
 enum DType { kFloat32, kBFloat16, kFloat16, kDTypes };
@@ -63,6 +65,17 @@ struct RowKernels {
     void (*fence)();
     void (*exp2)(const float* from, float* to, int64_t count);
     void (*soft_cap)(const float* from, float* value, float* slope, int64_t count, float cap);
+    // layer_rows.h
+    float (*norm)(const float* x, const float* weight, float* y, int64_t columns, float epsilon);
+    void (*norm_gradient)(const float* x, const float* weight, float r, const float* dy, float* dx, float* dw,
+                          int64_t columns);
+    void (*swiglu)(const float* gate, const float* up, float* out, int64_t columns);
+    void (*swiglu_gradient)(const float* gate, const float* up, const float* grad, float* of_gate, float* of_up,
+                            int64_t columns);
+    void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half, bool back);
+    // attention_rows.h
+    void (*attend)(const AttentionTask&, float* scratch);
+    void (*attend_gradient)(const AttentionTask&, float* scratch);
 };
 
 extern const RowKernels generic_kernels;

@@ -1,8 +1,8 @@
 """Attention over packed rows: who attends to whom, one function for transformers' models, and the choice of its kernel.
 
 Every sequence of a packed row attends to itself alone, causally, and a response that shares its prompt also to that
-prompt. No T x T mask is built and nothing waits for the device. On CUDA it is FlashAttention's varlen kernel, elsewhere
-PyTorch's SDPA, called once for adjacent sequences of equal length.
+prompt. No T x T mask is built and nothing waits for the device. On CUDA it is FlashAttention's varlen kernel, on a CPU
+in fp32 that of repo_kernels, elsewhere PyTorch's SDPA, called once for adjacent sequences of equal length.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from repo_kernels import packed_attention as cpu_attention
 
 from .errors import first_line
 from .packing import Packed, Segments, make_segments, pack, take_rows
@@ -113,6 +115,8 @@ def varlen_kernel(
     device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool = False
 ) -> tuple[str, Kernel] | None:
     """Name and function of the varlen kernel for this device, dtype and head size; None: `per_run` does it."""
+    if not softcap and cpu_attention.available(device, dtype, head_dim):
+        return "C++ varlen", cpu_kernel
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return None
     return first_that_agrees(device, dtype, head_dim, softcap)
@@ -130,6 +134,15 @@ def first_that_agrees(
         except Exception:  # not installed, or each refuses a device, head size or softcap in its own way
             continue
     return None
+
+
+def cpu_kernel(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """repo_kernels' attention as a Kernel."""
+    if softcap is not None:
+        raise ValueError(f"softcap: the C++ attention has none, got {softcap}")
+    return cpu_attention.attention(q, k, v, segments.cu_q, segments.cu_k, scale, window)
 
 
 def flash_kernel(function: Callable[..., Any]) -> Kernel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from repo_kernels.fused_layers import fused_layers
 from repo_kernels.onednn_linear import onednn_linears
 
 from .attention import Attention, choose_attention
@@ -47,14 +48,19 @@ class Policy:
         if self.base_only:
             self.model.disable_adapters()
         try:
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None), self._linears():
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None), self._layers():
                 yield
         finally:
             if self.base_only:
                 self.model.enable_adapters()
 
-    def _linears(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.compiled else onednn_linears(self.model)
+    @contextmanager
+    def _layers(self) -> Iterator[None]:
+        """On a CPU in fp32 linear layers, norms, gated MLPs and rotary embeddings run by repo_kernels meanwhile."""
+        with ExitStack() as stack:
+            for replaced in () if self.compiled else (onednn_linears, fused_layers):
+                stack.enter_context(replaced(self.model))
+            yield
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -62,7 +68,7 @@ class Policy:
         if not self.recomputes:
             yield
             return
-        with self._linears(), recomputed(self.model):
+        with self._layers(), recomputed(self.model):
             yield
 
 

@@ -58,7 +58,7 @@ class OneDnnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows, of_x, of_weight, of_bias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
-            of_x = product(rows, weight.t()).view(x.shape)
+            of_x = product(grad, weight.t())  # no view, so that autograd may add to it in place
         if ctx.needs_input_grad[1]:
             of_weight = product(rows.t(), x.reshape(-1, x.shape[-1]).t())
         if ctx.needs_input_grad[2]:

@@ -39,6 +39,7 @@ from repo.attention import (
 )
 from repo.packing import flat, make_segments, pack
 from repo.sequences import make_sequences
+from repo_kernels import cpu
 
 CPU = torch.device("cpu")
 VOCABULARY = 61
@@ -64,6 +65,8 @@ FAMILIES = {
     ),
     "mistral": lambda: MistralConfig(**SMALL, sliding_window=None),
     "mistral-window": lambda: MistralConfig(**SMALL, sliding_window=WINDOW),
+    "llama, heads of 16": lambda: LlamaConfig(**SMALL, head_dim=16),
+    "mistral-window, heads of 16": lambda: MistralConfig(**SMALL, head_dim=16, sliding_window=WINDOW),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, **IDS),
 }
 UNPACKABLE = {
@@ -147,8 +150,11 @@ def test_every_family_is_packed(family):
     chosen = choose_attention(model, CPU, torch.float32)
     assert chosen.packs
     assert model.config._attn_implementation == before
-    computed_by = "softcapped softmax" if family == "gemma2" else "SDPA"
-    assert chosen.describe() == f"attention: PyTorch {computed_by} per sequence, packed (FlashAttention needs CUDA)"
+    if cpu.available() and "heads of 16" in family:
+        assert chosen.describe() == "attention: C++ varlen, packed"
+    else:
+        computed_by = "softcapped softmax" if family == "gemma2" else "SDPA"
+        assert chosen.describe() == f"attention: PyTorch {computed_by} per sequence, packed (FlashAttention needs CUDA)"
     assert choose_attention(model.base_model, CPU, torch.bfloat16).packs  # by autocast
 
 
