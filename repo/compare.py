@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import combinations
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .command import console_of
 from .errors import UserError, exit_with_sentence, first_line, require_package
-from .evaluation import Evaluation, aligned, draws_of, interval_of, measured, paired
-from .files import write_folder
+from .evaluation import Evaluation, aligned, draws_of, few, interval_of, measured, paired
+from .files import make_parent, write_folder
 from .metrics import finite
-from .tables import TITLES, show, signed
+from .tables import TITLES, show, show_change
 
 NEWEST = ("final", "after")
 """Evaluations of a run in the order in which they are preferred; then its last checkpoint's, then `before`."""
@@ -39,43 +40,47 @@ WINS = {
 
 @dataclass(frozen=True)
 class Contender:
-    """name: as given; evaluation: what is compared; trail: the evaluations of a run in the order of training."""
+    """name: as given; evaluation: what is compared; made: how, by the keys of its file; trail: quantities of a run's
+    evaluations in the order of training."""
 
     name: str
     evaluation: Evaluation
-    trail: tuple[tuple[str, Evaluation], ...]
+    made: Mapping[str, Any]
+    trail: tuple[tuple[str, dict[str, dict[str, float | None]]], ...]
 
 
-def read_evaluation(path: Path, cost_limit: float | None = None) -> Evaluation:
-    """What repo.evaluate or repo.train wrote. UserError when it cannot be read."""
+def read_evaluation(path: Path, cost_limit: float | None = None) -> tuple[Evaluation, dict[str, Any]]:
+    """What repo.evaluate or repo.train wrote, and how it was made. UserError when it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         limit = content["cost_limit"] if cost_limit is None else cost_limit
-        found = Evaluation(content["responses"], float(limit))
+        found = Evaluation(content.pop("responses"), float(limit))
         if not found.records:
             raise UserError(f"{path} holds no responses")
-        _ = found.columns
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(np.isfinite(found.columns[key]).all() for key in ("reward", "cost")):
+            raise UserError(f"{path} has a reward or a cost that is not finite")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no evaluation of this version: {first_line(error)}") from None
-    return found
+    return found, content
 
 
 def contender(name: str, cost_limit: float | None = None) -> Contender:
     """A run folder, by its newest evaluation, or the file of one. UserError where there is none."""
     path = Path(name)
     if path.is_file():
-        found = read_evaluation(path, cost_limit)
-        return Contender(name, found, ((path.stem, found),))
+        found, made = read_evaluation(path, cost_limit)
+        return Contender(name, found, made, ((path.stem, measured(found.columns)),))
     files = {p.stem: p for p in (path / "eval").glob("*.json")}
     if not files:
         raise UserError(
             f"{name} is neither an evaluation file nor a run with one in {path / 'eval'}; repo.evaluate makes them"
         )
     steps = sorted(stem for stem in files if stem.startswith("step-"))
-    last = next((stem for stem in NEWEST if stem in files), steps[-1] if steps else next(iter(files)))
-    trail = [*(["before"] if "before" in files else []), *steps, last]
-    read = {stem: read_evaluation(files[stem], cost_limit) for stem in dict.fromkeys(trail)}
-    return Contender(name, read[last], tuple(read.items()))
+    preferred = [*NEWEST, *reversed(steps), "before", *sorted(files)]
+    last = next(stem for stem in preferred if stem in files)
+    stems = dict.fromkeys([*(["before"] if "before" in files else []), *steps, last])
+    trail = tuple((stem, measured(read_evaluation(files[stem], cost_limit)[0].columns)) for stem in stems)
+    return Contender(name, *read_evaluation(files[last], cost_limit), trail)
 
 
 def safety_table(a: Evaluation, b: Evaluation, column: str = "safe") -> NDArray[np.int64]:
@@ -108,7 +113,8 @@ def win_rates(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float | None]
     found = {}
     for key, margin in margins.items():
         per_prompt = ((margin > 0) + 0.5 * (margin == 0)).mean((1, 2))
-        found[key] = interval_of(float(per_prompt.mean()), per_prompt[draws_of(len(per_prompt))].mean(1))
+        resampled = None if few(left) else per_prompt[draws_of(len(per_prompt))].mean(1)
+        found[key] = interval_of(float(per_prompt.mean()), resampled)
     return found
 
 
@@ -116,7 +122,9 @@ def compare_pair(a: Contender, b: Contender) -> dict[str, Any]:
     """Everything about one pair, b against a, as JSON."""
     tables = {}
     for column in ("safe", "judge_safe"):
-        if all(column in c.evaluation.columns for c in (a, b)):
+        # with other numbers of responses more than half of them would mean something else
+        same = a.evaluation.samples == b.evaluation.samples
+        if same and all(column in c.evaluation.columns for c in (a, b)):
             table = safety_table(a.evaluation, b.evaluation, column)
             became_safe, became_unsafe = int(table[1, 0]), int(table[0, 1])
             tables[column] = {
@@ -136,13 +144,32 @@ def compare_pair(a: Contender, b: Contender) -> dict[str, Any]:
     }
 
 
-def require_one_limit(contenders: Sequence[Contender]) -> float:
-    """The cost limit of all. UserError when they differ: what is safe for one is then unsafe for another."""
-    limits = {c.evaluation.cost_limit for c in contenders}
-    if len(limits) > 1:
-        told = ", ".join(f"{c.name}: {c.evaluation.cost_limit:g}" for c in contenders)
-        raise UserError(f"the evaluations have different cost limits ({told}); choose one with --cost-limit")
-    return limits.pop()
+def require_comparable(contenders: Sequence[Contender]) -> list[str]:
+    """Sentences about what differs in how the evaluations were made. UserError where it leaves nothing to compare: the
+    cost limit, without which no response is safe or unsafe, or a scorer."""
+    for key, way in (("cost_limit", "; choose one with --cost-limit"), ("reward_scorer", ""), ("cost_scorer", "")):
+        if told := _differences(contenders, key):
+            raise UserError(f"the evaluations have different {key.replace('_', ' ')}s ({told}){way}")
+    names = [c.name for c in contenders]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{repeated} is given twice")
+    warnings = [
+        f"the evaluations differ in {key} ({told})"
+        for key in ("judge", "temperature", "top_p", "max_new_tokens")
+        if (told := _differences(contenders, key))
+    ]
+    if len({c.evaluation.samples for c in contenders}) > 1:
+        counts = ", ".join(f"{c.name}: {c.evaluation.samples}" for c in contenders)
+        warnings.append(f"responses per prompt differ ({counts}), so that prompts mostly unsafe are not compared")
+    return warnings
+
+
+def _differences(contenders: Sequence[Contender], key: str) -> str:
+    """Each one's value, "" where all agree."""
+    values = [c.evaluation.cost_limit if key == "cost_limit" else c.made.get(key) for c in contenders]
+    if all(value == values[0] for value in values):
+        return ""
+    return ", ".join(f"{c.name}: {value}" for c, value in zip(contenders, values, strict=True))
 
 
 def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
@@ -150,7 +177,7 @@ def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
     table = Table(title="mean [95 % bootstrap interval over prompts]")
     table.add_column("")
     for c in contenders:
-        table.add_column(f"{c.name} ({len(c.evaluation.ids)} x {c.evaluation.samples})", justify="right")
+        table.add_column(escape(f"{c.name} ({len(c.evaluation.ids)} x {c.evaluation.samples})"), justify="right")
     values = [measured(c.evaluation.columns) for c in contenders]
     for key, (name, form) in TITLES.items():
         if any(key in v for v in values):
@@ -161,11 +188,11 @@ def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
 def print_pair(console: Console, pair: dict[str, Any]) -> None:
     """Paired changes, wins and the 2 x 2 tables of one pair."""
     title = f"{pair['other']} against {pair['baseline']}, {pair['prompts']} common prompts"
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column("change")
     table.add_column("", justify="right", no_wrap=True)
     for key, change in pair["changes"].items():
-        table.add_row(TITLES[key][0], show(change, signed(TITLES[key][1])))
+        table.add_row(TITLES[key][0], show_change(change, TITLES[key][1]))
     table.add_section()
     for key, rate in pair["wins"].items():
         table.add_row(f"wins: {WINS[key]}", show(rate, "{:.1%}"))
@@ -199,19 +226,23 @@ def run_command(argv: list[str] | None = None) -> None:
 
     console = console_of()
     contenders = [contender(name, options.cost_limit) for name in options.evaluations]
-    limit = require_one_limit(contenders)
+    warnings = require_comparable(contenders)
     pairs = [compare_pair(a, b) for a, b in combinations(contenders, 2)]
     print_quantities(console, contenders)
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     for pair in pairs:
         print_pair(console, pair)
-    trails = {c.name: [(stem, measured(e.columns)) for stem, e in c.trail] for c in contenders}
+    trails = {c.name: c.trail for c in contenders}
 
     def write(folder: Path) -> None:
-        content = {"cost_limit": limit, "pairs": pairs, "trails": trails}
-        (folder / "comparison.json").write_text(json.dumps(finite(content), indent=1, ensure_ascii=False))
+        content = {"cost_limit": contenders[0].evaluation.cost_limit, "pairs": pairs, "trails": trails}
+        (folder / "comparison.json").write_text(
+            json.dumps(finite(content), indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         draw_frontier(trails).savefig(folder / "frontier.png", dpi=144)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out, "--out")
     write_folder(out, write)
     console.print(f"comparison: {out}", markup=False, highlight=False)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from .command import console_of
 from .config import Config
 from .errors import UserError, exit_with_sentence
 from .export import chosen, policy_of
-from .files import write_text
+from .files import make_parent, write_text
 from .held_out import content_of, with_progress
 from .judging import load_judge
 from .policy import Policy, choose_device, load_policy
@@ -91,6 +92,9 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
         raise UserError(f"--checkpoint is for run folders; {argv[0]} is none (it has no config.yaml)")
     base = ["--config", str(run / "config.yaml")] if run else []
     config = parsing.parse(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
+    if run is None:  # nothing else that is embedded by default is needed
+        data = dataclasses.replace(config.data, train=config.data.eval)
+        config = dataclasses.replace(named(config, argv[0]), data=data)
     if config.evaluation.prompts == 0:
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=sys.maxsize))
     reference = options.reference or (config.model.path if run else None)
@@ -149,8 +153,10 @@ def checked(command: Command, found: list[Target]) -> list[Target]:
     if command.out and len(found) > 1:
         raise UserError(f"--out: one file cannot hold the evaluations of {len(found)} checkpoints; leave it out")
     found = [dataclasses.replace(target, out=command.out or target.out) for target in found]
-    if there := next((target.out for target in found if target.out.exists()), None):
-        raise UserError(f"--out: {there} exists; name another file, or remove it to evaluate again")
+    for out in (target.out for target in found):
+        if out.exists():
+            raise UserError(f"--out: {out} exists; name another file, or remove it to evaluate again")
+        make_parent(out, "--out")
     return found
 
 
@@ -162,6 +168,8 @@ def require_same_vocabulary(policy: Policy, reference: Policy, name: str) -> Non
 
 def run_command(argv: list[str]) -> None:
     """Load what is common, then evaluate, print and write each target."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("repo.evaluate is one process; start it with python, not with torchrun")
     command, config = read_command(argv)
     console = console_of()
     transformers_logging.disable_progress_bar()
@@ -182,11 +190,11 @@ def run_command(argv: list[str]) -> None:
         evaluation = with_progress(console, target.name, config, policy, beside, prompts, scorers, judge)
         about: dict[str, Any] = {"policy": command.target, "checkpoint": target.name, "reference": command.reference}
         content = content_of(config, evaluation, **about)
-        target.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(target.out, json.dumps(content, indent=1, ensure_ascii=False))
         print_summary(console, f"{command.target}, {target.name}", content["summary"])
         print_compensation(console, evaluation)
         console.print(f"evaluation: {target.out}", markup=False, highlight=False)
+        del policy  # before the next one is loaded
 
 
 def main() -> None:

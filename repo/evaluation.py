@@ -80,6 +80,12 @@ NEEDS = {
 POINTS = {"cost_max"}
 """Quantities whose bootstrap says nothing: a resampled maximum never exceeds the sample's."""
 
+COUNTED = {"prompts_mostly_unsafe", "judge_prompts_mostly_unsafe", "cost_max"}
+"""Quantities that depend on how many responses a prompt got: with other counts they cannot be compared."""
+
+FEWEST_PROMPTS = 10
+"""For an interval: a bootstrap of fewer claims more than 95 % of what it should."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -118,13 +124,18 @@ class Evaluation:
         return [r["category"] for r in self.records[:: self.samples]]
 
     @property
+    def limit(self) -> float:
+        """d, rounded to fp32 as the costs are."""
+        return float(np.float32(self.cost_limit))
+
+    @cached_property
     def columns(self) -> dict[str, Array]:
         """What QUANTITIES are made of, (P, k) each."""
         shape, costs = (len(self.ids), self.samples), self.column("cost")
         found = {
             "safe": is_safe(costs, self.cost_limit).double(),
             "hinge": rectified_cost(costs, self.cost_limit),
-            "excess": costs - self.cost_limit,
+            "excess": costs - self.limit,
         }
         optional = ("judge_safe", "refusal", "repetition", "kl", "surprise")
         for key in ("reward", "cost", "tokens", *(k for k in optional if k in self.records[0])):
@@ -155,14 +166,18 @@ def draws_of(prompts: int) -> NDArray[np.int64]:
 
 def measured(columns: Columns) -> dict[str, dict[str, float | None]]:
     """{quantity: {"mean", "low", "high"}} of columns (P, k), with percentile-bootstrap intervals for which prompts are
-    resampled with all their responses. Deterministic."""
-    draws = draws_of(len(columns["cost"]))
+    resampled with all their responses; none for few prompts. Deterministic."""
     found = {}
     for key, statistic in QUANTITIES.items():
         if NEEDS.get(key, "cost") in columns:
-            resampled = None if key in POINTS else _resampled(statistic, columns, draws)
+            resampled = None if key in POINTS or few(columns) else resampled_of(key, columns)
             found[key] = interval_of(float(statistic(columns)), resampled)
     return found
+
+
+def few(columns: Columns) -> bool:
+    """Whether there are too few prompts for an interval."""
+    return len(columns["cost"]) < FEWEST_PROMPTS
 
 
 def resampled_of(key: str, columns: Columns) -> Array:
@@ -172,22 +187,18 @@ def resampled_of(key: str, columns: Columns) -> Array:
 
 def _resampled(statistic: Callable[[Columns], Array], columns: Columns, draws: NDArray[np.int64]) -> Array:
     """(RESAMPLES,) of a statistic, some draws at a time, so that memory stays small."""
-    used = _Resampled(columns)
     at_once = max(1, 2**22 // max(columns["cost"].size, 1))
     return np.concatenate(
-        [statistic(used.at(draws[i : i + at_once])) for i in range(0, len(draws), at_once)],
+        [statistic(_Resampled(columns, draws[i : i + at_once])) for i in range(0, len(draws), at_once)],
     )
 
 
 class _Resampled(dict[str, Array]):
     """Columns at resampled prompts, taken when a statistic asks for them."""
 
-    def __init__(self, columns: Columns, draws: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, columns: Columns, draws: NDArray[np.int64]) -> None:
         super().__init__()
         self.columns, self.draws = columns, draws
-
-    def at(self, draws: NDArray[np.int64]) -> _Resampled:
-        return _Resampled(self.columns, draws)
 
     def __missing__(self, key: str) -> Array:
         self[key] = self.columns[key][self.draws]
@@ -203,26 +214,24 @@ def interval_of(value: float, resampled: Array | None) -> dict[str, float | None
 
 
 def paired(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float | None]]:
-    """after - before of every quantity that both have, on their common prompts, which are resampled together.
-
-    UserError when they have no prompt in common.
-    """
+    """after - before of every quantity that both have, on their common prompts, which are resampled together; without
+    COUNTED where they have different numbers of responses per prompt. UserError when they have no prompt in common."""
     a, b = aligned(before, after)
-    draws = draws_of(len(a["cost"]))
+    same = before.samples == after.samples
     found = {}
     for key, statistic in QUANTITIES.items():
         needed = NEEDS.get(key, "cost")
-        if needed in a and needed in b:
+        if needed in a and needed in b and (same or key not in COUNTED):
             change = float(statistic(b)) - float(statistic(a))
-            resampled = _resampled(statistic, b, draws) - _resampled(statistic, a, draws)
-            found[key] = interval_of(change, None if key in POINTS else resampled)
+            resampled = None if key in POINTS or few(a) else resampled_of(key, b) - resampled_of(key, a)
+            found[key] = interval_of(change, resampled)
     return found
 
 
 def aligned(before: Evaluation, after: Evaluation) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Columns of both at their common prompts, in the same order. UserError when there is none."""
-    there = set(after.ids)
-    ids = [i for i in before.ids if i in there]
+    """Columns of both at their common prompts, by id and text, in the same order. UserError when there is none."""
+    there = {r["id"]: r.get("prompt") for r in after.records}
+    ids = [r["id"] for r in before.records[:: before.samples] if there.get(r["id"], ()) == r.get("prompt")]
     if not ids:
         raise UserError("the evaluations have no prompt in common, so nothing can be compared prompt by prompt")
     return _at(before, ids), _at(after, ids)

@@ -144,6 +144,14 @@ def create_folder(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def make_parent(path: Path, field: str) -> None:
+    """The folder that a file is to be written into. UserError that names the field where it cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{field}: cannot write {path}: {error.strerror}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically. UserError when that fails, and what was there stays."""
     write_bytes(path, text.encode())

@@ -55,8 +55,12 @@ def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
 
 
 def _short(name: str, longest: int = 28) -> str:
-    return name if len(name) <= longest else f"...{name[3 - longest :]}"
+    """For a legend: no mathematics, and an underscore in front does not hide it."""
+    short = name if len(name) <= longest else f"...{name[3 - longest :]}"
+    return "\u200b" + short.replace("$", r"\$")
 
 
 def _around(value: Mapping[str, float]) -> list[list[float]]:
+    if value["low"] is None:
+        return [[0.0], [0.0]]
     return [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]

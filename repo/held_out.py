@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from .actor import Actor, read_reference
 from .alerts import is_refusal, repetition
@@ -92,8 +94,10 @@ def evaluated(
     if not parts.eval_prompts:
         return None
     a, e = config.algorithm, config.evaluation
-    known = folder.read_evaluation(name)
-    if known and [r["id"] for r in known["responses"]][:: e.samples_per_prompt] == [p.id for p in parts.eval_prompts]:
+    known, ids = folder.read_evaluation(name), [p.id for p in parts.eval_prompts]
+    # as it would be made now: what --allow-change changed is evaluated anew
+    same = isinstance(known, dict) and all(known.get(key) == value for key, value in how_made(config).items())
+    if same and [r["id"] for r in known["responses"]][:: e.samples_per_prompt] == ids:
         return Evaluation(known["responses"], a.cost_limit)
     reference = Actor(parts.reference)
     prompts, scorers, judge = parts.eval_prompts, parts.scorers, parts.judge
@@ -118,7 +122,7 @@ def with_progress(
     """evaluate_policy() under a progress bar, and a line that says how long it took."""
     started = time.perf_counter()
     with progress_bar(console) as bar:
-        task = bar.add_task(title, total=len(prompts))
+        task = bar.add_task(escape(title), total=len(prompts))
         found = evaluate_policy(
             config, policy, reference, prompts, scorers, judge, lambda n: bar.advance(task, n), world
         )
@@ -127,18 +131,22 @@ def with_progress(
     return found
 
 
-def content_of(config: Config, evaluation: Evaluation, **about: Any) -> dict[str, Any]:
-    """What an evaluation's file holds: how it was made, its summary and every response."""
+def how_made(config: Config) -> dict[str, Any]:
+    """What an evaluation's numbers depend on besides policy and prompts, as JSON."""
     how = {
         "cost_limit": config.algorithm.cost_limit,
         "seed": config.seed,
         "max_new_tokens": config.rollout.max_new_tokens,
         "temperature": config.rollout.temperature,
         "top_p": config.rollout.top_p,
-        "data": config.data.eval,
         "reward_scorer": config.scoring.reward,
         "cost_scorer": config.scoring.cost,
         "judge": config.evaluation.judge,
-        "versions": versions(),
     }
-    return {**about, **how, "summary": finite(evaluation.summary()), "responses": evaluation.records}
+    return dict(json.loads(json.dumps(how)))
+
+
+def content_of(config: Config, evaluation: Evaluation, **about: Any) -> dict[str, Any]:
+    """What an evaluation's file holds: how it was made, its summary and every response."""
+    how = {**how_made(config), "data": config.data.eval, "versions": versions()}
+    return {**about, **how, **finite({"summary": evaluation.summary(), "responses": evaluation.records})}

@@ -80,6 +80,8 @@ def finite(value: Any) -> Any:
     """The value with null for NaN and infinities, as JSON takes it."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

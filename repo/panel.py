@@ -23,7 +23,7 @@ def compensation_sentence(mean_cost: float, limit: float, unsafe: float) -> str 
     the mean is above the limit, or no prompt is unsafe."""
     if mean_cost > limit or unsafe == 0:
         return None
-    return f"mean constraint met (E[C] = {mean_cost:.3f} <= {limit:g}), {unsafe:.0%} of prompts unsafe"
+    return f"mean constraint met (E[C] = {mean_cost:.3f} <= {limit:g}), {unsafe:.1%} of prompts unsafe"
 
 
 class SafetyPanel:
@@ -31,44 +31,40 @@ class SafetyPanel:
 
     def __init__(self, console: Console, limit: float) -> None:
         self.console, self.limit = console, limit
-        self.steps: deque[Sequence[Mapping[str, Any]]] = deque(maxlen=WINDOW)
-        self.said = False
+        self.steps: deque[list[tuple[str, float, float]]] = deque(maxlen=WINDOW)
+        self.found: dict[str, float] = {}  # of the last steps; the display's thread reads no more than this
+        self.sentence: str | None = None
 
     def add(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """A step's records of samples.jsonl. Prints the sentence when it begins to be true."""
-        self.steps.append(samples)
-        sentence = self.sentence
-        if sentence and not self.said:
-            self.console.print(f"{sentence} in the last {len(self.steps)} steps", style="yellow", highlight=False)
-        self.said = sentence is not None
+        self.steps.append([(s["id"], s["reward"], s["cost"]) for s in samples])
+        self.found = self._summarize()
+        said, self.sentence = self.sentence, None
+        if len(self.steps) >= FEWEST:
+            limit = torch.tensor(self.limit, dtype=torch.float32).item()
+            unsafe = self.found["prompts_mostly_unsafe"]
+            self.sentence = compensation_sentence(self.found["cost_mean"], limit, unsafe)
+        if self.sentence and not said:
+            self.console.print(f"{self.sentence} in the last {len(self.steps)} steps", style="yellow", highlight=False)
 
-    @property
-    def figures(self) -> dict[str, float]:
-        """What summarize() finds in the last steps; a prompt that came twice counts as two."""
-        rows = [(step, s) for step, samples in enumerate(self.steps) for s in samples]
+    def _summarize(self) -> dict[str, float]:
+        """Of all responses of the window; a prompt that came twice counts as two."""
+        rows = [(step, *row) for step, rows in enumerate(self.steps) for row in rows]
         index: dict[tuple[int, str], int] = {}
-        group = torch.tensor([index.setdefault((step, s["id"]), len(index)) for step, s in rows])
-        rewards, costs = (torch.tensor([s[key] for _, s in rows]) for key in ("reward", "cost"))
+        group = torch.tensor([index.setdefault((step, name), len(index)) for step, name, _, _ in rows])
+        rewards, costs = (torch.tensor([row[i] for row in rows]) for i in (2, 3))
         return summarize(rewards, costs, group, self.limit)
-
-    @property
-    def sentence(self) -> str | None:
-        """compensation_sentence of the last steps, None before there are enough."""
-        if len(self.steps) < FEWEST:
-            return None
-        found = self.figures
-        return compensation_sentence(found["cost_mean"], self.limit, found["prompts_mostly_unsafe"])
 
     def __rich__(self) -> Panel | str:
         """For a live display."""
-        if not self.steps:
+        found, sentence = self.found, self.sentence
+        if not found:
             return ""
-        found = self.figures
         text = (
             f"mean cost {found['cost_mean']:+.3f} (limit {self.limit:g})   E{{C-d}}+ {found['rectified_cost']:.3f}   "
             f"unsafe: {1 - found['safe_rate']:.0%} of responses, {found['prompts_mostly_unsafe']:.0%} of prompts   "
             f"compensation gap {found['compensation_gap']:.3f}"
         )
-        if self.sentence:
-            text += f"\n[bold yellow]{self.sentence}[/]"
+        if sentence:
+            text += f"\n[bold yellow]{sentence}[/]"
         return Panel(text, title=f"last {len(self.steps)} steps", title_align="left", expand=False)

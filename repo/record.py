@@ -51,6 +51,7 @@ def step_record(
         "lr": result.lr,
         "skipped": result.skipped,
         "response_tokens": rollout.tokens,
+        "length": rollout.tokens / len(rollout.texts),
         "tokens_per_second": rollout.tokens / seconds["rollout"],
         "update_tokens_per_second": int((rollout.sequences.attention_mask).sum()) / seconds["update"],
         **{f"seconds_{name}": value for name, value in seconds.items()},

@@ -247,12 +247,22 @@ def reopen(folder: Path, config: Config, state: State | None, inputs: dict[str, 
     # first, since a logger that cannot start must not lose anything
     run = Run(folder, config, world, state, resumed=True)
     if world.first:
-        (folder / "eval" / "after.json").unlink(missing_ok=True)
+        _remove_stale_evaluations(folder, state.step if state else 0)
         shutil.rmtree(folder / "final", ignore_errors=True)
         write_text(folder / "config.yaml", parsing.to_yaml(config))
         write_text(folder / "versions.json", json.dumps(versions(), indent=1))
         write_text(folder / INPUTS, json.dumps(inputs, indent=1))
     return run
+
+
+def _remove_stale_evaluations(folder: Path, step: int) -> None:
+    """Those of policies that a run that goes on from `step` leaves behind."""
+    for path in (folder / "eval").glob("*.json"):
+        checkpoint = path.stem.removeprefix("step-")
+        if path.stem in ("after", "final") or (
+            checkpoint != path.stem and checkpoint.isdigit() and int(checkpoint) > step
+        ):
+            path.unlink()
 
 
 def _read_json(path: Path) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .evaluation import QUANTITIES, Evaluation, measured, paired
@@ -45,15 +46,18 @@ def show(value: Mapping[str, float | None], form: str) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def signed(form: str) -> str:
-    """The format of a difference."""
-    return form.replace("{:", "{:+")
+def show_change(value: Mapping[str, float | None], form: str) -> str:
+    """As show, of a difference: with its sign, and of shares in percentage points."""
+    if form.endswith("%}"):
+        points = {key: None if v is None else 100 * v for key, v in value.items()}
+        return f"{show(points, form.replace('{:', '{:+').replace('%}', 'f}'))} points"
+    return show(value, form.replace("{:", "{:+"))
 
 
 def print_summary(console: Console, title: str, summary: Mapping[str, Any]) -> None:
     """Every quantity with its interval, then some of them for each category of prompts."""
     many = f"{summary['prompts']} held-out prompts x {summary['samples']} samples"
-    table = Table(title=f"{title}: {many} (95 % bootstrap intervals over prompts)")
+    table = Table(title=escape(f"{title}: {many} (95 % bootstrap intervals over prompts)"))
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     for key, value in summary["overall"].items():
@@ -71,19 +75,16 @@ def _categories(summary: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "category" else "right")
     for category, values in sorted(summary["categories"].items(), key=lambda item: -item[1]["prompts"]):
         cells = (show(values[key] | {"low": None}, TITLES[key][1]) for key in shown)
-        table.add_row(category, str(values["prompts"]), *cells)
+        table.add_row(escape(category), str(values["prompts"]), *cells)
     return table
-
-
-CHANGES = ("reward", "safe_rate", "rectified_cost", "cost", "judge_safe_rate", "refusal_rate", "response_tokens")
 
 
 def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
     """(name, before, after, paired change) as text."""
     values, others, changes = measured(before.columns), measured(after.columns), paired(before, after)
     return [
-        (name, show(values[key], form), show(others[key], form), show(changes[key], signed(form)))
-        for key, (name, form) in ((key, TITLES[key]) for key in CHANGES)
+        (name, show(values[key], form), show(others[key], form), show_change(changes[key], form))
+        for key, (name, form) in TITLES.items()
         if key in changes
     ]
 
@@ -91,7 +92,7 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, st
 def print_compensation(console: Console, evaluation: Evaluation) -> None:
     """The sentence about a mean constraint that is met while prompts are unsafe, where that is so."""
     found = {key: QUANTITIES[key](evaluation.columns) for key in ("cost", "prompts_mostly_unsafe")}
-    told = compensation_sentence(float(found["cost"]), evaluation.cost_limit, float(found["prompts_mostly_unsafe"]))
+    told = compensation_sentence(float(found["cost"]), evaluation.limit, float(found["prompts_mostly_unsafe"]))
     if told:
         console.print(f"held-out prompts: {told}", style="yellow", highlight=False)
 

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.reproduce.language import METHODS, Seeds, main, of_seeds
 from repo.config import field_names
+from repo.errors import UserError
 from tests.loop.test_compare import evaluation_of
 
 
@@ -41,6 +42,14 @@ def test_methods_differ_in_the_method_alone():
             assert "normalize" not in name
 
 
+def test_a_folder_of_another_configuration_is_refused(tiny_arguments, tmp_path):
+    places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = ["--methods", "ppo", "--seeds", "0", *places, "--", *tiny_arguments, "--evaluation.prompts=2"]
+    main([*command, "--steps=1"])
+    with pytest.raises(UserError, match="ppo-0 was trained with another configuration"):
+        main([*command, "--steps=2"])
+
+
 def test_an_interval_over_seeds_is_wider_than_one_over_prompts_alone():
     generator = np.random.default_rng(0)
     prompts = generator.normal(0, 0.1, (50, 1))
@@ -48,16 +57,16 @@ def test_an_interval_over_seeds_is_wider_than_one_over_prompts_alone():
     same, different = (of_seeds(evaluations, "cost") for evaluations in of_methods)
     width = [s.interval["high"] - s.interval["low"] for s in (same, different)]
     assert same.interval["mean"] == pytest.approx(different.interval["mean"])
-    assert width[0] < 0.1 < 1 < width[1]
+    assert width[0] < 0.1 < 4 < width[1]
     assert same.minus(same)["low"] == same.minus(same)["high"] == 0
 
 
-def test_methods_that_do_not_differ_are_not_told_apart():
-    """Of 200 pairs of equal methods with seeds of their own, about one in 20 intervals leaves out 0, with more since
-    the spread of 8 seeds is taken for that of all."""
-    generator, apart = np.random.default_rng(1), 0
-    for _ in range(200):
-        a, b = (Seeds(v, v[:, None] + np.zeros((8, 2000))) for v in generator.normal(0, 1, (2, 8)))
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_methods_that_do_not_differ_are_rarely_told_apart(seeds):
+    """Of 400 pairs of equal methods at most one in 20 intervals should leave out 0; 30 is two deviations above."""
+    generator, apart = np.random.default_rng(seeds), 0
+    for _ in range(400):
+        a, b = (Seeds(v, v[:, None] + np.zeros((seeds, 2000))) for v in generator.normal(0, 1, (2, seeds)))
         found = a.minus(b)
         apart += not found["low"] <= 0 <= found["high"]
-    assert apart <= 24
+    assert apart <= 30

@@ -16,10 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.timing import machine
+from repo import parsing
 from repo.compare import read_evaluation
 from repo.drawing import STYLE
+from repo.errors import UserError, exit_with_sentence
 from repo.evaluation import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.metrics import finite
 from repo.run import versions
-from repo.tables import TITLES, show, signed
+from repo.tables import TITLES, show, show_change
 
 CONFIG = Path(__file__).with_name("language.yaml")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -82,16 +83,18 @@ def call(arguments: Sequence[str], threads: int | None, log: Path) -> None:
         raise RuntimeError(f"{' '.join(arguments)} failed; the end of {log}: {log.read_text(encoding='utf-8')[-500:]}")
 
 
-def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: int | None) -> float:
-    """Train RUN = out/method-seed unless it is there; returns the seconds that it took, 0 for one that was there."""
-    run, started = out / f"{method}-{seed}", time.perf_counter()
-    if (run / "final").is_dir():
-        return 0.0
-    shutil.rmtree(run, ignore_errors=True)  # broken off, without a checkpoint
+def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: int | None) -> None:
+    """Train RUN = out/method-seed, or what is left of it. UserError where it was trained with another configuration."""
+    run = out / f"{method}-{seed}"
     options = [f"--config={CONFIG}", *METHODS[method][1], f"--seed={seed}", f"--out={run}", *overrides]
-    call(["repo.train", *options], threads, out / f"{run.name}.log")
+    if (run / "config.yaml").is_file():
+        wanted, there = parsing.parse(parsing.make_parser("", ""), options), parsing.load(run / "config.yaml")
+        if replace(wanted, out=None) != replace(there, out=None):
+            raise UserError(f"--out: {run} was trained with another configuration; choose another folder")
+        options = ["--resume", str(run)]
+    if not (run / "final").is_dir():
+        call(["repo.train", *options], threads, out / f"{run.name}.log")
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    return time.perf_counter() - started
 
 
 def evaluate(target: str, file: Path, log: Path, options: Sequence[str], threads: int | None) -> Evaluation:
@@ -99,7 +102,7 @@ def evaluate(target: str, file: Path, log: Path, options: Sequence[str], threads
     if not file.exists():
         sampled = [f"--evaluation.samples_per_prompt={SAMPLES}", f"--seed={EVALUATION_SEED}"]
         call(["repo.evaluate", target, f"--out={file}", *sampled, *options], threads, log)
-    return read_evaluation(file)
+    return read_evaluation(file)[0]
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,14 @@ class Seeds:
     resampled: Array
 
     def draws(self, stream: int = 0) -> Array:
-        """(RESAMPLES,) of the mean over seeds, which are resampled too, by random numbers of their own per stream.
-
-        With few seeds its spread is somewhat too small.
-        """
+        """(RESAMPLES,) of the mean over seeds: its prompts resampled, and Student's t of the spread of seeds, by random
+        numbers of their own per stream. Of one seed nothing is known about others."""
         seeds, resamples = self.resampled.shape
-        chosen = np.random.default_rng(stream).integers(0, seeds, (seeds, resamples))
-        return self.resampled[chosen, np.arange(resamples)].mean(0)
+        found = self.resampled.mean(0)
+        if seeds > 1:
+            error = self.values.std(ddof=1) / np.sqrt(seeds)
+            found = found + error * np.random.default_rng(stream).standard_t(seeds - 1, resamples)
+        return found
 
     @property
     def interval(self) -> dict[str, float | None]:
@@ -124,7 +128,7 @@ class Seeds:
         return interval_of(float(self.values.mean()), self.draws())
 
     def minus(self, other: Seeds) -> dict[str, float | None]:
-        """The difference with its interval: the same prompts are drawn on both sides, seeds apart from each other."""
+        """The difference with its interval: the same prompts are drawn on both sides, seeds are those of each alone."""
         return interval_of(float(self.values.mean() - other.values.mean()), self.draws(1) - other.draws(2))
 
 
@@ -136,7 +140,10 @@ def of_seeds(evaluations: Sequence[Evaluation], key: str) -> Seeds:
 
 
 def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
-    """Every quantity of each method, and what each differs by from PPO-Lagrangian."""
+    """Every quantity of each method, and what each differs by from PPO-Lagrangian. UserError where evaluations are of
+    different prompts."""
+    if len({tuple(e.ids) for seeds in evaluations.values() for e in seeds}) > 1:
+        raise UserError("--out: its evaluations are of different prompts; choose another folder")
     found = {m: {key: of_seeds(e, key) for key in SHOWN if e[0].has(key)} for m, e in evaluations.items()}
     summary: dict[str, Any] = {
         method: {key: {**seeds.interval, "seeds": seeds.values.tolist()} for key, seeds in quantities.items()}
@@ -173,7 +180,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"`{results['command']}`; {results['prompts']} held-out prompts x {SAMPLES} samples, seeds {results['seeds']}; "
         f"{results['machine']}; {results['minutes']:.0f} minutes of training in all, {results['jobs']} runs at a time.",
         "",
-        "Mean over seeds [95 % interval, bootstrapped over seeds and prompts; with few seeds somewhat too narrow].",
+        "Mean over seeds [95 % interval: prompts bootstrapped, seeds by Student's t].",
         "",
         f"| | {' | '.join(title_of(m) for m in methods)} |",
         "|---|" + "---|" * len(methods),
@@ -188,7 +195,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += [f"| | {' | '.join(title_of(m) for m in against)} |", "|---|" + "---|" * len(against)]
         for key in SHOWN:
             if all(key in q for q in against.values()):
-                cells = " | ".join(show(q[key], signed(TITLES[key][1])) for q in against.values())
+                cells = " | ".join(show_change(q[key], TITLES[key][1]) for q in against.values())
                 lines.append(f"| {TITLES[key][0]} | {cells} |")
     lines += ["", "By seed:", "", f"| | {' | '.join(title_of(m) for m in methods)} |", "|---|" + "---|" * len(methods)]
     for key in ("reward", "safe_rate", "judge_safe_rate", "cost"):
@@ -250,9 +257,9 @@ def measure(
 
     def one(pair: tuple[str, int]) -> Evaluation:
         run = out / f"{pair[0]}-{pair[1]}"
-        seconds = train(*pair, out, overrides, threads)
+        train(*pair, out, overrides, threads)
         found = evaluate(str(run), run / "eval" / "final.json", out / f"{run.name}.log", (), threads)
-        print(f"{run.name}: trained in {seconds:.0f} s, {len(found.records)} responses evaluated", flush=True)
+        print(f"{run.name}: trained, {len(found.records)} responses evaluated", flush=True)
         return found
 
     pairs = [(method, seed) for seed in seeds for method in methods]
@@ -299,4 +306,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_sentence(main)

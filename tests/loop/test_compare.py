@@ -16,12 +16,13 @@ from repo.compare import contender, read_evaluation, run_command, safety_table, 
 from repo.config import AlgorithmConfig
 from repo.errors import UserError
 from repo.evaluation import QUANTITIES, Evaluation, aligned, measured, paired
-from repo.frontier import frontier
+from repo.frontier import draw_frontier, frontier
 from repo.metrics import summarize
 from repo.objective import Batch
 from repo.panel import SafetyPanel, compensation_sentence
 from repo.record import reward_cost_grad_ratio
 from repo.sequences import make_sequences
+from repo.tables import print_summary, show_change
 
 
 def evaluation_of(costs, rewards=None, limit=0.0, ids=None, **more):
@@ -180,8 +181,64 @@ def test_bad_input_of_a_comparison_is_told(tmp_path):
     run_command([str(tmp_path / "a"), str(tmp_path / "b"), *out, "--cost-limit", "2"])
 
 
+def test_evaluations_made_in_other_ways_are_not_taken_for_the_same(tmp_path, capsys):
+    for name, made in (
+        ("a", {"cost_scorer": "x"}),
+        ("b", {"cost_scorer": "y"}),
+        ("c", {"cost_scorer": "x", "judge": "z"}),
+    ):
+        write(tmp_path / name, "after", evaluation_of([[1.0], [0.0]] if name == "c" else [[1.0, 1.0], [0.0, 1.0]]))
+        path = tmp_path / name / "eval" / "after.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | made))
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="different cost scorers"):
+        run_command([str(tmp_path / "a"), str(tmp_path / "b"), *out])
+    with pytest.raises(UserError, match="is given twice"):
+        run_command([str(tmp_path / "a"), str(tmp_path / "a"), *out])
+    run_command([str(tmp_path / "a"), str(tmp_path / "c"), *out])
+    printed = capsys.readouterr().out
+    assert "the evaluations differ in judge" in printed
+    assert "responses per prompt differ" in printed
+    assert "became unsafe" not in printed
+    changes = json.loads((tmp_path / "out" / "comparison.json").read_text())["pairs"][0]["changes"]
+    assert "safe_rate" in changes
+    assert "prompts_mostly_unsafe" not in changes
+
+
+def test_prompts_with_one_id_and_other_texts_are_no_pair():
+    a, b = (evaluation_of([[0.0]]) for _ in range(2))
+    b.records[0]["prompt"] = "another question"
+    with pytest.raises(UserError, match="no prompt in common"):
+        aligned(a, b)
+
+
+def test_few_prompts_have_no_interval():
+    a, b = evaluation_of([[0.0]] * 9), evaluation_of([[1.0]] * 9)
+    for found in (measured(a.columns)["cost"], paired(a, b)["cost"], win_rates(a, b)["cost"]):
+        assert found["low"] is None
+    assert measured(evaluation_of([[0.0]] * 10).columns)["cost"]["low"] == 0.0
+
+
+def test_shares_change_by_points_and_names_are_not_markup():
+    change = {"mean": 0.075, "low": None, "high": None}
+    assert show_change(change, "{:.1%}") == "+7.5 points"
+    assert show_change({"mean": 0.1, "low": -0.1, "high": 0.2}, "{:.3f}") == "+0.100 [-0.100, +0.200]"
+    found = evaluation_of([[0.0], [1.0]])
+    for record, name in zip(found.records, ("[bold]", "[/x]"), strict=True):
+        record["category"] = name
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_summary(console, "[/a]", found.summary())
+    text = console.export_text()
+    assert all(name in text for name in ("[bold]", "[/x]", "[/a]"))
+
+
+def test_a_figure_takes_any_name(tmp_path):
+    trail = [("after", measured(evaluation_of([[0.0], [1.0]]).columns))]
+    draw_frontier({"_hidden": trail, "a$\\nope$": trail}).savefig(tmp_path / "f.png")
+
+
 def test_the_sentence_is_said_when_the_mean_hides_unsafe_prompts():
-    assert compensation_sentence(-0.1, 0.0, 0.25) == "mean constraint met (E[C] = -0.100 <= 0), 25% of prompts unsafe"
+    assert compensation_sentence(-0.1, 0.0, 0.25) == "mean constraint met (E[C] = -0.100 <= 0), 25.0% of prompts unsafe"
     assert compensation_sentence(-0.1, 0.0, 0.0) is None
     assert compensation_sentence(0.1, 0.0, 0.25) is None
 
@@ -203,8 +260,8 @@ def test_the_panel_says_so_once_each_time_it_begins():
         panel.add(samples_of(-3.0, -3.0, 1.0, 1.0))
     said = [line for line in console.export_text(clear=False).splitlines() if line]
     assert [line.split(" in the last")[0] for line in said] == [
-        "mean constraint met (E[C] = -1.000 <= 0), 50% of prompts unsafe",
-        "mean constraint met (E[C] = -1.875 <= 0), 6% of prompts unsafe",
+        "mean constraint met (E[C] = -1.000 <= 0), 50.0% of prompts unsafe",
+        "mean constraint met (E[C] = -1.875 <= 0), 6.2% of prompts unsafe",
     ]
     console.print(panel)
     shown = console.export_text()

@@ -36,9 +36,9 @@ def test_bootstrap_interval_covers_the_mean_at_its_level():
 
 
 def test_bootstrap_resamples_prompts_not_responses():
-    values = [0.0] * 20 + [1.0] * 20  # 2 prompts, 20 identical responses each
-    assert measured(evaluation_of(values, 20).columns)["cost"]["low"] == 0.0
-    assert measured(evaluation_of(values, 1).columns)["cost"]["low"] > 0.3
+    values = [0.0] * 200 + [1.0] * 200  # 10 prompts, 40 identical responses each
+    assert measured(evaluation_of(values, 40).columns)["cost"]["low"] <= 0.2
+    assert measured(evaluation_of(values, 1).columns)["cost"]["low"] > 0.4
 
 
 def test_summary_of_a_batch_where_compensation_hides_unsafe_prompts():
@@ -102,7 +102,9 @@ def test_a_cost_at_the_limit_is_safe_everywhere():
     found = summarize(torch.ones(2), costs, group, cost_limit=0.1)
     assert found["safe_rate"] == 1.0
     assert found["rectified_cost"] == 0.0
-    assert evaluation_of(costs.tolist(), 2, limit=0.1).summary()["overall"]["safe_rate"]["mean"] == 1.0
+    overall = evaluation_of(costs.tolist(), 2, limit=0.1).summary()["overall"]
+    assert overall["safe_rate"]["mean"] == 1.0
+    assert overall["compensation_gap"]["mean"] == 0.0
 
 
 def test_small_files_are_replaced_whole(tmp_path):

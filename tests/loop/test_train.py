@@ -55,7 +55,8 @@ def test_a_run_leaves_everything_that_was_promised(finished, tiny_model):
     assert "95 % bootstrap" in card
     for name in ("before", "after"):
         summary = json.loads((finished / "eval" / f"{name}.json").read_text())["summary"]
-        assert summary["overall"]["reward"]["low"] <= summary["overall"]["reward"]["mean"]
+        assert summary["overall"]["reward"]["low"] is None  # of two prompts there is no interval
+        assert summary["overall"]["reward"]["mean"] is not None
 
 
 def test_lambda_follows_its_rule_line_by_line(finished):
