@@ -13,7 +13,7 @@ LENGTH_CHANGE, LENGTH_CORRELATION = 0.3, 0.5
 REPETITION, REPETITION_GROWTH = 0.2, 2.0
 REFUSAL_RISE = 0.1
 TEMPLATE_SHARE, TEMPLATE_GROWTH, OPENING_WORDS = 0.25, 3.0, 5
-FEWEST = 10  # responses that a correlation or a category's share takes
+FEWEST = 10  # responses on each side that a check, and a correlation or a category's share, takes
 FEWEST_REFUSALS = 2
 NGRAM = 4
 REFUSAL_REACH = 80  # characters: a refusal says so at once
@@ -92,11 +92,12 @@ def repetition(text: str) -> float:
 
 
 def alerts(start: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences, each with the numbers that triggered it, about what CHECKS lists; empty when nothing was found.
+    """Sentences, each with the numbers that triggered it, about what CHECKS lists; empty when nothing was found, and
+    where a side has fewer than 10 responses.
 
     start, now: records with `prompt`, `response`, `reward`, `cost` and, where known, `tokens` and `category`.
     """
-    if not start or not now:
+    if min(len(start), len(now)) < FEWEST:
         return []
     return [*_length(start, now), *_repetition(start, now), *_refusals(start, now), *_template(start, now)]
 
@@ -105,9 +106,10 @@ def _length(start: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
     counted = all("tokens" in r for r in (*start, *now))
     lengths = [np.array([_length_of(r, counted) for r in records], dtype=float) for records in (start, now)]
     before, after = (float(x.mean()) for x in lengths)
-    change = after / before - 1 if before else float(after > 0)
-    moved = f"from {before:.1f} to {after:.1f} {'tokens' if counted else 'words'} on average ({change:+.0%})"
-    if abs(change) > LENGTH_CHANGE:
+    moved = f"from {before:.1f} to {after:.1f} {'tokens' if counted else 'words'} on average"
+    if before:
+        moved += f" ({after / before - 1:+.0%})"
+    if abs(after - before) > LENGTH_CHANGE * before:
         yield f"Length: responses went {moved}."
     correlation = _correlation(lengths[1], [r["reward"] for r in now])
     if correlation > LENGTH_CORRELATION and after > before:

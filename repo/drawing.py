@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 # Name of the CSS variable -> colour on white.
 COLOURS = {
@@ -46,6 +46,7 @@ STYLE = {
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
     "text.color": INK,
+    "text.parse_math": False,  # a $ in a name is a $
     "legend.frameon": False,
     "legend.fontsize": 9,
     "legend.handlelength": 1.8,
@@ -93,6 +94,13 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     first = np.maximum(end - width, 0)
     n = counts[1:] - counts[first]
     return np.where((n > 0) & (2 * end >= width), (sums[1:] - sums[first]) / np.maximum(n, 1), np.nan)
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic y axis whose numbers are not mathtext, which STYLE turns off."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from .drawing import (
     WIDTH,
     edges_of,
     legend,
+    log_axis,
     mark_limit,
     panel,
     png,
@@ -121,11 +122,12 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
     panels[0].set_title("λ used in the step")
     panels[0].set_ylim(bottom=0)
     _over_steps(panels[1], history, "safe_rate", BAD, "", scale=-100, offset=100)
-    panels[1].set_title("rectified responses, C > d (%)")
+    responses = "rectified" if history.config["algorithm"]["method"] == "repo" else "unsafe"
+    panels[1].set_title(f"{responses} responses, C > d (%)")
     panels[1].set_ylim(-3, 103)
     caption = f"λ moves once per batch. Training batches: {_drawing(history)}"
     if known:
-        panels[2].set_yscale("log")
+        log_axis(panels[2])
         _over_steps(panels[2], history, "reward_cost_grad_ratio", GOOD, "")
         panels[2].axhline(1, color=INK, lw=1, ls=":")
         panels[2].set_title("gradient norms, reward ÷ λ cost (log)")
@@ -135,14 +137,19 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
 
 
 def _curves(history: History) -> list[tuple[str, np.ndarray, str, str, str]]:
-    """(label, costs, colour, line, what it is over) of the four states that a cost distribution compares."""
+    """(label, costs, colour, line, what it is over) of the four states that a cost distribution compares, without
+    held-out prompts before training where others were answered after it."""
     n = history.tenth
     span = "step" if n == 1 else f"{n} steps"
+    before, after = history.responses("before"), history.responses("after")
+    if before and after and not history.paired:
+        before = []  # of other prompts than the newest ones
+    same = "the same held-out prompts" if history.paired else "held-out prompts"
     sides = (
         ("start, training", history.start, START, "--", f"first {span} of training"),
         ("now, training", history.now, NOW, "--", f"last {span} of training"),
-        ("reference, held out", history.responses("before"), START, "-", "held-out prompts before training"),
-        ("now, held out", history.responses("after"), NOW, "-", "the same held-out prompts after training"),
+        ("reference, held out", before, START, "-", "held-out prompts before training"),
+        ("now, held out", after, NOW, "-", f"{same} after training"),
     )
     found = []
     for label, records, colour, line, where in sides:
@@ -190,9 +197,12 @@ def _cumulative(history: History) -> tuple[Figure, str, str] | None:
 
 
 def _scatter(history: History) -> tuple[Figure, str, str] | None:
-    held_out = bool(history.responses("before") and history.responses("after"))
-    sides = [history.responses("before"), history.responses("after")] if held_out else [history.start, history.now]
-    if not all(sides):
+    if history.paired:
+        sides = (history.responses("before"), history.responses("after"))
+        where = "held-out prompts before and after training"
+    elif history.samples:
+        sides, where = (history.start, history.now), "training prompts, first and last tenth of steps"
+    else:
         return None
     figure = Figure(figsize=(WIDTH, 3.4))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -208,9 +218,6 @@ def _scatter(history: History) -> tuple[Figure, str, str] | None:
         mark_limit(axes, history.limit, edges)
         shown.append(f"{len(kept)} of {len(records)}")
     panels[0].set_ylabel("reward")
-    where = (
-        "held-out prompts before and after training" if held_out else "training prompts, first and last tenth of steps"
-    )
     caption = f"Responses to {where}; {shown[0]} and {shown[1]} shown, evenly spaced. Right of the limit is unsafe."
     return figure, "Reward against cost", caption
 
@@ -258,13 +265,16 @@ def _small(history: History, panels: Sequence[tuple[str, str, float]], title: st
 
 
 def _metric(history: History, key: str) -> np.ndarray:
-    if key != "length":
-        return history.series(key)
+    """(S,) by step. The length, where a step did not write it, is of its tokens and as many responses as samples."""
+    written = history.series(key)
+    if key != "length" or np.isfinite(written).all():
+        return written
     per_step = {r["step"]: 0 for r in history.metrics}
     for sample in history.samples:
         per_step[sample["step"]] = per_step.get(sample["step"], 0) + 1
     counts = np.array([per_step[r["step"]] for r in history.metrics], dtype=float)
-    return history.series("response_tokens") / np.where(counts > 0, counts, np.nan)
+    counted = history.series("response_tokens") / np.where(counts > 0, counts, np.nan)
+    return np.where(np.isfinite(written), written, counted)
 
 
 def _over_steps(

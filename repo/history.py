@@ -14,10 +14,20 @@ import numpy as np
 import yaml
 
 from .errors import UserError
+from .evaluation import Evaluation
 
 Record = Mapping[str, Any]
 SAMPLE_KEYS = {"step", "id", "category", "prompt", "response", "reward", "cost"}
 EVALUATION_KEYS = SAMPLE_KEYS - {"step"} | {"tokens"}
+TYPES = {"step": (int, "whole number"), "id": (str, "text"), "prompt": (str, "text"), "response": (str, "text")}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """An evaluation's responses, and every quantity of them with its interval: the file's own summary is not read."""
+
+    evaluation: Evaluation
+    overall: Mapping[str, Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,13 @@ class History:
     versions: Mapping[str, str]
     metrics: Sequence[Record]
     samples: Sequence[Record]
-    evaluations: Mapping[str, Mapping[str, Any]]
+    evaluations: Mapping[str, HeldOut]
     notes: list[str] = field(default_factory=list)
 
     @property
     def limit(self) -> float:
         """d, rounded to fp32 as the costs are."""
-        return float(np.float32(self.config["algorithm"]["cost_limit"]))
+        return _limit(self.config)
 
     @property
     def steps(self) -> np.ndarray:
@@ -66,9 +76,15 @@ class History:
         """Training samples of the last tenth of the steps."""
         return [s for s in self.samples if s["step"] >= self.sampled[-self.tenth]]
 
-    def responses(self, name: str) -> list[Record]:
+    def responses(self, name: str) -> Sequence[Record]:
         """Those of an evaluation, none where it is not there."""
-        return self.evaluations[name]["responses"] if name in self.evaluations else []
+        return self.evaluations[name].evaluation.records if name in self.evaluations else []
+
+    @cached_property
+    def paired(self) -> bool:
+        """Whether both evaluations are there and of the same prompts in the same order; others are not compared."""
+        before, after = ([r["id"] for r in self.responses(name)] for name in ("before", "after"))
+        return bool(before) and before == after
 
 
 def column(records: Iterable[Record], key: str) -> np.ndarray:
@@ -90,20 +106,14 @@ def read(folder: Path) -> History:
         notes.append(f"{len(samples) - len(scored)} samples without a reward or a cost were left out.")
     if not metrics:
         raise UserError(f"{folder} has no metrics yet: metrics.jsonl has no line; a report needs one step")
+    config = _config(folder / "config.yaml")
     evaluations = {}
     for name in ("before", "after"):
         if (path := folder / "eval" / f"{name}.json").is_file():
-            evaluations[name] = _evaluation(path)
+            evaluations[name] = _evaluation(path, _limit(config))
     versions = folder / "versions.json"
-    return History(
-        folder.resolve().name,
-        _config(folder / "config.yaml"),
-        _json(versions) if versions.is_file() else {},
-        metrics,
-        scored,
-        evaluations,
-        notes,
-    )
+    known = _json(versions) if versions.is_file() else {}
+    return History(folder.resolve().name, config, known, metrics, scored, evaluations, notes)
 
 
 def _scored(record: Record) -> bool:
@@ -133,16 +143,41 @@ def _config(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _evaluation(path: Path) -> Mapping[str, Any]:
+def _limit(config: Mapping[str, Any]) -> float:
+    return float(np.float32(config["algorithm"]["cost_limit"]))
+
+
+def _evaluation(path: Path, limit: float) -> HeldOut:
     found = _json(path)
-    if not isinstance(found, dict) or not {"summary", "responses"} <= found.keys():
-        raise UserError(f"{path} is damaged: it has no summary or no responses")
-    for i, record in enumerate(found["responses"]):
-        if not isinstance(record, dict) or not record.keys() >= EVALUATION_KEYS:
-            raise UserError(f"{path} is damaged: response {i} lacks one of {', '.join(sorted(EVALUATION_KEYS))}")
+    responses = found.get("responses") if isinstance(found, dict) else None
+    if not responses or not isinstance(responses, list):
+        raise UserError(f"{path} is damaged: it has no responses")
+    for i, record in enumerate(responses):
+        if fault := _fault(record, EVALUATION_KEYS):
+            raise UserError(f"{path} is damaged: response {i} {fault}")
         if not _scored(record):
             raise UserError(f"{path} is damaged: response {i} has no reward or no cost")
-    return found
+    evaluation = Evaluation(responses, limit)
+    try:
+        return HeldOut(evaluation, evaluation.summary()["overall"])
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: some responses have {error.args[0]} and others do not") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: a response has what is no number: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _fault(record: Any, keys: set[str]) -> str | None:
+    """What keeps a record from being read."""
+    if not isinstance(record, dict):
+        return "is no object"
+    if missing := keys - record.keys():
+        return f"lacks {', '.join(sorted(missing))}"
+    for key, (kind, name) in TYPES.items():
+        if key in keys and not isinstance(record[key], kind):
+            return f"has no {name} as its {key}"
+    return None
 
 
 def _json_lines(path: Path, keys: set[str], notes: list[str]) -> list[Record]:
@@ -156,9 +191,9 @@ def _json_lines(path: Path, keys: set[str], notes: list[str]) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-            if not keys <= record.keys():
-                raise ValueError(f"it lacks {', '.join(sorted(keys - record.keys()))}")
-        except (ValueError, AttributeError) as error:
+            if fault := _fault(record, keys):
+                raise ValueError(f"it {fault}")
+        except ValueError as error:
             if number == len(lines):  # no newline after it
                 notes.append(f"The last line of {path.name} is not complete and was left out: the run was writing it.")
                 continue

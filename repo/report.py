@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import page
-from .alerts import CHECKS, alerts
+from .alerts import CHECKS, FEWEST, alerts
 from .errors import UserError, exit_with_sentence, require_package
 from .files import write_bytes
 from .history import History, read
 from .ledger import RECENT, Entry, ledger
 from .page import Pair
-from .tables import TITLES, show
-from .verdict import Comparison, compare, compensation, quantities, verdict
+from .verdict import Comparison, Compensation, compare, compensation, quantities, quantity_rows, verdict
 
 if TYPE_CHECKING:
     from .figures import Drawn
@@ -41,34 +40,39 @@ SECTIONS = {
 
 def report(run: Path, out: Path | None = None) -> Path:
     """Write the report of a run and return its path; other files in `out` stay. UserError without matplotlib, for what
-    is no run or damaged, and where writing fails or would replace another page."""
+    is no run or damaged, and where writing fails or would replace what is not a report's."""
     require_package("matplotlib", "a report with figures")
     from .figures import draw_all
 
     history = read(run)
     folder = out or run / "report"
     index = folder / "index.html"
-    _require_ours(index)
+    _require_ours(folder)
     drawn = list(draw_all(history))
     text = assemble(history, drawn)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    write_bytes(index, text.encode())  # first: it says whose the figures are
     for figure in drawn:
         write_bytes(folder / f"{figure.name}.png", figure.png)
-    write_bytes(index, text.encode())
     return index
 
 
-def _require_ours(index: Path) -> None:
-    """UserError where another page would be overwritten."""
+def _require_ours(folder: Path) -> None:
+    """UserError where another page would be overwritten, or pictures beside no report."""
+    index = folder / "index.html"
     try:
-        ours = not index.exists() or MARK in index.read_text(encoding="utf-8", errors="replace")
+        if index.exists():
+            ours = MARK in index.read_text(encoding="utf-8", errors="replace")
+            others = [] if ours else [index]
+        else:
+            others = [p for names in SECTIONS.values() for n in names if (p := folder / f"{n}.png").exists()]
     except OSError as error:
         raise UserError(f"cannot write {index}: {error.strerror}") from error
-    if not ours:
-        raise UserError(f"--out: {index} exists and is not a report; choose another folder")
+    if others:
+        raise UserError(f"--out: {others[0]} exists and is not a report's; choose another folder")
 
 
 def assemble(history: History, drawn: Iterable[Drawn]) -> str:
@@ -113,17 +117,19 @@ def _head(history: History, comparison: Comparison | None) -> str:
         (name, page.number(later, form), f"from {page.number(earlier, form)}") for name, form, earlier, later in rows
     )
     notes = "".join(f'<p class="note">{page.escaped(note)}</p>' for note in history.notes)
+    told, balance = [verdict(history, comparison)], _compensation(history)
+    if balance:
+        told.insert(0 if balance.hidden else 1, balance.sentence)
+    sentences = "".join(f'<p class="verdict">{page.escaped(sentence)}</p>' for sentence in told)
     return (
-        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>'
-        f'<p class="verdict">{page.escaped(verdict(history, comparison))}</p>'
-        f'<p class="verdict">{page.escaped(_compensation(history))}</p>{notes}</header>'
+        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>{sentences}{notes}</header>'
         f'{page.tiles(tiles)}<p class="lead"><small>{page.escaped(where)}. '
-        "A prompt is unsafe when more than half of its responses are.</small></p>"
+        "A prompt is unsafe when more than half of its responses are, by the training cost.</small></p>"
         f"{page.facts(facts)}"
     )
 
 
-def _compensation(history: History) -> str:
+def _compensation(history: History) -> Compensation | None:
     """Of the newest responses: held out after training, else the last of training, else held out before it."""
     if after := history.responses("after"):
         return compensation(after, history.limit, "to held-out prompts after training")
@@ -131,36 +137,39 @@ def _compensation(history: History) -> str:
         span = "step" if history.tenth == 1 else f"{history.tenth} steps"
         return compensation(history.now, history.limit, f"of the last {span} of training")
     before = history.responses("before")
-    return compensation(before, history.limit, "to held-out prompts before training") if before else ""
+    return compensation(before, history.limit, "to held-out prompts before training") if before else None
 
 
 def _evaluation(history: History, comparison: Comparison | None) -> str:
     if comparison:
         lead = "Mean with its 95% bootstrap interval over prompts; the change is paired by prompt."
         return f'<p class="lead">{lead}</p>{page.table(("", "before", "after", "change"), comparison.rows)}'
-    rows: dict[str, list[str]] = {}
-    for evaluation in history.evaluations.values():
-        for key, value in evaluation["summary"]["overall"].items():
-            name, form = TITLES[key]
-            rows.setdefault(name, []).append(show(value, form))
-    if not rows:
+    if not history.evaluations:
         return ""
     lead = "Mean with its 95% bootstrap interval over prompts."
-    table = page.table(("", *history.evaluations), ((name, *cells) for name, cells in rows.items()))
+    if len(history.evaluations) > 1:
+        lead += " The columns are of different prompts: a difference between them may be the prompts'."
+    rows = quantity_rows([e.overall for e in history.evaluations.values()])
+    table = page.table(("", *history.evaluations), ((name, *cells) for _, name, cells in rows))
     return f'<p class="lead">{lead}</p>{table}'
 
 
 def _alerts(history: History) -> str:
-    compared = (
-        ("Held-out responses, before and after training", history.responses("before"), history.responses("after")),
-        ("Training samples, first and last tenth of the steps", history.start, history.now),
-    )
+    compared = []
+    if history.paired:
+        before, after = history.responses("before"), history.responses("after")
+        compared.append(("Held-out responses, before and after training", before, after))
+    if history.samples:
+        compared.append(("Training samples, first and last tenth of the steps", history.start, history.now))
     shown = []
     for where, start, now in compared:
-        if start and now:
-            found = alerts(start, now)
-            content = page.bullets(found) if found else "<p>Nothing found.</p>"
-            shown.append(f"<h3>{where} ({len(start)} and {len(now)})</h3>{content}")
+        if found := alerts(start, now):
+            content = page.bullets(found)
+        elif min(len(start), len(now)) < FEWEST:
+            content = f"<p>Too few responses to check: it takes {FEWEST} on each side.</p>"
+        else:
+            content = "<p>Nothing found.</p>"
+        shown.append(f"<h3>{where} ({len(start)} and {len(now)})</h3>{content}")
     checks = page.bullets(f"{check}." for check in CHECKS)
     lead = "Signs that scores rise by length, repetition, refusals or a template. Finding none is no proof of quality."
     return (
@@ -204,9 +213,9 @@ def _samples(history: History) -> str:
 
 
 def _pairs(history: History) -> tuple[list[Pair], tuple[str, str], str]:
-    before, after = history.responses("before"), history.responses("after")
-    if before and [r["id"] for r in before] == [r["id"] for r in after]:
+    if history.paired:
         where = "Held-out prompts, answered before and after training."
+        before, after = history.responses("before"), history.responses("after")
         return list(zip(before, after, strict=True)), ("before", "after"), where
     pairs: list[Pair] = []
     for entry in ledger(history.samples, history.limit):

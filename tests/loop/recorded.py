@@ -67,6 +67,7 @@ def step_metrics(records: list[dict], step: int, limit: float) -> dict:
         "entropy": 3.0 - 0.001 * step,
         "clip_frac": 0.0,
         "grad_norm": 5.0,
+        "length": 9.0,
         "response_tokens": 9 * len(records),
         "tokens_per_second": 150.0,
     }

@@ -31,6 +31,19 @@ def test_nothing_is_said_without_records():
     assert alerts([], answers(16)) == alerts(answers(16), []) == []
 
 
+def test_a_handful_of_responses_says_nothing():
+    looping = [r | {"response": "on and on and on " * 9} for r in answers(16)]
+    assert alerts(answers(10), looping[:10])
+    assert alerts(answers(10), looping[:9]) == alerts(answers(9), looping) == []
+
+
+def test_a_length_that_was_zero_grows_by_no_percentage():
+    start = [r | {"response": ""} for r in answers(16)]
+    (found,) = alerts(start, answers(16))
+    assert found == "Length: responses went from 0.0 to 12.0 words on average."
+    assert alerts(start, start) == []
+
+
 @pytest.mark.parametrize(("length", "change"), [(16, "+33%"), (8, "-33%")])
 def test_a_mean_length_that_moves_by_a_third_is_told(length, change):
     (found,) = alerts(answers(16), answers(16, length))

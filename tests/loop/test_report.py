@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from base64 import b64encode
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,7 +18,8 @@ from repo.history import read
 from repo.ledger import ledger
 from repo.page import escaped, number
 from repo.report import assemble, grouped, report, run_command
-from repo.verdict import change, compensation
+from repo.tables import TITLES
+from repo.verdict import Comparison, change, compare, compensation, verdict
 from tests.loop.recorded import write_evaluation, write_lines, write_run
 
 pytest.importorskip("matplotlib")
@@ -151,31 +153,83 @@ def test_the_verdict_claims_no_more_than_the_intervals():
     assert said(0.075, 0.01, 0.14, 100, 1, " points") == "x rose by 7.5 points [1.0, 14.0]"
     assert said(-0.2, -0.3, -0.1, 1, 1) == "x fell by 0.2 [0.1, 0.3]"
     assert said(0.02, -0.1, 0.14, 1, 2) == "x changed by +0.02 [−0.10, +0.14], which includes no change"
+    assert said(-0.25, None, None, 100, 0, " points") == "x changed by −25 points (too few prompts for an interval)"
+    assert said(None, None, None, 1, 1) == "x cannot be compared"
 
 
 def records(*costs_of_prompts):
     """One record for each cost, a prompt for each list of costs."""
-    return [{"id": str(i), "cost": c} for i, costs in enumerate(costs_of_prompts) for c in costs]
+    return [{"id": str(i), "cost": c, "reward": 0.0} for i, costs in enumerate(costs_of_prompts) for c in costs]
 
 
 def test_a_mean_constraint_that_hides_unsafe_prompts_is_called_so():
-    said = compensation(records([-3.0], [-2.0], [1.0], [2.0]), 0.0, "held out")
-    assert said == "Mean constraint met, 50.0% of prompts unsafe (E[C] = −0.500, d = 0; 4 responses held out)."
-    said = compensation(records([-1.0, -1.0, 0.5], [0.5, 0.5, -1.0]), 0.0, "now")
-    assert said.startswith(
+    found = compensation(records([-3.0], [-2.0], [1.0], [2.0]), 0.0, "held out")
+    assert found.hidden
+    assert (
+        found.sentence == "Mean constraint met, 50.0% of prompts unsafe (E[C] = −0.500, d = 0; 4 responses held out)."
+    )
+    found = compensation(records([-1.0, -1.0, 0.5], [0.5, 0.5, -1.0]), 0.0, "now")
+    assert found.hidden
+    assert found.sentence.startswith(
         "Mean constraint met, 50.0% of prompts unsafe in more than half of their responses, 50.0% of"
     )
-    assert compensation(records([2.0], [-1.0]), 0.0, "now").startswith("Mean constraint not met, 50.0% of prompts")
-    assert "all 2 responses now are within the limit" in compensation(records([0.0], [-1.0]), 0.0, "now")
+    unmet = compensation(records([2.0], [-1.0]), 0.0, "now")
+    assert not unmet.hidden
+    assert unmet.sentence.startswith("Mean constraint not met, 50.0% of prompts")
+    safe = compensation(records([0.0], [-1.0]), 0.0, "now")
+    assert not safe.hidden
+    assert "all 2 responses now are within the limit" in safe.sentence
+
+
+def test_what_the_mean_hides_is_said_first(tmp_path):
+    run = write_run(tmp_path / "run", held_out=12)
+    found = json.loads((run / "eval" / "after.json").read_text())["responses"]
+    for unsafe, first in ((3, "Mean constraint met, 25.0%"), (0, "On 12 held-out prompts")):
+        write_evaluation(run, "after", [r | {"cost": 1.0 if i < unsafe else -9.0} for i, r in enumerate(found)])
+        text = page_of(run).text
+        sentences = [text.index(start) for start in (first, "Mean constraint met", "On 12 held-out prompts")]
+        assert sentences[0] == min(sentences)
 
 
 def test_held_out_changes_are_in_the_table_and_the_verdict(evaluated):
     text = Page((evaluated / "index.html").read_text()).text
-    assert "On 40 held-out prompts the safe rate rose by" in text
-    assert "safe rate (training cost)" in text
+    assert "On 40 held-out prompts the safe rate by the training cost rose by" in text
+    assert "held-out judge" not in text  # there is none
+    assert "Safe rate (training cost)" in text
     assert "Held-out prompts, before and after training." in text
     assert "reference, held out: 40 responses to 40 prompts, held-out prompts before training" in text
     assert "start, training: 12 responses to 4 prompts, first 3 steps of training" in text
+
+
+def test_every_quantity_of_both_evaluations_is_in_the_table(tmp_path):
+    run = write_run(tmp_path / "run", held_out=12)
+    more = {"refusal": True, "repetition": 0.25, "kl": 12.5, "surprise": 20.0, "judge_safe": True}
+    for name in ("before", "after"):
+        found = json.loads((run / "eval" / f"{name}.json").read_text())["responses"]
+        write_evaluation(run, name, [r | more for r in found])
+    history = read(run)
+    both = set.intersection(*(set(e.overall) for e in history.evaluations.values()))
+    assert both >= {"safe_rate", "judge_safe_rate", "cost_max", "kl", "entropy"}
+    text = page_of(run).text
+    assert all(TITLES[key][0] in text for key in both)
+    assert "by the held-out judge it changed by +0.0 points [+0.0, +0.0], which includes no change;" in text
+    assert "Safe rate (held-out judge) 100.0% from 100.0%" in text
+
+
+def test_few_prompts_get_no_interval(tmp_path):
+    run = write_run(tmp_path / "run", held_out=4)
+    history = read(run)
+    none = {name: replace(e, overall=without_intervals(e.overall)) for name, e in history.evaluations.items()}
+    changes = without_intervals(compare(history).changes)
+    said = verdict(replace(history, evaluations=none), Comparison([], changes))
+    assert said.count("(too few prompts for an interval)") == 2
+    assert said.endswith("This is one run; another seed may differ by more.")
+    said = verdict(replace(history, evaluations={"before": none["before"]}), None)
+    assert said.endswith("of held-out responses were safe by the training cost (too few prompts for an interval).")
+
+
+def without_intervals(overall):
+    return {key: value | {"low": None, "high": None} for key, value in overall.items()}
 
 
 def test_a_run_without_evaluations_speaks_of_training_only(tmp_path):
@@ -217,6 +271,32 @@ def test_other_methods_and_unknown_numbers(tmp_path, algorithm):
     assert "cost critic" in text
     assert "KL to reference" not in text  # never known
     assert f"Cost limit d {algorithm.get('cost_limit', 0):g}" in text
+    rectified = algorithm.get("method", "repo") == "repo"
+    assert f"{'rectified' if rectified else 'unsafe'} responses, C > d (%)" in text
+    assert ("rectified responses" in text) == rectified
+
+
+def test_lengths_are_those_of_the_steps_or_counted_from_the_samples(tmp_path):
+    from repo.figures import _metric
+
+    run = write_run(tmp_path / "run")
+    rewrite(run, "metrics", lambda r: {"length": 7.5 if r["step"] else None})
+    np.testing.assert_allclose(_metric(read(run), "length"), [9.0, *[7.5] * 5])
+
+
+def test_a_dollar_in_a_name_is_no_mathematics_in_a_figure():
+    import matplotlib
+
+    from repo.drawing import STYLE, legend, log_axis, panel
+
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panel()
+        axes.plot([0, 1], [0.1, 100], label=r"a $\frac{ b$")
+        log_axis(axes)
+        legend(axes)
+        figure.draw_without_rendering()
+        assert [t.get_text() for t in axes.get_legend().get_texts()] == [r"a $\frac{ b$"]
+        assert {"0.1", "1", "10", "100"} <= {t.get_text() for t in axes.get_yticklabels()}
 
 
 def test_costs_that_are_all_equal_or_extreme_are_drawn(tmp_path):
@@ -326,6 +406,18 @@ def test_a_report_is_written_again_and_elsewhere(tmp_path, capsys):
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
+def test_pictures_beside_no_report_are_not_replaced(tmp_path):
+    run = write_run(tmp_path / "run")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (mine / "cost.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"cost.png exists and is not a report's; choose another folder"):
+        report(run, mine)
+    assert sorted(p.name for p in mine.iterdir()) == ["cost.png", "notes.txt"]
+    assert (mine / "cost.png").read_bytes() == b"mine"
+
+
 def test_what_cannot_be_reported_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         report(tmp_path)
@@ -333,7 +425,7 @@ def test_what_cannot_be_reported_is_a_sentence(tmp_path):
     other = tmp_path / "site"
     other.mkdir()
     (other / "index.html").write_text("<p>mine</p>")
-    with pytest.raises(UserError, match="is not a report; choose another folder"):
+    with pytest.raises(UserError, match=r"index.html exists and is not a report's; choose another folder"):
         report(run, other)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file"):
@@ -367,20 +459,80 @@ def test_a_damaged_evaluation_is_named(tmp_path):
     (run / "eval" / "after.json").write_text('{"summary": {}, "responses": [{"id": "a"}]}')
     with pytest.raises(UserError, match=r"after.json is damaged: response 0 lacks"):
         report(run)
-    nothing = [dict.fromkeys(("id", "category", "prompt", "response", "tokens", "reward", "cost"))]
+    texts, numbers = ("id", "category", "prompt", "response"), ("tokens", "reward", "cost")
+    nothing = [dict.fromkeys(texts, "") | dict.fromkeys(numbers)]
     (run / "eval" / "after.json").write_text(json.dumps({"summary": {}, "responses": nothing}))
     with pytest.raises(UserError, match=r"after.json is damaged: response 0 has no reward or no cost"):
         report(run)
-    (run / "eval" / "after.json").write_text("{")
-    with pytest.raises(UserError, match=r"after.json is damaged"):
-        report(run)
+    for odd in (
+        "{",
+        "[]",
+        '{"summary": {"overall": {}}}',
+        '{"responses": []}',
+        '{"responses": 3}',
+        '{"responses": [3]}',
+    ):
+        (run / "eval" / "after.json").write_text(odd)
+        with pytest.raises(UserError, match=r"after.json is damaged"):
+            report(run)
+
+
+@pytest.mark.parametrize(
+    ("change_of", "said"),
+    [
+        (lambda i: {} if i else {"judge_safe": True}, "judge_safe"),
+        (lambda _: {"tokens": None}, "no number"),
+        (lambda _: {"judge_safe": "yes"}, "no number"),
+        (lambda _: {"response": None}, "response 0 has no text as its response"),
+        (lambda i: {"id": "abbb"[i]}, "equally many responses of every prompt"),
+    ],
+)
+def test_responses_that_say_nothing_are_a_sentence(tmp_path, change_of, said):
+    run = write_run(tmp_path / "run", held_out=4)
+    path = run / "eval" / "after.json"
+    found = json.loads(path.read_text())
+    found["responses"] = [r | change_of(i) for i, r in enumerate(found["responses"])]
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=rf"after.json is damaged: .*{said}"):
+        read(run)
+
+
+def test_the_summary_is_formed_from_the_responses(tmp_path):
+    run = write_run(tmp_path / "run", held_out=4)
+    formed = page_of(run).text
+    for name in ("before", "after"):
+        path = run / "eval" / f"{name}.json"
+        other = {"overall": {"of another version": {"mean": 1}}, "categories": {}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"summary": other}))
+    assert page_of(run).text == formed
 
 
 def test_evaluations_of_other_prompts_are_not_compared(tmp_path):
     run = write_run(tmp_path / "run", held_out=8)
     found = json.loads((run / "eval" / "after.json").read_text())["responses"]
-    write_evaluation(run, "after", found[::-1])
-    assert "are not of the same prompts" in page_of(run).text
+    write_evaluation(run, "after", [r | {"kl": 1.0} for r in found[::-1]])
+    history = read(run)
+    assert not history.paired
+    from repo.figures import draw_all
+
+    text = page_of(run).text
+    assert "are not of the same prompts and are not compared" in text
+    assert "The columns are of different prompts" in text
+    assert "KL to the reference, nats per response – 1.00" in text  # below the evaluation that has it
+    assert "Training batches, first and last step." in text
+    assert "Training prompts, the first response" in text
+    assert "Held-out responses, before and after" not in text
+    captions = {d.name: d.caption for d in draw_all(history)}
+    assert "the same held-out prompts" not in captions["distribution"]
+    assert "before training" not in captions["distribution"]
+    assert "8 prompts, held-out prompts after training" in captions["distribution"]
+    assert "training prompts" in captions["scatter"]
+
+
+def test_few_responses_are_not_checked(tmp_path):
+    text = page_of(write_run(tmp_path / "run", held_out=9)).text
+    assert text.count("Too few responses to check: it takes 10 on each side.") == 2
+    assert "Nothing found" not in text
 
 
 def test_start_and_now_are_a_tenth_of_the_steps(tmp_path):
