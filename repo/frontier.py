@@ -55,9 +55,9 @@ def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
 
 
 def _short(name: str, longest: int = 28) -> str:
-    """For a legend: no mathematics, and an underscore in front does not hide it."""
+    """For a legend, where an underscore in front would hide it."""
     short = name if len(name) <= longest else f"...{name[3 - longest :]}"
-    return "\u200b" + short.replace("$", r"\$")
+    return f"\u200b{short}"
 
 
 def _around(value: Mapping[str, float]) -> list[list[float]]:

@@ -11,7 +11,7 @@ import torch
 from .evaluation import paired
 from .history import History, Record
 from .metrics import summarize
-from .tables import TITLES, show, signed
+from .tables import TITLES, show, show_change
 
 QUANTITIES = (
     ("safe_rate", "Safe rate (training cost)", "{:.1%}"),
@@ -39,7 +39,7 @@ def compare(history: History) -> Comparison | None:
     before, after = history.evaluations["before"], history.evaluations["after"]
     changes = paired(before.evaluation, after.evaluation)
     rows = [
-        (name, *cells, show(changes[key], signed(TITLES[key][1])) if key in changes else "–")
+        (name, *cells, show_change(changes[key], TITLES[key][1]) if key in changes else "–")
         for key, name, cells in quantity_rows((before.overall, after.overall))
     ]
     return Comparison(rows, changes)
