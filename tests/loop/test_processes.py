@@ -99,6 +99,9 @@ def assert_close_run(folder: Path, whole: Path) -> None:
     """The same samples, lambda equal, and losses and weights but for rounding."""
     samples = [[json.loads(line) for line in (f / "samples.jsonl").read_text().splitlines()] for f in (folder, whole)]
     assert [s["response"] for s in samples[0]] == [s["response"] for s in samples[1]]
+    held_out = [json.loads((f / "eval" / "before.json").read_text())["responses"] for f in (folder, whole)]
+    assert [(r["id"], r["response"]) for r in held_out[0]] == [(r["id"], r["response"]) for r in held_out[1]]
+    assert held_out[0]
     for a, b in zip(*([json.loads(x) for x in metrics(f)] for f in (folder, whole)), strict=True):
         assert a["lam"] == b["lam"]
         assert {k: v for k, v in a.items() if v is None} == {k: v for k, v in b.items() if v is None}
