@@ -146,7 +146,9 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
         raise UserError("--out: its evaluations are of different prompts; choose another folder")
     found = {m: {key: of_seeds(e, key) for key in SHOWN if e[0].has(key)} for m, e in evaluations.items()}
     summary: dict[str, Any] = {
-        method: {key: {**seeds.interval, "seeds": seeds.values.tolist()} for key, seeds in quantities.items()}
+        method: {
+            key: {**within(key, seeds.interval), "seeds": seeds.values.tolist()} for key, seeds in quantities.items()
+        }
         for method, quantities in found.items()
     }
     against = {
@@ -155,6 +157,13 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
         if BASELINE in found and method != BASELINE
     }
     return {"methods": summary, "against_ppo_lagrangian": against}
+
+
+def within(key: str, value: dict[str, float | None]) -> dict[str, float | None]:
+    """An interval of a share cut to [0, 1], which Student's t does not know of."""
+    if not TITLES[key][1].endswith("%}"):
+        return value
+    return {end: None if v is None else min(max(v, 0.0), 1.0) for end, v in value.items()}
 
 
 def minutes_of(runs: Iterable[Path]) -> float:

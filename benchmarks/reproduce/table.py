@@ -254,7 +254,7 @@ def draw(found: list[Row]) -> Figure:
             unsafe = unsafe_of_prompts(row.policy).sort(descending=True).values
             right.plot(range(1, PROMPTS + 1), unsafe, line, color=colour, label=label)
         right.set(xlabel="prompts, most unsafe first", ylabel="probability of an unsafe answer")
-        right.legend(loc="center right", fontsize=8)
+        right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
         return figure
 
 
