@@ -131,6 +131,9 @@ def test_wins_count_every_pair_of_responses_and_half_of_ties():
     assert found["cost"]["mean"] == (1 + 1 + 0.5 + 0.5) / 4
     assert found["constrained"]["mean"] == (1 + 1 + 0.5 + 1) / 4  # against the unsafe one safety decides
     assert win_rates(a, a)["constrained"]["mean"] == 0.5
+    dear, poor = evaluation_of([[1.0]], [[5.0]]), evaluation_of([[-1.0]], [[0.0]])  # unsafe with more reward
+    assert win_rates(dear, poor)["reward"]["mean"] == 0.0
+    assert win_rates(dear, poor)["constrained"]["mean"] == 1.0
 
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=12))

@@ -9,6 +9,7 @@ import torch
 from repo import evaluate, train
 from repo.errors import UserError
 from repo.judging import load_judge
+from repo.seeds import seed_from
 
 pytestmark = pytest.mark.slow
 
@@ -102,6 +103,42 @@ def test_a_model_is_evaluated_on_prompts_of_ones_own(tiny_model, tmp_path, monke
     assert found["summary"]["prompts"] == 2
     assert "kl" not in found["summary"]["overall"]
     assert "judge_safe_rate" not in found["summary"]["overall"]
+
+
+def test_responses_stand_in_the_order_of_the_prompts_whatever_their_lengths(tiny_model, tmp_path):
+    ids = sorted((f"p{i}" for i in range(5)), key=lambda name: seed_from("held out", name))
+    lines = [json.dumps({"id": name, "prompt": "What is salt? " * (5 - i)}) + "\n" for i, name in enumerate(ids)]
+    (tmp_path / "mine.jsonl").write_text("".join(sorted(lines)))
+    scorers = ["--scoring.reward=tests.loop.scorers:reward", "--scoring.cost=tests.loop.scorers:cost"]
+    options = [
+        *scorers,
+        f"--data.eval={tmp_path / 'mine.jsonl'}",
+        "--evaluation.judge=none",
+        "--rollout.max_new_tokens=4",
+    ]
+    evaluate.run_command([str(tiny_model), *options, f"--out={tmp_path / 'e.json'}", "--rollout.batch_size=8"])
+    found = [r["id"] for r in content(tmp_path / "e.json")["responses"]]
+    assert found == [name for name in ids for _ in range(evaluate.SAMPLES)]
+
+
+def test_a_run_that_goes_on_leaves_no_evaluation_of_a_policy_that_is_gone(tiny_arguments, tmp_path):
+    out = tmp_path / "run"
+    train.run_command([*tiny_arguments, f"--out={out}", "--steps=2"])
+    for name in ("final", "step-000002", "step-000003", "reference", "mine"):
+        (out / "eval" / f"{name}.json").write_text("{}")
+    train.run_command(["--resume", str(out), "--steps=3"])
+    assert {p.stem for p in (out / "eval").iterdir()} == {"before", "after", "step-000002", "reference", "mine"}
+
+
+def test_what_was_allowed_to_change_is_evaluated_anew(tiny_arguments, tmp_path):
+    out = tmp_path / "run"
+    train.run_command([*tiny_arguments, f"--out={out}", "--steps=2"])
+    other = ["--scoring.cost=tests.loop.scorers:reward", "--allow-change=scoring.cost"]
+    train.run_command(["--resume", str(out), "--steps=3", *other])
+    for name in ("before", "after"):
+        found = content(out / "eval" / f"{name}.json")
+        assert found["cost_scorer"] == "tests.loop.scorers:reward"
+        assert all(r["cost"] == r["reward"] for r in found["responses"])
 
 
 def test_what_cannot_be_evaluated_is_told_in_a_sentence(run, tiny_model):
