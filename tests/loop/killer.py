@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ PLACES = {
     "state": (actor, "unflat"),
 }
 CALLS = 6  # a child dies at one of the first so many calls of its place
+TRIES = 4  # children that are sent to die at a place before another one is chosen
 
 
 def die_at(place: str, call: int, later: float) -> None:
@@ -74,17 +76,26 @@ def child(arguments: list[str], death: tuple[str, int, float] | None, log: Path)
         os._exit(status)
 
 
+def places(draw: random.Random) -> Iterator[str | None]:
+    """Where the next child is to die, for ever: each place once and four times any moment, then again."""
+    while True:
+        yield from draw.sample([*PLACES, *[None] * 4], len(PLACES) + 4)
+
+
 def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: float) -> list[str]:
     """Kill `kills` children, then let one end. Returns how each was killed."""
     draw, log, deaths = random.Random(seed), out.with_suffix(".log"), []
+    planned, place, tries = places(draw), None, 0
     while True:
         resumes = out.is_dir()
         command = ["--resume", str(out)] if resumes else [*arguments, f"--out={out}"]
         if len(deaths) < kills:
-            # one in three at any moment of a run, the others at a chosen place
-            place = draw.choice(list(PLACES)) if draw.random() < 0.67 else None
+            if tries == 0:
+                place = next(planned)
+            # A child that ended before its call of the place is followed by one that dies at the first.
+            call = draw.randint(1, CALLS) if tries == 0 else 1
             later = draw.choice((0.0, draw.uniform(0.001, 0.05)))
-            pid = child(command, (place, draw.randint(1, CALLS), later) if place else None, log)
+            pid = child(command, (place, call, later) if place else None, log)
             deadline = time.monotonic() + (seconds if place else draw.uniform(0.1, seconds))
             ended, status = os.waitpid(pid, os.WNOHANG)
             while not ended and time.monotonic() < deadline:
@@ -98,8 +109,11 @@ def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: 
             place = "none"
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             deaths.append(place or "any moment")
+            tries = 0
         elif status:
             raise SystemExit(f"a child ended with status {status}: {log.read_text()[-3000:]}")
+        else:
+            tries = (tries + 1) % TRIES
         if (out / "final").is_dir():  # done, maybe killed in its last instructions
             if len(deaths) >= kills:
                 return deaths
