@@ -1,6 +1,6 @@
 """What does a checkpoint cost a step?
 
-    python -m benchmarks.bench_checkpoint
+    pytest benchmarks/bench_checkpoint.py           # table; --quick, --save, --compare OLD.json
 
 The default run with `--save_every 2`: steps that a checkpoint is written beside, in the background, in turn with steps
 that have the machine for themselves, in one process. Predicted: weights and two moments of 134.5 M parameters are 1.61
@@ -10,95 +10,66 @@ two cores: 4 to 8 %.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from benchmarks.timing import machine
+from benchmarks.bench_step import timed
+from benchmarks.machine import provenance
+from benchmarks.models import EMBEDDED, folder_of
+from benchmarks.results import OURS, Case, Row
 from repo import train
 from repo.checkpoint import Saver
 
-
-def timed(function, seconds: list[float]):
-    """The same function, which adds how long it took."""
-
-    def call(*arguments, **options):
-        start = time.perf_counter()
-        try:
-            return function(*arguments, **options)
-        finally:
-            seconds.append(time.perf_counter() - start)
-
-    return call
+ALONE, BESIDE = "step alone", "step beside a save"
 
 
-def main() -> None:
-    """Run, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of a step with and one without a save")
-    parser.add_argument("--out", type=Path, help="write the table here too")
-    options = parser.parse_args()
-    started, written = [], []
+def cases(quick: bool) -> dict[str, dict[str, Any]]:
+    """The embedded model; a tiny one with --quick."""
+    return {"tiny": {"model": "tiny", "pairs": 2}} if quick else {EMBEDDED: {"model": EMBEDDED, "pairs": 10}}
+
+
+def run(folder: Path, model: str, pairs: int) -> list[dict[str, float]]:
+    """Metrics of every step but two that warm up; the step after each save, an even one, is the one beside it."""
+    options = {
+        "out": folder,
+        "steps": 2 * pairs + 2,
+        "save_every": 2,
+        "sample_every": 0,
+        "evaluation.prompts": 0,
+        "optimizer.lr": 1e-6,
+    }
+    if model != EMBEDDED:
+        options |= {"model.path": folder_of(model), "scoring.reward": "benchmarks.trainers:echo"}
+        options |= {"scoring.cost": "benchmarks.trainers:no_cost", "evaluation.judge": "none"}
+    train.run_command([f"--{name}={value}" for name, value in options.items()])
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][2:]
+
+
+def test_checkpoint(benchmark, record, case) -> None:
+    """A run, whose steps are the rounds."""
+    name, parameters = case
+    started, written, where, found = list[float](), list[float](), provenance(), list[dict[str, float]]()
     with (
         tempfile.TemporaryDirectory(dir=".") as folder,
-        mock.patch.multiple(
-            Saver,
-            start=timed(Saver.start, started),
-            _publish=timed(Saver._publish, written),
-        ),
+        mock.patch.multiple(Saver, start=timed(Saver.start, started), _publish=timed(Saver._publish, written)),
     ):
-        run = Path(folder) / "run"
-        # steps 0 and 1 warm up; the one after each save is the step beside it
-        train.run_command(
-            [
-                f"--out={run}",
-                f"--steps={2 * options.pairs + 2}",
-                "--save_every=2",
-                "--evaluation.prompts=0",
-                "--sample_every=0",
-            ]
-        )
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
-        size = sum(p.stat().st_size for p in (run / "checkpoints").glob("step-*/*.safetensors")) / 1e9
-        size /= len(list((run / "checkpoints").glob("step-*")))
-    parts = [name for name in records[0] if name.startswith("seconds_")]
-    beside, alone = ([r for r in records if r["step"] % 2 == odd] for odd in (0, 1))
-    rows = [
-        (name.removeprefix("seconds_"), *(statistics.median(r[name] for r in group) for group in (alone, beside)))
-        for name in parts
-    ]
+        call = lambda: found.extend(run(Path(folder) / "run", **parameters))  # noqa: E731
+        benchmark.pedantic(call, rounds=1)
+        saved = sorted((Path(folder) / "run" / "checkpoints").glob("step-*"))[-1]
+        size = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+    parts = [part for part in found[0] if part.startswith("seconds_")]
+    seconds = {odd: [sum(r[part] for part in parts) for r in found if r["step"] % 2 == odd] for odd in (0, 1)}
     foreground = statistics.median(started)  # waiting for the writer is part of the update's time
-    totals = [statistics.median(sum(r[name] for name in parts) for r in group) for group in (alone, beside)]
-    pairs = [
-        sum(b[name] for name in parts) - sum(a[name] for name in parts) for b, a in zip(beside, alone, strict=True)
-    ]
-    cost = totals[1] - totals[0] + foreground
-    quartiles = statistics.quantiles(pairs, n=4)
-    lines = [
-        "# What a checkpoint costs a step",
-        "",
-        f"`python -m benchmarks.bench_checkpoint --pairs {options.pairs}`",
-        "",
-        f"{machine()}. Embedded model, fp32, {options.pairs} pairs of steps; {size:.2f} GB each, written in "
-        f"{statistics.median(written):.2f} s (median).",
-        "",
-        "| | alone, median s | beside a save, median s |",
-        "|---|---|---|",
-        *(f"| {name} | {a:.3f} | {b:.3f} |" for name, a, b in rows),
-        f"| step | {totals[0]:.3f} | {totals[1]:.3f} |",
-        "",
-        f"In the foreground besides: {1000 * foreground:.0f} ms. Cost of a save: {cost:.2f} s, "
-        f"{100 * cost / totals[0]:.1f} % of a step; difference within a pair: median {statistics.median(pairs):.2f} s "
-        f"[{quartiles[0]:.2f}, {quartiles[2]:.2f}].",
-    ]
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    rows = [Row(ALONE, OURS, seconds[1], work=1), Row(BESIDE, OURS, [s + foreground for s in seconds[0]], work=1)]
+    medians = [statistics.median(row.seconds) for row in rows]
+    notes = {
+        "Cost of a save": f"{medians[1] - medians[0]:.2f} s, {100 * (medians[1] / medians[0] - 1):.1f} % of a step",
+        "In the foreground of it": f"{1000 * foreground:.0f} ms",
+        "Written": f"{size / 1e9:.2f} GB in {statistics.median(written):.2f} s (median), in the background",
+    }
+    formula = f"{parameters['pairs']} pairs of steps of the default run"
+    record(Case("checkpoint", name, parameters, "steps", formula, ALONE, rows, where, notes))

@@ -1,39 +1,49 @@
-"""How much beyond its three matrix products does the loss from hidden states cost, in time and in memory?
+"""How much beyond its three matrix products does the loss from hidden states cost, beside PyTorch and its peers?
 
-    python -m benchmarks.bench_linear             # time: all candidates in turn in one run
-    python -m benchmarks.bench_linear --memory    # extra peak memory at 1k, 4k and 16k tokens, a process each
+    pytest benchmarks/bench_linear.py               # table; --quick, --save, --compare OLD.json
 
 The yardstick is three GEMMs (logits, dhidden, dweight: 3 x 2 N H V operations) that allocate what they return, as a
-caller without these kernels would; that they could write over old memory is the second line. Peers that are not
-installed are left out.
+caller without these kernels would; that they could write over old memory is a row of its own. Predicted for N = 1024,
+H = 576, V = 49 152: 174 GFLOP, 0.89 s at 196 GFLOP/s; what forms the logits twice has four GEMMs, 1.33 times that, a
+frozen head two, 0.67; the pass over the logits adds 2 NVe, 0.4 GB or 15 ms.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import subprocess
-import sys
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from benchmarks.bench_loss import plain
-from benchmarks.peers import missing
-from benchmarks.timing import interleaved, machine
+from benchmarks.bench_loss import BETA
+from benchmarks.cases import Outputs, Setup, Way
+from benchmarks.machine import device
+from benchmarks.peers import NEEDS_GPU, missing
+from benchmarks.results import LIMIT, OURS
 from repo_kernels import linear_repo_loss, onednn_linear
 
 SEQUENCES, HIDDEN, VOCABULARY = 4, 576, 49_152
-BETA = 0.02
-TOKENS = (1024, 4096, 16_384)
-YARDSTICK, OURS, FROZEN = "three GEMMs, fresh outputs", "linear_repo_loss", "linear_repo_loss, frozen head"
+SMALL = {"tokens": 64}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+Loss = Callable[["Problem", Tensor], Tensor]
+
+
+def cases(quick: bool) -> dict[str, dict[str, Any]]:
+    """The head of the embedded model, in fp32; on a GPU a larger one in bf16."""
+    if torch.cuda.is_available() and not quick:
+        return {"bf16, N = 8192": {"tokens": 8192, "hidden": 4096, "vocabulary": 151_936}}
+    tokens = 128 if quick else 1024
+    return {f"fp32, N = {tokens}": {"tokens": tokens, "hidden": HIDDEN, "vocabulary": VOCABULARY}}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """hidden (N, H) and weight (V, H) that require grad; ids, old log-probs, advantages (N,), of 4 equal sequences."""
+    """hidden (N, H) and weight (V, H) that require grad; ids, old log-probs (those of the reference too), advantages
+    (N,), of 4 equal sequences."""
 
     hidden: Tensor
     weight: Tensor
@@ -41,23 +51,41 @@ class Problem:
     old: Tensor
     advantages: Tensor
 
+    def in_fp64(self) -> Problem:
+        """The same numbers."""
+        cast = {k: v.detach().double() if v.is_floating_point() else v for k, v in vars(self).items()}
+        return Problem(**{**cast, "hidden": cast["hidden"].requires_grad_(), "weight": cast["weight"].requires_grad_()})
 
-def make_problem(tokens: int) -> Problem:
+
+def make_problem(tokens: int, hidden: int, vocabulary: int) -> Problem:
     """Random hidden states and head; an advantage per sequence, and log-probs near those of the head."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, HIDDEN, generator=generator)
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator) * HIDDEN**-0.5
-    ids = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
-    target = (hidden * weight[ids]).sum(-1)
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, hidden, generator=draw)
+    weight = torch.randn(vocabulary, hidden, generator=draw) * hidden**-0.5
+    ids = torch.randint(0, vocabulary, (tokens,), generator=draw)
     # the other logits are N(0, 1), so that their log-sum is about log V + 1/2
-    old = target - torch.log(torch.tensor(float(VOCABULARY))) - 0.5 + 0.1 * torch.randn(tokens, generator=generator)
-    advantages = torch.randn(SEQUENCES, generator=generator).repeat_interleave(tokens // SEQUENCES)
-    return Problem(hidden.requires_grad_(), weight.requires_grad_(), ids, old, advantages)
+    old = (states * weight[ids]).sum(-1) - torch.log(torch.tensor(float(vocabulary))) - 0.5
+    old += 0.1 * torch.randn(tokens, generator=draw)
+    advantages = torch.randn(SEQUENCES, generator=draw).repeat_interleave(tokens // SEQUENCES)
+    on = device()
+    kind = torch.bfloat16 if on.type == "cuda" else torch.float32
+    trained = (t.to(on, kind).requires_grad_() for t in (states, weight))
+    return Problem(*trained, ids.to(on), old.to(on), advantages.to(on))
+
+
+def of_logps(logps: Tensor, p: Problem) -> Tensor:
+    """The loss in PyTorch."""
+    delta = logps - p.old
+    ratio = delta.exp()
+    surrogate = -torch.minimum(ratio * p.advantages, ratio.clamp(0.8, 1.2) * p.advantages)
+    return (surrogate + BETA * ratio * ((-delta).exp() + delta - 1)).mean()
 
 
 def materialised(p: Problem, weight: Tensor) -> Tensor:
     """PyTorch: all logits, log_softmax, autograd."""
-    return plain(p.hidden @ weight.t(), p.ids, p.old, p.advantages)
+    logits = p.hidden @ weight.t()
+    logprobs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return of_logps(logprobs.gather(-1, p.ids[:, None])[:, 0], p)
 
 
 def ours(p: Problem, weight: Tensor) -> Tensor:
@@ -70,63 +98,89 @@ def liger(p: Problem, weight: Tensor, compiled: bool = False) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     module = LigerFusedLinearGRPOLoss(beta=BETA, compiled=compiled, use_bias_correction_kl=True)
-    by_sequence = (SEQUENCES, -1)
-    old = p.old.view(by_sequence)
+    old = p.old.view(SEQUENCES, -1)
     return module(
-        p.hidden.view(SEQUENCES, -1, HIDDEN),
+        p.hidden.view(SEQUENCES, -1, p.hidden.shape[-1]),
         weight,
-        p.ids.view(by_sequence),
+        p.ids.view(SEQUENCES, -1),
         torch.ones_like(old),
-        p.advantages.view(by_sequence)[:, 0],
+        p.advantages.view(SEQUENCES, -1)[:, 0],
         ref_per_token_logps=old,
         old_per_token_logps=old,
     )[0]
 
 
 def trl(p: Problem, weight: Tensor) -> Tensor:
-    """TRL's chunked log-probabilities at the chunk size of its trainers, then the loss in PyTorch."""
+    """TRL's chunked log-probabilities at the chunk size of its trainers."""
     from trl.kernels import ChunkedLogProbFunction
 
     logps, *_ = ChunkedLogProbFunction.apply(p.hidden, weight, None, p.ids, 1.0, 32_768, None, 1.0, ())
-    delta = logps - p.old
-    ratio = delta.exp()
-    surrogate = -torch.minimum(ratio * p.advantages, ratio.clamp(0.8, 1.2) * p.advantages)
-    return (surrogate + BETA * ratio * ((-delta).exp() + delta - 1)).mean()
+    return of_logps(logps, p)
 
 
-def losses() -> dict[str, Callable[[Problem, Tensor], Tensor]]:
-    """Every way to the same loss that is installed."""
-    ways: dict[str, Callable[[Problem, Tensor], Tensor]] = {"PyTorch, all logits": materialised, OURS: ours}
-    if not missing("liger-kernel"):
-        ways["Liger chunked GRPO"] = liger
-        ways["Liger chunked GRPO, compiled"] = lambda p, weight: liger(p, weight, compiled=True)
-    if not missing("trl"):
-        ways["TRL chunked log-probs + PyTorch"] = trl
-    return ways
+def cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """PyTorch's linear_cross_entropy per token, its options at their defaults."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return functional.linear_cross_entropy(hidden, weight, ids, reduction="none", options=options).float()
 
 
-def gradients(way: Callable[[Problem, Tensor], Tensor], p: Problem, frozen: bool = False) -> tuple[Tensor, ...]:
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, kind: str) -> Tensor:
+    """cut-cross-entropy per token, without leaving out small gradients, which the others do not."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    options = {"filter_eps": None} if kind == "cce" else {}
+    return linear_cross_entropy(hidden, weight, ids, reduction="none", impl=kind, **options).float()
+
+
+def torch_chunked(p: Problem, weight: Tensor) -> Tensor:
+    """The loss of PyTorch's linear_cross_entropy."""
+    return of_logps(-cross_entropy(p.hidden, weight, p.ids), p)
+
+
+def cut(p: Problem, weight: Tensor, kind: str) -> Tensor:
+    """The loss of cut-cross-entropy."""
+    return of_logps(-cut_cross_entropy(p.hidden, weight, p.ids, kind), p)
+
+
+def gradients(loss: Loss, p: Problem, frozen: bool = False) -> Outputs:
     """(loss, dhidden, dweight): forward and backward of one call; without dweight where the head is frozen."""
     weight = p.weight.detach() if frozen else p.weight
-    loss = way(p, weight)
-    return loss.detach(), *torch.autograd.grad(loss, (p.hidden,) if frozen else (p.hidden, weight))
+    value = loss(p, weight)
+    return value.detach(), *torch.autograd.grad(value, (p.hidden,) if frozen else (p.hidden, weight))
 
 
-def check(name: str, got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
-    """Largest error of the loss, whose terms are of size 1 and cancel, and relative error of the gradients."""
-    errors = [
-        (got[0] - expected[0]).abs(),
-        *((a - b).norm() / b.norm() for a, b in zip(got[1:], expected[1:], strict=False)),
-    ]
-    error = max(x.item() for x in errors)
-    assert error < 1e-5, f"{name} differs by {error:.1e}"
-    return f"{name}: {error:.1e}"
+def peers(way: Callable[..., Way]) -> tuple[dict[str, Way], dict[str, str]]:
+    """What others offer, and what of it cannot run here."""
+    ways = {
+        "PyTorch, all logits": way(materialised),
+        "PyTorch, all logits, compiled": way(torch.compile(materialised), compiled=True),
+        "F.linear_cross_entropy + PyTorch": way(torch_chunked, slow=True),
+    }
+    packages: dict[str, dict[str, tuple[Loss, bool, str]]] = {
+        "liger-kernel": {
+            "Liger chunked GRPO": (liger, False, ""),
+            "Liger chunked GRPO, compiled": (functools.partial(liger, compiled=True), True, ""),
+        },
+        "trl": {"TRL ChunkedLogProbFunction + PyTorch": (trl, False, "")},
+        "cut-cross-entropy": {
+            "cut-cross-entropy + PyTorch": (functools.partial(cut, kind="cce"), False, NEEDS_GPU),
+            "cut-cross-entropy's torch_compile + PyTorch": (functools.partial(cut, kind="torch_compile"), True, ""),
+        },
+    }
+    absent = {}
+    for package, named in packages.items():
+        for name, (loss, compiled, reason) in named.items():
+            if why := missing(package) or reason:
+                absent[name] = why
+            else:
+                ways[name] = way(loss, compiled=compiled)
+    return ways, absent
 
 
 def products(p: Problem) -> dict[str, Callable[[], object]]:
     """The three GEMMs alone."""
     x, w = p.hidden.detach(), p.weight.detach()
-    grad = torch.randn(x.shape[0], VOCABULARY)
+    grad = torch.randn(x.shape[0], w.shape[0], device=x.device).to(x.dtype)
     out = torch.empty_like(grad), torch.empty_like(x), torch.empty_like(w)
 
     def fresh() -> object:
@@ -140,97 +194,30 @@ def products(p: Problem) -> dict[str, Callable[[], object]]:
     def mixed() -> object:
         return onednn_linear.product(x, w), onednn_linear.product(grad, w.t()), torch.mm(grad.t(), x)
 
-    alone: dict[str, Callable[[], object]] = {YARDSTICK: fresh, "three GEMMs, outputs given": given}
+    alone: dict[str, Callable[[], object]] = {"three GEMMs, fresh": fresh, "three GEMMs, outputs given": given}
     if onednn_linear.multiplies(x.device, x.dtype):
-        alone["three GEMMs, the first two by oneDNN"] = mixed
+        alone["three GEMMs, two by oneDNN"] = mixed
     return alone
 
 
-def time_table(tokens: int, rounds: int) -> str:
-    """Markdown: median, spread, rate of the useful operations, ratios."""
-    problem, ways = make_problem(tokens), losses()
-    expected = gradients(materialised, problem)
-    agreement = [check(name, gradients(way, problem), expected) for name, way in ways.items()]
-    agreement.append(check(FROZEN, gradients(ours, problem, frozen=True), expected))
-    candidates = products(problem) | {
-        name: (lambda way=way: gradients(way, problem))  # type: ignore[misc]
-        for name, way in ways.items()
-    }
-    candidates[FROZEN] = lambda: gradients(ours, problem, frozen=True)
-    times = interleaved(candidates, rounds)
-    yardstick, mine = times[YARDSTICK].median, times[OURS].median
-    operations = 2 * tokens * HIDDEN * VOCABULARY
-    peak = max(3 * operations / times[name].median for name in products(problem))
-    lines = [
-        f"N = {tokens}, H = {HIDDEN}, V = {VOCABULARY}, float32; three GEMMs are {3 * operations / 1e9:.0f} GFLOP",
-        f"Difference from PyTorch's loss and, relative, its gradients: {'; '.join(agreement)}",
-        "",
-        "| | median ms [quartiles] | useful GFLOP/s | of the GEMM peak | / three GEMMs | this / linear_repo_loss |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, time in times.items():
-        rate = (2 if name == FROZEN else 3) * operations / time.median
-        lines.append(
-            f"| {name} | {1e3 * time.median:.0f} [{1e3 * time.low:.0f}, {1e3 * time.high:.0f}] | {rate / 1e9:.0f} "
-            f"| {rate / peak:.0%} | {time.median / yardstick:.3f} | {time.median / mine:.3f} |"
-        )
-    return "\n".join(lines)
+def setup(tokens: int, hidden: int, vocabulary: int) -> Setup:
+    """All ways to the loss and its gradients, and the products alone."""
+    p = make_problem(tokens, hidden, vocabulary)
+    work, tolerance = 6.0 * tokens * hidden * vocabulary, TOLERANCE[p.hidden.dtype]
+
+    def way(loss: Loss, **more: Any) -> Way:
+        return Way(functools.partial(gradients, loss, p), work=work, tolerance=tolerance, **more)
+
+    ways, absent = peers(way)
+    ways["linear_repo_loss"] = way(ours, role=OURS)
+    frozen = functools.partial(gradients, ours, p, frozen=True)
+    ways["linear_repo_loss, frozen head"] = Way(frozen, OURS, work * 2 / 3, tolerance)
+    ways |= {name: Way(call, LIMIT, work) for name, call in products(p).items()}
+    formula = f"Three GEMMs: 6 N H V = 6 x {tokens} x {hidden} x {vocabulary} = {work / 1e9:.0f} GFLOP"
+    exact = functools.partial(gradients, materialised)
+    return Setup(ways, "linear_repo_loss", "operations", formula, absent, lambda: exact(p.in_fp64()))
 
 
-def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (peak) of this process."""
-    with open("/proc/self/status") as status:
-        found = re.search(field + r":\s+(\d+) kB", status.read())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def extra_peak(name: str, tokens: int) -> int:
-    """Bytes that one forward and backward adds at its peak to what was there; gradients included."""
-    way = ours if name == FROZEN else losses()[name]
-    # imports, threads and the compiler's caches are not the loss's
-    gradients(way, make_problem(16 if name != "Liger chunked GRPO, compiled" else tokens), frozen=name == FROZEN)
-    problem = make_problem(tokens)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the peak is the present from here on
-    before = resident("VmRSS")
-    kept = gradients(way, problem, frozen=name == FROZEN)
-    peak = resident("VmHWM") - before
-    del kept
-    return peak
-
-
-def memory_table() -> str:
-    """Markdown: extra peak of each candidate in a process of its own."""
-    lines = ["| extra peak, MB | " + " | ".join(f"N = {n}" for n in TOKENS) + " |", "|---" * (1 + len(TOKENS)) + "|"]
-    lines.append(
-        "| dweight + dhidden | " + " | ".join(f"{4e-6 * HIDDEN * (VOCABULARY + n):.0f}" for n in TOKENS) + " |"
-    )
-    for name in (*losses(), FROZEN):
-        cells = []
-        for tokens in TOKENS:
-            command = [sys.executable, "-m", "benchmarks.bench_linear", "--peak-of", name, "--tokens", str(tokens)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            cells.append(f"{int(done.stdout) / 1e6:.0f}" if done.returncode == 0 else "failed")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Print the table of times, or of peaks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each candidate")
-    parser.add_argument("--tokens", type=int, default=TOKENS[0], help="rows, in 4 sequences")
-    parser.add_argument("--memory", action="store_true", help="peaks instead of times")
-    parser.add_argument("--peak-of", help="print the extra peak of one candidate in bytes")
-    options = parser.parse_args()
-    if options.peak_of:
-        print(extra_peak(options.peak_of, options.tokens))
-    elif options.memory:
-        print(f"{machine()}\n\n{memory_table()}")
-    else:
-        print(f"{machine()}, {options.rounds} rounds\n\n{time_table(options.tokens, options.rounds)}")
-
-
-if __name__ == "__main__":
-    main()
+def test_linear(measure, case) -> None:
+    """Forward and backward of one call."""
+    measure(case, rounds=7)

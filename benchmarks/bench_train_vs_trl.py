@@ -1,7 +1,7 @@
 """How many samples per hour and how much memory does a training step take, beside TRL's GRPOTrainer?
 
-    python -m benchmarks.bench_train_vs_trl                          # the embedded model, a fresh process per round
-    python -m benchmarks.bench_train_vs_trl --curves 30 --seeds 2    # KL and reward of both sides as well
+    pytest benchmarks/bench_train_vs_trl.py                          # table; --quick, --save, --compare OLD.json
+    python -m benchmarks.bench_train_vs_trl --curves 30 --seeds 2    # KL and reward of both sides over the steps
 
 Both sides train all weights of the same model in fp32 on the same prompts in the same order with the same reward
 function, group size, response length, optimiser and KL weight: one optimiser step per rollout, no gradient
@@ -23,14 +23,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import machine
+from benchmarks.machine import ROOT, machine, provenance
+from benchmarks.models import EMBEDDED, folder_of
+from benchmarks.peers import missing
+from benchmarks.results import OURS, PEER, Case, Row
 from benchmarks.trainers import PARTS, Measured
 
-ROOT = Path(__file__).parents[1]
 SIDES = ("ours", "trl", "trl-kept")
 PROMPTS, SAMPLES, TOKENS, BETA = 4, 4, 40, 0.04
 BATCH = PROMPTS * SAMPLES
@@ -143,33 +144,52 @@ def middle(values: Sequence[float], form: str = ".2f") -> str:
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
-def speed_table(found: dict[str, list[Measured]]) -> str:
-    """Markdown: time and memory of each side, its ratios to ours, and the parts of our step."""
-    seconds = {side: [s for run in runs for s in run.seconds] for side, runs in found.items()}
-    lines = [
-        "| | seconds per step, median [least, most] | samples per hour | response tokens per step | peak GiB |",
-        "|---|---|---|---|---|",
+def cases(quick: bool) -> dict[str, dict[str, Any]]:
+    """The embedded model; a tiny one with --quick."""
+    steps = {"steps": 3, "lr": 5e-5, "model": "tiny"} if quick else {"steps": 6, "lr": 5e-5, "model": EMBEDDED}
+    return {steps["model"]: steps}
+
+
+def test_train_vs_trl(request, record, benchmark, case) -> None:
+    """Processes of both sides, in turn; pytest-benchmark shows the whole process, the table a step."""
+    name, parameters = case
+    rounds = request.config.getoption("--rounds") or (1 if request.config.getoption("--quick") else 3)
+    model = EMBEDDED if parameters["model"] == EMBEDDED else folder_of(parameters["model"])
+    options = argparse.Namespace(**{**parameters, "model": model}, prompts=EMBEDDED)
+    sides = {"ours": OURS} if missing("trl") else {"ours": OURS, "trl": PEER, "trl-kept": PEER}
+    if request.config.getoption("--quick"):
+        sides.pop("trl-kept", None)
+    found: dict[str, list[Measured]] = {side: [] for side in sides}
+    where = provenance()
+
+    def run(side: str) -> None:
+        found[side].append(measure(options, side, options.steps, len(found[side])))
+
+    def others() -> None:
+        for side in [s for s in sides if s != "ours"]:
+            run(side)
+
+    benchmark.pedantic(lambda: run("ours"), setup=others, rounds=rounds)
+    rows = [
+        Row(
+            side,
+            role,
+            seconds=[second for run in found[side] for second in run.seconds],
+            work=BATCH,
+            extra_peak=statistics.median(run.peak for run in found[side]),
+            tokens=statistics.mean(t for run in found[side] for t in run.tokens[1:]),
+        )
+        for side, role in sides.items()
     ]
-    for side, runs in found.items():
-        tokens = statistics.mean(t for run in runs for t in run.tokens[1:])
-        per_hour = 3600 * BATCH / statistics.median(seconds[side])
-        peaks = middle([run.peak / GIB for run in runs])
-        lines.append(f"| {side} | {middle(seconds[side])} | {per_hour:.0f} | {tokens:.0f} | {peaks} |")
-    lines += [
-        "",
-        "| ours / theirs | samples per hour, of the medians [rounds] | peak memory [rounds] |",
-        "|---|---|---|",
-    ]
-    for side, runs in found.items():
-        if side != "ours":
-            pairs = list(zip(found["ours"], runs, strict=True))
-            rates = [statistics.median(b.seconds) / statistics.median(a.seconds) for a, b in pairs]
-            rate = statistics.median(seconds[side]) / statistics.median(seconds["ours"])
-            memory = middle([a.peak / b.peak for a, b in pairs])
-            lines.append(f"| {side} | {rate:.2f} [{min(rates):.2f}, {max(rates):.2f}] | {memory} |")
+    if reason := missing("trl"):
+        rows.append(Row("trl", PEER, reason=reason))
     parts = {name: [s for run in found["ours"] for s in run.parts[name][1:]] for name in PARTS}
-    told = ", ".join(f"{name} {statistics.median(values):.2f}" for name, values in parts.items())
-    return "\n".join([*lines, "", f"Our step, median seconds: {told}."])
+    notes = {"Our step, median seconds": ", ".join(f"{n} {statistics.median(v):.2f}" for n, v in parts.items())}
+    formula = (
+        f"Seconds per step of {PROMPTS} prompts x {SAMPLES} samples x {TOKENS} tokens, beta {BETA}, fp32; the first "
+        "step of a process left out. Peak: of the process, loading included"
+    )
+    record(Case("train_vs_trl", name, parameters, "samples", formula, "ours", rows, where, notes))
 
 
 def curve_table(found: dict[str, list[Measured]], steps: int) -> str:
@@ -190,52 +210,31 @@ def curve_table(found: dict[str, list[Measured]], steps: int) -> str:
     return "\n".join(lines)
 
 
-def report(options: argparse.Namespace) -> str:
-    """Everything asked for, measured and written down."""
-    sides = options.sides if "ours" in options.sides else ["ours", *options.sides]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers"))
-    rounds: dict[str, list[Measured]] = {side: [] for side in sides}
-    first = machine()
-    for number in range(options.rounds):
-        for side in sides:
-            rounds[side].append(measure(options, side, options.steps, number))
-    told = [
-        f"{first}, {packages}. {options.model} model, fp32, {PROMPTS} prompts x {SAMPLES} samples x {TOKENS} tokens, "
-        f"beta {BETA}, lr {options.lr:g}; {options.rounds} rounds of {options.steps} steps a side in turn, each a "
-        "fresh process, its first step left out. Peak: of the process, loading included, to the end of the last step.",
-        speed_table(rounds),
-    ]
-    if options.curves:
-        curves: dict[str, list[Measured]] = {side: [] for side in ("ours", "trl")}
-        for seed in range(options.seeds):
-            for side, runs in curves.items():
-                runs.append(measure(options, side, options.curves, seed))
-        text = "Mean k3 to the reference in nats per token and mean reward, median [least, most] over"
-        told += [f"{text} {options.seeds} seeds.", curve_table(curves, options.curves)]
-    return "\n\n".join(told) + "\n"
-
-
 def main() -> None:
-    """Measure what is asked for, print it and write it."""
+    """Print KL and reward of both sides, and write them where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="steps of each process, the first of them not timed")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "trl"], help="who is measured")
-    parser.add_argument("--curves", type=int, default=0, metavar="STEPS", help="KL and reward over so many steps")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each side for --curves")
-    parser.add_argument("--model", default="embedded", help="folder of another model")
-    parser.add_argument("--prompts", default="embedded", help="JSON lines of other single questions")
+    parser.add_argument("--curves", type=int, default=30, metavar="STEPS", help="steps of each run")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each side")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "trl"], help="who is trained")
+    parser.add_argument("--model", default=EMBEDDED, help="folder of another model")
+    parser.add_argument("--prompts", default=EMBEDDED, help="JSON lines of other single questions")
     parser.add_argument("--lr", type=float, default=5e-5, help="learning rate of both")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    if options.steps < 2:
-        parser.error(f"--steps must be at least 2, since the first is not timed; got {options.steps}")
-    text = report(options)
+    if options.curves < 2:
+        parser.error(f"--curves must be at least 2, since the first step is not timed; got {options.curves}")
+    first, curves = machine(), dict[str, list[Measured]]()
+    for seed in range(options.seeds):
+        for side in options.sides:
+            curves.setdefault(side, []).append(measure(options, side, options.curves, seed))
+    text = (
+        f"{first}. {options.model} model, lr {options.lr:g}. Mean k3 to the reference in nats per token and mean "
+        f"reward, median [least, most] over {options.seeds} seeds.\n\n{curve_table(curves, options.curves)}\n"
+    )
     print(text)
     if options.out:
-        title = "# A training step beside TRL's GRPOTrainer"
         command = " ".join(["python -m benchmarks.bench_train_vs_trl", *sys.argv[1:]])
-        options.out.write_text(f"{title}\n\n`{command}`\n\n{text}")
+        options.out.write_text(f"# Training beside TRL's GRPOTrainer\n\n`{command}`\n\n{text}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEEDS_GPU = "" if torch.cuda.is_available() else "its Triton kernels need a GPU; their traffic is in benchmarks.traffic"
 VOCABULARY, LENGTH = 151936, 1024  # both packages make these compile-time constants
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+FLUSHED = 256 * 2**20  # bytes: more than the L2 of any GPU
 
 
 @dataclass(frozen=True)
@@ -20,38 +22,60 @@ class Timing:
     high: float
 
 
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]],
-    rounds: int,
-    prepare: Callable[[], object] | None = None,
-    warmups: int = 2,
-) -> dict[str, Timing]:
-    """Time each candidate once per round, in turn, `prepare` before each call and not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(warmups + rounds):
-        for name, call in candidates.items():
-            if prepare is not None:
-                prepare()
-            start = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - start
-            if turn >= warmups:
-                seconds[name].append(elapsed)
-    return {name: _summary(values) for name, values in seconds.items()}
-
-
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Of the seconds of every round."""
     if len(values) < 2:
         return Timing(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(median, low, high)
 
 
-def machine() -> str:
-    """One line: processor, threads, load average, versions."""
-    name = "unknown CPU"
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as info:
-            name = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), name)
-    load = os.getloadavg()[0]
-    return f"{name}, {torch.get_num_threads()} threads, load {load:.1f}, torch {torch.__version__}"
+def clocked(call: Callable[[], object]) -> float:
+    """Seconds of one call: of the wall, or between two CUDA events around work that begins with a cold L2."""
+    if torch.cuda.is_available():
+        return _between_events(call)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _between_events(call: Callable[[], object]) -> float:
+    flush = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
+    flush.zero_()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+class Turns:
+    """The candidates of a case, timed once each per round: the others in an order drawn anew, then the subject.
+
+    seconds: of every round by name, warm-up rounds included.
+    """
+
+    def __init__(self, candidates: Mapping[str, Callable[[], object]], subject: str) -> None:
+        self.candidates, self.subject = dict(candidates), subject
+        self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        self._others, self._draw = [name for name in candidates if name != subject], random.Random(0)
+
+    def time_others(self) -> None:
+        """The first part of a round."""
+        for name in self._draw.sample(self._others, len(self._others)):
+            self.seconds[name].append(clocked(self.candidates[name]))
+
+    def time_subject(self) -> None:
+        """The second part of a round."""
+        self.seconds[self.subject].append(clocked(self.candidates[self.subject]))
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 2) -> dict[str, Timing]:
+    """Time each candidate once per round."""
+    turns = Turns(candidates, next(reversed(candidates)))
+    for _ in range(warmups + rounds):
+        turns.time_others()
+        turns.time_subject()
+    return {name: summary(values[warmups:]) for name, values in turns.seconds.items()}

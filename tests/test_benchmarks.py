@@ -11,9 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from benchmarks.bench_step import useful_work
 from benchmarks.bench_train_vs_trl import our_command, trl_job
 from benchmarks.trainers import train_ours, train_trl
+from benchmarks.training_step import useful_work
 from repo import train
 from repo.rollout import Rollout
 from repo.sequences import make_sequences

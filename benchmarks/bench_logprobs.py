@@ -1,0 +1,178 @@
+"""How fast are the log-probabilities of given tokens, from logits and from hidden states, beside PyTorch and the peers?
+
+    pytest benchmarks/bench_logprobs.py             # table; --quick, --save, --compare OLD.json
+
+From logits the bytes are 1 NVe (one pass over N x V logits) for the values and 2 NVe with the gradient; a copy moves 2.
+From hidden states 2 N H V operations for the values and three times that with gradients. Predicted: half a copy's
+time for the values, a copy's with the gradient; the GEMM's time for the values from hidden states.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import bench_linear, bench_loss
+from benchmarks.cases import Outputs, Setup, Way
+from benchmarks.peers import NEEDS_GPU, missing
+from benchmarks.results import LIMIT, OURS
+from repo_kernels import linear_selective_log_softmax, onednn_linear, selective_log_softmax
+
+SMALL = {"tokens": 16}
+Values = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def cases(quick: bool) -> dict[str, dict[str, Any]]:
+    """Values alone, with the gradient, and with the entropy."""
+    logits = {"tokens": 128 if quick else 1024, "vocabulary": 50_257}
+    if torch.cuda.is_available() and not quick:
+        logits = {"tokens": 8192, "vocabulary": 151_936}
+    hidden = next(iter(bench_linear.cases(quick).values()))
+    found = {
+        "fp32 logits, values": {"dtype": "fp32", "gradient": False, **logits},
+        "fp32 logits, with gradient": {"dtype": "fp32", "gradient": True, **logits},
+        "hidden states, values": {"gradient": False, **hidden},
+    }
+    if not quick:
+        found["bf16 logits, values"] = {"dtype": "bf16", "gradient": False, **logits}
+        found["bf16 logits, with gradient"] = {"dtype": "bf16", "gradient": True, **logits}
+        found["fp32 logits, values and entropy"] = {**found["fp32 logits, values"], "entropy": True}
+        found["hidden states, with gradients"] = {"gradient": True, **hidden}
+    return found
+
+
+def setup(
+    vocabulary: int, tokens: int, gradient: bool, dtype: str = "", hidden: int = 0, entropy: bool = False
+) -> Setup:
+    """From logits where a dtype is given, else from hidden states."""
+    if hidden:
+        return _from_hidden(tokens, hidden, vocabulary, gradient)
+    return _from_logits(dtype, tokens, vocabulary, gradient, entropy)
+
+
+def plain(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """log_softmax, gather, and the sum of -p log p."""
+    logprobs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    logps = logprobs.gather(-1, ids[:, None])[:, 0]
+    return (logps, -(logprobs.exp() * logprobs).sum(-1)) if entropy else (logps,)
+
+
+def trl(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """TRL's, by its Triton kernel on a GPU; elsewhere by its loop, on a copy in fp32 (see bench_loss)."""
+    from trl.trainer.utils import selective_log_softmax as values
+    from trl.trainer.utils import selective_log_softmax_and_entropy as both
+
+    logits = logits if logits.is_cuda else logits.float()
+    return tuple(both(logits, ids)) if entropy else (values(logits, ids),)
+
+
+def ours(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """One pass, on the backend of the device."""
+    found = selective_log_softmax(logits, ids, return_entropy=entropy)
+    return tuple(found) if entropy else (found,)
+
+
+def _from_logits(dtype: str, tokens: int, vocabulary: int, gradient: bool, entropy: bool) -> Setup:
+    p = bench_loss.make_problem(dtype, tokens, vocabulary, 0.0, False)
+    size = p.logits.numel() * p.logits.element_size()
+    passes = 2 if gradient else 1
+    tolerance = bench_loss.TOLERANCE[dtype] if gradient else 1e-5
+
+    def outputs(values: Callable[..., tuple[Tensor, ...]], logits: Tensor = p.logits) -> Outputs:
+        with torch.set_grad_enabled(gradient):
+            found = values(logits, p.ids, entropy)
+        if not gradient:
+            return found
+        return found[0].detach(), torch.autograd.grad(found[0], logits, p.advantages.to(found[0].dtype))[0]
+
+    def way(values: Callable[..., tuple[Tensor, ...]], **more: Any) -> Way:
+        return Way(functools.partial(outputs, values), work=passes * size, tolerance=tolerance, **more)
+
+    ways = {"torch eager": way(plain), "torch.compile": way(torch.compile(plain), compiled=True)}
+    absent = {}
+    if reason := missing("trl"):
+        absent["TRL selective_log_softmax"] = reason
+    else:
+        ways["TRL selective_log_softmax"] = way(trl)
+    ways["selective_log_softmax"] = way(ours, role=OURS)
+    scratch = torch.empty_like(p.logits)
+    ways["copy of the logits"] = Way(lambda: scratch.copy_(p.logits.detach()), LIMIT, 2 * size)
+    formula = (
+        f"{passes} NVe = {passes} x {tokens} x {vocabulary} x {p.logits.element_size()} = {passes * size / 1e6:.0f} MB"
+    )
+    expected = functools.partial(outputs, plain)
+    return Setup(
+        ways, "selective_log_softmax", "bytes", formula, absent,
+        lambda: expected(p.in_fp64().logits),
+    )  # fmt: skip
+
+
+def _from_hidden(tokens: int, hidden: int, vocabulary: int, gradient: bool) -> Setup:
+    p = bench_linear.make_problem(tokens, hidden, vocabulary)
+    work = (6.0 if gradient else 2.0) * tokens * hidden * vocabulary
+
+    def outputs(values: Values, q: bench_linear.Problem = p) -> Outputs:
+        with torch.set_grad_enabled(gradient):
+            found = values(q.hidden, q.weight)[0]
+        if not gradient:
+            return (found,)
+        upstream = q.advantages.to(found.dtype)
+        return found.detach(), *torch.autograd.grad(found, (q.hidden, q.weight), upstream)
+
+    def way(values: Values, **more: Any) -> Way:
+        tolerance = bench_linear.TOLERANCE[p.hidden.dtype]
+        return Way(functools.partial(outputs, values), work=work, tolerance=tolerance, **more)
+
+    def materialised(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return plain(states @ weight.t(), p.ids, False)
+
+    def trl_chunked(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        from trl.kernels import ChunkedLogProbFunction
+
+        return (ChunkedLogProbFunction.apply(states, weight, None, p.ids, 1.0, 32_768, None, 1.0, ())[0],)
+
+    def torch_chunked(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (-bench_linear.cross_entropy(states, weight, p.ids),)
+
+    def cut(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (-bench_linear.cut_cross_entropy(states, weight, p.ids, "cce"),)
+
+    def fused(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (linear_selective_log_softmax(states, weight, p.ids),)
+
+    ways = {
+        "PyTorch, all logits": way(materialised),
+        "PyTorch, all logits, compiled": way(torch.compile(materialised), compiled=True),
+        "F.linear_cross_entropy": way(torch_chunked, slow=True),
+    }
+    absent = {}
+    others = {
+        "TRL ChunkedLogProbFunction": (trl_chunked, missing("trl")),
+        "cut-cross-entropy": (cut, missing("cut-cross-entropy") or NEEDS_GPU),
+    }
+    for name, (values, reason) in others.items():
+        if reason:
+            absent[name] = reason
+        else:
+            ways[name] = way(values)
+    ways["linear_selective_log_softmax"] = way(fused, role=OURS)
+    alone = bench_linear.products(p)
+    if gradient:
+        ways |= {name: Way(call, LIMIT, work) for name, call in alone.items()}
+    else:
+        x, w = p.hidden.detach(), p.weight.detach()
+        ways["the GEMM, fresh"] = Way(lambda: torch.mm(x, w.t()), LIMIT, work)
+        if onednn_linear.multiplies(x.device, x.dtype):
+            ways["the GEMM by oneDNN"] = Way(lambda: onednn_linear.product(x, w), LIMIT, work)
+    formula = f"{'6' if gradient else '2'} N H V = {work / 1e9:.0f} GFLOP, N = {tokens}, H = {hidden}, V = {vocabulary}"
+    expected = functools.partial(outputs, lambda states, weight: plain(states @ weight.t(), p.ids, False))
+    return Setup(ways, "linear_selective_log_softmax", "operations", formula, absent, lambda: expected(p.in_fp64()))
+
+
+def test_logprobs(measure, case) -> None:
+    """The values, with their gradient where the case says so."""
+    measure(case, rounds=9)

@@ -1,0 +1,65 @@
+"""How much memory does a loss with its gradients take at its peak, beyond what was there?
+
+    pytest benchmarks/bench_memory.py               # table; --quick, --save, --compare OLD.json
+
+The peak of a process that makes one call (on CUDA the allocator's), gradients included. Predicted from hidden states:
+dweight and dhidden, 4 H (V + N) bytes, which no way that returns them can do without, plus 64 MB for a chunk of logits;
+for a peer that holds all logits 3 to 4 times 4 N V. From logits: the gradient, 4 N V, and nothing beside it; in place
+nothing at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from benchmarks import machine, memory
+from benchmarks.bench_linear import HIDDEN, VOCABULARY
+from benchmarks.results import LIMIT, OURS, PEER, Case, Row
+
+TOKENS = (1024, 4096, 16_384)
+LARGEST = 10e9  # bytes: what does not fit beside the rest of this machine
+# Bytes at the peak over those of all logits, measured at N = 1024 and 4096: what would not fit is not tried.
+FACTOR = {"TRL ChunkedLogProbFunction + PyTorch": 6.0, "F.linear_cross_entropy + PyTorch": 4.0}
+
+
+def cases(quick: bool) -> dict[str, dict[str, Any]]:
+    """Suite whose ways are measured, and sizes."""
+    found: dict[str, dict[str, Any]] = {}
+    for n in TOKENS[:1] if quick else TOKENS:
+        of_head = {"tokens": n, "hidden": HIDDEN, "vocabulary": VOCABULARY}
+        found[f"hidden states, N = {n}"] = {"suite": "linear", "arguments": of_head}
+    for n in () if quick else TOKENS[:2]:
+        found[f"fp32 logits, N = {n}"] = {
+            "suite": "loss",
+            "arguments": {"dtype": "fp32", "tokens": n, "vocabulary": 50_257},
+        }
+    return found
+
+
+def test_memory(request, record, case) -> None:
+    """The peak of every way, a process each."""
+    name, parameters = case
+    suite, arguments = parameters["suite"], parameters["arguments"]
+    module = importlib.import_module(f"benchmarks.bench_{suite}")
+    setup = module.setup(**{**arguments, **module.SMALL})
+    quick, rows = request.config.getoption("--quick"), []
+    n, v = arguments["tokens"], arguments["vocabulary"]
+    for way, found in setup.ways.items():
+        if found.role == LIMIT or "masked" in way:
+            continue
+        expected = FACTOR.get(way, 3.0) * 4 * n * v if found.role == PEER else 0
+        if quick and (found.compiled or found.slow or found.role == PEER):
+            rows.append(Row(way, found.role, reason="left out by --quick"))
+        elif expected > LARGEST:
+            rows.append(Row(way, found.role, reason=f"not tried: expected to take {expected / 1e9:.0f} GB"))
+        else:
+            peak = memory.in_process(module.__name__, arguments, way)
+            rows.append(Row(way, found.role, **({"reason": peak} if isinstance(peak, str) else {"extra_peak": peak})))
+    least = 4 * HIDDEN * (v + n) if suite == "linear" else 4 * n * v
+    told = "dweight + dhidden, by arithmetic" if suite == "linear" else "the gradient, by arithmetic"
+    rows.append(Row(told, LIMIT, extra_peak=least))
+    formula = f"All logits are {4e-6 * n * v:.0f} MB"
+    record(Case("memory", name, parameters, "bytes", formula, setup.subject, rows, machine.provenance()))
+    ours = [row for row in rows if row.role == OURS]
+    assert all(row.extra_peak is not None for row in ours), ours

@@ -1,0 +1,169 @@
+"""pytest's side of the benchmarks: the options, and the fixture that checks, times and records a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from benchmarks import machine, memory, results
+from benchmarks.cases import Setup, error
+from benchmarks.results import LIMIT, OURS, PEER, Case, Row
+from benchmarks.tables import case_table, changes_table
+from benchmarks.timing import Turns
+
+QUICK = "left out by --quick"
+WARMUPS = 2
+DEFAULT = str(results.FOLDER / machine.slug())
+CASES, OLD, CHANGES = (pytest.StashKey[list[Any]]() for _ in range(3))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("benchmarks of this repository")
+    group.addoption("--quick", action="store_true", help="few rounds, small sizes, no compiled peers: under 2 minutes")
+    group.addoption(
+        "--save",
+        nargs="?",
+        const=DEFAULT,
+        metavar="FOLDER",
+        help="write results as JSON (default: the folder of this machine in benchmarks/results)",
+    )
+    group.addoption("--compare", action="append", default=[], metavar="OLD.json", help="results (or a folder of them)")
+    group.addoption("--percent", type=float, default=10.0, help="slower or larger by more than this fails --compare")
+    group.addoption("--rounds", type=int, help="timed rounds of every case (default: each suite's)")
+    group.addoption("--no-peaks", action="store_true", help="do not measure memory, which takes a process for each way")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CASES] = []
+    if config.getoption("--quick") and config.getoption("--save") == DEFAULT:
+        raise pytest.UsageError("--save: needs a FOLDER with --quick, whose small sizes are not for committed results")
+    try:
+        config.stash[OLD] = [case for name in config.getoption("--compare") for case in results.read(Path(name))]
+    except ValueError as problem:
+        raise pytest.UsageError(f"--compare: {problem}") from None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        found = metafunc.module.cases(metafunc.config.getoption("--quick"))
+        metafunc.parametrize("case", [pytest.param((name, values), id=name) for name, values in found.items()])
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[Case], None]:
+    """Keep a case for the tables and the JSON."""
+    return request.config.stash[CASES].append
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Case], None]) -> Callable[..., Case]:
+    """A function that measures a case of the test's module.
+
+    pytest-benchmark times the subject; before each of its rounds the other ways are timed in turn.
+    """
+    config = request.config
+    quick, module = config.getoption("--quick"), request.module
+
+    def run(case: tuple[str, dict[str, Any]], rounds: int, warmups: int = WARMUPS) -> Case:
+        name, parameters = case
+        rounds = config.getoption("--rounds") or (min(rounds, 3) if quick else rounds)
+        warmups = min(warmups, 1) if quick else warmups
+        setup = module.setup(**parameters)
+        absent = dict(setup.absent)
+        if quick:
+            absent |= {way: QUICK for way, found in setup.ways.items() if found.compiled or found.slow}
+        errors = checked(module, parameters, setup, absent)
+        where = machine.provenance()
+        calls = {way: found.call for way, found in setup.ways.items() if way not in absent}
+        turns = Turns(calls, setup.subject)
+        benchmark.pedantic(turns.time_subject, setup=turns.time_others, rounds=rounds, warmup_rounds=warmups)
+        notes = setup.notes()
+        where["load after"] = round(machine.load(), 2)
+        rows = [
+            Row(
+                way=way,
+                role=found.role,
+                seconds=turns.seconds[way][warmups:] if way not in absent else [],
+                work=found.work,
+                error=errors.get(way),
+                tokens=found.tokens,
+                reason=absent.get(way),
+            )
+            for way, found in setup.ways.items()
+        ]
+        rows += [Row(way, PEER, reason=why) for way, why in absent.items() if way not in setup.ways]
+        about = {"unit": setup.unit, "formula": setup.formula, "subject": setup.subject}
+        del setup, turns, calls  # the memory is the children's now
+        if not (quick or config.getoption("--no-peaks")):
+            rows = [with_peak(module, parameters, row) for row in rows]
+        suite = module.__name__.rpartition("bench_")[2]
+        found = Case(suite, name, parameters, rows=rows, provenance=where, notes=notes, **about)
+        benchmark.extra_info["rows"] = [vars(row) for row in rows]
+        record(found)
+        return found
+
+    return run
+
+
+def checked(module: ModuleType, parameters: dict[str, Any], setup: Setup, absent: dict[str, str]) -> dict[str, float]:
+    """Errors of the ways against fp64, on a small problem of the same kind; wrong ones are not timed."""
+    if setup.expected is None:
+        return {}
+    small = module.setup(**{**parameters, **module.SMALL})
+    expected, errors = small.expected() if small.expected else (), {}
+    for name, way in small.ways.items():
+        if way.tolerance is not None and name not in absent:
+            try:
+                errors[name] = error(way.call(), expected)
+            except Exception as problem:  # a peer's failure is a row of the table
+                if way.role == OURS:
+                    raise
+                absent[name] = f"fails: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
+                continue
+            if errors[name] > way.tolerance:
+                told = f"{name} differs from fp64 by {errors[name]:.1e}, more than {way.tolerance:.0e}"
+                assert way.role != OURS, told
+                absent[name] = told
+    return errors
+
+
+def with_peak(module: ModuleType, parameters: dict[str, Any], row: Row) -> Row:
+    """The row with its extra peak memory, or with the reason why there is none."""
+    if not row.seconds or row.role == LIMIT:
+        return row
+    own = getattr(module, "peak", None)  # where "extra" means something else
+    peak = own(parameters, row.way) if own else memory.in_process(module.__name__, parameters, row.way)
+    values = {"extra_peak": peak} if isinstance(peak, int) else {"reason": peak or None}
+    return Row(**{**vars(row), **values})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Save, and compare: a run with a slower or larger case fails."""
+    config = session.config
+    cases = config.stash.get(CASES, [])
+    if config.getoption("--save") and cases:
+        results.save(cases, Path(config.getoption("--save")))
+    if config.getoption("--compare"):
+        config.stash[CHANGES] = results.changes(config.stash[OLD], cases)
+        most = 1 + config.getoption("--percent") / 100
+        if any(max(time, peak or 0) > most for *_, time, peak in config.stash[CHANGES]) or not config.stash[CHANGES]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The tables."""
+    cases = config.stash.get(CASES, [])
+    if cases:
+        terminalreporter.section("benchmarks")
+        terminalreporter.write_line(machine.told(cases[0].provenance))
+        for case in cases:
+            terminalreporter.write_line(f"\n{case_table(case)}")
+    if config.getoption("--save") and cases:
+        terminalreporter.write_line(f"\nsaved in {config.getoption('--save')}")
+    if config.getoption("--compare"):
+        terminalreporter.section("compared with " + ", ".join(config.getoption("--compare")))
+        terminalreporter.write_line(changes_table(config.stash[CHANGES], config.getoption("--percent")))

@@ -1,0 +1,76 @@
+"""How much memory does one call add at its peak to what was there?
+
+    python -m benchmarks.memory MODULE PARAMETERS WAY       # prints bytes; how the suites ask, a process a way
+
+On a CPU the peak of the process, from /proc, in a process of its own, since what earlier calls freed may be taken
+again without being seen; on CUDA the allocator's peak. What the call returns (gradients) is part of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import ROOT
+
+
+def resident(name: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (peak) of this process."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def reset_peak() -> None:
+    """The peak is the present from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def extra_peak(call: Callable[[], object]) -> int:
+    """Bytes that a call adds at its peak."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        before = resident("VmRSS")
+        reset_peak()
+        kept = call()
+        peak = resident("VmHWM") - before
+    del kept
+    return peak
+
+
+def in_process(module: str, parameters: Mapping[str, Any], way: str) -> int | str:
+    """The extra peak of a way of a suite's case in a fresh process, or why it could not be measured."""
+    command = [sys.executable, "-m", "benchmarks.memory", module, json.dumps(parameters), way]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return f"peak: exit status {done.returncode} {last}".strip()
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """Warm up with a small problem of the suite (imports, threads, compiled code), then measure the one asked for."""
+    module, parameters, name = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+    small = {**parameters, **module.SMALL}
+    way = module.setup(**parameters).ways[name]
+    # what is compiled is compiled for its sizes, and nothing of it stays
+    way.call() if way.compiled else module.setup(**small).ways[name].call()
+    print(extra_peak(way.call))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Results as Markdown: a table per case, and one of what changed since an earlier run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.results import Case, Row, ratio
+
+SCALES = {
+    "bytes": ("GB/s", 1e9),
+    "operations": ("GFLOP/s", 1e9),
+    "samples": ("samples/h", 1 / 3600),
+    "steps": ("steps/h", 1 / 3600),
+}
+
+
+def milliseconds(row: Row) -> str:
+    """Median and quartiles, in ms below a second, else in s."""
+    time = row.time
+    scale, unit, form = (1e3, "ms", ".1f") if time.median < 1 else (1.0, "s", ".2f")
+    return f"{scale * time.median:{form}} [{scale * time.low:{form}}, {scale * time.high:{form}}] {unit}"
+
+
+def case_table(case: Case) -> str:
+    """One row per way: time, ratio to the subject, rate, share of the machine's limit, error, peak memory."""
+    unit, scale = SCALES[case.unit]
+    rated = any(row.rate for row in case.rows)
+    told = any(row.tokens for row in case.rows)
+    columns = ["", "median [quartiles]", f"÷ {case.subject}"]
+    columns += [unit, "of the limit"] if rated else []
+    columns += ["tokens/s"] if told else []
+    columns += ["error to fp64", "extra peak MB"]
+    lines = [f"**{case.suite}: {case.name}.** {case.formula}", "", _line(columns), "|---" * len(columns) + "|"]
+    for row in case.rows:
+        if not row.seconds and row.extra_peak is None:
+            continue
+        cells = [row.way, *_times(case, row)]
+        if rated:
+            share = f"{row.rate / case.peak_rate:.0%}" if row.rate and case.peak_rate else ""
+            cells += [f"{row.rate / scale:.1f}" if row.rate else "", share]
+        if told:
+            cells.append(f"{row.tokens / row.time.median:.0f}" if row.tokens and row.seconds else "")
+        cells.append(f"{row.error:.1e}" if row.error is not None else "")
+        cells.append(f"{row.extra_peak / 1e6:.0f}" if row.extra_peak is not None else "")
+        lines.append(_line(cells))
+    lines += ["", *(f"{row.way}: {row.reason}." for row in case.rows if row.reason)]
+    lines += [f"{name}: {value}." for name, value in case.notes.items()]
+    return "\n".join(lines).rstrip()
+
+
+def _times(case: Case, row: Row) -> list[str]:
+    if not row.seconds:
+        return ["", ""]
+    found = ratio(case, row.way)
+    return [milliseconds(row), f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else ""]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def changes_table(changes: Sequence[tuple[str, str, float, float | None]], percent: float) -> str:
+    """What changed, the worst first, and whether that is too much."""
+    if not changes:
+        return "Nothing to compare: no case with the same name and parameters has a row of ours in both."
+    lines = [_line(["case", "way", "time, new ÷ old, machine's speed taken out", "peak, new ÷ old", ""])]
+    lines.append("|---" * 5 + "|")
+    for name, way, time, peak in sorted(changes, key=lambda change: -change[2]):
+        worst = 100 * (max(time, peak or 0) - 1)
+        verdict = f"**{worst:.0f} % worse, more than {percent:g} %**" if worst > percent else ""
+        lines.append(_line([name, way, f"{time:.3f}", f"{peak:.3f}" if peak else "", verdict]))
+    return "\n".join(lines)

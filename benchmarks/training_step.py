@@ -1,0 +1,150 @@
+"""The parts of a training step as a benchmark calls them, and the work that they cannot be spared.
+
+Useful work is that of live rows: with P parameters in the trunk's matrices, T tokens (a prompt once for its samples,
+the last token of a response never), N response tokens, hidden size H, vocabulary V, L layers whose heads are W wide
+together and K pairs of a query and a key it sees,
+
+    FLOPs = 2 (P T + H V N + 2 L W K) for a forward pass, three times that with its backward pass
+
+(twice where only adapters are trained: no gradient of the weights).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import device
+from benchmarks.models import EMBEDDED, folder_of, lora_rank
+from repo import assets
+from repo.actor import Actor, read_reference
+from repo.config import Config, ModelConfig, OptimizerConfig, RolloutConfig
+from repo.data import Prompt, batch_at, load_prompts, tokenize_prompts
+from repo.memory import keep_freed_memory
+from repo.objective import Batch, make_batch
+from repo.policy import Policy, load_policy, load_reference
+from repo.rollout import sample
+from repo.sequences import Sequences, make_sequences
+from repo.update import Updater
+
+PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18
+
+
+@dataclass(frozen=True)
+class Step:
+    """The parts of a step. prompts: drawn as a run draws them; endless: the policy without stop tokens; layers: those
+    that the embedded scorers read from the reference's forward pass."""
+
+    config: Config
+    prompts: list[Prompt]
+    endless: Policy
+    reference: Actor
+    updater: Updater
+    layers: list[int]
+
+    def rollout(self, count: int) -> Sequences:
+        """Sample from the first `count` prompts, never stopping early."""
+        return sample(self.endless, self.prompts[:count], SAMPLES, self.config.rollout, 0, 0).sequences
+
+    def generate(self, count: int) -> Tensor:
+        """The same by transformers' generate, which repeats each prompt."""
+        ids = [p.token_ids for p in self.prompts[:count] for _ in range(SAMPLES)]
+        rows = make_sequences(ids, [[]] * len(ids), self.endless.pad_id)
+        width, on = rows.prompt_width, self.endless.device
+        return self.endless.model.generate(
+            input_ids=rows.input_ids[:, :width].to(on),
+            attention_mask=rows.attention_mask[:, :width].to(on, torch.int64),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+        )
+
+    def read_reference(self, sequences: Sequences, layers: list[int]) -> Tensor:
+        """Log-probabilities under the reference, (B, R)."""
+        budget = self.config.optimizer.micro_batch_tokens
+        return read_reference(self.reference, sequences, self.config.rollout.temperature, budget, layers)[0]
+
+    def random_sequences(self, prompts: Sequence[Sequence[int]]) -> Sequences:
+        """Prompts (token ids) with SAMPLES responses of random tokens each."""
+        group = torch.arange(len(prompts)).repeat_interleave(SAMPLES)
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.endless.model.vocab_size, (len(group), TOKENS), generator=draw).tolist()
+        return make_sequences([list(prompts[i]) for i in group.tolist()], ids, self.endless.pad_id, group)
+
+    def first(self, count: int) -> list[Sequence[int]]:
+        """Token ids of the first prompts."""
+        return [p.token_ids for p in self.prompts[:count]]
+
+    def random_batch(self, sequences: Sequences) -> Batch:
+        """What an update reads, with random scores."""
+        rows = len(sequences.group)
+        rewards, costs = torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
+        ref_logps = torch.full((rows, TOKENS), -11.0)
+        return make_batch(self.config, sequences, rewards, costs, ref_logps, 1.0, 0.02, None, {})
+
+    def update(self, batch: Batch) -> None:
+        """Forward, backward, clip and AdamW."""
+        self.updater.update(batch, STEPS // 2, STEPS)
+
+    def whole(self, batch: Batch) -> None:
+        """Rollout, reference with the states that scorers read, update."""
+        self.read_reference(self.rollout(PROMPTS), self.layers)
+        self.update(batch)
+
+
+@functools.lru_cache(1)
+def load_step(model: str) -> Step:
+    """With the embedded model, that of a folder, or random weights of a shape; on CUDA in bf16."""
+    keep_freed_memory()
+    on, folder, path = device(), assets.ensure(), folder_of(model)
+    dtype = "bfloat16" if on.type == "cuda" else "float32"
+    settings = ModelConfig(path=path, dtype=dtype, lora_rank=lora_rank(model))
+    config = Config(
+        model=settings,
+        rollout=RolloutConfig(max_new_tokens=TOKENS, samples_per_prompt=SAMPLES),
+        optimizer=OptimizerConfig(lr=1e-7),  # the same work for ever
+    )
+    policy = load_policy(path, on, True, settings)
+    reference = Actor(load_reference(policy, path, settings))
+    room = min(256, policy.model.config.max_position_embeddings - TOKENS)
+    found = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl"), policy.tokenizer, None, room)
+    scorer = folder / "scorers" / "reward" / "scorer.json"
+    layer = json.loads(scorer.read_text())["layer"] if model == EMBEDDED else 0
+    endless = dataclasses.replace(policy, eos_ids=(-1,))
+    prompts = batch_at(found.kept, 0, 8, 0)
+    return Step(config, prompts, endless, reference, Updater(Actor(policy), config), [layer])
+
+
+@dataclass(frozen=True)
+class Work:
+    """tokens: T; flops: of a forward pass; both as the module says."""
+
+    tokens: int
+    flops: float
+
+
+def useful_work(model: Any, sequences: Sequences) -> Work:
+    """The work of live rows."""
+    shape, prompts, own = model.config, sequences.prompt_lengths, sequences.response_lengths - 1
+    first = torch.cat((torch.ones(1, dtype=torch.bool), sequences.group[1:] != sequences.group[:-1]))
+    tokens = int(prompts[first].sum() + own.sum())
+    pairs = int((prompts * (prompts + 1) // 2)[first].sum() + (own * prompts + own * (own + 1) // 2).sum())
+    matrices = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, nn.Linear))
+    head = shape.hidden_size * shape.vocab_size * int(sequences.response_lengths.sum())
+    width = shape.num_attention_heads * (
+        getattr(shape, "head_dim", 0) or shape.hidden_size // shape.num_attention_heads
+    )
+    return Work(tokens, 2.0 * (matrices * tokens + head + 2 * shape.num_hidden_layers * width * pairs))
+
+
+def passes(step: Step) -> int:
+    """Forward passes that an update's forward and backward amount to."""
+    return 2 if step.config.model.lora_rank else 3
