@@ -47,9 +47,11 @@ reproduce: $(VENV)/train.stamp
 	$(BIN)/python -m benchmarks.reproduce.table
 	$(BIN)/python -m benchmarks.reproduce.language $(ARGS)
 
+# Everything that benchmarks/ measures, about an hour on two cores that do nothing else; ARGS=--rounds=3 for less.
 bench: $(VENV)/dev.stamp
-	$(PIP) '.[bench]'
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only --benchmark-columns=min,median,max,rounds
+	$(BIN)/python -m repo.assets
+	$(BIN)/python -m pytest benchmarks --save $(ARGS)
+	$(BIN)/python -m benchmarks.report --readme README.md
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

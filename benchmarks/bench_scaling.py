@@ -104,5 +104,6 @@ def peak(parameters: dict[str, Any], way: str) -> str:
 
 
 def test_scaling(measure, case) -> None:
-    """One point."""
-    measure(case, rounds=3, warmups=1)
+    """One point; the largest, which take minutes, once."""
+    large = case[1]["kind"] == "linear" and case[1]["tokens"] > 4 * YARDSTICK
+    measure(case, rounds=1 if large else 3, warmups=0 if large else 1)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, machine, provenance
+from benchmarks.machine import ROOT, device, machine, provenance
 from benchmarks.models import EMBEDDED, folder_of
 from benchmarks.peers import missing
 from benchmarks.results import OURS, PEER, Case, Row
@@ -47,7 +47,7 @@ def our_command(options: argparse.Namespace, steps: int, seed: int, out: Path) -
         "save_every": 0,
         "sample_every": 0,
         "model.path": options.model,
-        "model.device": "cpu",
+        "model.device": device().type,
         "data.train": options.prompts,
         "rollout.prompts_per_step": PROMPTS,
         "rollout.samples_per_prompt": SAMPLES,
@@ -109,7 +109,7 @@ def trl_job(command: list[str]) -> dict[str, Any]:
         "adam_beta2": optimizer.betas[1],
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.clip_norm,
-        "use_cpu": True,
+        "use_cpu": device().type == "cpu",
         "bf16": False,
         "model_init_kwargs": {"dtype": "float32"},
         "save_strategy": "no",

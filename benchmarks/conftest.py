@@ -55,8 +55,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[Case], None]:
-    """Keep a case for the tables and the JSON."""
-    return request.config.stash[CASES].append
+    """A function that keeps a case for the tables, and writes it where --save says."""
+    folder = request.config.getoption("--save")
+
+    def keep(case: Case) -> None:
+        request.config.stash[CASES].append(case)
+        if folder:
+            results.save([case], Path(folder))
+
+    return keep
 
 
 @pytest.fixture
@@ -142,11 +149,9 @@ def with_peak(module: ModuleType, parameters: dict[str, Any], row: Row) -> Row:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Save, and compare: a run with a slower or larger case fails."""
+    """Compare: a run with a slower or larger case fails."""
     config = session.config
     cases = config.stash.get(CASES, [])
-    if config.getoption("--save") and cases:
-        results.save(cases, Path(config.getoption("--save")))
     if config.getoption("--compare"):
         config.stash[CHANGES] = results.changes(config.stash[OLD], cases)
         most = 1 + config.getoption("--percent") / 100

@@ -70,12 +70,3 @@ class Turns:
     def time_subject(self) -> None:
         """The second part of a round."""
         self.seconds[self.subject].append(clocked(self.candidates[self.subject]))
-
-
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 2) -> dict[str, Timing]:
-    """Time each candidate once per round."""
-    turns = Turns(candidates, next(reversed(candidates)))
-    for _ in range(warmups + rounds):
-        turns.time_others()
-        turns.time_subject()
-    return {name: summary(values[warmups:]) for name, values in turns.seconds.items()}

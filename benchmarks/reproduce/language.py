@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.timing import machine
+from benchmarks.machine import machine
 from repo import parsing
 from repo.compare import read_evaluation
 from repo.drawing import STYLE

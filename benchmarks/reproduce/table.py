@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.timing import machine
+from benchmarks.machine import machine
 from repo.drawing import STYLE
 from repo.penalty import lagrangian_lambda, repo_lambda
 from repo_kernels import repo_loss
