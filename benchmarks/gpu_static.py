@@ -20,8 +20,8 @@ Nothing here was run on a GPU.
     reports    [fields of static_report.StaticReport]; report_from_dict makes one of it
     figures    [{name, target, programs, occupancy, instructions, mufu, issue_ps, mufu_ps, dram_ps}], one per report
                (only name and target if it has a reason): programs on a unit, share of its threads; instructions and
-               MUFU per logit, all included, over a row of 151936; modelled picoseconds per logit (dram_ps: of the least
-               passes, null for matrix products)
+               MUFU per logit, all included, over a row of 151936 (or what is held of a row); modelled picoseconds per
+               logit (dram_ps: of the least passes, null for matrix products)
     traffic    [{title, vocabulary, launches, issued_loaded, issued_stored, resident, dram, machines}] (null after
                --no-traffic): passes issued; dram: [{mb, hints, read, written}], modelled passes with `resident`
                programs; machines: {target: {read, written}}, the same by that target's L2, one program on each unit

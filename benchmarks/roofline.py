@@ -164,8 +164,8 @@ Every time here is *modelled*; nothing was run on a GPU. Picoseconds per bf16 lo
 instructions, the special functions, and the DRAM passes of the table above at the machine's bandwidth, with one program
 at a time on each unit. Counted at most: the longest path through what runs once per row, and a block that is not whole
 pays for all of it (V = 32000: of a row that is held, 49152). Not counted: latency, so that a machine can be
-slower, and that an A100 issues fp32 at half of its slots. peer / ours: modelled time over that of the named computation of ours.
-An MI300X is left out, for want of a model of its caches.
+slower, and that an A100 issues fp32 at half of its slots. peer / ours: modelled time over that of the named computation
+of ours. An MI300X is left out, for want of a model of its caches.
 """,
         "| " + columns.replace(",", " | ") + " |",
         "|" + "---|" * len(columns.split(",")),

@@ -98,12 +98,14 @@ class StaticReport:
         others = [loop for loop in self.loops if loop.loads and all(loop is not sweep for sweep in self.sweeps)]
         return getattr(self.path, what) + sum(getattr(loop, what) for loop in others)
 
-    def all_per_logit(self, what: str = "instructions", vocabulary: int = EXAMPLE_VOCABULARY) -> float:
-        """Of everything that is run for a row of so many logits, or for a tile. At most: the longest path is taken,
-        and a block that is not whole pays for all of it, once."""
+    def all_per_logit(self, what: str = "instructions", vocabulary: int = 0) -> float:
+        """Of everything that is run for a row of so many logits (0: of EXAMPLE_VOCABULARY where it is swept, else as
+        many as are held), or for a tile. At most: the longest path is taken, and a block that is not whole pays for
+        all of it, once."""
         if self.hidden:
             return sum(self.per_logit(what)) + self.once(what) / self.elements_per_thread
         block = self.elements_per_thread * self.threads
+        vocabulary = vocabulary or (EXAMPLE_VOCABULARY if self.sweeps else round(block))
         if not self.sweeps:
             return getattr(self.path, what) * self.threads * -(-vocabulary // block) / vocabulary
         # The last block is either a trip of a masked loop, which is in `once`, or of the sweep itself.
@@ -123,12 +125,12 @@ class StaticReport:
             return self.passes or 2
         return 1 + self.full_kl + (self.kind != "statistics")
 
-    def issue_bound(self, vocabulary: int = EXAMPLE_VOCABULARY) -> float:
+    def issue_bound(self, vocabulary: int = 0) -> float:
         """Modelled: seconds per logit to issue the instructions, those outside the sweeps included."""
         rate = self.machine.units * self.machine.issue * self.machine.clock * self.machine.warp_size
         return self.all_per_logit("instructions", vocabulary) / rate
 
-    def mufu_bound(self, vocabulary: int = EXAMPLE_VOCABULARY) -> float:
+    def mufu_bound(self, vocabulary: int = 0) -> float:
         """Modelled: seconds per logit in the special function units."""
         rate = self.machine.units * self.machine.mufu * self.machine.clock
         return self.all_per_logit("mufu", vocabulary) / rate

@@ -27,8 +27,8 @@ def versions(*packages: str) -> str:
 
 def header() -> str:
     """Title, versions, date and what the columns mean."""
-    rates = "; ".join(
-        f"{m.device}: {m.units} units, {m.issue} instructions and {m.mufu} MUFU results each per clock at "
+    rates = "\n".join(
+        f"- {m.device}: {m.units} units, {m.issue} instructions and {m.mufu} MUFU results each per clock at "
         f"{m.clock / 1e9:.3f} GHz, {m.dram / 1e12:.2f} TB/s"
         for m in TARGETS.values()
     )
@@ -41,7 +41,11 @@ for the machine in the heading: picoseconds per logit, instructions outside the 
 {EXAMPLE_VOCABULARY}. A kernel whose issue and MUFU times are below its DRAM time can be bound by memory. The DRAM time
 is that of the least passes (fused: logits read once, gradient written once). Issue: of AMD's instructions the scalar
 ones are counted too, which a compute unit issues beside the vector ones, so that its time is too long by their share.
-Rates (sources in gpu_targets.py): {rates}.
+Rates (sources in gpu_targets.py):
+
+{rates}
+
+Columns:
 
 - loads, stores: width in bytes x instructions, of every loop in program order (m: masked) | outside loops.
 - instr, MUFU: per logit, of every unmasked loop that reads logits in program order = their sum. A kernel without such
