@@ -1,163 +1,60 @@
-"""What the Triton kernels cost on GPUs that are not there: registers, spills, access widths, instructions per logit.
+"""What the Triton kernels cost on GPUs that are not there: registers, spills, occupancy, instructions per logit.
 
-    python -m benchmarks.gpu_static                                   # every variant, four targets
-    python -m benchmarks.gpu_static --targets sm_90 --kind fused-swept --dtype bf16
+    python -m benchmarks.gpu_static                                   # every variant, four targets, passes, rooflines
+    python -m benchmarks.gpu_static --targets sm_90 --kind fused-swept --dtype bf16 --no-traffic
     python -m benchmarks.gpu_static --json reports.json
 
-Every variant is compiled ahead of time and its machine code read (machine_code.py). The times beside the counts are
-*modelled*: the least time per logit that an H100 needs to issue the instructions, to compute the exponentials and to
-move the bytes. Nothing here was run on a GPU.
+Every variant of ours and every kernel of the peers (peer_kernels.py) is compiled ahead of time and its machine code
+read (machine_code.py). The passes over the logits come from a child process, `benchmarks.traffic`, because Triton's
+interpreter must be switched on before kernels are defined. The times beside the counts are *modelled*: the least time
+that a machine (gpu_targets.py) needs to issue the instructions, to compute the exponentials and to move the bytes.
+Nothing here was run on a GPU.
+
+--json writes one object:
+
+    schema     1
+    date       "2026-11-25"; commit: `git describe --always --dirty`, or ""
+    versions   {package: version or null}
+    absent     {peer's package: why it is not installed}
+    targets    {target: {device, units, warp_size, issue, mufu, clock, dram, l2, ...}}: fields of gpu_targets.Machine
+    reports    [fields of static_report.StaticReport]; report_from_dict makes one of it
+    figures    [{name, target, programs, occupancy, instructions, mufu, issue_ps, mufu_ps, dram_ps}], one per report
+               (only name and target if it has a reason): programs on a unit, share of its threads; instructions and
+               MUFU per logit, all included, over a row of 151936 (or what is held of a row); modelled picoseconds per
+               logit (dram_ps: of the least passes, null for matrix products)
+    traffic    [{title, vocabulary, launches, issued_loaded, issued_stored, resident, dram, machines}] (null after
+               --no-traffic): passes issued; dram: [{mb, hints, read, written}], modelled passes with `resident`
+               programs; machines: {target: {read, written}}, the same by that target's L2, one program on each unit
+    rooflines  [{title, target, vocabulary, kernels, programs, issue_ps, mufu_ps, dram_ps, dram_nve, modelled_ps, bound,
+               tokens_per_second, against, ratio}]: modelled; bound: issue, mufu or dram; ratio: to `against`, ours
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from .machine_code import Region, amd_resources, disassemble_cubin, parse_amdgcn, regions
+from . import peers
+from .gpu_targets import TARGETS
+from .machine_code import amd_resources, disassemble_cubin, parse_amdgcn, regions
+from .roofline import Roofline, rooflines
+from .static_report import StaticReport
+from .static_report import report_from_dict as report_from_dict
 
-# name: (backend, architecture, threads in a warp)
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-ITEM_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-LOGITS_WIDTH = 16
-
-# H100 SXM: streaming multiprocessors, issue slots and MUFU results per clock of each, boost clock, DRAM bytes/s.
-SMS, ISSUE_SLOTS, MUFU_RATE, CLOCK, DRAM = 132, 4, 16, 1.755e9, 3.35e12
-# What a streaming multiprocessor of an H100 holds.
-SM_THREADS, SM_REGISTERS, SM_SHARED, SM_PROGRAMS = 2048, 65536, 227 * 1024, 32
-EXAMPLE_VOCABULARY = 151936  # spreads the instructions outside the loops over a row
-
-
-@dataclass
-class StaticReport:
-    """One kernel on one target.
-
-    loops: innermost loops in program order. outside: the rest of the kernel. path: the longest path through that rest.
-    """
-
-    name: str
-    kind: str
-    dtype: str
-    target: str
-    num_warps: int
-    elements_per_thread: int
-    entropy: int = 0
-    softcap: bool = False
-    full_kl: bool = False
-    registers: int = 0
-    spills: int = 0  # spill instructions, and on AMD the spilled vector registers
-    lane_copies: int = 0  # AMD: scalar registers that are kept in lanes of a vector register, not in memory
-    local_bytes: int = 0  # local memory, stack or scratch
-    shared_bytes: int = 0
-    seconds: float = 0.0  # to compile and to read
-    loops: list[Region] = field(default_factory=list)
-    outside: Region = field(default_factory=Region)
-    path: Region = field(default_factory=Region)
-
-    @property
-    def threads(self) -> int:
-        """In a program."""
-        return self.num_warps * TARGETS[self.target][2]
-
-    @property
-    def plain(self) -> bool:
-        """Neither softcap nor full KL."""
-        return not (self.softcap or self.full_kl)
-
-    @property
-    def sweeps(self) -> list[Region]:
-        """Loops over the bulk of a row. Where there are others, masked ones take the few blocks that are not whole;
-        those that only write fill dead rows with zeros; one after its unrolled form takes the last trips."""
-        reading = [loop for loop in self.loops if loop.loads]
-        bulk = [loop for loop in reading if not loop.masked] or reading
-        return [loop for i, loop in enumerate(bulk) if i == 0 or not self._is_remainder(loop, bulk[i - 1])]
-
-    def _is_remainder(self, loop: Region, before: Region) -> bool:
-        times, rest = divmod(before.bytes_loaded(), loop.bytes_loaded())
-        return times > 1 and rest == 0 and before.bytes_stored() == times * loop.bytes_stored()
-
-    def elements(self, loop: Region) -> float:
-        """Logits that a thread takes in one trip, from the bytes it loads (compilers may unroll)."""
-        return loop.bytes_loaded() / (ITEM_SIZE[self.dtype] * (2 if self.full_kl else 1))
-
-    def per_logit(self, what: str = "instructions") -> list[float]:
-        """Instructions (or "mufu") per logit: of each sweep, or of the longest path where nothing is swept."""
-        if self.sweeps:
-            return [getattr(loop, what) / self.elements(loop) for loop in self.sweeps]
-        return [getattr(self.path, what) / self.elements_per_thread]
-
-    def once(self, what: str = "instructions") -> int:
-        """What a thread runs at most besides the sweeps: outside loops, and a trip of each loop over masked blocks."""
-        if not self.sweeps:
-            return 0
-        others = [loop for loop in self.loops if loop.loads and all(loop is not sweep for sweep in self.sweeps)]
-        return getattr(self.path, what) + sum(getattr(loop, what) for loop in others)
-
-    def once_per_logit(self, what: str = "instructions") -> float:
-        """`once` spread over a row of EXAMPLE_VOCABULARY logits."""
-        return self.once(what) * self.threads / EXAMPLE_VOCABULARY
-
-    @property
-    def narrow_accesses(self) -> list[int]:
-        """Widths of accesses to global memory inside loops that are not of 16 bytes."""
-        return sorted({w for loop in self.loops for w in (*loop.loads, *loop.stores) if w != LOGITS_WIDTH})
-
-    @property
-    def least_nve(self) -> int:
-        """Passes that DRAM cannot be spared: logits and reference read once, the gradient written once."""
-        if self.kind == "scale":
-            return 2
-        return 1 + self.full_kl + (self.kind != "statistics")
-
-    def issue_bound(self) -> float:
-        """Modelled: seconds per logit to issue the instructions on an H100, those outside the sweeps included."""
-        instructions = sum(self.per_logit()) + self.once_per_logit()
-        return instructions / 32 / (SMS * ISSUE_SLOTS * CLOCK)
-
-    def mufu_bound(self) -> float:
-        """Modelled: seconds per logit in the special function units of an H100."""
-        return (sum(self.per_logit("mufu")) + self.once_per_logit("mufu")) / (SMS * MUFU_RATE * CLOCK)
-
-    def dram_bound(self) -> float:
-        """Modelled: seconds per logit to move least_nve passes."""
-        return self.least_nve * ITEM_SIZE[self.dtype] / DRAM
-
-    def programs_per_sm(self) -> int:
-        """Programs that one SM of an H100 holds at a time; registers are granted to a warp by the 256."""
-        registers = -(-self.registers * 32 // 256) * 256 * self.num_warps
-        shared = SM_SHARED // (self.shared_bytes + 1024)
-        return min(SM_THREADS // self.threads, SM_REGISTERS // max(registers, 1), shared, SM_PROGRAMS)
-
-    def kilobytes_in_flight(self) -> float:
-        """Wide loads of one trip of the first sweep (or of the row) by all threads of an SM. An H100 needs about 17 KB
-        (DRAM rate x some 0.7 us of latency / 132) to keep its DRAM busy, if no load is issued ahead of its trip."""
-        loads = (self.sweeps[0] if self.sweeps else self.outside).loads.get(LOGITS_WIDTH, 0)
-        return loads * LOGITS_WIDTH * self.threads * self.programs_per_sm() / 1024
-
-
-def report_from_dict(values: dict[str, Any]) -> StaticReport:
-    """The inverse of dataclasses.asdict after a trip through JSON, which makes the widths strings."""
-
-    def region(v: dict[str, Any]) -> Region:
-        widths = {key: {int(w): n for w, n in v[key].items()} for key in ("loads", "stores")}
-        return Region(**{**v, **widths})
-
-    loops = [region(loop) for loop in values["loops"]]
-    return StaticReport(**{**values, "loops": loops, **{key: region(values[key]) for key in ("outside", "path")}})
+ROOT = Path(__file__).parent.parent
 
 
 def inspect_variant(variant: Any, target: str) -> StaticReport:
@@ -166,16 +63,16 @@ def inspect_variant(variant: Any, target: str) -> StaticReport:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start = time.perf_counter()
+    start, machine = time.perf_counter(), TARGETS[target]
     source = ASTSource(
         fn=variant.kernel,
         signature=dict(variant.signature),
         constexprs=dict(variant.constexprs),
         attrs={(i,): [["tt.divisibility", 16]] for i in variant.divisible},
     )
-    options = getattr(variant, "options", {"num_warps": variant.num_warps, "num_stages": variant.num_stages})
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    if TARGETS[target][0] == "cuda":
+    gpu = GPUTarget(machine.backend, machine.architecture, machine.warp_size)
+    compiled = triton.compile(source, target=gpu, options=variant.options)
+    if machine.backend == "cuda":
         code, usage = disassemble_cubin(compiled.asm["cubin"])
         registers, spilled, local, lanes = usage["REG"], 0, usage["LOCAL"] + usage["STACK"], 0
     else:
@@ -184,6 +81,24 @@ def inspect_variant(variant: Any, target: str) -> StaticReport:
         spilled, lanes = usage["vgpr_spill_count"], usage["sgpr_spill_count"]
         local = usage["private_segment_fixed_size"]
     loops, outside, path = regions(code)
+    return replace(
+        _blank(variant, target),
+        registers=registers,
+        scalars=usage.get("sgpr_count", 0),
+        spills=spilled + outside.spills + sum(loop.spills for loop in loops),
+        lane_copies=lanes,
+        local_bytes=local,
+        shared_bytes=compiled.metadata.shared,
+        seconds=round(time.perf_counter() - start, 2),
+        # Loops without access to global memory are arithmetic of the row, not passes over it.
+        loops=[loop for loop in loops if loop.loads or loop.stores],
+        outside=outside,
+        path=path,
+    )
+
+
+def _blank(variant: Any, target: str) -> StaticReport:
+    """What is known before the kernel is compiled."""
     return StaticReport(
         name=variant.name,
         kind=variant.kind,
@@ -194,26 +109,19 @@ def inspect_variant(variant: Any, target: str) -> StaticReport:
         entropy=variant.entropy,
         softcap=bool(variant.softcap),
         full_kl=bool(variant.full_kl),
-        registers=registers,
-        spills=spilled + outside.spills + sum(loop.spills for loop in loops),
-        lane_copies=lanes,
-        local_bytes=local,
-        shared_bytes=compiled.metadata.shared,
-        seconds=time.perf_counter() - start,
-        # Loops without access to global memory are arithmetic of the row, not passes over it.
-        loops=[loop for loop in loops if loop.loads or loop.stores],
-        outside=outside,
-        path=path,
+        passes=getattr(variant, "passes", 0),
+        hidden=getattr(variant, "hidden", 0),
+        bytes_per_logit=getattr(variant, "bytes_per_logit", 0.0),
     )
 
 
 def variants_of(target: str) -> list[Any]:
-    """All variants of a target, and the peers' kernels that can be imported. They differ in `kind`."""
+    """All variants of a target, and the kernels of the installed peers. They differ in `kind`."""
     from repo_kernels.gpu.variants import variants
 
-    from . import peers
+    from .peer_kernels import static_variants
 
-    return [*variants(TARGETS[target][2]), *peers.static_variants(target)]
+    return [*variants(TARGETS[target].warp_size), *static_variants(target)]
 
 
 def _without_interpreter() -> None:
@@ -227,7 +135,13 @@ def _names(target: str) -> list[tuple[str, str, str]]:
 
 
 def _inspect_named(target: str, name: str) -> StaticReport:
-    return inspect_variant(next(v for v in variants_of(target) if v.name == name), target)
+    variant = next(v for v in variants_of(target) if v.name == name)
+    try:
+        return inspect_variant(variant, target)
+    except Exception as error:  # of any compiler's kind; ours must compile everywhere, a peer's may not
+        if not variant.kind.startswith("peer"):
+            raise
+        return replace(_blank(variant, target), reason=f"{type(error).__name__}: {error}".split("\n")[0][:200])
 
 
 def names(targets: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
@@ -268,26 +182,84 @@ def inspect_all(
         return [future.result() for future in futures]
 
 
+def traffic() -> tuple[str, list[dict[str, Any]]]:
+    """(table, entries) of `python -m benchmarks.traffic`, run in a process of its own, in the interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "traffic.json")
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "benchmarks.traffic", "--json", str(file)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        return done.stdout, json.loads(file.read_text())
+
+
+def document(
+    reports: Sequence[StaticReport], passes: list[dict[str, Any]] | None, modelled: Sequence[Roofline]
+) -> dict[str, Any]:
+    """What --json writes."""
+    from .static_tables import installed
+
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "schema": 1,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "versions": {package: installed(package) for package in ("triton", "torch", *peers.PACKAGES)},
+        "absent": peers.absent(),
+        "targets": {target: asdict(machine) for target, machine in TARGETS.items()},
+        "reports": [asdict(report) for report in reports],
+        "figures": [_figures(report) for report in reports],
+        "traffic": passes,
+        "rooflines": [row.as_json() for row in modelled],
+    }
+
+
+def _figures(report: StaticReport) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": report.name, "target": report.target}
+    if report.reason:
+        return found
+    bounds = {"issue_ps": report.issue_bound(), "mufu_ps": report.mufu_bound(), "dram_ps": report.dram_bound()}
+    found |= {"programs": report.programs_per_sm(), "occupancy": round(report.occupancy(), 4)}
+    found |= {what: round(report.all_per_logit(what), 3) for what in ("instructions", "mufu")}
+    return found | {name: round(1e12 * seconds, 4) if seconds else None for name, seconds in bounds.items()}
+
+
+def write_json(contents: dict[str, Any], file: Path) -> None:
+    """One line for each entry of a list, so that a committed file can be compared."""
+
+    def lines(value: Any) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value)
+        return "[\n" + ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in value) + "\n]"
+
+    file.write_text("{\n" + ",\n".join(f'"{key}": {lines(value)}' for key, value in contents.items()) + "\n}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
-    from .static_tables import header, table
+    from . import roofline, static_tables
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; default: %(default)s")
-    parser.add_argument("--kind", default="", help="only these kinds, comma-separated, e.g. fused-swept,peer")
+    parser.add_argument("--kind", default="", help="only these kinds, comma-separated, e.g. fused-swept,peer,peer-gemm")
     parser.add_argument("--dtype", default="", help="only these dtypes, comma-separated: fp32, bf16, fp16")
-    parser.add_argument("--json", metavar="FILE", help="also write the reports there")
+    parser.add_argument("--no-traffic", action="store_true", help="neither passes nor rooflines")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything there")
     options = parser.parse_args(arguments)
     split = [[x for x in text.split(",") if x] for text in (options.targets, options.kind, options.dtype)]
     if unknown := set(split[0]) - set(TARGETS):
         parser.error(f"unknown targets {sorted(unknown)}; choose from {', '.join(TARGETS)}")
     reports = inspect_all(*split, progress=sys.stderr.isatty() or "CI" in os.environ)
+    passes_table, passes = ("", None) if options.no_traffic else traffic()
+    modelled = rooflines(reports, passes or [])
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump([asdict(report) for report in reports], file, indent=1)
-    print(header())
-    for target in split[0]:
-        print(table([report for report in reports if report.target == target], target))
+        write_json(document(reports, passes, modelled), options.json)
+    print(static_tables.header())
+    print(static_tables.main_tables(reports, split[0]))
+    if passes is not None:
+        print("#" + passes_table)
+        print(roofline.section(modelled))
+    print(static_tables.other_types(reports, split[0]))
 
 
 if __name__ == "__main__":

@@ -162,6 +162,8 @@ def regions(code: Code) -> tuple[list[Region], Region, Region]:
     Only code that can be reached. The path takes one side of every branch: the most that a program runs besides loops.
 
     A loop around another one (over rows, say) is not listed; what it holds besides its inner loops counts as outside.
+    But a loop inside another one that does not touch global memory but by atomics waits, for a lock or a barrier: it
+    counts as part of that one, gone through once.
     """
     blocks, successors = _blocks(code)
     dominators = _dominators(successors)
@@ -180,6 +182,10 @@ def regions(code: Code) -> tuple[list[Region], Region, Region]:
                 if member not in body:
                     body.add(member)
                     stack.extend(before.get(member, []))
+    for header in [h for h in loops if any(h in body for other, body in loops.items() if other != h)]:
+        found_here = count(code.instructions[i] for b in loops[header] for i in blocks[b])
+        if not (found_here.loads or found_here.stores):
+            del loops[header]
     innermost = sorted(header for header, body in loops.items() if not any(h in body for h in loops if h != header))
     found, outside = [], set(dominators)
     for header in innermost:

@@ -1,11 +1,12 @@
 """How many passes over the logits do the kernels make, and how many of them reach DRAM?
 
-    python -m benchmarks.traffic [--vocabularies 32000,151936] [--resident 132,264]
+    python -m benchmarks.traffic [--vocabularies 32000,151936] [--resident 132,264] [--json FILE]
 
 The kernels run in Triton's interpreter on a few rows; what they load and store is counted (recorder.py), masked lanes
 excluded, in passes (NVe): bytes / (rows x vocabulary x element size). The accesses to one row, with their order, sizes
-and eviction hints, are then replayed over many rows through a model of an H100's L2 (l2_model.py). Issued passes and
-launches are counts; DRAM passes are *modelled*.
+and eviction hints, are then replayed over many rows through a model of the L2 of an H100, and of an A100 and a B200
+(l2_model.py). Issued passes and launches are counts; DRAM passes are *modelled*. `python -m benchmarks.gpu_static` runs
+this too.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import argparse
 import datetime
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,19 +41,23 @@ from repo_kernels.rows import (
     gradient_buffer,
 )
 
+from .gpu_targets import TARGETS
 from .l2_model import MEGABYTE, DramTraffic, replay
-from .peers import CALLS, missing
+from .peers import CALLS, PACKAGES, absent, missing
 from .recorder import Recorder
 
 VOCABULARIES = (32000, 49152, 151936)
 ROWS = 2  # recorded; all rows of a launch do the same
 REPLAYED = 200 * MEGABYTE  # of logits, so that a launch finds nothing in the L2 of the launch before
 L2_MODELS = ((50, True), (50, False), (25, True), (25, False))  # (MB, replacement by hints or strict LRU)
+H100 = "sm_90"  # whose L2 the models above are
+MACHINES = tuple(target for target, machine in TARGETS.items() if machine.l2)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one computation moves. issued: passes between the kernels and the memory system. dram: by (MB, hints)."""
+    """What one computation moves. issued: passes between the kernels and the memory system. dram: by (MB, hints) with
+    `resident` programs at a time. machines: by target, its L2 by hints, one program at a time on each of its units."""
 
     title: str
     vocabulary: int
@@ -59,6 +66,7 @@ class Traffic:
     loaded: float
     stored: float
     dram: dict[tuple[int, bool], DramTraffic]
+    machines: dict[str, DramTraffic] = field(default_factory=dict)
 
     @property
     def issued(self) -> float:
@@ -147,13 +155,20 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     models: Sequence[tuple[int, bool]] = L2_MODELS,
     resident: int = 132,
+    machines: Sequence[str] = (),
 ) -> Traffic:
     """Count the passes of a computation, and model those that reach DRAM."""
     recorder = record(call, vocabulary, dtype)
     row_bytes = vocabulary * dtype.itemsize
     whole = ROWS * row_bytes
     loaded = sum(access.size for access in recorder.accesses() if not access.store)
-    programs, rows = recorder.row_programs(0, row_bytes), -(-REPLAYED // (row_bytes * resident)) * resident
+    programs = recorder.row_programs(0, row_bytes)
+
+    def dram(size: int, hints: bool, at_a_time: int) -> DramTraffic:
+        least = max(REPLAYED, 2 * size * MEGABYTE)
+        rows = -(-least // (row_bytes * at_a_time)) * at_a_time
+        return replay(programs, row_bytes, rows, at_a_time, size * MEGABYTE, hints)
+
     return Traffic(
         title=title,
         vocabulary=vocabulary,
@@ -161,17 +176,43 @@ def measure(
         launches=len(recorder.launches),
         loaded=loaded / whole,
         stored=(recorder.total_bytes() - loaded) / whole,
-        dram={
-            (size, hints): replay(programs, row_bytes, rows, resident, size * MEGABYTE, hints) for size, hints in models
-        },
+        dram={(size, hints): dram(size, hints, resident) for size, hints in models},
+        machines={target: dram(TARGETS[target].l2 or 0, True, TARGETS[target].units) for target in machines},
     )
+
+
+def as_json(found: Traffic) -> dict[str, Any]:
+    """What gpu_static writes of it; its docstring has the schema."""
+    models = [
+        {"mb": size, "hints": hints, "read": round(dram.read, 4), "written": round(dram.written, 4)}
+        for (size, hints), dram in found.dram.items()
+    ]
+    machines = {
+        target: {"read": round(dram.read, 4), "written": round(dram.written, 4)}
+        for target, dram in found.machines.items()
+    }
+    return {
+        "title": found.title,
+        "vocabulary": found.vocabulary,
+        "launches": found.launches,
+        "issued_loaded": round(found.loaded, 4),
+        "issued_stored": round(found.stored, 4),
+        "resident": found.resident,
+        "dram": models,
+        "machines": machines,
+    }
 
 
 def row(found: Traffic) -> str:
     """One line of the table."""
-    dram = " | ".join(f"{found.dram[model].total:.2f}" for model in L2_MODELS)
+    cells = [f"{found.dram[model].total:.2f}" for model in L2_MODELS]
+    cells += [
+        f"{found.machines[name].total:.2f}" if name in found.machines else "" for name in MACHINES if name != H100
+    ]
     split = f"{found.issued:.2f} ({found.loaded:.2f} + {found.stored:.2f})"
-    return f"| {found.title} | {found.vocabulary} | {found.launches} | {split} | {found.resident} | {dram} |"
+    return (
+        f"| {found.title} | {found.vocabulary} | {found.launches} | {split} | {found.resident} | {' | '.join(cells)} |"
+    )
 
 
 def header() -> str:
@@ -180,13 +221,22 @@ def header() -> str:
 
     columns = ["computation", "V", "launches", "issued (load + store)", "programs"]
     columns += [f"DRAM, {size} MB, {'hints' if hints else 'LRU'} (modelled)" for size, hints in L2_MODELS]
+    columns += [f"DRAM, {TARGETS[name].device} (modelled)" for name in MACHINES if name != H100]
+    others = "; ".join(
+        f"{TARGETS[name].device}: {TARGETS[name].units} programs, {TARGETS[name].l2} MB"
+        for name in MACHINES
+        if name != H100
+    )
     return f"""# Passes over the logits
 
-{versions("triton", "torch", "liger-kernel", "trl")}; {datetime.date.today().isoformat()}; bf16 logits.
+{versions("triton", "torch", *PACKAGES)}; {datetime.date.today().isoformat()}; bf16 logits.
 Unit: one pass over the logits (NVe). Launches and issued passes are counted in Triton's interpreter. DRAM passes are
 *modelled*: so many programs at a time in lockstep (132: one on each SM of an H100) through one fully associative L2 in
 2 KB segments, replacement by the eviction hints or strictly least recently used; 25 MB is what an H100 has if its two
-halves hold the same lines.
+halves hold the same lines. By the hints also: {others}.
+An MI300X has 4 MB of L2 for each eighth of its units, with a cache of 256 MB behind them that is part of the memory:
+such a model would say nothing of it. TRL's chunked functions fold tiles that a matrix product has just
+written, and cut-cross-entropy's logits never reach memory: neither is here.
 
 | {" | ".join(columns)} |
 |{"---|" * len(columns)}"""
@@ -202,20 +252,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="132,264",
         help="programs running at a time; from the second on for the fused kernel only; default: %(default)s",
     )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(header())
     vocabularies, resident = ([int(x) for x in text.split(",")] for text in (options.vocabularies, options.resident))
     calls = list(OURS)
     calls += [(title, call) for package, title, call in CALLS if not missing(package)]
+    found = []
     for title, call in calls:
         for vocabulary in vocabularies:
             print(f"\r{title} {vocabulary}\033[K\r", end="", file=sys.stderr, flush=True)
             for programs in resident if call is fused else resident[:1]:
-                print(row(measure(title, call, vocabulary, resident=programs)), flush=True)
-    for package, title, _ in CALLS:
-        if reason := missing(package):
-            print(f"\n{title}: {reason}.")
+                machines = MACHINES if programs == resident[0] else ()
+                found.append(measure(title, call, vocabulary, resident=programs, machines=machines))
+                print(row(found[-1]), flush=True)
+    for package, reason in absent().items():
+        print(f"\n{package}: {reason}.")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump([as_json(traffic) for traffic in found], file)
 
 
 if __name__ == "__main__":

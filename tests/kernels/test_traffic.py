@@ -5,12 +5,13 @@ The counter and the model are themselves tested on cases small enough to work ou
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
 
-from benchmarks import peers, traffic
+from benchmarks import peers, roofline, traffic
 from benchmarks.l2_model import L2, MEGABYTE, SEGMENT, Access, replay
 from benchmarks.recorder import Recorder
 from repo_kernels.rows import IGNORED
@@ -200,12 +201,45 @@ def test_statistics_read_the_logits_once(vocabulary: int) -> None:
     assert issued(traffic.statistics, vocabulary) == (pytest.approx(1, abs=0.01), 1)
 
 
+# Passes and launches.
+PEERS = {
+    "Liger `triton_grpo_loss`": (3, 2),
+    "Liger `triton_grpo_loss`, by sequence": (4, 3),
+    "Liger `fused_selective_log_softmax`": (1, 1),
+    "Liger cross-entropy": (3, 1),
+    "TRL `selective_log_softmax_and_entropy`": (3, 2),
+    "TRL, with the entropy's gradient": (3, 2),
+}
+
+
 @needs_interpreter
-@pytest.mark.parametrize(("package", "title", "call"), peers.CALLS, ids=[package for package, _, _ in peers.CALLS])
-def test_peers_make_three_passes_in_two_launches(package: str, title: str, call) -> None:
+@pytest.mark.parametrize(("package", "title", "call"), peers.CALLS, ids=[title for _, title, _ in peers.CALLS])
+def test_passes_and_launches_of_the_peers(package: str, title: str, call) -> None:
     if reason := peers.missing(package):
         pytest.skip(reason)
-    assert issued(call, 151936) == (pytest.approx(3, abs=0.01), 2)
+    passes, launches = PEERS[title]
+    assert issued(call, 151936) == (pytest.approx(passes, abs=0.01), launches)
+
+
+def test_rooflines_know_every_computation_that_has_a_kernel_of_its_own() -> None:
+    own = set(roofline.our_kernels(32000, 32))
+    # The forward alone runs the fused kernel without its second half, of which the machine code knows nothing.
+    assert own == {title for title, _ in traffic.OURS} - {"fused, forward only"}
+    assert set(roofline.PEERS) == {title for _, title, _ in peers.CALLS}
+    assert {against for _, against in roofline.PEERS.values()} <= own
+
+
+@needs_interpreter
+def test_figures_of_a_machine_with_its_own_cache_and_units() -> None:
+    found = traffic.measure("fused", traffic.fused, 151936, models=(), machines=["sm_80", "sm_100"])
+    entry = traffic.as_json(found)
+    assert entry["issued_loaded"] == pytest.approx(2, abs=0.01)
+    assert entry["dram"] == []
+    # 108 rows of 304 KB in 40 MB, 148 in 126 MB: both hold a row from its first sweep to its second.
+    assert set(entry["machines"]) == {"sm_80", "sm_100"}
+    for dram in entry["machines"].values():
+        assert dram["read"] + dram["written"] == pytest.approx(2, abs=0.05)
+    assert json.loads(json.dumps(entry)) == entry
 
 
 @needs_interpreter
