@@ -29,7 +29,7 @@ ALONE, BESIDE = "step alone", "step beside a save"
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
     """The embedded model; a tiny one with --quick."""
-    return {"tiny": {"model": "tiny", "pairs": 2}} if quick else {EMBEDDED: {"model": EMBEDDED, "pairs": 10}}
+    return {"tiny": {"model": "tiny", "pairs": 2}} if quick else {EMBEDDED: {"model": EMBEDDED, "pairs": 8}}
 
 
 def run(folder: Path, model: str, pairs: int) -> list[dict[str, float]]:

@@ -220,4 +220,4 @@ def setup(tokens: int, hidden: int, vocabulary: int) -> Setup:
 
 def test_linear(measure, case) -> None:
     """Forward and backward of one call."""
-    measure(case, rounds=7)
+    measure(case, rounds=5)

@@ -146,7 +146,7 @@ def middle(values: Sequence[float], form: str = ".2f") -> str:
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
     """The embedded model; a tiny one with --quick."""
-    steps = {"steps": 3, "lr": 5e-5, "model": "tiny"} if quick else {"steps": 6, "lr": 5e-5, "model": EMBEDDED}
+    steps = {"steps": 3, "lr": 5e-5, "model": "tiny"} if quick else {"steps": 5, "lr": 5e-5, "model": EMBEDDED}
     return {steps["model"]: steps}
 
 
@@ -156,9 +156,7 @@ def test_train_vs_trl(request, record, benchmark, case) -> None:
     rounds = request.config.getoption("--rounds") or (1 if request.config.getoption("--quick") else 3)
     model = EMBEDDED if parameters["model"] == EMBEDDED else folder_of(parameters["model"])
     options = argparse.Namespace(**{**parameters, "model": model}, prompts=EMBEDDED)
-    sides = {"ours": OURS} if missing("trl") else {"ours": OURS, "trl": PEER, "trl-kept": PEER}
-    if request.config.getoption("--quick"):
-        sides.pop("trl-kept", None)
+    sides = {"ours": OURS} if missing("trl") else {"ours": OURS, "trl": PEER}
     found: dict[str, list[Measured]] = {side: [] for side in sides}
     where = provenance()
 
