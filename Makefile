@@ -35,7 +35,7 @@ test-long: $(VENV)/dev.stamp
 
 # The Triton kernels compiled for every target without a GPU, and their traffic in the interpreter.
 test-aot: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/kernels/test_gpu_static.py tests/kernels/test_traffic.py
+	$(BIN)/python -m pytest tests/kernels/test_gpu_static.py tests/kernels/test_machine_code.py tests/kernels/test_traffic.py
 
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp

@@ -3,13 +3,15 @@
     python -m benchmarks.report                               # every machine in benchmarks/results
     python -m benchmarks.report --readme README.md            # and the part of a file between the two markers
 
-Writes report.md, bars.png, roofline.png and scaling.png beside the JSON. Nothing is measured here, and nothing is told
+Writes report.md, bars.png, roofline.png and scaling.png beside the JSON of a machine, and gpu_static.png, which is
+modelled, beside that of gpu_static. Nothing is measured here, and nothing is told
 of a machine without results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -143,6 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts.append(readme_part(folder.resolve(), cases, list(figures)))
         ours = sum(row.role == OURS and bool(row.seconds) for case in cases for row in case.rows)
         print(f"{folder}: {len(cases)} cases, {ours} rows of ours; report.md, {', '.join(f'{n}.png' for n in figures)}")
+    static = options.folder / "gpu_static.json"
+    if static.exists():
+        document = json.loads(static.read_text(encoding="utf-8"))
+        static.with_suffix(".png").write_bytes(charts.modelled(document))
     if options.readme:
         text = options.readme.read_text(encoding="utf-8")
         try:
