@@ -62,15 +62,18 @@ def warps_and_pieces(
 
     What is computed once per row is computed by every warp: the plain loss takes few warps and many pieces. Where that
     would spill, warps are many. Either way a swept loss takes more than half of the registers of a multiprocessor: one
-    row is in flight on each, and its second sweep finds it in L2. Two rows that are held in one block share it.
+    row is in flight on each, and its second sweep finds it in L2. Two rows that are held in one block share it. What
+    sweeps once needs no row in L2: many programs of few warps, and blocks that short rows fill.
     """
+    half = softcap or full_kl or (kind == "statistics" and entropy != ENTROPY_NONE)
+    if kind in ("statistics", "apply", "scale"):
+        return 4, BLOCK_PIECES // (8 if half else 4)
     if held == 1:
         return 8, BLOCK_PIECES
-    if kind == "fused-resident" or (kind == "apply" and not softcap):
+    if kind == "fused-resident":
         return 16, BLOCK_PIECES
-    if kind == "fused-swept" and entropy == ENTROPY_NONE:
+    if entropy == ENTROPY_NONE:
         return 16, 2 * BLOCK_PIECES
-    half = softcap or full_kl or (kind == "statistics" and entropy != ENTROPY_NONE)
     return 32 if warp_size == 32 else 16, BLOCK_PIECES // 2 if half else BLOCK_PIECES
 
 
