@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine, memory, results
+from benchmarks import allocator, machine, memory, results
 from benchmarks.cases import Setup, error
+from benchmarks.models import GPU_MODELS
 from benchmarks.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.tables import case_table, changes_table
 from benchmarks.timing import Turns
@@ -50,7 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         found = metafunc.module.cases(metafunc.config.getoption("--quick"))
-        metafunc.parametrize("case", [pytest.param((name, values), id=name) for name, values in found.items()])
+        marks = {name: [pytest.mark.gpu] if values.get("model") in GPU_MODELS else [] for name, values in found.items()}
+        parameters = [pytest.param((name, values), id=name, marks=marks[name]) for name, values in found.items()]
+        metafunc.parametrize("case", parameters)
 
 
 @pytest.fixture
@@ -77,13 +80,15 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
 
     def run(case: tuple[str, dict[str, Any]], rounds: int, warmups: int = WARMUPS) -> Case:
         name, parameters = case
+        arguments = {key: value for key, value in parameters.items() if key != "allocator"}
+        allocator.use(parameters.get("allocator", allocator.KEPT))
         rounds = config.getoption("--rounds") or (min(rounds, 3) if quick else rounds)
         warmups = min(warmups, 1) if quick else warmups
-        setup = module.setup(**parameters)
+        setup = module.setup(**arguments)
         absent = dict(setup.absent)
         if quick:
             absent |= {way: QUICK for way, found in setup.ways.items() if found.compiled or found.slow}
-        errors = checked(module, parameters, setup, absent)
+        errors = checked(module, arguments, setup, absent)
         where = machine.provenance()
         calls = {way: found.call for way, found in setup.ways.items() if way not in absent}
         turns = Turns(calls, setup.subject)
@@ -105,8 +110,8 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
         rows += [Row(way, PEER, reason=why) for way, why in absent.items() if way not in setup.ways]
         about = {"unit": setup.unit, "formula": setup.formula, "subject": setup.subject}
         del setup, turns, calls  # the memory is the children's now
-        if not (quick or config.getoption("--no-peaks")):
-            rows = [with_peak(module, parameters, row) for row in rows]
+        if not (quick or config.getoption("--no-peaks") or "allocator" in parameters):
+            rows = [with_peak(module, arguments, row) for row in rows]
         suite = module.__name__.rpartition("bench_")[2]
         found = Case(suite, name, parameters, rows=rows, provenance=where, notes=notes, **about)
         benchmark.extra_info["rows"] = [vars(row) for row in rows]

@@ -42,6 +42,7 @@ SHAPES = {
     "Llama-3.1-8B shape": Shape(4096, 14_336, 32, 32, 8, 128_256, False, lora=16),
     "tiny": Shape(64, 128, 2, 4, 2, 49_152, True),
 }
+GPU_MODELS = tuple(name for name in SHAPES if name != "tiny")
 
 
 def folder_of(model: str) -> str:
