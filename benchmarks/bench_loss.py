@@ -72,7 +72,7 @@ def make_problem(dtype: str, tokens: int, vocabulary: int, entropy_coef: float, 
     on, advantages = device(), torch.randn(tokens, generator=draw)
     return Problem(
         logits.to(on).requires_grad_(), ids.to(on), old.to(on), ref.to(on), advantages.to(on),
-        ref_logits.to(on) if full_kl else None, entropy_coef,
+        logits.roll(1, 1).to(on) if full_kl else None, entropy_coef,
     )  # fmt: skip
 
 
