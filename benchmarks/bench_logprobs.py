@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import bench_linear, bench_loss
 from benchmarks.cases import Outputs, Setup, Way
+from benchmarks.limits import copy
 from benchmarks.peers import NEEDS_GPU, missing
 from benchmarks.results import LIMIT, OURS
 from repo_kernels import linear_selective_log_softmax, onednn_linear, selective_log_softmax
@@ -92,15 +93,14 @@ def _from_logits(dtype: str, tokens: int, vocabulary: int, gradient: bool, entro
     def way(values: Callable[..., tuple[Tensor, ...]], **more: Any) -> Way:
         return Way(functools.partial(outputs, values), work=passes * size, tolerance=tolerance, **more)
 
-    ways = {"torch eager": way(plain), "torch.compile": way(torch.compile(plain), compiled=True)}
+    ways = {"torch eager": way(plain), "torch.compile": way(torch.compile(plain, dynamic=False), compiled=True)}
     absent = {}
     if reason := missing("trl"):
         absent["TRL selective_log_softmax"] = reason
     else:
         ways["TRL selective_log_softmax"] = way(trl)
     ways["selective_log_softmax"] = way(ours, role=OURS)
-    scratch = torch.empty_like(p.logits)
-    ways["copy of the logits"] = Way(lambda: scratch.copy_(p.logits.detach()), LIMIT, 2 * size)
+    ways |= copy()
     formula = (
         f"{passes} NVe = {passes} x {tokens} x {vocabulary} x {p.logits.element_size()} = {passes * size / 1e6:.0f} MB"
     )
@@ -146,7 +146,7 @@ def _from_hidden(tokens: int, hidden: int, vocabulary: int, gradient: bool) -> S
 
     ways = {
         "PyTorch, all logits": way(materialised),
-        "PyTorch, all logits, compiled": way(torch.compile(materialised), compiled=True),
+        "PyTorch, all logits, compiled": way(torch.compile(materialised, dynamic=False), compiled=True),
         "F.linear_cross_entropy": way(torch_chunked, slow=True),
     }
     absent = {}

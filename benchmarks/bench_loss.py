@@ -1,4 +1,4 @@
-"""How fast is the loss with its gradient from logits, beside PyTorch, its peers and a copy of the logits?
+"""How fast is the loss with its gradient from logits, beside PyTorch, its peers and a copy?
 
     pytest benchmarks/bench_loss.py                 # table; --quick, --save, --compare OLD.json
 
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Outputs, Setup, Way
+from benchmarks.limits import copy
 from benchmarks.machine import device
 from benchmarks.peers import NEEDS_GPU, missing
-from benchmarks.results import LIMIT, OURS
+from benchmarks.results import OURS, PEER
 from repo_kernels import repo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # gradients are rounded to the type of the logits
-BETA = 0.02
+BETA, SEQUENCES = 0.02, 4
 SMALL = {"tokens": 16}
 
 
@@ -45,7 +46,8 @@ def cases(quick: bool) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Problem:
-    """logits (N, V) that require grad; ids, old and ref log-probs, advantages (N,); ref_logits (N, V) or None."""
+    """logits (N, V) that require grad; ids, old and ref log-probs, advantages (N,), of 4 equal sequences; ref_logits
+    (N, V) or None."""
 
     logits: Tensor
     ids: Tensor
@@ -68,8 +70,10 @@ def make_problem(dtype: str, tokens: int, vocabulary: int, entropy_coef: float, 
     logits = (3 * torch.randn(tokens, vocabulary, generator=draw)).to(DTYPES[dtype])
     ids = torch.randint(0, vocabulary, (tokens,), generator=draw)
     logps = (logits.float().gather(-1, ids[:, None]) - logits.float().logsumexp(-1, keepdim=True))[:, 0]
-    old, ref = (logps + 0.1 * torch.randn(tokens, generator=draw) for _ in range(2))
-    on, advantages = device(), torch.randn(tokens, generator=draw)
+    # ratios on both sides of the clip, none so near that rounding decides
+    near = torch.tensor([-0.4, -0.1, 0.1, 0.4])
+    old, ref = (logps + near[torch.randint(0, 4, (tokens,), generator=draw)] for _ in range(2))
+    on, advantages = device(), torch.randn(SEQUENCES, generator=draw).repeat_interleave(tokens // SEQUENCES)
     return Problem(
         logits.to(on).requires_grad_(), ids.to(on), old.to(on), ref.to(on), advantages.to(on),
         logits.roll(1, 1).to(on) if full_kl else None, entropy_coef,
@@ -125,16 +129,24 @@ def trl(p: Problem, logits: Tensor) -> Tensor:
     return (of_logps(logps.float(), p) - p.entropy_coef * entropy.float()).mean()
 
 
-def liger(p: Problem, logits: Tensor) -> Tensor:
-    """Liger's Triton kernel, every row a sequence of one token; its position after the last is one row more."""
+def of_liger(p: Problem, inplace: bool) -> Callable[[], Outputs]:
+    """Liger's Triton kernel on SEQUENCES equal sequences. It takes (B, L + 1, V) and leaves the last position of each
+    out, so that the logits are laid out for it beforehand; an advantage counts for a whole sequence."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    padded = torch.stack((logits, logits), 1)  # (N, 2, V): it takes (B, L + 1, V) and leaves the last position out
-    column = (slice(None), None)
-    return triton_grpo_loss(
-        padded, p.old[column], p.ref[column], p.ids[column], p.advantages, beta=BETA, eps_low=0.2, eps_high=0.2,
-        inplace=False, use_bias_correction_kl=True,
-    )[0].mean()  # fmt: skip
+    by_sequence = (SEQUENCES, -1)
+    logits = p.logits.detach().view(*by_sequence, p.logits.shape[-1])
+    logits = torch.cat((logits, logits[:, :1]), 1).requires_grad_()
+    ids, old, ref = (t.view(by_sequence) for t in (p.ids, p.old, p.ref))
+
+    def call() -> Outputs:
+        loss = triton_grpo_loss(
+            logits, old, ref, ids, p.advantages.view(by_sequence)[:, 0], temperature=1.0, beta=BETA, eps_low=0.2,
+            eps_high=0.2, inplace=inplace, use_bias_correction_kl=True,
+        )[0].mean()  # fmt: skip
+        return loss.detach(), torch.autograd.grad(loss, logits)[0][:, :-1].reshape(p.logits.shape)
+
+    return call
 
 
 def gradient(loss: Callable[[Problem, Tensor], Tensor], p: Problem) -> Outputs:
@@ -148,7 +160,7 @@ def setup(dtype: str, tokens: int, vocabulary: int, entropy_coef: float = 0.0, f
     p = make_problem(dtype, tokens, vocabulary, entropy_coef, full_kl)
     size = p.logits.numel() * p.logits.element_size()
     work, passes = (3 if full_kl else 2) * size, 3 if full_kl else 2
-    again, scratch = p.logits.detach().clone(), torch.empty_like(p.logits)
+    again = p.logits.detach().clone()
 
     def in_place() -> Outputs:
         # each call takes the gradient of the one before for logits: other numbers, the same work
@@ -159,7 +171,7 @@ def setup(dtype: str, tokens: int, vocabulary: int, entropy_coef: float = 0.0, f
     def way(loss: Callable[[Problem, Tensor], Tensor], **more: Any) -> Way:
         return Way(functools.partial(gradient, loss, p), work=work, tolerance=TOLERANCE[dtype], **more)
 
-    ways = {"torch eager": way(plain), "torch.compile": way(torch.compile(plain), compiled=True)}
+    ways = {"torch eager": way(plain), "torch.compile": way(torch.compile(plain, dynamic=False), compiled=True)}
     absent = {}
     if reason := missing("trl"):
         absent["TRL selective_log_softmax + PyTorch"] = reason
@@ -168,11 +180,12 @@ def setup(dtype: str, tokens: int, vocabulary: int, entropy_coef: float = 0.0, f
     if reason := missing("liger-kernel") or NEEDS_GPU:
         absent["Liger triton_grpo_loss"] = reason
     elif not (full_kl or entropy_coef):
-        ways["Liger triton_grpo_loss"] = way(liger)
+        ways["Liger triton_grpo_loss"] = Way(of_liger(p, False), PEER, work, TOLERANCE[dtype])
+        ways["Liger triton_grpo_loss in place"] = Way(of_liger(p, True), PEER, work)
     ways["repo_loss"] = way(fused, role=OURS)
     ways["repo_loss in place"] = Way(in_place, OURS, work, TOLERANCE[dtype])
     ways["repo_loss, all rows masked"] = Way(lambda: gradient(functools.partial(fused, masked=True), p), OURS)
-    ways["copy of the logits"] = Way(lambda: scratch.copy_(p.logits.detach()), LIMIT, 2 * size)
+    ways |= copy()
     formula = f"{passes} NVe = {passes} x {tokens} x {vocabulary} x {p.logits.element_size()} = {work / 1e6:.0f} MB"
     return Setup(ways, "repo_loss", "bytes", formula, absent, lambda: gradient(plain, p.in_fp64()))
 

@@ -26,11 +26,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.conftest import free_memory
 from benchmarks.machine import ROOT, device, machine, provenance
 from benchmarks.models import EMBEDDED, folder_of
 from benchmarks.peers import missing
 from benchmarks.results import OURS, PEER, Case, Row
 from benchmarks.trainers import PARTS, Measured
+from benchmarks.training_step import load_step
 
 SIDES = ("ours", "trl", "trl-kept")
 PROMPTS, SAMPLES, TOKENS, BETA = 4, 4, 40, 0.04
@@ -153,10 +155,14 @@ def cases(quick: bool) -> dict[str, dict[str, Any]]:
 def test_train_vs_trl(request, record, benchmark, case) -> None:
     """Processes of both sides, in turn; pytest-benchmark shows the whole process, the table a step."""
     name, parameters = case
-    rounds = request.config.getoption("--rounds") or (1 if request.config.getoption("--quick") else 3)
+    rounds = request.config.getoption("--rounds") or (1 if request.config.getoption("--quick") else 2)
     model = EMBEDDED if parameters["model"] == EMBEDDED else folder_of(parameters["model"])
     options = argparse.Namespace(**{**parameters, "model": model}, prompts=EMBEDDED)
-    sides = {"ours": OURS} if missing("trl") else {"ours": OURS, "trl": PEER}
+    sides = {"ours": OURS} if missing("trl") else {"ours": OURS, "trl": PEER, "trl-kept": PEER}
+    if request.config.getoption("--quick"):
+        sides.pop("trl-kept", None)
+    load_step.cache_clear()
+    free_memory()
     found: dict[str, list[Measured]] = {side: [] for side in sides}
     where = provenance()
 

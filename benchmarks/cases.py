@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +16,9 @@ Outputs = Sequence[Tensor]
 @dataclass(frozen=True)
 class Way:
     """One way. call: does the work; returns the tensors to compare with the expected ones, if it is checked. role: of a
-    Row. work: in the case's unit. tolerance: largest error against fp64; None: nothing to compare. compiled: it is
-    compiled for the sizes of its first call. slow: left out by --quick, as what is compiled is."""
+    Row. work: in the case's unit. tolerance: largest error against fp64; None: nothing to compare. compiled: for the
+    sizes it is called with. outputs: how many of the expected it returns, where not all. slow: left out by --quick, as
+    what is compiled is."""
 
     call: Callable[[], Outputs | object]
     role: str = PEER
@@ -24,14 +26,15 @@ class Way:
     tolerance: float | None = None
     tokens: float | None = None
     compiled: bool = False
+    outputs: int | None = None
     slow: bool = False
 
 
 @dataclass(frozen=True)
 class Setup:
     """One case, ready to run. ways: by name; absent: those that cannot run, with the reason. subject: the way that the
-    others are divided by. expected: the outputs in fp64. unit, formula: of the work. notes: asked for after the last
-    round."""
+    others are divided by. expected: the outputs in fp64. unit, formula: of the work. notes: findings besides, asked for
+    after the last round with the number of timed rounds."""
 
     ways: dict[str, Way]
     subject: str
@@ -39,16 +42,16 @@ class Setup:
     formula: str
     absent: dict[str, str] = field(default_factory=dict)
     expected: Callable[[], Outputs] | None = None
-    notes: Callable[[], dict[str, str]] = dict
+    notes: Callable[[int], dict[str, str]] = lambda rounds: {}
 
 
 def error(got: Outputs, expected: Outputs) -> float:
-    """Largest relative L2 error of the outputs; absolute for a scalar, whose terms are of size 1 and cancel.
-
-    Fewer outputs than expected are compared as far as they go (a frozen head has no gradient).
-    """
+    """Largest relative L2 error of the outputs; absolute for a scalar, whose terms are of size 1 and cancel. NaN where
+    one is. Raises ValueError where their number or shapes differ."""
+    if [a.shape for a in got] != [b.shape for b in expected]:
+        raise ValueError(f"{len(got)} outputs of other shapes than the {len(expected)} expected")
     errors = []
-    for a, b in zip(got, expected, strict=False):
+    for a, b in zip(got, expected, strict=True):
         difference = (a.double() - b.double()).norm()
         errors.append((difference if b.ndim == 0 else difference / b.double().norm()).item())
-    return max(errors)
+    return math.nan if any(map(math.isnan, errors)) else max(errors)

@@ -85,7 +85,7 @@ def _bar_panel(axes: Axes, case: Case) -> None:
         axes.set_xlabel("% of the machine's limit: " + ("a copy" if case.unit == "bytes" else "matrix products"))
         axes.set_xlim(0, max(115, 1.12 * max(values)))
     else:
-        axes.set_xlabel("samples per hour")
+        axes.set_xlabel("samples per hour" if case.unit == "samples" else case.unit)
         axes.set_xlim(0, 1.15 * max(values))
     axes.set_title(f"{TITLES.get(case.suite, case.suite)}: {case.name}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import re
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy")
+PACKAGES = (
+    "torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "flash-attn", "peft",
+)  # fmt: skip
 
 
 def device() -> torch.device:
@@ -51,20 +54,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str:
-    """Short hash of the checkout, with + where tracked files differ from it."""
+    """Short hash of the checkout when it is first asked for, with + where tracked files but for results differ."""
     try:
         found = [
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"],
+            )
         ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found[0] + ("+" if found[1] else "")
 
 
+@functools.cache
 def load() -> float:
-    """Processes that wanted to run, on average over the last minute."""
+    """Processes that wanted to run in the minute before this process first asked: what else the machine had to do."""
     return os.getloadavg()[0]
 
 
@@ -72,7 +80,13 @@ def gpu_state() -> dict[str, str]:
     """Clocks, power, temperature and driver of the GPU by nvidia-smi; empty where there is none."""
     fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version".split(",")
     try:
-        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        command = [
+            "nvidia-smi",
+            "-i",
+            str(torch.cuda.current_device()),
+            f"--query-gpu={','.join(fields)}",
+            "--format=csv,noheader",
+        ]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return {}

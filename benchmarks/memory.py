@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import allocator
 from benchmarks.machine import ROOT
 
 
@@ -44,12 +46,20 @@ def extra_peak(call: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
+        allocator.use(allocator.DEFAULT)  # what is free goes back, or the call would take it again without being seen
         before = resident("VmRSS")
         reset_peak()
         kept = call()
         peak = resident("VmHWM") - before
     del kept
     return peak
+
+
+def room() -> float:
+    """Bytes that can be had."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def in_process(module: str, parameters: Mapping[str, Any], way: str) -> int | str:

@@ -40,10 +40,9 @@ def machines(folder: Path) -> dict[Path, list[Case]]:
     """Folders with results, and those, in the order of the suites."""
     found = {}
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        try:
-            cases = read(path)
-        except ValueError:
+        if not any(path.glob("*.json")):
             continue
+        cases = read(path)
         found[path] = sorted(cases, key=lambda c: SUITES.index(c.suite) if c.suite in SUITES else len(SUITES))
     return found
 
@@ -78,13 +77,13 @@ def summary(cases: Sequence[Case]) -> str:
 
 def measured_on(cases: Sequence[Case]) -> str:
     """Where, when and at which commits."""
-    loads = [case.provenance["load"] for case in cases]
+    loads = sorted({case.provenance["load"] for case in cases})
     commits = sorted({case.provenance["commit"] for case in cases})
     first = told(cases[0].provenance).split(", load")[0]
     packages = told(cases[0].provenance).split("; ")[1]
     dates = sorted(case.provenance["date"][:10] for case in cases)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    load = f"load before each case {min(loads):g} to {max(loads):g}"
+    load = f"load before a run {', '.join(f'{value:g}' for value in loads)}"
     return f"{first}, {load}; {packages}; {when}, commits {', '.join(commits)}."
 
 
@@ -92,9 +91,11 @@ def report(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> str:
     """The whole report of a machine."""
     parts = [f"# Benchmarks: {cases[0].provenance['processor']}", measured_on(cases)]
     parts.append(
-        "Ways of a case take turns in one process; times are medians with quartiles, ratios are formed within a round. "
-        "Each way is compared with fp64 on a small problem before it is timed. The limit is the best copy or matrix "
-        "product of the same run. `python -m benchmarks.report` wrote this from the JSON files beside it."
+        "Ways of a case take turns in one process (trainings: in processes of their own); times are medians with "
+        "quartiles, ratios are formed within a round. What has an error was compared with fp64 on a small problem "
+        "before it was timed. The limit is the best copy or matrix product of the same case. Freed memory is kept "
+        "while a case is timed, unless the case is named after the default allocator. `python -m benchmarks.report` "
+        "wrote this from the JSON files beside it."
     )
     parts += [f"![{name}]({name}.png)" for name in figures]
     for suite in dict.fromkeys(case.suite for case in cases):

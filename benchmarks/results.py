@@ -19,6 +19,7 @@ from benchmarks.timing import Timing, summary
 
 FOLDER = Path(__file__).parent / "results"
 OURS, PEER, LIMIT = "ours", "peer", "limit"
+SMALL_PEAK = 8e6  # bytes
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,29 @@ def save(cases: Sequence[Case], folder: Path) -> list[Path]:
     return written
 
 
-def changes(old: Iterable[Case], new: Iterable[Case]) -> list[tuple[str, str, float, float | None]]:
-    """(case, way of ours, new / old of its time, new / old of its peak) where both have them.
+@dataclass(frozen=True)
+class Change:
+    """What became of a row of ours: new / old of its time, the machine's speed taken out, and of its peak; None where
+    one of the two runs does not have it. missing: the new run has the case, but not this row or its time."""
 
-    Times are first divided by what the machine's speed has changed by, which is the geometric mean of new / old over
-    the rows of the case that are not ours; so a slower or busier machine is not taken for a slower kernel.
+    case: str
+    way: str
+    time: float | None
+    peak: float | None
+    missing: bool = False
+
+    @property
+    def worst(self) -> float:
+        """The larger of the two; infinite where the row is missing."""
+        return math.inf if self.missing else max(self.time or 0.0, self.peak or 0.0)
+
+
+def changes(old: Iterable[Case], new: Iterable[Case]) -> list[Change]:
+    """Of every row of ours, in the cases that both have with the same parameters.
+
+    Times are first divided by what the machine's speed has changed by, which is the median of new / old over the rows
+    of the case that are not ours; so a slower or busier machine is not taken for a slower kernel. Where all rows are
+    ours, times are not compared. Peaks that differ by less than SMALL_PEAK are taken to be equal.
     """
     before = {(case.suite, case.name): case for case in old}
     found = []
@@ -134,16 +153,26 @@ def changes(old: Iterable[Case], new: Iterable[Case]) -> list[tuple[str, str, fl
         other = before.get((case.suite, case.name))
         if other is None or other.parameters != case.parameters:
             continue
-        pairs = [(row, other.row(row.way)) for row in case.rows]
-        speeds = {row.way: _slower(row, was) for row, was in pairs if was is not None and row.seconds and was.seconds}
-        others = [math.log(speeds[row.way]) for row, _ in pairs if row.role != OURS and row.way in speeds]
-        machine = math.exp(statistics.fmean(others)) if others else 1.0
-        for row, was in pairs:
-            if row.role == OURS and was is not None and (row.way in speeds or (row.extra_peak and was.extra_peak)):
-                peak = row.extra_peak / was.extra_peak if row.extra_peak and was.extra_peak else None
-                found.append((f"{case.suite}, {case.name}", row.way, speeds.get(row.way, machine) / machine, peak))
+        pairs = [(was, case.row(was.way)) for was in other.rows]
+        others = [_slower(was, row) for was, row in pairs if was.role != OURS]
+        speeds = [speed for speed in others if speed is not None]
+        machine = statistics.median(speeds) if speeds else None
+        for was, row in pairs:
+            if was.role == OURS:
+                slower = _slower(was, row)
+                time = slower / machine if slower is not None and machine is not None else None
+                missing = row is None or (bool(was.seconds) and not row.seconds)
+                found.append(Change(f"{case.suite}, {case.name}", was.way, time, _larger(was, row), missing))
     return found
 
 
-def _slower(row: Row, was: Row) -> float:
-    return row.time.median / was.time.median
+def _slower(was: Row, row: Row | None) -> float | None:
+    return row.time.median / was.time.median if row is not None and row.seconds and was.seconds else None
+
+
+def _larger(was: Row, row: Row | None) -> float | None:
+    if row is None or row.extra_peak is None or was.extra_peak is None:
+        return None
+    if abs(row.extra_peak - was.extra_peak) < SMALL_PEAK:
+        return 1.0
+    return row.extra_peak / max(was.extra_peak, 1.0)

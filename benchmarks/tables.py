@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.results import Case, Row, ratio
+from benchmarks.results import Case, Change, Row, ratio
 
 SCALES = {
     "bytes": ("GB/s", 1e9),
@@ -59,14 +59,15 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def changes_table(changes: Sequence[tuple[str, str, float, float | None]], percent: float) -> str:
+def changes_table(changes: Sequence[Change], percent: float) -> str:
     """What changed, the worst first, and whether that is too much."""
     if not changes:
         return "Nothing to compare: no case with the same name and parameters has a row of ours in both."
     lines = [_line(["case", "way", "time, new ÷ old, machine's speed taken out", "peak, new ÷ old", ""])]
     lines.append("|---" * 5 + "|")
-    for name, way, time, peak in sorted(changes, key=lambda change: -change[2]):
-        worst = 100 * (max(time, peak or 0) - 1)
-        verdict = f"**{worst:.0f} % worse, more than {percent:g} %**" if worst > percent else ""
-        lines.append(_line([name, way, f"{time:.3f}", f"{peak:.3f}" if peak else "", verdict]))
+    for change in sorted(changes, key=lambda change: -change.worst):
+        told = [f"{value:.3f}" if value is not None else "" for value in (change.time, change.peak)]
+        worse = 100 * (change.worst - 1)
+        verdict = f"**{worse:.0f} % worse, more than {percent:g} %**" if worse > percent else ""
+        lines.append(_line([change.case, change.way, *told, "**missing**" if change.missing else verdict]))
     return "\n".join(lines)

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
+from benchmarks.memory import resident
+
 PARTS = ("rollout", "reference", "score", "update")
 
 
@@ -41,8 +45,8 @@ def echo_of_messages(prompts: list[Any], completions: list[Any], **_: object) ->
 
 @dataclass
 class Measured:
-    """What a process found. stamps: clock at the end of each step, in seconds; peak: bytes resident at most, up to the
-    end of the last step; the lists have an entry per step, parts by name."""
+    """What a process found. stamps: clock at the end of each step, in seconds; peak: bytes resident (on CUDA allocated)
+    at most, up to the end of the last step; the lists have an entry per step, parts by name."""
 
     stamps: list[float] = field(default_factory=list)
     peak: int = 0
@@ -59,7 +63,7 @@ class Measured:
     def stamp(self) -> None:
         """A step is over."""
         self.stamps.append(time.perf_counter())
-        self.peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
 
 
 class EnoughError(Exception):

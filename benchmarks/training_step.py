@@ -34,7 +34,9 @@ from repo.rollout import sample
 from repo.sequences import Sequences, make_sequences
 from repo.update import Updater
 
-PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18
+PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18  # of the default run
+if torch.cuda.is_available():
+    PROMPTS, SAMPLES, TOKENS = 8, 8, 512  # so many that a GPU has something to do
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,17 @@ class Step:
         return sample(self.endless, self.prompts[:count], SAMPLES, self.config.rollout, 0, 0).sequences
 
     def generate(self, count: int) -> Tensor:
-        """The same by transformers' generate, which repeats each prompt."""
+        """The same by transformers' generate, which repeats each prompt; of the reference, whose weights have the type
+        that decoding computes in."""
         ids = [p.token_ids for p in self.prompts[:count] for _ in range(SAMPLES)]
         rows = make_sequences(ids, [[]] * len(ids), self.endless.pad_id)
         width, on = rows.prompt_width, self.endless.device
-        return self.endless.model.generate(
+        return self.reference.policy.model.generate(
             input_ids=rows.input_ids[:, :width].to(on),
             attention_mask=rows.attention_mask[:, :width].to(on, torch.int64),
             do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
             top_k=0,
             max_new_tokens=TOKENS,
             min_new_tokens=TOKENS,
@@ -109,7 +114,7 @@ def load_step(model: str) -> Step:
     settings = ModelConfig(path=path, dtype=dtype, lora_rank=lora_rank(model))
     config = Config(
         model=settings,
-        rollout=RolloutConfig(max_new_tokens=TOKENS, samples_per_prompt=SAMPLES),
+        rollout=RolloutConfig(max_new_tokens=TOKENS, samples_per_prompt=SAMPLES, batch_size=2 * PROMPTS * SAMPLES),
         optimizer=OptimizerConfig(lr=1e-7),  # the same work for ever
     )
     policy = load_policy(path, on, True, settings)
@@ -119,7 +124,7 @@ def load_step(model: str) -> Step:
     scorer = folder / "scorers" / "reward" / "scorer.json"
     layer = json.loads(scorer.read_text())["layer"] if model == EMBEDDED else 0
     endless = dataclasses.replace(policy, eos_ids=(-1,))
-    prompts = batch_at(found.kept, 0, 8, 0)
+    prompts = batch_at(found.kept, 0, 2 * PROMPTS, 0)
     return Step(config, prompts, endless, reference, Updater(Actor(policy), config), [layer])
 
 
