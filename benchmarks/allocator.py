@@ -1,9 +1,9 @@
 """How the C library keeps freed memory while a case is timed, which decides more than most kernels do.
 
-By glibc's default every tensor of more than 32 MB is mapped, zeroed page by page and unmapped again in each call: on
-this machine's loss from logits that is four fifths of the time of PyTorch, whose temporaries are many, and next to
-nothing of ours. So that kernels are compared and not page faults, freed memory is kept while cases are timed, as
-repo.train does; the cases that are named after the default show it as a plain script has it.
+By glibc's default every tensor of more than 32 MB is mapped, zeroed page by page and unmapped again in each call, and
+PyTorch's losses make many of them: they then take several times as long. So that kernels are compared and not page
+faults, freed memory is kept while cases are timed, as repo.train does. The cases that are named after the default
+allocator show it as a plain script has it, in a process of their own, since what is kept once stays kept.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from __future__ import annotations
 import ctypes
 import sys
 
-from repo.memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from repo.memory import M_MMAP_MAX, M_TRIM_THRESHOLD
 
 KEPT, DEFAULT = "kept", "default"
+FRESH = "REPO_BENCH_FRESH"  # set in a process that was started for a case with the default allocator
 
 
-def use(allocator: str) -> None:
-    """Keep freed memory, or go back to glibc's defaults and give back what is free. Nothing on other C libraries."""
-    if allocator == KEPT:
-        keep_freed_memory()
-        return
+def give_back() -> None:
+    """glibc's defaults, and what is free goes back to the system. Nothing on other C libraries."""
     library = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_MAX, 65_536)

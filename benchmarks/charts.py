@@ -20,6 +20,7 @@ PANELS = (
     ("loss", "bf16"),
     ("logprobs", "fp32 logits, with gradient"),
     ("linear", "fp32, N = 1024"),
+    ("linear", "bf16, N = 8192"),
     ("step", "embedded"),
     ("train_vs_trl", "embedded"),
 )
@@ -138,7 +139,7 @@ def _points(step: Case, decode: Case, linear: Case | None) -> list[tuple[str, Ro
 def scaling(cases: Sequence[Case]) -> Figure | None:
     """Rates over sizes, and peak memory over tokens."""
     panels = (
-        ("loss, V", "vocabulary (256 tokens)", "GB/s at 2 NVe"),
+        ("loss, V", "vocabulary", "GB/s at 2 NVe"),
         ("loss, N", "tokens (V = 8192)", "GB/s at 2 NVe"),
         ("linear, N", "tokens (V = 49 152)", "GFLOP/s"),
         ("update, batch", f"responses of {TOKENS} tokens", "GFLOP/s"),

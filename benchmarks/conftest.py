@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +21,7 @@ from benchmarks.models import GPU_MODELS
 from benchmarks.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.tables import case_table, changes_table
 from benchmarks.timing import Turns
+from repo.memory import keep_freed_memory
 
 QUICK = "left out by --quick"
 WARMUPS = 2
@@ -88,7 +93,12 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
     def run(case: tuple[str, dict[str, Any]], rounds: int, warmups: int = WARMUPS) -> Case:
         name, parameters = case
         arguments = {key: value for key, value in parameters.items() if key != "allocator"}
-        allocator.use(parameters.get("allocator", allocator.KEPT))
+        if parameters.get("allocator") != allocator.DEFAULT:
+            keep_freed_memory()
+        elif allocator.FRESH not in os.environ:
+            (found,) = benchmark.pedantic(in_fresh_process, args=(request.node.nodeid, rounds), rounds=1)
+            record(found)
+            return found
         rounds = config.getoption("--rounds") or (min(rounds, 3) if quick else rounds)
         warmups = min(warmups, 1) if quick else warmups
         setup = module.setup(**arguments)
@@ -130,6 +140,16 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
         return found
 
     return run
+
+
+def in_fresh_process(test: str, rounds: int) -> list[Case]:
+    """The cases of a test, measured by a pytest of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pytest", test, "--no-peaks", "--save", folder, "--rounds", str(rounds)]
+        environment = {**os.environ, allocator.FRESH: "1"}
+        done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return results.read(Path(folder))
 
 
 def free_memory() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def extra_peak(call: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        allocator.use(allocator.DEFAULT)  # what is free goes back, or the call would take it again without being seen
+        allocator.give_back()  # what is free goes back, or the call would take it again without being seen
         before = resident("VmRSS")
         reset_peak()
         kept = call()
@@ -59,7 +58,9 @@ def room() -> float:
     """Bytes that can be had."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    return 1024.0 * int(found[1])
 
 
 def in_process(module: str, parameters: Mapping[str, Any], way: str) -> int | str:

@@ -24,13 +24,17 @@ BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report --readme -
 SUITES = ("loss", "logprobs", "linear", "memory", "step", "train_vs_trl", "checkpoint", "scaling")
 HEADLINES = (
     ("loss", "fp32", "loss and gradient from logits, fp32"),
+    ("loss", "fp32, glibc's default allocator", "the same, glibc's default allocator"),
     ("loss", "bf16", "the same, bf16"),
     ("loss", "fp32, entropy with gradient", "the same with the entropy and its gradient, fp32"),
     ("loss", "bf16, full KL", "the same with full KL, bf16"),
     ("logprobs", "fp32 logits, values", "log-probabilities from logits, fp32"),
     ("logprobs", "fp32 logits, with gradient", "the same with the gradient"),
     ("linear", "fp32, N = 1024", "loss and gradients from hidden states, fp32"),
-    ("logprobs", "hidden states, with gradients", "log-probabilities from hidden states with gradients"),
+    ("linear", "fp32, glibc's default allocator", "the same, glibc's default allocator"),
+    ("linear", "bf16, N = 8192", "loss and gradients from hidden states, bf16"),
+    ("logprobs", "hidden states, values", "log-probabilities from hidden states"),
+    ("logprobs", "hidden states, with gradients", "the same with gradients"),
     ("step", "embedded", "update of the default run"),
     ("train_vs_trl", "embedded", "a training step beside TRL's GRPOTrainer"),
 )
