@@ -19,9 +19,11 @@ PLACES = 4
 
 
 def copy() -> dict[str, Way]:
-    """Ways that copy SIZE bytes between blocks in large pages that have been written before, at PLACES places in memory:
-    on a virtual machine the same copy takes 1 to 1.7 times as long by where its blocks happen to be. The best of them
-    is the limit, so that a share of it depends neither on luck nor on what was in a cache."""
+    """Ways that copy SIZE bytes between blocks in large pages that have been written before, at PLACES places.
+
+    On a virtual machine the same copy takes 1 to 1.7 times as long by where its blocks happen to be. The best of them
+    is the limit, so that a share of it depends neither on luck nor on what was in a cache.
+    """
     blocks = [(_in_large_pages(), _in_large_pages()) for _ in range(PLACES)]
 
     def call(source: Tensor, target: Tensor) -> Callable[[], Tensor]:
