@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.results import LIMIT, OURS, Case, Row
+from benchmarks.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.training_step import SAMPLES, TOKENS
 from repo.drawing import BAD, INK, NOW, START, STYLE, png
 
@@ -27,7 +27,7 @@ PANELS = (
 TITLES = {
     "loss": "Loss and gradient from logits",
     "logprobs": "Log-probabilities",
-    "linear": "Loss and gradients from hidden states",
+    "linear": "From hidden states",
     "step": "Parts of a training step",
     "train_vs_trl": "Training",
 }
@@ -157,6 +157,7 @@ def scaling(cases: Sequence[Case]) -> Figure | None:
         _plain_numbers(axes, y=False)
     _curves(panels_of[-1], memory, lambda row: row.extra_peak / 1e6 if row.extra_peak is not None else None)
     panels_of[-1].set(xscale="log", yscale="log", xlabel="tokens (V = 49 152)", ylabel="extra peak, MB")
+    panels_of[-1].set_ylim(top=1e6)  # room for the legend
     _plain_numbers(panels_of[-1])
     return figure
 
@@ -176,10 +177,10 @@ def _curves(axes: Axes, points: Sequence[tuple[float, Case]], value) -> None:
     styles = iter(("--", ":", "-.", (0, (1, 2)), (0, (5, 1)), (0, (3, 1, 1, 1))) * 2)
     for name, line in lines.items():
         colour = {OURS: NOW, LIMIT: BAD}.get(roles[name], START)
-        axes.plot(*zip(*line, strict=True), "-" if roles[name] != "peer" else next(styles), color=colour,
-                  label=name, marker="o", ms=3)  # fmt: skip
+        style = next(styles) if roles[name] == PEER else "-"
+        axes.plot(*zip(*line, strict=True), ls=style, color=colour, label=name, marker="o", ms=3)
     if lines:
-        axes.legend(fontsize=7, loc="best")
+        axes.legend(fontsize=7 if len(lines) < 6 else 6, loc="best")
 
 
 def modelled(

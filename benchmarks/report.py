@@ -11,13 +11,14 @@ of a machine without results.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import charts
 from benchmarks.machine import ROOT, told
-from benchmarks.results import FOLDER, OURS, PEER, Case, ratio, read
+from benchmarks.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
 from benchmarks.tables import case_table, milliseconds
 
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report --readme -->", "<!-- end of benchmarks -->"
@@ -58,7 +59,8 @@ def headline(case: Case, title: str) -> str:
     share = f"{row.rate / case.peak_rate:.0%}" if row.rate and case.peak_rate else ""
     peers = []
     for other in case.rows:
-        found = ratio(case, other.way) if other.role == PEER else None
+        same = other.role == PEER and other.work == row.work
+        found = ratio(case, other.way) if same else None
         if found is not None:
             peers.append(f"{other.way} {found.median:.2f}")
     error = f"{row.error:.0e}" if row.error is not None else ""
@@ -108,6 +110,12 @@ def report(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def without_small_limits(case: Case) -> Case:
+    """The case with the two of its limits that have the most work."""
+    limits = sorted((row for row in case.rows if row.role == LIMIT), key=lambda row: row.work or 0.0)[-2:]
+    return dataclasses.replace(case, rows=[row for row in case.rows if row.role != LIMIT or row in limits])
+
+
 def readme_part(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> str:
     """What a README shows of a machine."""
     where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
@@ -117,7 +125,7 @@ def readme_part(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> 
         "roofline": "Operations per second over operations per byte.",
     }
     step = charts.find(cases, "step", "embedded")
-    parts = [case_table(step)] if step is not None else []
+    parts = [case_table(without_small_limits(step))] if step is not None else []
     pictures = [f"![{alternatives[name]}]({where}/{name}.png)" for name in alternatives if name in figures]
     return "\n\n".join([f"{measured_on(cases)} Everything: `{where}/report.md`.", summary(cases), *pictures, *parts])
 
