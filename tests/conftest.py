@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,11 @@ def tiny_arguments(tiny_model: Path, tiny_prompts: tuple[Path, Path]) -> list[st
         "--steps=4",
         "--save_every=2",
     ]
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where pytest was started in the background, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

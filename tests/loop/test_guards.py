@@ -311,14 +311,6 @@ def test_a_signal_during_an_evaluation_ends_at_once_and_says_how_to_go_on(
     assert (tmp_path / "run" / "final").is_dir()
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C raises KeyboardInterrupt, also where pytest was started in the background, which ignores it."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 def test_a_second_signal_ends_the_process(interruptible):
     said = []
     request = StopRequest(said.append)

@@ -278,7 +278,7 @@ def test_a_function_that_hangs_does_not_keep_the_process_alive(tiny_arguments, t
     assert "did not return within scoring.timeout" in done.stderr
 
 
-def test_an_interrupt_reaches_a_run_that_waits_for_a_function():
+def test_an_interrupt_reaches_a_run_that_waits_for_a_function(interruptible):
     both, main, started = scoring(cost=f"{FUNCTIONS}:hanging"), threading.main_thread().ident, time.monotonic()
     timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
     timer.start()
