@@ -96,7 +96,8 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
         if parameters.get("allocator") != allocator.DEFAULT:
             keep_freed_memory()
         elif allocator.FRESH not in os.environ:
-            (found,) = benchmark.pedantic(in_fresh_process, args=(request.node.nodeid, rounds), rounds=1)
+            asked = config.getoption("--rounds") or rounds
+            (found,) = benchmark.pedantic(in_fresh_process, args=(request.node.nodeid, asked), rounds=1)
             record(found)
             return found
         rounds = config.getoption("--rounds") or (min(rounds, 3) if quick else rounds)

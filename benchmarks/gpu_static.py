@@ -13,7 +13,7 @@ Nothing here was run on a GPU.
 --json writes one object:
 
     schema     1
-    date       "2026-11-25"; commit: `git describe --always --dirty`, or ""
+    date       "2026-11-25"; commit: as machine.commit tells it
     versions   {package: version or null}
     absent     {peer's package: why it is not installed}
     targets    {target: {device, units, warp_size, issue, mufu, clock, dram, l2, ...}}: fields of gpu_targets.Machine
@@ -49,12 +49,11 @@ from typing import Any
 
 from . import peers
 from .gpu_targets import TARGETS
+from .machine import ROOT, commit, installed
 from .machine_code import amd_resources, disassemble_cubin, parse_amdgcn, regions
 from .roofline import Roofline, rooflines
 from .static_report import StaticReport
 from .static_report import report_from_dict as report_from_dict
-
-ROOT = Path(__file__).parent.parent
 
 
 def inspect_variant(variant: Any, target: str) -> StaticReport:
@@ -196,14 +195,10 @@ def document(
     reports: Sequence[StaticReport], passes: list[dict[str, Any]] | None, modelled: Sequence[Roofline]
 ) -> dict[str, Any]:
     """What --json writes."""
-    from .static_tables import installed
-
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "schema": 1,
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "versions": {package: installed(package) for package in ("triton", "torch", *peers.PACKAGES)},
         "absent": peers.absent(),
         "targets": {target: asdict(machine) for target, machine in TARGETS.items()},

@@ -43,15 +43,18 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def installed(package: str) -> str | None:
+    """Its version; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what is measured and compared; "not installed" where it is not."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    found = {package: installed(package) or "not installed" for package in PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 @functools.cache

@@ -8,10 +8,11 @@ never reach memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
+
+from benchmarks.machine import installed
 
 NEEDS_GPU = "" if torch.cuda.is_available() else "its Triton kernels need a GPU; their traffic is in benchmarks.traffic"
 PACKAGES = ("liger-kernel", "trl", "cut-cross-entropy")
@@ -19,11 +20,7 @@ PACKAGES = ("liger-kernel", "trl", "cut-cross-entropy")
 
 def missing(package: str) -> str | None:
     """Why a peer cannot be used, or None."""
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return f"{package} is not installed"
-    return None
+    return None if installed(package) else f"{package} is not installed"
 
 
 def absent() -> dict[str, str]:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from . import peers
 from .gpu_targets import TARGETS
+from .machine import installed
 from .machine_code import Region
 from .static_report import EXAMPLE_VOCABULARY, StaticReport
-
-
-def installed(package: str) -> str | None:
-    """Its version."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def versions(*packages: str) -> str:
