@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .sequences import Sequences
 T = TypeVar("T")
 LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed? ?out|remote process exited", re.IGNORECASE)
 BUCKET = 2**25  # elements that are added over processes in one call
+LETTING_GO = 0.1  # seconds; gloo's threads need microseconds
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,12 @@ def joined(device_of: Callable[[], torch.device]) -> Iterator[World]:
         raise UserError(f"process {world.rank}: another process of the run has ended; its message says why") from error
     else:
         dist.destroy_process_group()
+    finally:
+        # A gloo thread lets go of a collective's tensors after the collective is done, and needs the interpreter for
+        # it. One that comes when the interpreter is ending aborts the process (CPython < 3.14, which ends such threads
+        # by unwinding them; pytorch#179291). Destroying the group joins the threads only where nothing else holds it,
+        # and DTensor's caches do. Asleep, this thread leaves them the interpreter.
+        time.sleep(LETTING_GO)
 
 
 def _from_environment(name: str, default: int) -> int:
