@@ -59,7 +59,7 @@ inline void transpose_into(const float* from, int64_t row, int64_t rows, int64_t
     const int64_t whole = rows / 4 * 4;
     for (int64_t r = 0; r < whole; r += 4)
         for (int64_t c = 0; c < columns; c += 4)
-            transpose_square<false>(from + r * row + c, row, to + c * width + r, width);
+            transpose_square(from + r * row + c, row, to + c * width + r, width);
     for (int64_t c = 0; c < columns; ++c) {
         for (int64_t r = whole; r < rows; ++r) to[c * width + r] = from[r * row + c];
         for (int64_t r = rows; r < width; ++r) to[c * width + r] = 0;

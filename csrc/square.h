@@ -4,10 +4,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
 namespace repo {
 namespace {  // each instruction set has its own
 
@@ -19,24 +15,16 @@ inline Four load(const float* from) {
     return v;
 }
 
-// kStream: past the caches, of which `to` would else have to be read first; it is aligned to the vector then.
-template <bool kStream>
-inline void store(float* to, Four v) {
-#if defined(__SSE2__)
-    if (kStream) return _mm_stream_ps(to, v);
-#endif
-    std::memcpy(to, &v, sizeof v);
-}
+inline void store(float* to, Four v) { std::memcpy(to, &v, sizeof v); }
 
-template <bool kStream>
 inline void transpose_square(const float* from, int64_t stride, float* to, int64_t rows) {
     const Four a = load(from), b = load(from + stride), c = load(from + 2 * stride), d = load(from + 3 * stride);
     const Four ab_low = {a[0], b[0], a[1], b[1]}, cd_low = {c[0], d[0], c[1], d[1]};
     const Four ab_high = {a[2], b[2], a[3], b[3]}, cd_high = {c[2], d[2], c[3], d[3]};
-    store<kStream>(to, Four{ab_low[0], ab_low[1], cd_low[0], cd_low[1]});
-    store<kStream>(to + rows, Four{ab_low[2], ab_low[3], cd_low[2], cd_low[3]});
-    store<kStream>(to + 2 * rows, Four{ab_high[0], ab_high[1], cd_high[0], cd_high[1]});
-    store<kStream>(to + 3 * rows, Four{ab_high[2], ab_high[3], cd_high[2], cd_high[3]});
+    store(to, Four{ab_low[0], ab_low[1], cd_low[0], cd_low[1]});
+    store(to + rows, Four{ab_low[2], ab_low[3], cd_low[2], cd_low[3]});
+    store(to + 2 * rows, Four{ab_high[0], ab_high[1], cd_high[0], cd_high[1]});
+    store(to + 3 * rows, Four{ab_high[2], ab_high[3], cd_high[2], cd_high[3]});
 }
 
 }  // namespace

@@ -69,6 +69,25 @@ def check(fused, exact, *inputs):
         assert (got - value).norm() <= 1e-6 * value.norm() + 4 * (eager - value).norm()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.one_of(st.integers(0, 40), st.sampled_from([256, 341])),
+    st.one_of(st.integers(0, 140), st.sampled_from([1023, 1024, 2049, 3000])),
+    st.integers(0, 5),
+    st.integers(1, 3),
+)
+def test_a_transposed_copy_is_the_matrix_whatever_its_edges(rows, columns, apart, threads):
+    base = torch.arange(rows * (columns + apart), dtype=torch.float32).view(rows, columns + apart)
+    matrix, before = base[:, apart:], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = cpu.transposed(matrix)
+    finally:
+        torch.set_num_threads(before)
+    assert found.is_contiguous()
+    assert torch.equal(found, matrix.t())
+
+
 @settings(deadline=None, max_examples=40)
 @given(rows=SIZES, columns=st.integers(3, 70), strided=st.booleans(), scale=st.sampled_from([1e-4, 1.0, 1e4]))
 def test_rms_norm_is_that_of_fp64(rows, columns, strided, scale):
