@@ -27,7 +27,8 @@ SMALL = {"tokens": 64}
 VOCABULARIES = tuple(2**n for n in range(13, 19))
 TOKENS = (256, 1024, 4096, 16_384, 65_536)
 NARROW = 8192  # vocabulary of the sweep over tokens, so that the logits of the last one fit
-PROMPTS, CONTEXT = (1, 2, 4, 8, 16), (32, 128, 512, 1024, 1900)  # of SAMPLES responses each; tokens of a prompt
+PROMPTS = (1, 2, 4, 8, 16)  # of SAMPLES responses each
+CONTEXT = (32, 128, 512, 1024, 1800)  # tokens of a prompt; with its responses it fits a micro-batch and is read once
 YARDSTICK = 4096  # rows of the GEMMs that all sizes are put beside
 
 
