@@ -43,6 +43,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     if onednn_linear.multiplies(a.device, a.dtype):
         for part, found in _by_onednn(a, b):
             out[part] = found
+            del found  # before the next block's
     elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif returns_fp32(a.device, a.dtype):
@@ -66,6 +67,7 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     if onednn_linear.multiplies(a.device, a.dtype):
         for part, found in _by_onednn(a, b):
             out[part] += found
+            del found
     elif a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     elif returns_fp32(a.device, a.dtype):

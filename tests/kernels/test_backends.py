@@ -45,11 +45,11 @@ def distance(a: Tensor, b: Tensor, floor: float) -> float:
     return (a.double() - b.double()).norm().item() / size
 
 
-@settings(max_examples=210, deadline=None, derandomize=True)
-@given(batches(), options(), st.sampled_from(list(GRADIENT)), st.booleans())
-def test_the_backends_agree_on_any_configuration(
-    batch: Batch, chosen: dict[str, Any], dtype: torch.dtype, inplace: bool
-) -> None:
+CONFIGURATIONS = (batches(), options(), st.sampled_from(list(GRADIENT)), st.booleans())
+
+
+def check_agreement(batch: Batch, chosen: dict[str, Any], dtype: torch.dtype, inplace: bool) -> None:
+    """Loss, statistics, values by token and gradient of every backend, pairwise."""
     batch.ref_logits = batch.ref_logits.to(dtype)
     arguments = loss_arguments(batch, **chosen)
     scale = 2.0**10 if dtype == torch.float16 else 1.0
@@ -68,6 +68,23 @@ def test_the_backends_agree_on_any_configuration(
         assert distance(a.loss, b.loss, 0.1) <= 1e-5
         assert distance(a.stats.tensor, b.stats.tensor, 1.0) <= 1e-5
         assert distance(grad_a, grad_b, 1e-2 * scale / max(1, grad_b.numel())) <= GRADIENT[dtype]
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(*CONFIGURATIONS)
+def test_the_backends_agree_on_any_configuration(
+    batch: Batch, chosen: dict[str, Any], dtype: torch.dtype, inplace: bool
+) -> None:
+    check_agreement(batch, chosen, dtype, inplace)
+
+
+@pytest.mark.long
+@settings(max_examples=1000, deadline=None)
+@given(*CONFIGURATIONS)
+def test_the_backends_agree_on_a_thousand_configurations(
+    batch: Batch, chosen: dict[str, Any], dtype: torch.dtype, inplace: bool
+) -> None:
+    check_agreement(batch, chosen, dtype, inplace)
 
 
 def test_the_device_and_the_type_decide() -> None:
