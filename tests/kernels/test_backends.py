@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from repo_kernels import (
     repo_loss,
     selective_log_softmax,
 )
+from repo_kernels.aggregation import token_weights
 from repo_kernels.cpu.memory import Spare
 from repo_kernels.rows import gradient_buffer
 
@@ -45,6 +46,24 @@ def distance(a: Tensor, b: Tensor, floor: float) -> float:
     return (a.double() - b.double()).norm().item() / size
 
 
+def size_of_terms(batch: Batch, logits: Tensor, arguments: dict[str, Any]) -> float:
+    """Sum of |w l| over tokens. Where terms cancel, the rounding of a loss is relative to this and not to the loss."""
+    by_token = {"loss_agg_mode": "none", "divisor": None, "max_length": None}
+    terms = repo_loss(logits, **{**arguments, **by_token}, backend="eager").loss.abs()
+    if arguments["loss_agg_mode"] == "none":
+        return terms.norm().item()
+    weights = token_weights(
+        arguments["loss_agg_mode"],
+        ~batch.dead.reshape(-1),
+        batch.sequence_of.reshape(-1),
+        batch.sequences,
+        terms.dtype,
+        arguments["divisor"],
+        arguments.get("max_length"),
+    )
+    return (weights * terms.reshape(-1)).sum().item()
+
+
 CONFIGURATIONS = (batches(), options(), st.sampled_from(list(GRADIENT)), st.booleans())
 
 
@@ -59,13 +78,16 @@ def check_agreement(batch: Batch, chosen: dict[str, Any], dtype: torch.dtype, in
         out = repo_loss(leaf * 1, **arguments, grad_scale=scale, inplace=inplace, backend=name)
         out.loss.sum().backward()
         results[name] = out, leaf.grad
+    if dtype == torch.float16:  # whose range some gradients leave, on every backend
+        assume(not results["eager"][1].isinf().any())
+    size = max(size_of_terms(batch, batch.logits.to(dtype), arguments), 0.1)
     for first, second in (("eager", "cpu"), ("eager", "triton"), ("cpu", "triton")):
         (a, grad_a), (b, grad_b) = results[first], results[second]
         assert distance(a.logps, b.logps, 0.1) <= 2e-6
         for x, y, tolerance in ((a.entropy, b.entropy, 2e-6), (a.kl, b.kl, 1e-5)):
             assert (x is None) == (y is None)
             assert x is None or distance(x, y, 0.1) <= tolerance
-        assert distance(a.loss, b.loss, 0.1) <= 1e-5
+        assert (a.loss - b.loss).norm() <= 1e-5 * size
         assert distance(a.stats.tensor, b.stats.tensor, 1.0) <= 1e-5
         assert distance(grad_a, grad_b, 1e-2 * scale / max(1, grad_b.numel())) <= GRADIENT[dtype]
 
