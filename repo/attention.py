@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 from repo_kernels import packed_attention as cpu_attention
 
-from .errors import first_line
+from .common.errors import first_line
 from .packing import Packed, Segments, make_segments, pack, take_rows
 from .seeds import generator
 from .sequences import make_sequences

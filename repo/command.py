@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from . import run
+from .common.errors import UserError
 from .config import Config
-from .errors import UserError
 from .parsing import PRESETS, make_parser, parse, preset_names
 
 LOG_WIDTH = 140  # columns of a console that is not a terminal

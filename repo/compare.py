@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .command import console_of
-from .errors import UserError, exit_with_sentence, first_line, require_package
+from .common.errors import UserError, exit_with_sentence, first_line, require_package
 from .evaluation import Evaluation, aligned, draws_of, few, interval_of, measured, paired
 from .files import make_parent, write_folder
 from .metrics import finite

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import recompute_contexts
-from .errors import UserError
+from .common.errors import UserError
 
 Forward = Callable[..., Any]
 

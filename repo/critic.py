@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .assets.heads import HeadManifest, HeadScorer
 from .attention import choose_attention
+from .common.errors import UserError
 from .config import CriticConfig
-from .errors import UserError
 from .forward import States, trunk_states
 from .policy import Policy
 from .scorers.model import ClassifierScorer

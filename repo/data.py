@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from .errors import UserError, first_line
+from .common.errors import UserError, first_line
 from .seeds import generator
 
 T = TypeVar("T")

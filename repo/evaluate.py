@@ -30,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 from . import checkpoint, parsing
 from .actor import Actor
 from .command import console_of
+from .common.errors import UserError, exit_with_sentence
 from .config import Config
-from .errors import UserError, exit_with_sentence
 from .export import chosen, policy_of
 from .files import make_parent, write_text
 from .held_out import content_of, with_progress

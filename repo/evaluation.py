@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .advantages import is_safe, rectified_cost
-from .errors import UserError
+from .common.errors import UserError
 from .seeds import seed_from
 
 RESAMPLES = 2000

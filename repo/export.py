@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 from . import assets, checkpoint, parsing, run, training_state
 from .actor import Actor
 from .card import model_card
+from .common.errors import UserError, exit_with_sentence
 from .config import Config
-from .errors import UserError, exit_with_sentence
 from .files import write_folder
 from .policy import Policy, load_policy, save_policy
 from .scoring import EMBEDDED

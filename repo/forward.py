@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repo_kernels import linear_selective_log_softmax
 
 from .attention import using_packed
-from .errors import UserError
+from .common.errors import UserError
 from .packing import Packed, take_rows
 from .seeds import generator
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .errors import UserError
+from .common.errors import UserError
 from .evaluation import Evaluation
 
 Record = Mapping[str, Any]

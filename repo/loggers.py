@@ -12,7 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, first_line
+from .common.errors import UserError, first_line
 from .files import write_text
 
 Send = Callable[[dict[str, float], int], Any]

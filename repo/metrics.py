@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from .advantages import is_safe, rectified_cost
-from .errors import UserError
+from .common.errors import UserError
 
 
 def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) -> dict[str, float]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from .common.errors import UserError
 from .config import Config, OptimizerConfig
-from .errors import UserError
 from .sharding import local
 
 BLOCK = 2**22  # elements whose moments are widened at a time

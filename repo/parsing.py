@@ -14,8 +14,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from .common.errors import UserError
 from .config import Config, check, field_names
-from .errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 

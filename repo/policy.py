@@ -16,9 +16,9 @@ from repo_kernels.fused_layers import fused_layers
 from repo_kernels.onednn_linear import onednn_linears
 
 from .attention import Attention, choose_attention
+from .common.errors import UserError, first_line
 from .compile import compile_layers, recomputed
 from .config import ModelConfig
-from .errors import UserError, first_line
 from .forward import check_head
 
 

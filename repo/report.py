@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from . import page
 from .alerts import CHECKS, FEWEST, alerts
-from .errors import UserError, exit_with_sentence, require_package
+from .common.errors import UserError, exit_with_sentence, require_package
 from .files import write_bytes
 from .history import History, read
 from .ledger import RECENT, Entry, ledger

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from . import checkpoint as checkpoints
 from . import parsing
 from .checkpoint import State
+from .common.errors import UserError
 from .config import Config, field_names
-from .errors import UserError
 from .files import create_folder, write_folder, write_text
 from .inputs import FILE as INPUTS
 from .inputs import changed

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .assets.heads import HeadScorer, Reading, score_all
+from .common.errors import UserError
 from .config import ScoringConfig
 from .data import Prompt
-from .errors import UserError
 from .rollout import Rollout, concatenated, merge
 from .scorers.function import FunctionScorer
 from .scorers.model import ClassifierScorer, load_model

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import assets
+from .common.errors import UserError, first_line
 from .config import Config
 from .critic import make_critics
 from .data import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
-from .errors import UserError, first_line
 from .judging import Judging, load_judge
 from .loggers import check_loggers
 from .memory import describe_memory

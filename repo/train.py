@@ -19,10 +19,10 @@ from .actor import Actor, read_reference
 from .card import model_card
 from .checkpoint import Saver
 from .command import Switches, console_of, read_command
+from .common.errors import exit_with_sentence
 from .config import Config
 from .data import batch_at
 from .decoding import describe_decoding
-from .errors import exit_with_sentence
 from .evaluation import Evaluation
 from .held_out import evaluated
 from .inputs import fingerprints

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from .errors import UserError, first_line
+from .common.errors import UserError, first_line
 from .files import write_past_cache
 from .sharding import is_sharded
 

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from repo_kernels import LossStats
 
 from .actor import Actor, read_responses
+from .common.errors import UserError
 from .config import Config
 from .data import Example, batch_at
-from .errors import UserError
 from .objective import Batch, Objective
 from .optimizer import lr_at, make_optimizer
 from .seeds import generator

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .common.errors import UserError
 from .config import Config
-from .errors import UserError
 from .sharding import local
 from .world import World
 

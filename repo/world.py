@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError, first_line
+from .common.errors import UserError, first_line
 from .sequences import Sequences
 
 T = TypeVar("T")

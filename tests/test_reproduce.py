@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.reproduce.language import METHODS, Seeds, main, of_seeds
+from repo.common.errors import UserError
 from repo.config import field_names
-from repo.errors import UserError
 from tests.loop.test_compare import evaluation_of
 
 

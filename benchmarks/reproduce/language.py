@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
 from repo import parsing
+from repo.common.errors import UserError, exit_with_sentence
 from repo.compare import read_evaluation
 from repo.drawing import STYLE
-from repo.errors import UserError, exit_with_sentence
 from repo.evaluation import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.metrics import finite
 from repo.run import versions

@@ -16,7 +16,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 SOURCES = Path(__file__).with_name("sources.json")
 """Package -> distribution, version and the sha256 of every file that is read."""

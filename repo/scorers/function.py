@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.errors import UserError, first_line
 from ..data import Prompt
-from ..errors import UserError, first_line
 from . import field_of
 from .manifest import Manifest, make_manifest
 

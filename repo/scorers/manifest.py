@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 FILE = "scorer.json"
 ANSWERS = {"prompt", "lower", "higher"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from ..common.errors import UserError, first_line
 from ..data import Prompt
-from ..errors import UserError, first_line
 from . import field_of
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation

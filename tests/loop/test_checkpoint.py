@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from repo import checkpoint, training_state
-from repo.errors import UserError
+from repo.common.errors import UserError
 from repo.files import write_past_cache
 from repo.optimizer import BFloat16AdamW
 from repo.seeds import random_state, set_random_state

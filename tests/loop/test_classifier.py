@@ -8,8 +8,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from repo import train
+from repo.common.errors import UserError
 from repo.data import Prompt
-from repo.errors import UserError
 from repo.scorers.model import ClassifierScorer
 
 from .tiny import make_tokenizer

@@ -9,10 +9,10 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from repo.actor import Actor
+from repo.common.errors import UserError
 from repo.compile import compile_layers, recomputed, uncompiled
 from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
-from repo.errors import UserError
 from repo.policy import load_policy
 from repo.rollout import sample
 from repo.sequences import make_sequences

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repo.common.errors import UserError
 from repo.data import Prompt, batch_at, encode_prompt, load_prompts, tokenize_examples, tokenize_prompts
-from repo.errors import UserError
 from repo.seeds import generator
 
 from .tiny import make_tokenizer

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from repo.errors import UserError
+from repo.common.errors import UserError
 from repo.evaluation import Evaluation, measured
 from repo.files import replace_folder, write_folder, write_text
 from repo.metrics import JsonLines, duration, summarize

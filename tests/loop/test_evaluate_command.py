@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repo import evaluate, train
-from repo.errors import UserError
+from repo.common.errors import UserError
 from repo.judging import load_judge
 from repo.seeds import seed_from
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo import train
-from repo.errors import UserError
+from repo.common.errors import UserError
 from repo.export import run_command
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from repo.errors import UserError
+from repo.common.errors import UserError
 from repo.loggers import Logger, check_loggers, make_loggers
 
 CONFIG = {"steps": 4, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.95)}}

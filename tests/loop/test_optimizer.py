@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from repo import train
+from repo.common.errors import UserError
 from repo.config import Config, OptimizerConfig
-from repo.errors import UserError
 from repo.memory import describe_memory
 from repo.optimizer import BLOCK, BFloat16AdamW, make_optimizer
 

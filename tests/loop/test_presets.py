@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from repo import train
+from repo.common.errors import UserError
 from repo.config import Config, field_names
-from repo.errors import UserError
 from repo.parsing import PRESETS, load, preset_names
 
 

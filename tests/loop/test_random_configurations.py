@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from repo import train
+from repo.common.errors import UserError
 from repo.config import Config
-from repo.errors import UserError
 from repo.parsing import load
 
 JUNK = [

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from repo.errors import UserError
+from repo.common.errors import UserError
 from repo.history import read
 from repo.ledger import ledger
 from repo.page import escaped, number

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from repo.actor import Actor, response_logps
+from repo.common.errors import UserError
 from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
-from repo.errors import UserError
 from repo.policy import choose_device, load_policy
 from repo.rollout import draw_uniforms, merge, sample, sample_tokens
 from repo.sequences import make_sequences

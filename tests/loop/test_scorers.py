@@ -18,9 +18,9 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrai
 from repo import train
 from repo.assets import ensure
 from repo.assets.heads import HeadScorer
+from repo.common.errors import UserError
 from repo.config import ScoringConfig
 from repo.data import Prompt
-from repo.errors import UserError
 from repo.scorers.model import ScoreModelScorer, load_model
 from repo.scoring import load_scorers
 from tests.loop import scorers as functions

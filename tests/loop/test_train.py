@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo import train
-from repo.errors import UserError
+from repo.common.errors import UserError
 
 REQUIRED = (
     "step reward_mean cost_mean safe_rate rectified_cost compensation_gap lam kl entropy clip_frac "

@@ -9,9 +9,9 @@ import torch
 from repo import checkpoint
 from repo.actor import Actor, response_logps
 from repo.advantages import Advantages
+from repo.common.errors import UserError
 from repo.config import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
-from repo.errors import UserError
 from repo.objective import Batch
 from repo.optimizer import lr_at
 from repo.policy import load_policy

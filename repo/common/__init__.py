@@ -1,0 +1,1 @@
+"""What every part of the loop uses: errors, files, seeds, memory of the C library, processes."""
