@@ -22,7 +22,7 @@ from torch import nn
 
 from . import training_state
 from .common.errors import UserError, first_line
-from .files import checksum_of, partial_of, write_folder, write_text
+from .common.files import checksum_of, partial_of, write_folder, write_text
 from .seeds import random_state, set_random_state
 from .world import ALONE, World
 

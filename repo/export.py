@@ -16,8 +16,8 @@ from . import assets, checkpoint, parsing, run, training_state
 from .actor import Actor
 from .card import model_card
 from .common.errors import UserError, exit_with_sentence
+from .common.files import write_folder
 from .config import Config
-from .files import write_folder
 from .policy import Policy, load_policy, save_policy
 from .scoring import EMBEDDED
 from .setup import model_path

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.errors import UserError, first_line
-from .files import write_text
+from .common.files import write_text
 
 Send = Callable[[dict[str, float], int], Any]
 Finish = Callable[[], Any]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import page
 from .alerts import CHECKS, FEWEST, alerts
 from .common.errors import UserError, exit_with_sentence, require_package
-from .files import write_bytes
+from .common.files import write_bytes
 from .history import History, read
 from .ledger import RECENT, Entry, ledger
 from .page import Pair

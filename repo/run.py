@@ -22,8 +22,8 @@ from . import checkpoint as checkpoints
 from . import parsing
 from .checkpoint import State
 from .common.errors import UserError
+from .common.files import create_folder, write_folder, write_text
 from .config import Config, field_names
-from .files import create_folder, write_folder, write_text
 from .inputs import FILE as INPUTS
 from .inputs import changed
 from .loggers import Logger, make_loggers

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from .common.errors import UserError, first_line
-from .files import write_past_cache
+from .common.files import write_past_cache
 from .sharding import is_sharded
 
 Numbers = dict[str, float | int]

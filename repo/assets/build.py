@@ -22,7 +22,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..files import replace_folder
+from ..common.files import replace_folder
 from .prompts import EVAL_PER_KIND, TRAIN_BENIGN_SHARE, split_prompts
 from .sources import SOURCES, AssetError, catalogue, locate, sha256
 

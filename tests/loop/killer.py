@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from repo import actor, checkpoint, evaluation, files, rollout, train, training_state, update
+from repo import actor, checkpoint, evaluation, rollout, train, training_state, update
+from repo.common import files
 
 # (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later
 PLACES = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from repo.common.errors import UserError
+from repo.common.files import replace_folder, write_folder, write_text
 from repo.evaluation import Evaluation, measured
-from repo.files import replace_folder, write_folder, write_text
 from repo.metrics import JsonLines, duration, summarize
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .common.errors import UserError
+from .errors import UserError
 
 BLOCK, ALIGNMENT = 2**24, 4096  # bytes
 
