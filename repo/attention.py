@@ -23,8 +23,8 @@ from transformers import AttentionInterface
 from repo_kernels import packed_attention as cpu_attention
 
 from .common.errors import first_line
+from .common.seeds import generator
 from .packing import Packed, Segments, make_segments, pack, take_rows
-from .seeds import generator
 from .sequences import make_sequences
 
 IMPLEMENTATION = "repo_packed"

@@ -23,7 +23,7 @@ from torch import nn
 from . import training_state
 from .common.errors import UserError, first_line
 from .common.files import checksum_of, partial_of, write_folder, write_text
-from .seeds import random_state, set_random_state
+from .common.seeds import random_state, set_random_state
 from .world import ALONE, World
 
 NAME = re.compile(r"step-\d{6,}")  # what `latest` and `best` may say: a folder beside them

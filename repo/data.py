@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from .common.errors import UserError, first_line
-from .seeds import generator
+from .common.seeds import generator
 
 T = TypeVar("T")
 Turn = dict[str, str]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .advantages import is_safe, rectified_cost
 from .common.errors import UserError
-from .seeds import seed_from
+from .common.seeds import seed_from
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -14,8 +14,8 @@ from repo_kernels import linear_selective_log_softmax
 
 from .attention import using_packed
 from .common.errors import UserError
+from .common.seeds import generator
 from .packing import Packed, take_rows
-from .seeds import generator
 
 
 @dataclass(frozen=True)

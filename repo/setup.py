@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import assets
 from .common.errors import UserError, first_line
+from .common.seeds import seed_from
 from .config import Config
 from .critic import make_critics
 from .data import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
@@ -24,7 +25,6 @@ from .loggers import check_loggers
 from .memory import describe_memory
 from .policy import Policy, add_lora, choose_device, load_policy, load_reference
 from .scoring import EMBEDDED, Scorers, load_scorers, scorer_names
-from .seeds import seed_from
 from .world import ALONE, World
 
 

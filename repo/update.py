@@ -16,11 +16,11 @@ from repo_kernels import LossStats
 
 from .actor import Actor, read_responses
 from .common.errors import UserError
+from .common.seeds import generator
 from .config import Config
 from .data import Example, batch_at
 from .objective import Batch, Objective
 from .optimizer import lr_at, make_optimizer
-from .seeds import generator
 from .sequences import Sequences
 
 

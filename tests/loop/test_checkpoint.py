@@ -16,8 +16,8 @@ from torch import nn
 from repo import checkpoint, training_state
 from repo.common.errors import UserError
 from repo.common.files import write_past_cache
+from repo.common.seeds import random_state, set_random_state
 from repo.optimizer import BFloat16AdamW
-from repo.seeds import random_state, set_random_state
 from repo.world import ALONE
 
 from .crash import Died, machine

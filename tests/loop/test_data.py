@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repo.common.errors import UserError
+from repo.common.seeds import generator
 from repo.data import Prompt, batch_at, encode_prompt, load_prompts, tokenize_examples, tokenize_prompts
-from repo.seeds import generator
 
 from .tiny import make_tokenizer
 

@@ -8,8 +8,8 @@ import torch
 
 from repo import evaluate, train
 from repo.common.errors import UserError
+from repo.common.seeds import seed_from
 from repo.judging import load_judge
-from repo.seeds import seed_from
 
 pytestmark = pytest.mark.slow
 
