@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from .assets.heads import Reading
 from .attention import Attention
+from .common.distributed import ALONE, World
 from .forward import States, lm_head, trunk_states
 from .packing import Packed, micro_batches, pack, pad, unflat
 from .policy import Policy
 from .sequences import Sequences
 from .sharding import shard
-from .world import ALONE, World
 
 T = TypeVar("T")
 Reader = Callable[[States, nn.ModuleDict], T]

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from .actor import Actor, read_reference
 from .alerts import is_refusal, repetition
+from .common.distributed import ALONE, World
 from .config import Config
 from .data import Prompt
 from .evaluation import Evaluation
@@ -22,7 +23,6 @@ from .rollout import sample
 from .run import Run, versions
 from .scoring import Scorers
 from .setup import Parts
-from .world import ALONE, World
 
 
 def evaluate_policy(

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from . import checkpoint as checkpoints
 from . import parsing
 from .checkpoint import State
+from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .common.files import create_folder, write_folder, write_text
 from .config import Config, field_names
@@ -29,7 +30,6 @@ from .inputs import changed
 from .loggers import Logger, make_loggers
 from .metrics import JsonLines
 from .policy import Policy, save_policy
-from .world import ALONE, World
 
 APPENDED = ("metrics", "samples")
 MAY_CHANGE_ON_RESUME = {

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import assets
+from .common.distributed import ALONE, World
 from .common.errors import UserError, first_line
 from .common.seeds import seed_from
 from .config import Config
@@ -25,7 +26,6 @@ from .loggers import check_loggers
 from .memory import describe_memory
 from .policy import Policy, add_lora, choose_device, load_policy, load_reference
 from .scoring import EMBEDDED, Scorers, load_scorers, scorer_names
-from .world import ALONE, World
 
 
 @dataclass(frozen=True)

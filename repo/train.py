@@ -19,6 +19,7 @@ from .actor import Actor, read_reference
 from .card import model_card
 from .checkpoint import Saver
 from .command import Switches, console_of, read_command
+from .common.distributed import World, joined
 from .common.errors import exit_with_sentence
 from .config import Config
 from .data import batch_at
@@ -42,7 +43,6 @@ from .signals import Stopped, StopRequest
 from .tables import comparison_rows, print_comparison, print_compensation
 from .update import Updater
 from .watchdog import agreement, require_finite_weights, warning_of
-from .world import World, joined
 
 
 def train(

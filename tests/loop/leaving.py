@@ -9,7 +9,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from repo.world import joined
+from repo.common.distributed import joined
 
 if __name__ == "__main__":
     with joined(lambda: torch.device("cpu")):

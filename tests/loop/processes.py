@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from repo.actor import Actor, read_responses
+from repo.common.distributed import World, joined
 from repo.config import Config
 from repo.critic import Critic
 from repo.data import Example
@@ -20,7 +21,6 @@ from repo.policy import load_policy
 from repo.sequences import make_sequences
 from repo.setup import shards_of
 from repo.sharding import is_sharded
-from repo.world import World, joined
 
 
 def random_batch(policy, config: Config):

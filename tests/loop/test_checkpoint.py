@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from repo import checkpoint, training_state
+from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.common.files import write_past_cache
 from repo.common.seeds import random_state, set_random_state
 from repo.optimizer import BFloat16AdamW
-from repo.world import ALONE
 
 from .crash import Died, machine
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from repo import checkpoint, held_out, train, training_state
 from repo.card import model_card
+from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.signals import Stopped, StopRequest
 from repo.watchdog import Agreement, agreement, likely_cause, require_finite_weights, warning_of
-from repo.world import ALONE
 
 from .tiny import make_tokenizer
 

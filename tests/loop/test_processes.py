@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repo.world import World
+from repo.common.distributed import World
 
 from .processes import config_of, gradient
 from .test_kills import assert_same_run, metrics

@@ -9,6 +9,7 @@ import torch
 from repo import checkpoint
 from repo.actor import Actor, response_logps
 from repo.advantages import Advantages
+from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
@@ -17,7 +18,6 @@ from repo.optimizer import lr_at
 from repo.policy import load_policy
 from repo.rollout import sample
 from repo.update import Updater
-from repo.world import ALONE
 
 from .oracle import response_logits
 from .tiny import QUESTIONS

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .common.errors import UserError, first_line
-from .sequences import Sequences
+from ..sequences import Sequences
+from .errors import UserError, first_line
 
 T = TypeVar("T")
 LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|timed? ?out|remote process exited", re.IGNORECASE)
