@@ -16,7 +16,7 @@ from .config import CriticConfig
 from .forward import States, trunk_states
 from .policy import Policy
 from .scorers.model import ClassifierScorer
-from .scoring import Scorers
+from .scoring.scorers import Scorers
 
 VALUE_CLIP = 5.0  # Safe RLHF's
 

@@ -19,7 +19,7 @@ from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
 from .config import Config
 from .policy import Policy, load_policy, save_policy
-from .scoring import EMBEDDED
+from .scoring.scorers import EMBEDDED
 from .setup import model_path
 
 

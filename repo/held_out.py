@@ -21,7 +21,7 @@ from .metrics import finite, progress_bar
 from .policy import Policy
 from .rollout import sample
 from .run import Run, versions
-from .scoring import Scorers
+from .scoring.scorers import Scorers
 from .setup import Parts
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .assets.heads import HeadScorer
 from .scorers.function import FunctionScorer
-from .scoring import Scorer
+from .scoring.scorers import Scorer
 from .setup import Parts
 
 FILE = "inputs.json"

@@ -11,7 +11,7 @@ from .assets.judge import Judge
 from .data import Prompt
 from .scorers.function import FunctionScorer
 from .scorers.model import load_model
-from .scoring import EMBEDDED, FUNCTION, require_finite
+from .scoring.scorers import EMBEDDED, FUNCTION, require_finite
 
 Judging = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
 """Prompts and responses -> (B,) bool on the CPU, whether each response is safe."""

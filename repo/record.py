@@ -14,7 +14,7 @@ from .critic import explained_variance
 from .metrics import summarize
 from .objective import Batch
 from .rollout import Rollout
-from .scoring import Scores
+from .scoring.scorers import Scores
 from .update import UpdateResult
 from .watchdog import Agreement
 

@@ -25,7 +25,7 @@ from .judging import Judging, load_judge
 from .loggers import check_loggers
 from .memory import describe_memory
 from .policy import Policy, add_lora, choose_device, load_policy, load_reference
-from .scoring import EMBEDDED, Scorers, load_scorers, scorer_names
+from .scoring.scorers import EMBEDDED, Scorers, load_scorers, scorer_names
 
 
 @dataclass(frozen=True)

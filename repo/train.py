@@ -36,7 +36,7 @@ from .policy import choose_device, vocabulary
 from .record import Timer, sample_records, step_record
 from .rollout import sample
 from .run import Resumed, Run
-from .scoring import gathered
+from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .sharding import copy_weights, whole_weights
 from .signals import Stopped, StopRequest

@@ -16,7 +16,7 @@ from repo.critic import make_critics
 from repo.data import load_prompts, tokenize_prompts
 from repo.packing import unflat
 from repo.policy import load_policy
-from repo.scoring import load_scorers
+from repo.scoring.scorers import load_scorers
 from repo.sequences import make_sequences
 from repo.setup import load_parts
 

@@ -17,7 +17,7 @@ from repo.objective import Batch, make_batch
 from repo.packing import unflat
 from repo.policy import load_policy
 from repo.rollout import sample
-from repo.scoring import load_scorers
+from repo.scoring.scorers import load_scorers
 from repo.update import Updater
 
 from .oracle import response_logits

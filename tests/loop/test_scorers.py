@@ -22,7 +22,7 @@ from repo.common.errors import UserError
 from repo.config import ScoringConfig
 from repo.data import Prompt
 from repo.scorers.model import ScoreModelScorer, load_model
-from repo.scoring import load_scorers
+from repo.scoring.scorers import load_scorers
 from tests.loop import scorers as functions
 
 TEXTS = ["What is bread?", "What is bread?", "Where is the mountain?", "Tell me a word."]

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .assets.heads import HeadScorer, Reading, score_all
-from .common.distributed import World
-from .common.errors import UserError
-from .config import ScoringConfig
-from .data import Prompt
-from .rollout import Rollout, concatenated, merge
-from .scorers.function import FunctionScorer
-from .scorers.model import ClassifierScorer, load_model
+from ..assets.heads import HeadScorer, Reading, score_all
+from ..common.distributed import World
+from ..common.errors import UserError
+from ..config import ScoringConfig
+from ..data import Prompt
+from ..rollout import Rollout, concatenated, merge
+from ..scorers.function import FunctionScorer
+from ..scorers.model import ClassifierScorer, load_model
 
 EMBEDDED = "embedded"
 SIGNALS = ("reward", "cost")
