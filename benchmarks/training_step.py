@@ -30,7 +30,7 @@ from repo.data import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.memory import keep_freed_memory
 from repo.objective import Batch, make_batch
 from repo.policy import Policy, load_policy, load_reference
-from repo.rollout import sample
+from repo.rollout.sample import sample
 from repo.sequences import Sequences, make_sequences
 from repo.update import Updater
 

@@ -19,7 +19,7 @@ from .evaluation import Evaluation
 from .judging import Judging
 from .metrics import finite, progress_bar
 from .policy import Policy
-from .rollout import sample
+from .rollout.sample import sample
 from .run import Run, versions
 from .scoring.scorers import Scorers
 from .setup import Parts

@@ -13,7 +13,7 @@ from .config import AlgorithmConfig
 from .critic import explained_variance
 from .metrics import summarize
 from .objective import Batch
-from .rollout import Rollout
+from .rollout.sample import Rollout
 from .scoring.scorers import Scores
 from .update import UpdateResult
 from .watchdog import Agreement

@@ -34,7 +34,7 @@ from .panel import SafetyPanel
 from .penalty import Penalty
 from .policy import choose_device, vocabulary
 from .record import Timer, sample_records, step_record
-from .rollout import sample
+from .rollout.sample import sample
 from .run import Resumed, Run
 from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of

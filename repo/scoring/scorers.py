@@ -17,7 +17,7 @@ from ..common.distributed import World
 from ..common.errors import UserError
 from ..config import ScoringConfig
 from ..data import Prompt
-from ..rollout import Rollout, concatenated, merge
+from ..rollout.sample import Rollout, concatenated, merge
 from ..scorers.function import FunctionScorer
 from ..scorers.model import ClassifierScorer, load_model
 

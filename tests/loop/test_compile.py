@@ -14,7 +14,7 @@ from repo.compile import compile_layers, recomputed, uncompiled
 from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.policy import load_policy
-from repo.rollout import sample
+from repo.rollout.sample import sample
 from repo.sequences import make_sequences
 
 from .tiny import QUESTIONS

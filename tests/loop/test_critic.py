@@ -16,7 +16,7 @@ from repo.data import Example, Prompt, tokenize_prompts
 from repo.objective import Batch, make_batch
 from repo.packing import unflat
 from repo.policy import load_policy
-from repo.rollout import sample
+from repo.rollout.sample import sample
 from repo.scoring.scorers import load_scorers
 from repo.update import Updater
 

@@ -14,12 +14,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from repo import decoding, rollout
+from repo import decoding
 from repo.config import ModelConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.decoding import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.policy import load_policy
-from repo.rollout import sample
+from repo.rollout.sample import sample
+from repo.rollout.sample import sample as rollout
 from repo.sequences import make_sequences
 from repo_kernels.packed_linear import packed_linears
 

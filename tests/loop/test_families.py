@@ -20,7 +20,7 @@ from repo.actor import response_logps
 from repo.config import ModelConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.policy import load_policy
-from repo.rollout import draw_uniforms, sample, sample_tokens
+from repo.rollout.sample import draw_uniforms, sample, sample_tokens
 from repo.sequences import make_sequences
 
 from .tiny import QUESTIONS, make_tokenizer

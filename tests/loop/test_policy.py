@@ -16,7 +16,7 @@ from repo.data import Prompt, tokenize_prompts
 from repo.memory import describe_memory
 from repo.packing import flat
 from repo.policy import load_policy, load_reference
-from repo.rollout import sample
+from repo.rollout.sample import sample
 from repo_kernels import onednn_linear
 
 from . import oracle

@@ -11,7 +11,7 @@ from repo.common.errors import UserError
 from repo.config import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.policy import choose_device, load_policy
-from repo.rollout import draw_uniforms, merge, sample, sample_tokens
+from repo.rollout.sample import draw_uniforms, merge, sample, sample_tokens
 from repo.sequences import make_sequences
 from repo_kernels.packed_linear import packed_linears
 

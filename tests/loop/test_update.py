@@ -16,7 +16,7 @@ from repo.data import Prompt, tokenize_prompts
 from repo.objective import Batch
 from repo.optimizer import lr_at
 from repo.policy import load_policy
-from repo.rollout import sample
+from repo.rollout.sample import sample
 from repo.update import Updater
 
 from .oracle import response_logits

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from repo_kernels.packed_linear import packed_linears
 
-from .common.seeds import generator
-from .compile import uncompiled
-from .config import RolloutConfig
-from .data import Prompt
-from .decoding import Decoder, make_decoder
-from .policy import Policy
-from .sequences import Sequences, make_sequences
+from ..common.seeds import generator
+from ..compile import uncompiled
+from ..config import RolloutConfig
+from ..data import Prompt
+from ..decoding import Decoder, make_decoder
+from ..policy import Policy
+from ..sequences import Sequences, make_sequences
 
 WORTH_SHRINKING = 0.75  # a batch is cut to its unfinished rows once they are this share of it: the cache is copied
 

@@ -1,0 +1,1 @@
+"""Sampling of responses and the KV cache it decodes with."""
