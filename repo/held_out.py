@@ -15,7 +15,7 @@ from .alerts import is_refusal, repetition
 from .common.distributed import ALONE, World
 from .config import Config
 from .data import Prompt
-from .evaluation import Evaluation
+from .evaluation.statistics import Evaluation
 from .judging import Judging
 from .metrics import finite, progress_bar
 from .policy import Policy

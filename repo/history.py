@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from .common.errors import UserError
-from .evaluation import Evaluation
+from .evaluation.statistics import Evaluation
 
 Record = Mapping[str, Any]
 SAMPLE_KEYS = {"step", "id", "category", "prompt", "response", "reward", "cost"}

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .evaluation import QUANTITIES, Evaluation, measured, paired
+from .evaluation.statistics import QUANTITIES, Evaluation, measured, paired
 from .panel import compensation_sentence
 
 TITLES = {

@@ -24,7 +24,7 @@ from .common.errors import exit_with_sentence
 from .config import Config
 from .data import batch_at
 from .decoding import describe_decoding
-from .evaluation import Evaluation
+from .evaluation.statistics import Evaluation
 from .held_out import evaluated
 from .inputs import fingerprints
 from .memory import describe_memory, keep_freed_memory

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .evaluation import paired
+from .evaluation.statistics import paired
 from .history import History, Record
 from .metrics import summarize
 from .tables import TITLES, show, show_change

@@ -31,7 +31,7 @@ from repo import parsing
 from repo.common.errors import UserError, exit_with_sentence
 from repo.compare import read_evaluation
 from repo.drawing import STYLE
-from repo.evaluation import QUANTITIES, Array, Evaluation, interval_of, resampled_of
+from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.metrics import finite
 from repo.run import versions
 from repo.tables import TITLES, show, show_change

@@ -80,7 +80,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 def write_evaluation(folder: Path, name: str, records: list[dict], limit: float = 0.0) -> None:
     """RUN/eval/<name>.json as training writes it."""
-    from repo.evaluation import Evaluation
+    from repo.evaluation.statistics import Evaluation
 
     (folder / "eval").mkdir(exist_ok=True)
     found = {"summary": Evaluation(records, limit).summary(), "responses": records}

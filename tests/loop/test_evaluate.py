@@ -10,7 +10,7 @@ import torch
 
 from repo.common.errors import UserError
 from repo.common.files import replace_folder, write_folder, write_text
-from repo.evaluation import Evaluation, measured
+from repo.evaluation.statistics import Evaluation, measured
 from repo.metrics import JsonLines, duration, summarize
 
 

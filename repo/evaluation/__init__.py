@@ -1,0 +1,1 @@
+"""Evaluation on held-out prompts: responses, statistics, tables, signs of reward hacking."""
