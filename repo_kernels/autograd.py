@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from .backends import choice as backends
 from .rows import IGNORED, LossRows
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import backends
+from .backends import choice as backends
 from .eager import take_rows
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
 from .rows import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows

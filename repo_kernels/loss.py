@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import LossArguments, make_arguments
 from .autograd import InplaceLoss
-from .backends import choose_backend
+from .backends.choice import choose_backend
 from .checks import (
     Scalar,
     check_chunk_tokens,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import backends
 from .autograd import live_upstream, refuse_second_order
+from .backends import choice as backends
 from .rows import STATE, TOKENS, LossRows, gradient_buffer
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repo_kernels import backends
+from repo_kernels.backends.choice import choice as backends
 
 from .interpreter import patch_language_once, round_as_hardware
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from repo_kernels import backends
+from repo_kernels.backends.choice import choice as backends
 
 MEGABYTE = 1 << 20
 PROGRAM = """

@@ -1,0 +1,1 @@
+"""The backends that compute the losses, and the interface they share."""
