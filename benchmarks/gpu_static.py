@@ -116,7 +116,7 @@ def _blank(variant: Any, target: str) -> StaticReport:
 
 def variants_of(target: str) -> list[Any]:
     """All variants of a target, and the kernels of the installed peers. They differ in `kind`."""
-    from repo_kernels.gpu.variants import variants
+    from repo_kernels.backends.triton.variants import variants
 
     from .peer_kernels import static_variants
 

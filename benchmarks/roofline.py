@@ -88,7 +88,7 @@ class Roofline:
 
 def our_kernels(vocabulary: int, warp_size: int) -> dict[str, tuple[str, ...]]:
     """Names of the kernels that a computation of traffic.OURS launches on rows of so many bf16 logits."""
-    from repo_kernels.gpu.variants import apply_variant, fused_variant, statistics_variant
+    from repo_kernels.backends.triton.variants import apply_variant, fused_variant, statistics_variant
     from repo_kernels.rows import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
 
     def fused(entropy: int, full_kl: bool = False) -> tuple[str]:

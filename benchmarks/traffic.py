@@ -92,14 +92,14 @@ def loss_rows(count: int, entropy: int, kl: int = KL_K3) -> LossRows:
 
 def fused(logits: Tensor, entropy: int = ENTROPY_NONE) -> None:
     """Loss and gradient."""
-    from repo_kernels import gpu
+    from repo_kernels.backends import triton as gpu
 
     gpu.fused(logits, None, loss_rows(logits.shape[0], entropy), gradient_buffer(logits))
 
 
 def fused_full_kl(logits: Tensor) -> None:
     """Loss and gradient with the exact KL to reference logits."""
-    from repo_kernels import gpu
+    from repo_kernels.backends import triton as gpu
 
     rows = loss_rows(logits.shape[0], ENTROPY_NONE, KL_FULL)
     gpu.fused(logits, logits.clone(), rows, gradient_buffer(logits))
@@ -107,14 +107,14 @@ def fused_full_kl(logits: Tensor) -> None:
 
 def forward(logits: Tensor) -> None:
     """The loss alone."""
-    from repo_kernels import gpu
+    from repo_kernels.backends import triton as gpu
 
     gpu.fused(logits, None, loss_rows(logits.shape[0], ENTROPY_NONE), None)
 
 
 def statistics(logits: Tensor) -> None:
     """Log-probabilities alone."""
-    from repo_kernels import gpu
+    from repo_kernels.backends import triton as gpu
 
     rows = loss_rows(logits.shape[0], ENTROPY_NONE)
     gpu.statistics(logits, None, rows.ids, rows.scalars, 0.0, ENTROPY_NONE)
@@ -122,7 +122,7 @@ def statistics(logits: Tensor) -> None:
 
 def two_step(logits: Tensor) -> None:
     """Statistics, then the gradient from them."""
-    from repo_kernels import gpu
+    from repo_kernels.backends import triton as gpu
 
     rows = loss_rows(logits.shape[0], ENTROPY_NONE)
     state = gpu.statistics(logits, None, rows.ids, rows.scalars, 0.0, ENTROPY_NONE)

@@ -265,7 +265,7 @@ def test_triton_on_the_cpu_without_its_interpreter_is_refused_with_the_way_out()
 
 def test_importing_the_losses_imports_no_triton_and_compiles_nothing() -> None:
     found = run_python(
-        "import sys, repo_kernels; print('triton' in sys.modules, 'repo_kernels.gpu' in sys.modules)",
+        "import sys, repo_kernels; print('triton' in sys.modules, 'repo_kernels.backends.triton' in sys.modules)",
         PYTHONPATH=":".join(sys.path),
     )
     assert found.strip() == "False False"
@@ -302,8 +302,8 @@ def test_an_id_outside_the_vocabulary_is_nan_in_triton_and_never_an_address() ->
 def test_case_11_one_compiled_kernel_serves_every_length_stride_and_scalar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton compiles for types, specialised values and compile-time arguments; only the last two could vary here."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from repo_kernels.gpu import launch
-    from repo_kernels.gpu.variants import variants
+    from repo_kernels.backends.triton import launch
+    from repo_kernels.backends.triton.variants import variants
 
     for variant in variants():
         run_time = {name for name in variant.kernel.arg_names if name not in variant.constexprs}

@@ -152,7 +152,7 @@ def test_case_13_there_is_no_host_sync(form: str) -> None:
 
 
 def test_case_11_other_lengths_widths_and_scalars_do_not_recompile() -> None:
-    from repo_kernels.gpu import kernels
+    from repo_kernels.backends.triton import kernels
 
     sizes = []
     for rows, vocabulary, lam in ((1, 16_384, 0.0), (7, 16_383, 1.0), (64, 9_001, 2.5), (3, 1, 3.0)):

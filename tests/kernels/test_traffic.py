@@ -170,7 +170,7 @@ def test_fused_with_the_gradient_of_the_entropy() -> None:
 @needs_interpreter
 @pytest.mark.parametrize("vocabulary", [32000, 151936])
 def test_dead_rows_cost_the_zeros_of_their_gradient(vocabulary: int) -> None:
-    from repo_kernels import gpu
+    from repo_kernels.backends import triton as gpu
 
     logits = torch.randn(2, vocabulary).bfloat16()
     grad, rows = torch.ones_like(logits), traffic.loss_rows(2, entropy=0)
@@ -185,7 +185,7 @@ def test_dead_rows_cost_the_zeros_of_their_gradient(vocabulary: int) -> None:
 
 @needs_interpreter
 def test_an_upstream_gradient_of_one_costs_no_traffic() -> None:
-    from repo_kernels import gpu
+    from repo_kernels.backends import triton as gpu
 
     grad = torch.randn(2, 32000).bfloat16()
     with Recorder(grad=grad) as recorder:

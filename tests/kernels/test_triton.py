@@ -22,8 +22,8 @@ from .interpreter import round_as_hardware
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from repo_kernels import gpu
-from repo_kernels.gpu import variants
+from repo_kernels.backends import triton as gpu
+from repo_kernels.backends.triton import variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
