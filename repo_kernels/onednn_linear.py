@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import cpu
+from .backends import cpu
 from .packed_linear import available
 
 

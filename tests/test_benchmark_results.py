@@ -20,7 +20,7 @@ from benchmarks.conftest import checked, with_peak
 from benchmarks.machine import ROOT, provenance, slug
 from benchmarks.results import LIMIT, OURS, PEER, Case, Change, Row, changes, ratio, read, save
 from benchmarks.tables import case_table, changes_table
-from repo_kernels import cpu
+from repo_kernels.backends import cpu
 
 
 def case(name: str = "fp32", suite: str = "loss", ours: float = 1.0, speed: float = 1.0, peak: float = 1e6) -> Case:

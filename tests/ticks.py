@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from benchmarks import timing
-from repo_kernels import cpu
+from repo_kernels.backends import cpu
 
 _launched = [0]
 _fused = cpu.fused

@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import cpu
 from ..checks import check_choice, describe
+from . import cpu
 
 BACKENDS = ("triton", "cpu", "eager")
 _MODULES = {"triton": "gpu", "cpu": "cpu", "eager": "eager"}

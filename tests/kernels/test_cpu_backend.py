@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repo_kernels import cpu
+from repo_kernels.backends import cpu
 from repo_kernels.rows import (
     COST_GATED,
     COST_GIVEN,

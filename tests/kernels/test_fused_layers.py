@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from repo_kernels import cpu, fused_layers
+from repo_kernels import fused_layers
+from repo_kernels.backends import cpu
 from repo_kernels.fused_layers import RmsNorm, Rotary, SwiGlu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")

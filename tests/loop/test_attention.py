@@ -39,7 +39,7 @@ from repo.attention import (
 )
 from repo.packing import flat, make_segments, pack
 from repo.sequences import make_sequences
-from repo_kernels import cpu
+from repo_kernels.backends import cpu
 
 CPU = torch.device("cpu")
 VOCABULARY = 61

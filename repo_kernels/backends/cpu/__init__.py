@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import ENTROPY_NONE, IGNORED, KL_FULL, STATE, TOKENS, Code, LossRows
+from ...rows import ENTROPY_NONE, IGNORED, KL_FULL, STATE, TOKENS, Code, LossRows
 from . import memory
 
 try:
-    from .. import _cpu
+    from ... import _cpu
 except ImportError:  # built with REPO_KERNELS_CPU=OFF, or not at all
     _cpu = None  # type: ignore[assignment]
 
