@@ -25,7 +25,7 @@ from benchmarks.machine import device
 from benchmarks.models import EMBEDDED, folder_of, lora_rank
 from repo import assets
 from repo.actor import Actor, read_reference
-from repo.config import Config, ModelConfig, OptimizerConfig, RolloutConfig
+from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.memory import keep_freed_memory
 from repo.objective import Batch, make_batch

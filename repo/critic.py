@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .assets.heads import HeadManifest, HeadScorer
 from .attention import choose_attention
 from .common.errors import UserError
-from .config import CriticConfig
+from .config.schema import CriticConfig
 from .forward import States, trunk_states
 from .policy import Policy
 from .scorers.model import ClassifierScorer

@@ -32,7 +32,7 @@ from .actor import Actor
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence
 from .common.files import make_parent, write_text
-from .config import Config
+from .config.schema import Config
 from .export import chosen, policy_of
 from .held_out import content_of, with_progress
 from .judging import load_judge

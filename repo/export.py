@@ -17,7 +17,7 @@ from .actor import Actor
 from .card import model_card
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
-from .config import Config
+from .config.schema import Config
 from .policy import Policy, load_policy, save_policy
 from .scoring.scorers import EMBEDDED
 from .setup import model_path

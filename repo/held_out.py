@@ -13,7 +13,7 @@ from rich.markup import escape
 from .actor import Actor, read_reference
 from .alerts import is_refusal, repetition
 from .common.distributed import ALONE, World
-from .config import Config
+from .config.schema import Config
 from .data import Prompt
 from .evaluation.statistics import Evaluation
 from .judging import Judging

@@ -13,7 +13,7 @@ from repo_kernels import LossStats, linear_repo_loss
 
 from .actor import Actor
 from .advantages import Advantages, loss_mode, method_advantages
-from .config import Config
+from .config.schema import Config
 from .critic import VALUE_CLIP, value_loss
 from .data import Example
 from .forward import States

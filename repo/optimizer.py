@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from .common.errors import UserError
-from .config import Config, OptimizerConfig
+from .config.schema import Config, OptimizerConfig
 from .sharding import local
 
 BLOCK = 2**22  # elements whose moments are widened at a time

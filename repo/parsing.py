@@ -15,7 +15,7 @@ import jsonargparse
 import yaml
 
 from .common.errors import UserError
-from .config import Config, check, field_names
+from .config.schema import Config, check, field_names
 
 PRESETS = Path(__file__).parent / "presets"
 

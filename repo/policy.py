@@ -18,7 +18,7 @@ from repo_kernels.onednn_linear import onednn_linears
 from .attention import Attention, choose_attention
 from .common.errors import UserError, first_line
 from .compile import compile_layers, recomputed
-from .config import ModelConfig
+from .config.schema import ModelConfig
 from .forward import check_head
 
 

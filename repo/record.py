@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .advantages import Advantages, is_safe, loss_mode
-from .config import AlgorithmConfig
+from .config.schema import AlgorithmConfig
 from .critic import explained_variance
 from .metrics import summarize
 from .objective import Batch

@@ -24,7 +24,7 @@ from .checkpoint import State
 from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .common.files import create_folder, write_folder, write_text
-from .config import Config, field_names
+from .config.schema import Config, field_names
 from .inputs import FILE as INPUTS
 from .inputs import changed
 from .loggers import Logger, make_loggers

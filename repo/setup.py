@@ -18,7 +18,7 @@ from . import assets
 from .common.distributed import ALONE, World
 from .common.errors import UserError, first_line
 from .common.seeds import seed_from
-from .config import Config
+from .config.schema import Config
 from .critic import make_critics
 from .data import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
 from .judging import Judging, load_judge

@@ -17,7 +17,7 @@ from repo_kernels import LossStats
 from .actor import Actor, read_responses
 from .common.errors import UserError
 from .common.seeds import generator
-from .config import Config
+from .config.schema import Config
 from .data import Example, batch_at
 from .objective import Batch, Objective
 from .optimizer import lr_at, make_optimizer

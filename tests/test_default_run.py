@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from repo import train
 from repo.actor import Actor
 from repo.assets import ensure
-from repo.config import Config, CriticConfig, EvaluationConfig, ModelConfig, ScoringConfig
+from repo.config.schema import Config, CriticConfig, EvaluationConfig, ModelConfig, ScoringConfig
 from repo.critic import make_critics
 from repo.data import load_prompts, tokenize_prompts
 from repo.packing import unflat

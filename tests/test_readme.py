@@ -54,7 +54,7 @@ def test_the_presets_and_functions_that_are_named_exist():
 
 
 def test_every_option_that_is_named_exists():
-    from repo.config import field_names
+    from repo.config.schema import field_names
 
     options = set(re.findall(r"`?--([a-z_]+\.[a-z_]+)", README))
     assert options

@@ -9,7 +9,7 @@ from repo.actor import Actor
 from repo.advantages import Advantages
 from repo.assets import ensure
 from repo.attention import Attention
-from repo.config import Config, OptimizerConfig
+from repo.config.schema import Config, OptimizerConfig
 from repo.data import load_prompts, tokenize_prompts
 from repo.objective import Batch, Objective
 from repo.policy import load_policy

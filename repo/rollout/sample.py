@@ -17,7 +17,7 @@ from repo_kernels.packed_linear import packed_linears
 
 from ..common.seeds import generator
 from ..compile import uncompiled
-from ..config import RolloutConfig
+from ..config.schema import RolloutConfig
 from ..data import Prompt
 from ..decoding import Decoder, make_decoder
 from ..policy import Policy

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..assets.heads import HeadScorer, Reading, score_all
 from ..common.distributed import World
 from ..common.errors import UserError
-from ..config import ScoringConfig
+from ..config.schema import ScoringConfig
 from ..data import Prompt
 from ..rollout.sample import Rollout, concatenated, merge
 from ..scorers.function import FunctionScorer

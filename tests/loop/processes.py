@@ -12,7 +12,7 @@ import torch
 
 from repo.actor import Actor, read_responses
 from repo.common.distributed import World, joined
-from repo.config import Config
+from repo.config.schema import Config
 from repo.critic import Critic
 from repo.data import Example
 from repo.objective import Objective, make_batch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from repo.config import AlgorithmConfig, Config
+from repo.config.schema import AlgorithmConfig, Config
 from repo.metrics import summarize
 from repo.parsing import to_yaml
 

@@ -17,7 +17,7 @@ from repo.advantages import (
     rectified_cost,
     token_signal,
 )
-from repo.config import AlgorithmConfig, CriticConfig, PenaltyConfig
+from repo.config.schema import AlgorithmConfig, CriticConfig, PenaltyConfig
 from repo.penalty import Penalty, adapted_beta, lagrangian_lambda, repo_lambda
 
 GROUP = torch.tensor([0, 0, 0, 1, 1])

@@ -14,7 +14,7 @@ from rich.console import Console
 from repo.advantages import Advantages
 from repo.common.errors import UserError
 from repo.compare import contender, read_evaluation, run_command, safety_table, sign_test, win_rates
-from repo.config import AlgorithmConfig
+from repo.config.schema import AlgorithmConfig
 from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured, paired
 from repo.frontier import draw_frontier, frontier
 from repo.metrics import summarize

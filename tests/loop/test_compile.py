@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from repo.actor import Actor
 from repo.common.errors import UserError
 from repo.compile import compile_layers, recomputed, uncompiled
-from repo.config import RolloutConfig
+from repo.config.schema import RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.policy import load_policy
 from repo.rollout.sample import sample

@@ -10,7 +10,15 @@ from transformers import LlamaForSequenceClassification
 
 from repo.actor import Actor, response_logps
 from repo.common.errors import UserError
-from repo.config import AlgorithmConfig, Config, CriticConfig, OptimizerConfig, PtxConfig, RolloutConfig, ScoringConfig
+from repo.config.schema import (
+    AlgorithmConfig,
+    Config,
+    CriticConfig,
+    OptimizerConfig,
+    PtxConfig,
+    RolloutConfig,
+    ScoringConfig,
+)
 from repo.critic import Critic, explained_variance, make_critics, value_loss
 from repo.data import Example, Prompt, tokenize_prompts
 from repo.objective import Batch, make_batch

@@ -17,7 +17,7 @@ from transformers import (
 
 from repo import train
 from repo.actor import response_logps
-from repo.config import ModelConfig, RolloutConfig
+from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.policy import load_policy
 from repo.rollout.sample import draw_uniforms, sample, sample_tokens

@@ -18,7 +18,7 @@ from repo import checkpoint, held_out, train, training_state
 from repo.card import model_card
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
-from repo.config import Config, ModelConfig, RolloutConfig, ScoringConfig
+from repo.config.schema import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.signals import Stopped, StopRequest
 from repo.watchdog import Agreement, agreement, likely_cause, require_finite_weights, warning_of
 

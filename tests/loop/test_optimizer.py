@@ -11,7 +11,7 @@ from torch import nn
 
 from repo import train
 from repo.common.errors import UserError
-from repo.config import Config, OptimizerConfig
+from repo.config.schema import Config, OptimizerConfig
 from repo.memory import describe_memory
 from repo.optimizer import BLOCK, BFloat16AdamW, make_optimizer
 

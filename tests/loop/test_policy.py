@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from repo import train
 from repo.actor import Actor, response_logps
 from repo.common.errors import UserError
-from repo.config import Config, ModelConfig, OptimizerConfig, RolloutConfig
+from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.memory import describe_memory
 from repo.packing import flat

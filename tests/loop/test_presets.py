@@ -8,7 +8,7 @@ import yaml
 
 from repo import train
 from repo.common.errors import UserError
-from repo.config import Config, field_names
+from repo.config.schema import Config, field_names
 from repo.parsing import PRESETS, load, preset_names
 
 

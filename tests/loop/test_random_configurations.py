@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from repo import train
 from repo.common.errors import UserError
-from repo.config import Config
+from repo.config.schema import Config
 from repo.parsing import load
 
 JUNK = [

@@ -19,7 +19,7 @@ from repo import train
 from repo.assets import ensure
 from repo.assets.heads import HeadScorer
 from repo.common.errors import UserError
-from repo.config import ScoringConfig
+from repo.config.schema import ScoringConfig
 from repo.data import Prompt
 from repo.scorers.model import ScoreModelScorer, load_model
 from repo.scoring.scorers import load_scorers

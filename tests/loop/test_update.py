@@ -11,7 +11,7 @@ from repo.actor import Actor, response_logps
 from repo.advantages import Advantages
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
-from repo.config import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
+from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from repo.data import Prompt, tokenize_prompts
 from repo.objective import Batch
 from repo.optimizer import lr_at

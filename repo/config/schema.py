@@ -11,7 +11,7 @@ from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from .common.errors import UserError
+from ..common.errors import UserError
 
 
 @dataclass(frozen=True)

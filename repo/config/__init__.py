@@ -1,0 +1,1 @@
+"""The configuration of a run: its fields, how it is read, and the presets."""
