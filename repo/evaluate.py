@@ -27,11 +27,12 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint, parsing
+from . import checkpoint
 from .actor import Actor
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence
 from .common.files import make_parent, write_text
+from .config import parse as parsing
 from .config.schema import Config
 from .export import chosen, policy_of
 from .held_out import content_of, with_progress

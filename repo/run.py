@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import checkpoint as checkpoints
-from . import parsing
 from .checkpoint import State
 from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .common.files import create_folder, write_folder, write_text
+from .config import parse as parsing
 from .config.schema import Config, field_names
 from .inputs import FILE as INPUTS
 from .inputs import changed

@@ -43,7 +43,7 @@ def test_the_scorers_of_the_example_are_scorers():
 def test_the_presets_and_functions_that_are_named_exist():
     import repo.advantages
     import repo.penalty
-    from repo.parsing import preset_names
+    from repo.config.parse import preset_names
 
     table = README.split("| preset (", 1)[1].split("\n\n", 1)[0]
     assert set(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == set(preset_names())

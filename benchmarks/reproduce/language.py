@@ -27,9 +27,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
-from repo import parsing
 from repo.common.errors import UserError, exit_with_sentence
 from repo.compare import read_evaluation
+from repo.config import parse as parsing
 from repo.drawing import STYLE
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.metrics import finite

@@ -12,11 +12,11 @@ import torch
 
 from repo.actor import Actor, read_responses
 from repo.common.distributed import World, joined
+from repo.config.parse import make_parser, parse
 from repo.config.schema import Config
 from repo.critic import Critic
 from repo.data import Example
 from repo.objective import Objective, make_batch
-from repo.parsing import make_parser, parse
 from repo.policy import load_policy
 from repo.sequences import make_sequences
 from repo.setup import shards_of

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from repo.config.parse import to_yaml
 from repo.config.schema import AlgorithmConfig, Config
 from repo.metrics import summarize
-from repo.parsing import to_yaml
 
 WORDS = (
     "the of a policy answer harm safe prompt model question people water city music garden code write explain".split()

@@ -8,8 +8,8 @@ import yaml
 
 from repo import train
 from repo.common.errors import UserError
+from repo.config.parse import PRESETS, load, preset_names
 from repo.config.schema import Config, field_names
-from repo.parsing import PRESETS, load, preset_names
 
 
 def lines(folder):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from repo import train
 from repo.common.errors import UserError
+from repo.config.parse import load
 from repo.config.schema import Config
-from repo.parsing import load
 
 JUNK = [
     "",

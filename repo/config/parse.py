@@ -14,8 +14,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from .common.errors import UserError
-from .config.schema import Config, check, field_names
+from ..common.errors import UserError
+from .schema import Config, check, field_names
 
 PRESETS = Path(__file__).parent / "presets"
 
