@@ -71,7 +71,7 @@ def trl_job(command: list[str]) -> dict[str, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     from repo.command import read_command
-    from repo.data import batch_at
+    from repo.data.prompts import batch_at
     from repo.setup import find_assets, load_data, model_path
 
     config = read_command(command, "")[1]

@@ -26,7 +26,7 @@ from benchmarks.models import EMBEDDED, folder_of, lora_rank
 from repo import assets
 from repo.actor import Actor, read_reference
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
-from repo.data import Prompt, batch_at, load_prompts, tokenize_prompts
+from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.memory import keep_freed_memory
 from repo.objective import Batch, make_batch
 from repo.policy import Policy, load_policy, load_reference

@@ -14,7 +14,7 @@ from .actor import Actor, read_reference
 from .alerts import is_refusal, repetition
 from .common.distributed import ALONE, World
 from .config.schema import Config
-from .data import Prompt
+from .data.prompts import Prompt
 from .evaluation.statistics import Evaluation
 from .judging import Judging
 from .metrics import finite, progress_bar

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .assets.judge import Judge
-from .data import Prompt
+from .data.prompts import Prompt
 from .scorers.function import FunctionScorer
 from .scorers.model import load_model
 from .scoring.scorers import EMBEDDED, FUNCTION, require_finite

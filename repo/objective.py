@@ -15,7 +15,7 @@ from .actor import Actor
 from .advantages import Advantages, loss_mode, method_advantages
 from .config.schema import Config
 from .critic import VALUE_CLIP, value_loss
-from .data import Example
+from .data.prompts import Example
 from .forward import States
 from .packing import Packed, flat, unflat
 from .sequences import Sequences, make_sequences

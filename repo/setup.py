@@ -20,7 +20,7 @@ from .common.errors import UserError, first_line
 from .common.seeds import seed_from
 from .config.schema import Config
 from .critic import make_critics
-from .data import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
+from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
 from .judging import Judging, load_judge
 from .loggers import check_loggers
 from .memory import describe_memory

@@ -22,7 +22,7 @@ from .command import Switches, console_of, read_command
 from .common.distributed import World, joined
 from .common.errors import exit_with_sentence
 from .config.schema import Config
-from .data import batch_at
+from .data.prompts import batch_at
 from .decoding import describe_decoding
 from .evaluation.statistics import Evaluation
 from .held_out import evaluated

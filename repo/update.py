@@ -18,7 +18,7 @@ from .actor import Actor, read_responses
 from .common.errors import UserError
 from .common.seeds import generator
 from .config.schema import Config
-from .data import Example, batch_at
+from .data.prompts import Example, batch_at
 from .objective import Batch, Objective
 from .optimizer import lr_at, make_optimizer
 from .sequences import Sequences

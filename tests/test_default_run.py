@@ -13,7 +13,7 @@ from repo.actor import Actor
 from repo.assets import ensure
 from repo.config.schema import Config, CriticConfig, EvaluationConfig, ModelConfig, ScoringConfig
 from repo.critic import make_critics
-from repo.data import load_prompts, tokenize_prompts
+from repo.data.prompts import load_prompts, tokenize_prompts
 from repo.packing import unflat
 from repo.policy import load_policy
 from repo.scoring.scorers import load_scorers

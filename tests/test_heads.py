@@ -10,7 +10,7 @@ from repo.actor import Actor, read_reference, read_responses
 from repo.assets.heads import HeadScorer, Trunk, length_batches, score_all
 from repo.assets.judge import Judge, ProfanityModel, first_words
 from repo.assets.sources import locate
-from repo.data import Prompt, tokenize_prompts
+from repo.data.prompts import Prompt, tokenize_prompts
 from repo.policy import load_policy
 from repo.sequences import make_sequences
 

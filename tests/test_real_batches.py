@@ -10,7 +10,7 @@ from repo.advantages import Advantages
 from repo.assets import ensure
 from repo.attention import Attention
 from repo.config.schema import Config, OptimizerConfig
-from repo.data import load_prompts, tokenize_prompts
+from repo.data.prompts import load_prompts, tokenize_prompts
 from repo.objective import Batch, Objective
 from repo.policy import load_policy
 from repo.sequences import make_sequences

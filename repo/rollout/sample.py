@@ -18,7 +18,7 @@ from repo_kernels.packed_linear import packed_linears
 from ..common.seeds import generator
 from ..compile import uncompiled
 from ..config.schema import RolloutConfig
-from ..data import Prompt
+from ..data.prompts import Prompt
 from ..decoding import Decoder, make_decoder
 from ..policy import Policy
 from ..sequences import Sequences, make_sequences

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError, first_line
-from ..data import Prompt
+from ..data.prompts import Prompt
 from . import field_of
 from .manifest import Manifest, make_manifest
 

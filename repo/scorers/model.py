@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..common.errors import UserError, first_line
-from ..data import Prompt
+from ..data.prompts import Prompt
 from . import field_of
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation

@@ -16,7 +16,7 @@ from ..assets.heads import HeadScorer, Reading, score_all
 from ..common.distributed import World
 from ..common.errors import UserError
 from ..config.schema import ScoringConfig
-from ..data import Prompt
+from ..data.prompts import Prompt
 from ..rollout.sample import Rollout, concatenated, merge
 from ..scorers.function import FunctionScorer
 from ..scorers.model import ClassifierScorer, load_model

@@ -15,7 +15,7 @@ from repo.common.distributed import World, joined
 from repo.config.parse import make_parser, parse
 from repo.config.schema import Config
 from repo.critic import Critic
-from repo.data import Example
+from repo.data.prompts import Example
 from repo.objective import Objective, make_batch
 from repo.policy import load_policy
 from repo.sequences import make_sequences

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from repo import train
 from repo.common.errors import UserError
-from repo.data import Prompt
+from repo.data.prompts import Prompt
 from repo.scorers.model import ClassifierScorer
 
 from .tiny import make_tokenizer

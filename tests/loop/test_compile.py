@@ -12,7 +12,7 @@ from repo.actor import Actor
 from repo.common.errors import UserError
 from repo.compile import compile_layers, recomputed, uncompiled
 from repo.config.schema import RolloutConfig
-from repo.data import Prompt, tokenize_prompts
+from repo.data.prompts import Prompt, tokenize_prompts
 from repo.policy import load_policy
 from repo.rollout.sample import sample
 from repo.sequences import make_sequences

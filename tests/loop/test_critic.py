@@ -20,7 +20,7 @@ from repo.config.schema import (
     ScoringConfig,
 )
 from repo.critic import Critic, explained_variance, make_critics, value_loss
-from repo.data import Example, Prompt, tokenize_prompts
+from repo.data.prompts import Example, Prompt, tokenize_prompts
 from repo.objective import Batch, make_batch
 from repo.packing import unflat
 from repo.policy import load_policy

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from repo.common.errors import UserError
 from repo.common.seeds import generator
-from repo.data import Prompt, batch_at, encode_prompt, load_prompts, tokenize_examples, tokenize_prompts
+from repo.data.prompts import Prompt, batch_at, encode_prompt, load_prompts, tokenize_examples, tokenize_prompts
 
 from .tiny import make_tokenizer
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from repo import decoding
 from repo.config.schema import ModelConfig, RolloutConfig
-from repo.data import Prompt, tokenize_prompts
+from repo.data.prompts import Prompt, tokenize_prompts
 from repo.decoding import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.policy import load_policy
 from repo.rollout.sample import sample

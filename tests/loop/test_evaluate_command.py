@@ -157,7 +157,7 @@ def test_what_cannot_be_evaluated_is_told_in_a_sentence(run, tiny_model):
 
 
 def test_a_judge_with_a_score_that_is_not_finite_is_told_by_its_prompt():
-    from repo.data import Prompt
+    from repo.data.prompts import Prompt
 
     judge = load_judge("tests.loop.scorers:not_a_number", None, "cpu", 5.0)
     with pytest.raises(UserError, match=r"evaluation.judge 'tests.loop.scorers:not_a_number' gave nan .*Why\?"):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, 
 from repo.actor import Actor, response_logps
 from repo.common.errors import UserError
 from repo.config.schema import RolloutConfig
-from repo.data import Prompt, tokenize_prompts
+from repo.data.prompts import Prompt, tokenize_prompts
 from repo.policy import choose_device, load_policy
 from repo.rollout.sample import draw_uniforms, merge, sample, sample_tokens
 from repo.sequences import make_sequences

@@ -12,7 +12,7 @@ from repo.advantages import Advantages
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
-from repo.data import Prompt, tokenize_prompts
+from repo.data.prompts import Prompt, tokenize_prompts
 from repo.objective import Batch
 from repo.optimizer import lr_at
 from repo.policy import load_policy

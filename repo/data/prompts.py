@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from .common.errors import UserError, first_line
-from .common.seeds import generator
+from ..common.errors import UserError, first_line
+from ..common.seeds import generator
 
 T = TypeVar("T")
 Turn = dict[str, str]

@@ -1,0 +1,1 @@
+"""Prompts, token sequences and their layout in one forward pass."""
