@@ -27,11 +27,11 @@ from repo import assets
 from repo.actor import Actor, read_reference
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
+from repo.data.sequences import Sequences, make_sequences
 from repo.memory import keep_freed_memory
 from repo.objective import Batch, make_batch
 from repo.policy import Policy, load_policy, load_reference
 from repo.rollout.sample import sample
-from repo.sequences import Sequences, make_sequences
 from repo.update import Updater
 
 PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18  # of the default run

@@ -16,9 +16,9 @@ from .advantages import Advantages, loss_mode, method_advantages
 from .config.schema import Config
 from .critic import VALUE_CLIP, value_loss
 from .data.prompts import Example
+from .data.sequences import Sequences, make_sequences
 from .forward import States
 from .packing import Packed, flat, unflat
-from .sequences import Sequences, make_sequences
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from .common.errors import UserError
 from .common.seeds import generator
 from .config.schema import Config
 from .data.prompts import Example, batch_at
+from .data.sequences import Sequences
 from .objective import Batch, Objective
 from .optimizer import lr_at, make_optimizer
-from .sequences import Sequences
 
 
 @dataclass(frozen=True)

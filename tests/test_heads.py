@@ -11,8 +11,8 @@ from repo.assets.heads import HeadScorer, Trunk, length_batches, score_all
 from repo.assets.judge import Judge, ProfanityModel, first_words
 from repo.assets.sources import locate
 from repo.data.prompts import Prompt, tokenize_prompts
+from repo.data.sequences import make_sequences
 from repo.policy import load_policy
-from repo.sequences import make_sequences
 
 pytestmark = pytest.mark.assets
 

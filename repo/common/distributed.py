@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..sequences import Sequences
+from ..data.sequences import Sequences
 from .errors import UserError, first_line
 
 T = TypeVar("T")

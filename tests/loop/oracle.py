@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from repo.data.sequences import Sequences
 from repo.policy import Policy
-from repo.sequences import Sequences
 
 
 def response_logits(policy: Policy, sequences: Sequences) -> Tensor:

@@ -16,9 +16,9 @@ from repo.config.parse import make_parser, parse
 from repo.config.schema import Config
 from repo.critic import Critic
 from repo.data.prompts import Example
+from repo.data.sequences import make_sequences
 from repo.objective import Objective, make_batch
 from repo.policy import load_policy
-from repo.sequences import make_sequences
 from repo.setup import shards_of
 from repo.sharding import is_sharded
 

@@ -15,13 +15,13 @@ from repo.advantages import Advantages
 from repo.common.errors import UserError
 from repo.compare import contender, read_evaluation, run_command, safety_table, sign_test, win_rates
 from repo.config.schema import AlgorithmConfig
+from repo.data.sequences import make_sequences
 from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured, paired
 from repo.frontier import draw_frontier, frontier
 from repo.metrics import summarize
 from repo.objective import Batch
 from repo.panel import SafetyPanel, compensation_sentence
 from repo.record import reward_cost_grad_ratio
-from repo.sequences import make_sequences
 from repo.tables import print_summary, show_change
 
 

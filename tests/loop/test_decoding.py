@@ -17,11 +17,11 @@ from transformers import (
 from repo import decoding
 from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
+from repo.data.sequences import make_sequences
 from repo.decoding import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.policy import load_policy
 from repo.rollout.sample import sample
 from repo.rollout.sample import sample as rollout
-from repo.sequences import make_sequences
 from repo_kernels.packed_linear import packed_linears
 
 from .tiny import QUESTIONS, make_tokenizer, save_tiny_model

@@ -10,9 +10,9 @@ from repo.actor import Actor, response_logps
 from repo.common.errors import UserError
 from repo.config.schema import RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
+from repo.data.sequences import make_sequences
 from repo.policy import choose_device, load_policy
 from repo.rollout.sample import draw_uniforms, merge, sample, sample_tokens
-from repo.sequences import make_sequences
 from repo_kernels.packed_linear import packed_linears
 
 from . import oracle
