@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .assets.heads import Reading
 from .attention import Attention
 from .common.distributed import ALONE, World
+from .data.packing import Packed, micro_batches, pack, pad, unflat
 from .data.sequences import Sequences
 from .forward import States, lm_head, trunk_states
-from .packing import Packed, micro_batches, pack, pad, unflat
 from .policy import Policy
 from .sharding import shard
 

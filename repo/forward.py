@@ -15,7 +15,7 @@ from repo_kernels import linear_selective_log_softmax
 from .attention import using_packed
 from .common.errors import UserError
 from .common.seeds import generator
-from .packing import Packed, take_rows
+from .data.packing import Packed, take_rows
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from .actor import Actor
 from .advantages import Advantages, loss_mode, method_advantages
 from .config.schema import Config
 from .critic import VALUE_CLIP, value_loss
+from .data.packing import Packed, flat, unflat
 from .data.prompts import Example
 from .data.sequences import Sequences, make_sequences
 from .forward import States
-from .packing import Packed, flat, unflat
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ from repo.attention import (
     torch_kernel,
     using_packed,
 )
+from repo.data.packing import flat, make_segments, pack
 from repo.data.sequences import make_sequences
-from repo.packing import flat, make_segments, pack
 from repo_kernels.backends import cpu
 
 CPU = torch.device("cpu")

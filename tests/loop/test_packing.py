@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repo.data.packing import MULTIPLE, flat, micro_batches, pack, pad, unflat
 from repo.data.sequences import make_sequences
-from repo.packing import MULTIPLE, flat, micro_batches, pack, pad, unflat
 
 GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), min_size=1, max_size=5)), max_size=5)
 GROUPS = GROUPS.filter(bool)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data.sequences import Sequences
+from .sequences import Sequences
 
 MULTIPLE = 8
 
