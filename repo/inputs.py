@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .assets.heads import HeadScorer
-from .scorers.function import FunctionScorer
+from .scoring.function import FunctionScorer
 from .scoring.scorers import Scorer
 from .setup import Parts
 

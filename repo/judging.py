@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .assets.judge import Judge
 from .data.prompts import Prompt
-from .scorers.function import FunctionScorer
 from .scorers.model import load_model
+from .scoring.function import FunctionScorer
 from .scoring.scorers import EMBEDDED, FUNCTION, require_finite
 
 Judging = Callable[[Sequence[Prompt], Sequence[str]], Tensor]

@@ -18,8 +18,8 @@ from ..common.errors import UserError
 from ..config.schema import ScoringConfig
 from ..data.prompts import Prompt
 from ..rollout.sample import Rollout, concatenated, merge
-from ..scorers.function import FunctionScorer
 from ..scorers.model import ClassifierScorer, load_model
+from .function import FunctionScorer
 
 EMBEDDED = "embedded"
 SIGNALS = ("reward", "cost")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
-from . import field_of
-from .manifest import Manifest, make_manifest
+from ..scorers import field_of
+from ..scorers.manifest import Manifest, make_manifest
 
 
 class FunctionScorer:
