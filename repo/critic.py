@@ -15,7 +15,7 @@ from .common.errors import UserError
 from .config.schema import CriticConfig
 from .forward import States, trunk_states
 from .policy import Policy
-from .scorers.model import ClassifierScorer
+from .scoring.classifier import ClassifierScorer
 from .scoring.scorers import Scorers
 
 VALUE_CLIP = 5.0  # Safe RLHF's

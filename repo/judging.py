@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .assets.judge import Judge
 from .data.prompts import Prompt
-from .scorers.model import load_model
+from .scoring.classifier import load_model
 from .scoring.function import FunctionScorer
 from .scoring.scorers import EMBEDDED, FUNCTION, require_finite
 

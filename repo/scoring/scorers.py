@@ -18,7 +18,7 @@ from ..common.errors import UserError
 from ..config.schema import ScoringConfig
 from ..data.prompts import Prompt
 from ..rollout.sample import Rollout, concatenated, merge
-from ..scorers.model import ClassifierScorer, load_model
+from .classifier import ClassifierScorer, load_model
 from .function import FunctionScorer
 
 EMBEDDED = "embedded"

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from repo import train
 from repo.common.errors import UserError
 from repo.data.prompts import Prompt
-from repo.scorers.model import ClassifierScorer
+from repo.scoring.classifier import ClassifierScorer
 
 from .tiny import make_tokenizer
 

@@ -21,7 +21,7 @@ from repo.assets.heads import HeadScorer
 from repo.common.errors import UserError
 from repo.config.schema import ScoringConfig
 from repo.data.prompts import Prompt
-from repo.scorers.model import ScoreModelScorer, load_model
+from repo.scoring.classifier import ScoreModelScorer, load_model
 from repo.scoring.scorers import load_scorers
 from tests.loop import scorers as functions
 
