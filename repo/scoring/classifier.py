@@ -15,7 +15,7 @@ from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
 from ..scorers import field_of
 from ..scorers.manifest import read_manifest
-from ..scorers.score_model import ScoreModel, format_conversation
+from .score_model import ScoreModel, format_conversation
 
 BATCH_TOKENS = 4096
 
