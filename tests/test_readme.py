@@ -29,7 +29,7 @@ def test_the_advantages_example_is_the_split_form(capsys):
 
 
 def test_the_scorers_of_the_example_are_scorers():
-    from repo.scorers.manifest import make_manifest
+    from repo.scoring.manifest import make_manifest
 
     names: dict = {}
     exec(blocks("python")[2], names)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
 from ..scorers import field_of
-from ..scorers.manifest import Manifest, make_manifest
+from .manifest import Manifest, make_manifest
 
 
 class FunctionScorer:
