@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .assets.heads import Reading
 from .attention import Attention
 from .common.distributed import ALONE, World
 from .data.packing import Packed, micro_batches, pack, pad, unflat
 from .data.sequences import Sequences
 from .forward import States, lm_head, trunk_states
 from .policy import Policy
+from .scoring.embedded import Reading
 from .sharding import shard
 
 T = TypeVar("T")

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .assets.heads import HeadManifest, HeadScorer
 from .attention import choose_attention
 from .common.errors import UserError
 from .config.schema import CriticConfig
 from .forward import States, trunk_states
 from .policy import Policy
 from .scoring.classifier import ClassifierScorer
+from .scoring.embedded import HeadManifest, HeadScorer
 from .scoring.scorers import Scorers
 
 VALUE_CLIP = 5.0  # Safe RLHF's

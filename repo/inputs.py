@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .assets.heads import HeadScorer
+from .scoring.embedded import HeadScorer
 from .scoring.function import FunctionScorer
 from .scoring.scorers import Scorer
 from .setup import Parts

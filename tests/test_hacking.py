@@ -9,7 +9,7 @@ import pytest
 
 from repo import assets
 from repo.alerts import alerts, is_refusal, repetition
-from repo.assets.heads import HeadScorer, score_all
+from repo.scoring.embedded import HeadScorer, score_all
 from tests.test_heads import PROMPTS, REPLIES
 
 pytestmark = pytest.mark.assets

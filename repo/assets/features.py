@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..scoring.embedded import Features, Trunk
 from .build import Report, convert_policy
 from .everyday import TEMPERATURE, everyday_answers, everyday_prompts, topic
-from .heads import Features, Trunk
 from .judge import JudgeFeatures
 from .prompts import Split, split_prompts
 from .rows import (

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..scoring.embedded import Features, HeadManifest
 from .build import Report
 from .features import CUTS, LAYER, MAX_PROMPT, FeatureCache
 from .fit_judge import fit_judge
-from .heads import Features, HeadManifest
 from .linear import Table, fit_table, out_of_fold, table, write_fitted
 from .measure import (
     THRESHOLD_RULE,

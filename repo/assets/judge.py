@@ -1,6 +1,6 @@
 """The held-out judge: MiniLM features with two heads, and a word list. Evaluation only.
 
-It shares neither the encoder nor a labelled prompt with the training scorers (`repo.assets.heads`), so a policy that
+It shares neither the encoder nor a labelled prompt with the training scorers (`repo.scoring.embedded`), so a policy that
 has learnt to please its scorers has learnt nothing about pleasing the judge.
 """
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .heads import length_batches
+from ..scoring.embedded import length_batches
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..assets.heads import HeadScorer, Reading, score_all
 from ..common.distributed import World
 from ..common.errors import UserError
 from ..config.schema import ScoringConfig
 from ..data.prompts import Prompt
 from ..rollout.sample import Rollout, concatenated, merge
 from .classifier import ClassifierScorer, load_model
+from .embedded import HeadScorer, Reading, score_all
 from .function import FunctionScorer
 
 EMBEDDED = "embedded"

@@ -17,11 +17,11 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrai
 
 from repo import train
 from repo.assets import ensure
-from repo.assets.heads import HeadScorer
 from repo.common.errors import UserError
 from repo.config.schema import ScoringConfig
 from repo.data.prompts import Prompt
 from repo.scoring.classifier import ScoreModelScorer, load_model
+from repo.scoring.embedded import HeadScorer
 from repo.scoring.scorers import load_scorers
 from tests.loop import scorers as functions
 
