@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .assets.judge import Judge
 from .data.prompts import Prompt
 from .scoring.classifier import load_model
+from .scoring.embedded_judge import Judge
 from .scoring.function import FunctionScorer
 from .scoring.scorers import EMBEDDED, FUNCTION, require_finite
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..scoring.embedded import Features, Trunk
+from ..scoring.embedded_judge import JudgeFeatures
 from .build import Report, convert_policy
 from .everyday import TEMPERATURE, everyday_answers, everyday_prompts, topic
-from .judge import JudgeFeatures
 from .prompts import Split, split_prompts
 from .rows import (
     ON_POLICY,

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from ..scoring.embedded_judge import JudgeFeatures, ProfanityModel, first_words, unsafe_probability
 from .build import convert_profanity
 from .features import FeatureCache
-from .judge import JudgeFeatures, ProfanityModel, first_words, unsafe_probability
 from .linear import Table, fit_table, out_of_fold, table, write_fitted
 from .measure import (
     THRESHOLD_RULE,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..scoring.embedded import length_batches
+from .embedded import length_batches
 
 
 @dataclass(frozen=True)
