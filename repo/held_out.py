@@ -16,11 +16,11 @@ from .common.distributed import ALONE, World
 from .config.schema import Config
 from .data.prompts import Prompt
 from .evaluation.statistics import Evaluation
-from .judging import Judging
 from .metrics import finite, progress_bar
 from .policy import Policy
 from .rollout.sample import sample
 from .run import Run, versions
+from .scoring.judge import Judging
 from .scoring.scorers import Scorers
 from .setup import Parts
 

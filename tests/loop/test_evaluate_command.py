@@ -9,7 +9,7 @@ import torch
 from repo import evaluate, train
 from repo.common.errors import UserError
 from repo.common.seeds import seed_from
-from repo.judging import load_judge
+from repo.scoring.judge import load_judge
 
 pytestmark = pytest.mark.slow
 

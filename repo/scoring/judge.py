@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .data.prompts import Prompt
-from .scoring.classifier import load_model
-from .scoring.embedded_judge import Judge
-from .scoring.function import FunctionScorer
-from .scoring.scorers import EMBEDDED, FUNCTION, require_finite
+from ..data.prompts import Prompt
+from .classifier import load_model
+from .embedded_judge import Judge
+from .function import FunctionScorer
+from .scorers import EMBEDDED, FUNCTION, require_finite
 
 Judging = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
 """Prompts and responses -> (B,) bool on the CPU, whether each response is safe."""
