@@ -29,8 +29,8 @@ from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConf
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.data.sequences import Sequences, make_sequences
 from repo.memory import keep_freed_memory
+from repo.models.policy import Policy, load_policy, load_reference
 from repo.objective import Batch, make_batch
-from repo.policy import Policy, load_policy, load_reference
 from repo.rollout.sample import sample
 from repo.update import Updater
 

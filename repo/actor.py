@@ -18,7 +18,7 @@ from .common.distributed import ALONE, World
 from .data.packing import Packed, micro_batches, pack, pad, unflat
 from .data.sequences import Sequences
 from .forward import States, lm_head, trunk_states
-from .policy import Policy
+from .models.policy import Policy
 from .scoring.embedded import Reading
 from .sharding import shard
 

@@ -13,7 +13,7 @@ from .attention import choose_attention
 from .common.errors import UserError
 from .config.schema import CriticConfig
 from .forward import States, trunk_states
-from .policy import Policy
+from .models.policy import Policy
 from .scoring.classifier import ClassifierScorer
 from .scoring.embedded import HeadManifest, HeadScorer
 from .scoring.scorers import Scorers

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .data.sequences import Sequences, make_sequences
-from .policy import Policy
+from .models.policy import Policy
 
 COLUMNS = 16  # lengths of fixed buffers are multiples of this, as fast attention kernels want masks aligned
 WARM_UP_STEPS = 3

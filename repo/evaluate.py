@@ -36,7 +36,7 @@ from .config import parse as parsing
 from .config.schema import Config
 from .export import chosen, policy_of
 from .held_out import content_of, with_progress
-from .policy import Policy, choose_device, load_policy
+from .models.policy import Policy, choose_device, load_policy
 from .scoring.judge import load_judge
 from .setup import find_assets, load_held_out, model_path, scorers_beside
 from .tables import print_compensation, print_summary

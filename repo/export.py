@@ -19,7 +19,7 @@ from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
 from .config import parse as parsing
 from .config.schema import Config
-from .policy import Policy, load_policy, save_policy
+from .models.policy import Policy, load_policy, save_policy
 from .scoring.scorers import EMBEDDED
 from .setup import model_path
 

@@ -17,7 +17,7 @@ from .config.schema import Config
 from .data.prompts import Prompt
 from .evaluation.statistics import Evaluation
 from .metrics import finite, progress_bar
-from .policy import Policy
+from .models.policy import Policy
 from .rollout.sample import sample
 from .run import Run, versions
 from .scoring.judge import Judging

@@ -29,7 +29,7 @@ from .inputs import FILE as INPUTS
 from .inputs import changed
 from .loggers import Logger, make_loggers
 from .metrics import JsonLines
-from .policy import Policy, save_policy
+from .models.policy import Policy, save_policy
 
 APPENDED = ("metrics", "samples")
 MAY_CHANGE_ON_RESUME = {

@@ -29,10 +29,10 @@ from .held_out import evaluated
 from .inputs import fingerprints
 from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
+from .models.policy import choose_device, vocabulary
 from .objective import make_batch
 from .panel import SafetyPanel
 from .penalty import Penalty
-from .policy import choose_device, vocabulary
 from .record import Timer, sample_records, step_record
 from .rollout.sample import sample
 from .run import Resumed, Run

@@ -16,7 +16,7 @@ from repo.critic import make_critics
 from repo.data.packing import unflat
 from repo.data.prompts import load_prompts, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.policy import load_policy
+from repo.models.policy import load_policy
 from repo.scoring.scorers import load_scorers
 from repo.setup import load_parts
 

@@ -10,7 +10,7 @@ from repo.actor import Actor, read_reference, read_responses
 from repo.assets.sources import locate
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.policy import load_policy
+from repo.models.policy import load_policy
 from repo.scoring.embedded import HeadScorer, Trunk, length_batches, score_all
 from repo.scoring.embedded_judge import Judge, ProfanityModel, first_words
 

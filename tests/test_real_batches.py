@@ -12,8 +12,8 @@ from repo.attention import Attention
 from repo.config.schema import Config, OptimizerConfig
 from repo.data.prompts import load_prompts, tokenize_prompts
 from repo.data.sequences import make_sequences
+from repo.models.policy import load_policy
 from repo.objective import Batch, Objective
-from repo.policy import load_policy
 from tests.loop.oracle import response_logps
 
 pytestmark = pytest.mark.assets

@@ -21,7 +21,7 @@ from ..config.schema import RolloutConfig
 from ..data.prompts import Prompt
 from ..data.sequences import Sequences, make_sequences
 from ..decoding import Decoder, make_decoder
-from ..policy import Policy
+from ..models.policy import Policy
 
 WORTH_SHRINKING = 0.75  # a batch is cut to its unfinished rows once they are this share of it: the cache is copied
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from repo.data.sequences import Sequences
-from repo.policy import Policy
+from repo.models.policy import Policy
 
 
 def response_logits(policy: Policy, sequences: Sequences) -> Tensor:

@@ -17,8 +17,8 @@ from repo.config.schema import Config
 from repo.critic import Critic
 from repo.data.prompts import Example
 from repo.data.sequences import make_sequences
+from repo.models.policy import load_policy
 from repo.objective import Objective, make_batch
-from repo.policy import load_policy
 from repo.setup import shards_of
 from repo.sharding import is_sharded
 

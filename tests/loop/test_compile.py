@@ -14,7 +14,7 @@ from repo.compile import compile_layers, recomputed, uncompiled
 from repo.config.schema import RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.policy import load_policy
+from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 
 from .tiny import QUESTIONS

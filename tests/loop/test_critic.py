@@ -22,8 +22,8 @@ from repo.config.schema import (
 from repo.critic import Critic, explained_variance, make_critics, value_loss
 from repo.data.packing import unflat
 from repo.data.prompts import Example, Prompt, tokenize_prompts
+from repo.models.policy import load_policy
 from repo.objective import Batch, make_batch
-from repo.policy import load_policy
 from repo.rollout.sample import sample
 from repo.scoring.scorers import load_scorers
 from repo.update import Updater

@@ -19,7 +19,7 @@ from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.decoding import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
-from repo.policy import load_policy
+from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from repo.rollout.sample import sample as rollout
 from repo_kernels.packed_linear import packed_linears

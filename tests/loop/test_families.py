@@ -20,7 +20,7 @@ from repo.actor import response_logps
 from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.policy import load_policy
+from repo.models.policy import load_policy
 from repo.rollout.sample import draw_uniforms, sample, sample_tokens
 
 from .tiny import QUESTIONS, make_tokenizer

@@ -15,7 +15,7 @@ from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConf
 from repo.data.packing import flat
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.memory import describe_memory
-from repo.policy import load_policy, load_reference
+from repo.models.policy import load_policy, load_reference
 from repo.rollout.sample import sample
 from repo_kernels import onednn_linear
 

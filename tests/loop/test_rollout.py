@@ -11,7 +11,7 @@ from repo.common.errors import UserError
 from repo.config.schema import RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.policy import choose_device, load_policy
+from repo.models.policy import choose_device, load_policy
 from repo.rollout.sample import draw_uniforms, merge, sample, sample_tokens
 from repo_kernels.packed_linear import packed_linears
 

@@ -13,9 +13,9 @@ from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
+from repo.models.policy import load_policy
 from repo.objective import Batch
 from repo.optimizer import lr_at
-from repo.policy import load_policy
 from repo.rollout.sample import sample
 from repo.update import Updater
 

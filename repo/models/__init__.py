@@ -1,0 +1,1 @@
+"""The models of a run: policy, reference, critics, their attention and their sharding."""
