@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from benchmarks.machine import device
 from benchmarks.models import EMBEDDED, folder_of, lora_rank
 from repo import assets
-from repo.actor import Actor, read_reference
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.data.sequences import Sequences, make_sequences
 from repo.memory import keep_freed_memory
+from repo.models.actor import Actor, read_reference
 from repo.models.policy import Policy, load_policy, load_reference
 from repo.objective import Batch, make_batch
 from repo.rollout.sample import sample

@@ -13,12 +13,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from . import assets, checkpoint, run, training_state
-from .actor import Actor
 from .card import model_card
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
 from .config import parse as parsing
 from .config.schema import Config
+from .models.actor import Actor
 from .models.policy import Policy, load_policy, save_policy
 from .scoring.scorers import EMBEDDED
 from .setup import model_path

@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from .actor import Actor, read_reference
 from .alerts import is_refusal, repetition
 from .common.distributed import ALONE, World
 from .config.schema import Config
 from .data.prompts import Prompt
 from .evaluation.statistics import Evaluation
 from .metrics import finite, progress_bar
+from .models.actor import Actor, read_reference
 from .models.policy import Policy
 from .rollout.sample import sample
 from .run import Run, versions

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from repo_kernels import LossStats, linear_repo_loss
 
-from .actor import Actor
 from .advantages import Advantages, loss_mode, method_advantages
 from .config.schema import Config
 from .critic import VALUE_CLIP, value_loss
@@ -19,6 +18,7 @@ from .data.packing import Packed, flat, unflat
 from .data.prompts import Example
 from .data.sequences import Sequences, make_sequences
 from .forward import States
+from .models.actor import Actor
 
 
 @dataclass(frozen=True)

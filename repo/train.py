@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, run
-from .actor import Actor, read_reference
 from .card import model_card
 from .checkpoint import Saver
 from .command import Switches, console_of, read_command
@@ -29,6 +28,7 @@ from .held_out import evaluated
 from .inputs import fingerprints
 from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
+from .models.actor import Actor, read_reference
 from .models.policy import choose_device, vocabulary
 from .objective import make_batch
 from .panel import SafetyPanel

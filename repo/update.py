@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from repo_kernels import LossStats
 
-from .actor import Actor, read_responses
 from .common.errors import UserError
 from .common.seeds import generator
 from .config.schema import Config
 from .data.prompts import Example, batch_at
 from .data.sequences import Sequences
+from .models.actor import Actor, read_responses
 from .objective import Batch, Objective
 from .optimizer import lr_at, make_optimizer
 

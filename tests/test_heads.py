@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from repo import assets
-from repo.actor import Actor, read_reference, read_responses
 from repo.assets.sources import locate
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
+from repo.models.actor import Actor, read_reference, read_responses
 from repo.models.policy import load_policy
 from repo.scoring.embedded import HeadScorer, Trunk, length_batches, score_all
 from repo.scoring.embedded_judge import Judge, ProfanityModel, first_words

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from repo import actor, checkpoint, train, training_state, update
+from repo import checkpoint, train, training_state, update
 from repo.common import files
 from repo.evaluation.statistics import statistics as evaluation
+from repo.models import actor
 from repo.rollout.sample import sample as rollout
 
 # (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
-from repo.actor import Actor, response_logps
 from repo.common.errors import UserError
 from repo.config.schema import (
     AlgorithmConfig,
@@ -22,6 +21,7 @@ from repo.config.schema import (
 from repo.critic import Critic, explained_variance, make_critics, value_loss
 from repo.data.packing import unflat
 from repo.data.prompts import Example, Prompt, tokenize_prompts
+from repo.models.actor import Actor, response_logps
 from repo.models.policy import load_policy
 from repo.objective import Batch, make_batch
 from repo.rollout.sample import sample

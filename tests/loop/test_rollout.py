@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from repo.actor import Actor, response_logps
 from repo.common.errors import UserError
 from repo.config.schema import RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
+from repo.models.actor import Actor, response_logps
 from repo.models.policy import choose_device, load_policy
 from repo.rollout.sample import draw_uniforms, merge, sample, sample_tokens
 from repo_kernels.packed_linear import packed_linears

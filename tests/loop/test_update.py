@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from repo import checkpoint
-from repo.actor import Actor, response_logps
 from repo.advantages import Advantages
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
+from repo.models.actor import Actor, response_logps
 from repo.models.policy import load_policy
 from repo.objective import Batch
 from repo.optimizer import lr_at

@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention
-from .common.distributed import ALONE, World
-from .data.packing import Packed, micro_batches, pack, pad, unflat
-from .data.sequences import Sequences
-from .forward import States, lm_head, trunk_states
-from .models.policy import Policy
-from .scoring.embedded import Reading
-from .sharding import shard
+from ..attention import Attention
+from ..common.distributed import ALONE, World
+from ..data.packing import Packed, micro_batches, pack, pad, unflat
+from ..data.sequences import Sequences
+from ..forward import States, lm_head, trunk_states
+from ..scoring.embedded import Reading
+from ..sharding import shard
+from .policy import Policy
 
 T = TypeVar("T")
 Reader = Callable[[States, nn.ModuleDict], T]
