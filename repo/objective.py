@@ -13,12 +13,12 @@ from repo_kernels import LossStats, linear_repo_loss
 
 from .advantages import Advantages, loss_mode, method_advantages
 from .config.schema import Config
-from .critic import VALUE_CLIP, value_loss
 from .data.packing import Packed, flat, unflat
 from .data.prompts import Example
 from .data.sequences import Sequences, make_sequences
 from .forward import States
 from .models.actor import Actor
+from .models.critic import VALUE_CLIP, value_loss
 
 
 @dataclass(frozen=True)

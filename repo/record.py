@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .advantages import Advantages, is_safe, loss_mode
 from .config.schema import AlgorithmConfig
-from .critic import explained_variance
 from .metrics import summarize
+from .models.critic import explained_variance
 from .objective import Batch
 from .rollout.sample import Rollout
 from .scoring.scorers import Scores

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from repo import train
 from repo.assets import ensure
 from repo.config.schema import Config, CriticConfig, EvaluationConfig, ModelConfig, ScoringConfig
-from repo.critic import make_critics
 from repo.data.packing import unflat
 from repo.data.prompts import load_prompts, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
+from repo.models.critic import make_critics
 from repo.models.policy import load_policy
 from repo.scoring.scorers import load_scorers
 from repo.setup import load_parts

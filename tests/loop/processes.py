@@ -13,10 +13,10 @@ import torch
 from repo.common.distributed import World, joined
 from repo.config.parse import make_parser, parse
 from repo.config.schema import Config
-from repo.critic import Critic
 from repo.data.prompts import Example
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor, read_responses
+from repo.models.critic import Critic
 from repo.models.policy import load_policy
 from repo.objective import Objective, make_batch
 from repo.setup import shards_of

@@ -18,10 +18,10 @@ from repo.config.schema import (
     RolloutConfig,
     ScoringConfig,
 )
-from repo.critic import Critic, explained_variance, make_critics, value_loss
 from repo.data.packing import unflat
 from repo.data.prompts import Example, Prompt, tokenize_prompts
 from repo.models.actor import Actor, response_logps
+from repo.models.critic import Critic, explained_variance, make_critics, value_loss
 from repo.models.policy import load_policy
 from repo.objective import Batch, make_batch
 from repo.rollout.sample import sample

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import choose_attention
-from .common.errors import UserError
-from .config.schema import CriticConfig
-from .forward import States, trunk_states
-from .models.policy import Policy
-from .scoring.classifier import ClassifierScorer
-from .scoring.embedded import HeadManifest, HeadScorer
-from .scoring.scorers import Scorers
+from ..attention import choose_attention
+from ..common.errors import UserError
+from ..config.schema import CriticConfig
+from ..forward import States, trunk_states
+from ..scoring.classifier import ClassifierScorer
+from ..scoring.embedded import HeadManifest, HeadScorer
+from ..scoring.scorers import Scorers
+from .policy import Policy
 
 VALUE_CLIP = 5.0  # Safe RLHF's
 
