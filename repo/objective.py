@@ -16,9 +16,9 @@ from .config.schema import Config
 from .data.packing import Packed, flat, unflat
 from .data.prompts import Example
 from .data.sequences import Sequences, make_sequences
-from .forward import States
 from .models.actor import Actor
 from .models.critic import VALUE_CLIP, value_loss
+from .models.hidden_states import States
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from ..attention import Attention
 from ..common.distributed import ALONE, World
 from ..data.packing import Packed, micro_batches, pack, pad, unflat
 from ..data.sequences import Sequences
-from ..forward import States, lm_head, trunk_states
 from ..scoring.embedded import Reading
 from ..sharding import shard
+from .hidden_states import States, lm_head, trunk_states
 from .policy import Policy
 
 T = TypeVar("T")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..attention import choose_attention
 from ..common.errors import UserError
 from ..config.schema import CriticConfig
-from ..forward import States, trunk_states
 from ..scoring.classifier import ClassifierScorer
 from ..scoring.embedded import HeadManifest, HeadScorer
 from ..scoring.scorers import Scorers
+from .hidden_states import States, trunk_states
 from .policy import Policy
 
 VALUE_CLIP = 5.0  # Safe RLHF's

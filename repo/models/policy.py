@@ -19,7 +19,7 @@ from ..attention import Attention, choose_attention
 from ..common.errors import UserError, first_line
 from ..compile import compile_layers, recomputed
 from ..config.schema import ModelConfig
-from ..forward import check_head
+from .hidden_states import check_head
 
 
 @dataclass(frozen=True)
