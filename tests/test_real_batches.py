@@ -7,11 +7,11 @@ import torch
 
 from repo.advantages import Advantages
 from repo.assets import ensure
-from repo.attention import Attention
 from repo.config.schema import Config, OptimizerConfig
 from repo.data.prompts import load_prompts, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
+from repo.models.attention import Attention
 from repo.models.policy import load_policy
 from repo.objective import Batch, Objective
 from tests.loop.oracle import response_logps

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Attention
 from ..common.distributed import ALONE, World
 from ..data.packing import Packed, micro_batches, pack, pad, unflat
 from ..data.sequences import Sequences
 from ..scoring.embedded import Reading
 from ..sharding import shard
+from .attention import Attention
 from .hidden_states import States, lm_head, trunk_states
 from .policy import Policy
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import choose_attention
 from ..common.errors import UserError
 from ..config.schema import CriticConfig
 from ..scoring.classifier import ClassifierScorer
 from ..scoring.embedded import HeadManifest, HeadScorer
 from ..scoring.scorers import Scorers
+from .attention import choose_attention
 from .hidden_states import States, trunk_states
 from .policy import Policy
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from repo_kernels import linear_selective_log_softmax
 
-from ..attention import using_packed
 from ..common.errors import UserError
 from ..common.seeds import generator
 from ..data.packing import Packed, take_rows
+from .attention import using_packed
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from repo import attention
-from repo.attention import (
+from repo.data.packing import flat, make_segments, pack
+from repo.data.sequences import make_sequences
+from repo.models import attention
+from repo.models.attention import (
     IMPLEMENTATION,
     choose_attention,
     first_that_agrees,
@@ -37,8 +39,6 @@ from repo.attention import (
     torch_kernel,
     using_packed,
 )
-from repo.data.packing import flat, make_segments, pack
-from repo.data.sequences import make_sequences
 from repo_kernels.backends import cpu
 
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ from transformers import AttentionInterface
 
 from repo_kernels import packed_attention as cpu_attention
 
-from .common.errors import first_line
-from .common.seeds import generator
-from .data.packing import Packed, Segments, make_segments, pack, take_rows
-from .data.sequences import make_sequences
+from ..common.errors import first_line
+from ..common.seeds import generator
+from ..data.packing import Packed, Segments, make_segments, pack, take_rows
+from ..data.sequences import make_sequences
 
 IMPLEMENTATION = "repo_packed"
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float, int | None, float | None], Tensor]
