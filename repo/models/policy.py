@@ -16,10 +16,10 @@ from repo_kernels.fused_layers import fused_layers
 from repo_kernels.onednn_linear import onednn_linears
 
 from ..common.errors import UserError, first_line
-from ..compile import compile_layers, recomputed
 from ..config.schema import ModelConfig
 from .attention import Attention, choose_attention
 from .hidden_states import check_head
+from .layers import compile_layers, recomputed
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 from repo_kernels.packed_linear import packed_linears
 
 from ..common.seeds import generator
-from ..compile import uncompiled
 from ..config.schema import RolloutConfig
 from ..data.prompts import Prompt
 from ..data.sequences import Sequences, make_sequences
 from ..decoding import Decoder, make_decoder
+from ..models.layers import uncompiled
 from ..models.policy import Policy
 
 WORTH_SHRINKING = 0.75  # a batch is cut to its unfinished rows once they are this share of it: the cache is copied

@@ -9,11 +9,11 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from repo.common.errors import UserError
-from repo.compile import compile_layers, recomputed, uncompiled
 from repo.config.schema import RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
+from repo.models.layers import compile_layers, recomputed, uncompiled
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 
