@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from .common.errors import UserError
 from .config.schema import Config, OptimizerConfig
-from .sharding import local
+from .models.sharding import local
 
 BLOCK = 2**22  # elements whose moments are widened at a time
 

@@ -30,6 +30,7 @@ from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .models.actor import Actor, read_reference
 from .models.policy import choose_device, vocabulary
+from .models.sharding import copy_weights, whole_weights
 from .objective import make_batch
 from .panel import SafetyPanel
 from .penalty import Penalty
@@ -38,7 +39,6 @@ from .rollout.sample import sample
 from .run import Resumed, Run
 from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
-from .sharding import copy_weights, whole_weights
 from .signals import Stopped, StopRequest
 from .tables import comparison_rows, print_comparison, print_compensation
 from .update import Updater

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 
 from .common.errors import UserError, first_line
 from .common.files import write_past_cache
-from .sharding import is_sharded
+from .models.sharding import is_sharded
 
 Numbers = dict[str, float | int]
 MODEL, OPTIMIZER, FILE = "model.", "optimizer.", "state.safetensors"

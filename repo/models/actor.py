@@ -17,10 +17,10 @@ from ..common.distributed import ALONE, World
 from ..data.packing import Packed, micro_batches, pack, pad, unflat
 from ..data.sequences import Sequences
 from ..scoring.embedded import Reading
-from ..sharding import shard
 from .attention import Attention
 from .hidden_states import States, lm_head, trunk_states
 from .policy import Policy
+from .sharding import shard
 
 T = TypeVar("T")
 Reader = Callable[[States, nn.ModuleDict], T]

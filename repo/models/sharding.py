@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .models.layers import decoder_layers
+from .layers import decoder_layers
 
 
 def is_sharded(tensor: Tensor) -> bool:
