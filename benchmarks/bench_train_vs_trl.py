@@ -10,7 +10,7 @@ token-mean), beta times ratio times k3 (use_bias_correction_kl, our kl_ratio), s
 advantage is the reward minus the mean of the whole group, ours leaves the sample out and so is k / (k - 1) times that;
 its reward weight is k / (k - 1), and the two agree. Both log the mean k3 per response token. They differ in the sampler
 (so that at the same seed the samples differ), in padding and prefix sharing, and in that ours keeps freed memory
-(repo.memory); the side trl-kept gives TRL's process the same.
+(repo.models.memory); the side trl-kept gives TRL's process the same.
 """
 
 from __future__ import annotations

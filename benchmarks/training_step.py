@@ -27,8 +27,8 @@ from repo import assets
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.data.sequences import Sequences, make_sequences
-from repo.memory import keep_freed_memory
 from repo.models.actor import Actor, read_reference
+from repo.models.memory import keep_freed_memory
 from repo.models.policy import Policy, load_policy, load_reference
 from repo.objective import Batch, make_batch
 from repo.rollout.sample import sample

@@ -21,8 +21,8 @@ from .common.seeds import seed_from
 from .config.schema import Config
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
 from .loggers import check_loggers
-from .memory import describe_memory
 from .models.critic import make_critics
+from .models.memory import describe_memory
 from .models.policy import Policy, add_lora, choose_device, load_policy, load_reference
 from .scoring.judge import Judging, load_judge
 from .scoring.scorers import EMBEDDED, Scorers, load_scorers, scorer_names

@@ -26,9 +26,9 @@ from .decoding import describe_decoding
 from .evaluation.statistics import Evaluation
 from .held_out import evaluated
 from .inputs import fingerprints
-from .memory import describe_memory, keep_freed_memory
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .models.actor import Actor, read_reference
+from .models.memory import describe_memory, keep_freed_memory
 from .models.policy import choose_device, vocabulary
 from .models.sharding import copy_weights, whole_weights
 from .objective import make_batch

@@ -12,7 +12,7 @@ from torch import nn
 from repo import train
 from repo.common.errors import UserError
 from repo.config.schema import Config, OptimizerConfig
-from repo.memory import describe_memory
+from repo.models.memory import describe_memory
 from repo.optimizer import BLOCK, BFloat16AdamW, make_optimizer
 
 BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 2 * 4 / 256}

@@ -10,7 +10,7 @@ from torch import nn
 
 from repo_kernels.linear import CHUNK_BYTES
 
-from .config.schema import Config
+from ..config.schema import Config
 
 GIB = 2.0**30
 STATE_BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 * 4 / 256}  # per trained weight; 8bit: a scale per 256
