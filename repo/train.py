@@ -22,7 +22,6 @@ from .common.distributed import World, joined
 from .common.errors import exit_with_sentence
 from .config.schema import Config
 from .data.prompts import batch_at
-from .decoding import describe_decoding
 from .evaluation.statistics import Evaluation
 from .held_out import evaluated
 from .inputs import fingerprints
@@ -35,6 +34,7 @@ from .objective import make_batch
 from .panel import SafetyPanel
 from .penalty import Penalty
 from .record import Timer, sample_records, step_record
+from .rollout.kv_cache import describe_decoding
 from .rollout.sample import sample
 from .run import Resumed, Run
 from .scoring.scorers import gathered

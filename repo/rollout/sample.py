@@ -19,9 +19,9 @@ from ..common.seeds import generator
 from ..config.schema import RolloutConfig
 from ..data.prompts import Prompt
 from ..data.sequences import Sequences, make_sequences
-from ..decoding import Decoder, make_decoder
 from ..models.layers import uncompiled
 from ..models.policy import Policy
+from .kv_cache import Decoder, make_decoder
 
 WORTH_SHRINKING = 0.75  # a batch is cut to its unfinished rows once they are this share of it: the cache is copied
 

@@ -14,12 +14,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from repo import decoding
 from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.decoding import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.models.policy import load_policy
+from repo.rollout import kv_cache as decoding
+from repo.rollout.kv_cache import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.rollout.sample import sample
 from repo.rollout.sample import sample as rollout
 from repo_kernels.packed_linear import packed_linears

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .data.sequences import Sequences, make_sequences
-from .models.policy import Policy
+from ..data.sequences import Sequences, make_sequences
+from ..models.policy import Policy
 
 COLUMNS = 16  # lengths of fixed buffers are multiples of this, as fast attention kernels want masks aligned
 WARM_UP_STEPS = 3
