@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .advantages import Advantages, is_safe, loss_mode
 from .config.schema import AlgorithmConfig
 from .metrics import summarize
 from .models.critic import explained_variance
 from .objective import Batch
 from .rollout.sample import Rollout
 from .scoring.scorers import Scores
+from .training.advantages import Advantages, is_safe, loss_mode
 from .update import UpdateResult
 from .watchdog import Agreement
 

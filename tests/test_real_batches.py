@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from repo.advantages import Advantages
 from repo.assets import ensure
 from repo.config.schema import Config, OptimizerConfig
 from repo.data.prompts import load_prompts, tokenize_prompts
@@ -14,6 +13,7 @@ from repo.models.actor import Actor
 from repo.models.attention import Attention
 from repo.models.policy import load_policy
 from repo.objective import Batch, Objective
+from repo.training.advantages import Advantages
 from tests.loop.oracle import response_logps
 
 pytestmark = pytest.mark.assets

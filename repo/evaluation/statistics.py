@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..advantages import is_safe, rectified_cost
 from ..common.errors import UserError
 from ..common.seeds import seed_from
+from ..training.advantages import is_safe, rectified_cost
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repo.advantages import (
+from repo.config.schema import AlgorithmConfig, CriticConfig, PenaltyConfig
+from repo.penalty import Penalty, adapted_beta, lagrangian_lambda, repo_lambda
+from repo.training.advantages import (
     crpo_advantages,
     divide_by_group_std,
     gae,
@@ -17,8 +19,6 @@ from repo.advantages import (
     rectified_cost,
     token_signal,
 )
-from repo.config.schema import AlgorithmConfig, CriticConfig, PenaltyConfig
-from repo.penalty import Penalty, adapted_beta, lagrangian_lambda, repo_lambda
 
 GROUP = torch.tensor([0, 0, 0, 1, 1])
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from repo.advantages import Advantages
 from repo.common.errors import UserError
 from repo.compare import contender, read_evaluation, run_command, safety_table, sign_test, win_rates
 from repo.config.schema import AlgorithmConfig
@@ -23,6 +22,7 @@ from repo.objective import Batch
 from repo.panel import SafetyPanel, compensation_sentence
 from repo.record import reward_cost_grad_ratio
 from repo.tables import print_summary, show_change
+from repo.training.advantages import Advantages
 
 
 def evaluation_of(costs, rewards=None, limit=0.0, ids=None, **more):

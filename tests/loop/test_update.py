@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from repo import checkpoint
-from repo.advantages import Advantages
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
@@ -17,6 +16,7 @@ from repo.models.policy import load_policy
 from repo.objective import Batch
 from repo.optimizer import lr_at
 from repo.rollout.sample import sample
+from repo.training.advantages import Advantages
 from repo.update import Updater
 
 from .oracle import response_logits

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .config.schema import AlgorithmConfig, CriticConfig
+from ..config.schema import AlgorithmConfig, CriticConfig
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""From scores to an update: advantages, multipliers, the loss and the optimiser."""
