@@ -32,7 +32,6 @@ from .models.policy import choose_device, vocabulary
 from .models.sharding import copy_weights, whole_weights
 from .objective import make_batch
 from .panel import SafetyPanel
-from .penalty import Penalty
 from .record import Timer, sample_records, step_record
 from .rollout.kv_cache import describe_decoding
 from .rollout.sample import sample
@@ -41,6 +40,7 @@ from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .signals import Stopped, StopRequest
 from .tables import comparison_rows, print_comparison, print_compensation
+from .training.multipliers import Penalty
 from .update import Updater
 from .watchdog import agreement, require_finite_weights, warning_of
 

@@ -41,8 +41,8 @@ def test_the_scorers_of_the_example_are_scorers():
 
 
 def test_the_presets_and_functions_that_are_named_exist():
-    import repo.penalty
     import repo.training.advantages
+    import repo.training.multipliers
     from repo.config.parse import preset_names
 
     table = README.split("| preset (", 1)[1].split("\n\n", 1)[0]
@@ -50,7 +50,7 @@ def test_the_presets_and_functions_that_are_named_exist():
     sentence = README.split("`group_advantages`", 1)[1].split("are pure functions", 1)[0]
     names = set(re.findall(r"`(\w+)`", sentence))
     assert len(names) == 7
-    assert all(hasattr(repo.training.advantages, name) or hasattr(repo.penalty, name) for name in names)
+    assert all(hasattr(repo.training.advantages, name) or hasattr(repo.training.multipliers, name) for name in names)
 
 
 def test_every_option_that_is_named_exists():

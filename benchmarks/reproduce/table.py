@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from repo.drawing import STYLE
-from repo.penalty import lagrangian_lambda, repo_lambda
+from repo.training.multipliers import lagrangian_lambda, repo_lambda
 from repo_kernels import repo_loss
 
 RESULTS = Path(__file__).parents[1] / "results"

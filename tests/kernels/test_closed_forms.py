@@ -33,8 +33,8 @@ from benchmarks.reproduce.table import (
     train_with,
     unsafe_of_prompts,
 )
-from repo.penalty import repo_lambda
 from repo.training.advantages import token_signal
+from repo.training.multipliers import repo_lambda
 
 
 def test_the_table_states_the_optima_that_the_formulas_give() -> None:

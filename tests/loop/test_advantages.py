@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repo.config.schema import AlgorithmConfig, CriticConfig, PenaltyConfig
-from repo.penalty import Penalty, adapted_beta, lagrangian_lambda, repo_lambda
 from repo.training.advantages import (
     crpo_advantages,
     divide_by_group_std,
@@ -19,6 +18,7 @@ from repo.training.advantages import (
     rectified_cost,
     token_signal,
 )
+from repo.training.multipliers import Penalty, adapted_beta, lagrangian_lambda, repo_lambda
 
 GROUP = torch.tensor([0, 0, 0, 1, 1])
 

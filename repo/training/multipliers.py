@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from typing import Any
 
-from .config.schema import AlgorithmConfig, PenaltyConfig
+from ..config.schema import AlgorithmConfig, PenaltyConfig
 
 WINDOW = 128  # costs in the running mean of ppo_lagrangian
 
