@@ -30,8 +30,8 @@ from repo.data.sequences import Sequences, make_sequences
 from repo.models.actor import Actor, read_reference
 from repo.models.memory import keep_freed_memory
 from repo.models.policy import Policy, load_policy, load_reference
-from repo.objective import Batch, make_batch
 from repo.rollout.sample import sample
+from repo.training.loss import Batch, make_batch
 from repo.update import Updater
 
 PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18  # of the default run

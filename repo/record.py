@@ -11,10 +11,10 @@ from torch import Tensor
 from .config.schema import AlgorithmConfig
 from .metrics import summarize
 from .models.critic import explained_variance
-from .objective import Batch
 from .rollout.sample import Rollout
 from .scoring.scorers import Scores
 from .training.advantages import Advantages, is_safe, loss_mode
+from .training.loss import Batch
 from .update import UpdateResult
 from .watchdog import Agreement
 

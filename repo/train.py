@@ -30,7 +30,6 @@ from .models.actor import Actor, read_reference
 from .models.memory import describe_memory, keep_freed_memory
 from .models.policy import choose_device, vocabulary
 from .models.sharding import copy_weights, whole_weights
-from .objective import make_batch
 from .panel import SafetyPanel
 from .record import Timer, sample_records, step_record
 from .rollout.kv_cache import describe_decoding
@@ -40,6 +39,7 @@ from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .signals import Stopped, StopRequest
 from .tables import comparison_rows, print_comparison, print_compensation
+from .training.loss import make_batch
 from .training.multipliers import Penalty
 from .update import Updater
 from .watchdog import agreement, require_finite_weights, warning_of

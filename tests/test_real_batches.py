@@ -12,8 +12,8 @@ from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
 from repo.models.attention import Attention
 from repo.models.policy import load_policy
-from repo.objective import Batch, Objective
 from repo.training.advantages import Advantages
+from repo.training.loss import Batch, Objective
 from tests.loop.oracle import response_logps
 
 pytestmark = pytest.mark.assets

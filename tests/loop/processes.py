@@ -19,8 +19,8 @@ from repo.models.actor import Actor, read_responses
 from repo.models.critic import Critic
 from repo.models.policy import load_policy
 from repo.models.sharding import is_sharded
-from repo.objective import Objective, make_batch
 from repo.setup import shards_of
+from repo.training.loss import Objective, make_batch
 
 
 def random_batch(policy, config: Config):

@@ -18,11 +18,11 @@ from repo.data.sequences import make_sequences
 from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured, paired
 from repo.frontier import draw_frontier, frontier
 from repo.metrics import summarize
-from repo.objective import Batch
 from repo.panel import SafetyPanel, compensation_sentence
 from repo.record import reward_cost_grad_ratio
 from repo.tables import print_summary, show_change
 from repo.training.advantages import Advantages
+from repo.training.loss import Batch
 
 
 def evaluation_of(costs, rewards=None, limit=0.0, ids=None, **more):

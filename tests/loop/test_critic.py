@@ -23,9 +23,9 @@ from repo.data.prompts import Example, Prompt, tokenize_prompts
 from repo.models.actor import Actor, response_logps
 from repo.models.critic import Critic, explained_variance, make_critics, value_loss
 from repo.models.policy import load_policy
-from repo.objective import Batch, make_batch
 from repo.rollout.sample import sample
 from repo.scoring.scorers import load_scorers
+from repo.training.loss import Batch, make_batch
 from repo.update import Updater
 
 from .oracle import response_logits

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from repo_kernels import LossStats, linear_repo_loss
 
-from .config.schema import Config
-from .data.packing import Packed, flat, unflat
-from .data.prompts import Example
-from .data.sequences import Sequences, make_sequences
-from .models.actor import Actor
-from .models.critic import VALUE_CLIP, value_loss
-from .models.hidden_states import States
-from .training.advantages import Advantages, loss_mode, method_advantages
+from ..config.schema import Config
+from ..data.packing import Packed, flat, unflat
+from ..data.prompts import Example
+from ..data.sequences import Sequences, make_sequences
+from ..models.actor import Actor
+from ..models.critic import VALUE_CLIP, value_loss
+from ..models.hidden_states import States
+from .advantages import Advantages, loss_mode, method_advantages
 
 
 @dataclass(frozen=True)
