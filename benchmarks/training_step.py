@@ -32,7 +32,7 @@ from repo.models.memory import keep_freed_memory
 from repo.models.policy import Policy, load_policy, load_reference
 from repo.rollout.sample import sample
 from repo.training.loss import Batch, make_batch
-from repo.update import Updater
+from repo.training.update import Updater
 
 PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18  # of the default run
 if torch.cuda.is_available():

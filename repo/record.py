@@ -15,7 +15,7 @@ from .rollout.sample import Rollout
 from .scoring.scorers import Scores
 from .training.advantages import Advantages, is_safe, loss_mode
 from .training.loss import Batch
-from .update import UpdateResult
+from .training.update import UpdateResult
 from .watchdog import Agreement
 
 

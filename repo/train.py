@@ -41,7 +41,7 @@ from .signals import Stopped, StopRequest
 from .tables import comparison_rows, print_comparison, print_compensation
 from .training.loss import make_batch
 from .training.multipliers import Penalty
-from .update import Updater
+from .training.update import Updater
 from .watchdog import agreement, require_finite_weights, warning_of
 
 

@@ -26,7 +26,7 @@ from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from repo.scoring.scorers import load_scorers
 from repo.training.loss import Batch, make_batch
-from repo.update import Updater
+from repo.training.update import Updater
 
 from .oracle import response_logits
 from .tiny import QUESTIONS

@@ -17,7 +17,7 @@ from repo.optimizer import lr_at
 from repo.rollout.sample import sample
 from repo.training.advantages import Advantages
 from repo.training.loss import Batch
-from repo.update import Updater
+from repo.training.update import Updater
 
 from .oracle import response_logits
 from .tiny import QUESTIONS

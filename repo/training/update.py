@@ -14,14 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from repo_kernels import LossStats
 
-from .common.errors import UserError
-from .common.seeds import generator
-from .config.schema import Config
-from .data.prompts import Example, batch_at
-from .data.sequences import Sequences
-from .models.actor import Actor, read_responses
-from .optimizer import lr_at, make_optimizer
-from .training.loss import Batch, Objective
+from ..common.errors import UserError
+from ..common.seeds import generator
+from ..config.schema import Config
+from ..data.prompts import Example, batch_at
+from ..data.sequences import Sequences
+from ..models.actor import Actor, read_responses
+from ..optimizer import lr_at, make_optimizer
+from .loss import Batch, Objective
 
 
 @dataclass(frozen=True)
