@@ -20,8 +20,8 @@ from ..config.schema import Config
 from ..data.prompts import Example, batch_at
 from ..data.sequences import Sequences
 from ..models.actor import Actor, read_responses
-from ..optimizer import lr_at, make_optimizer
 from .loss import Batch, Objective
+from .optimizer import lr_at, make_optimizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.common.files import write_past_cache
 from repo.common.seeds import random_state, set_random_state
-from repo.optimizer import BFloat16AdamW
+from repo.training.optimizer import BFloat16AdamW
 
 from .crash import Died, machine
 

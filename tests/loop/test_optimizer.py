@@ -13,7 +13,7 @@ from repo import train
 from repo.common.errors import UserError
 from repo.config.schema import Config, OptimizerConfig
 from repo.models.memory import describe_memory
-from repo.optimizer import BLOCK, BFloat16AdamW, make_optimizer
+from repo.training.optimizer import BLOCK, BFloat16AdamW, make_optimizer
 
 BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 2 * 4 / 256}
 NEAR = {"bfloat16": 0.01, "8bit": 0.1}
@@ -64,7 +64,7 @@ def test_twenty_steps_stay_close_to_those_with_fp32_moments(few):
 
 def test_bf16_moments_follow_adamw_written_out(monkeypatch):
     weight = nn.Parameter(torch.linspace(-1, 1, 15).view(5, 3).t())  # not contiguous
-    monkeypatch.setattr("repo.optimizer.BLOCK", 7)
+    monkeypatch.setattr("repo.training.optimizer.BLOCK", 7)
     optimizer = BFloat16AdamW([{"params": [weight], "lr": 0.1, "weight_decay": 0.5}], (0.8, 0.9))
     expected, m, v = weight.detach().clone(), torch.zeros(3, 5), torch.zeros(3, 5)
     for t, gradient in enumerate((torch.randn(3, 5), torch.randn(3, 5), torch.zeros(3, 5)), 1):
@@ -81,7 +81,7 @@ def test_bf16_moments_follow_adamw_written_out(monkeypatch):
 def test_blocks_do_not_change_a_step(monkeypatch):
     ends = []
     for block in (BLOCK, 1000):
-        monkeypatch.setattr("repo.optimizer.BLOCK", block)
+        monkeypatch.setattr("repo.training.optimizer.BLOCK", block)
         model = make_model()
         optimizer = optimizer_of(model, "bfloat16")
         step(model, optimizer, 0)

@@ -13,10 +13,10 @@ from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, Rollout
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.models.actor import Actor, response_logps
 from repo.models.policy import load_policy
-from repo.optimizer import lr_at
 from repo.rollout.sample import sample
 from repo.training.advantages import Advantages
 from repo.training.loss import Batch
+from repo.training.optimizer import lr_at
 from repo.training.update import Updater
 
 from .oracle import response_logits

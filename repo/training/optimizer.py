@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from .common.errors import UserError
-from .config.schema import Config, OptimizerConfig
-from .models.sharding import local
+from ..common.errors import UserError
+from ..config.schema import Config, OptimizerConfig
+from ..models.sharding import local
 
 BLOCK = 2**22  # elements whose moments are widened at a time
 
