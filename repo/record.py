@@ -15,8 +15,8 @@ from .rollout.sample import Rollout
 from .scoring.scorers import Scores
 from .training.advantages import Advantages, is_safe, loss_mode
 from .training.loss import Batch
+from .training.mismatch import Agreement
 from .training.update import UpdateResult
-from .watchdog import Agreement
 
 
 def step_record(

@@ -40,9 +40,9 @@ from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .signals import Stopped, StopRequest
 from .tables import comparison_rows, print_comparison, print_compensation
 from .training.loss import make_batch
+from .training.mismatch import agreement, require_finite_weights, warning_of
 from .training.multipliers import Penalty
 from .training.update import Updater
-from .watchdog import agreement, require_finite_weights, warning_of
 
 
 def train(

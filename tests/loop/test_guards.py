@@ -20,7 +20,7 @@ from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.signals import Stopped, StopRequest
-from repo.watchdog import Agreement, agreement, likely_cause, require_finite_weights, warning_of
+from repo.training.mismatch import Agreement, agreement, likely_cause, require_finite_weights, warning_of
 
 from .tiny import make_tokenizer
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .common.distributed import World
-from .common.errors import UserError
-from .config.schema import Config
-from .models.sharding import local
+from ..common.distributed import World
+from ..common.errors import UserError
+from ..config.schema import Config
+from ..models.sharding import local
 
 MAX_GAP, MIN_ESS = 0.05, 0.9  # nats per token; share of the tokens
 
