@@ -72,7 +72,7 @@ class EnoughError(Exception):
 
 def train_ours(command: list[str], steps: int) -> Measured:
     """repo.train with these arguments, up to the end of the last step."""
-    from repo.run import Run
+    from repo.runs.folder import Run
     from repo.train import run_command
 
     measured, write = Measured(parts={name: [] for name in PARTS}), Run.write

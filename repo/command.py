@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import run
 from .common.errors import UserError
 from .config.parse import PRESETS, make_parser, parse, preset_names
 from .config.schema import Config
+from .runs import folder as run
 
 LOG_WIDTH = 140  # columns of a console that is not a terminal
 

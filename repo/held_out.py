@@ -19,7 +19,7 @@ from .metrics import finite, progress_bar
 from .models.actor import Actor, read_reference
 from .models.policy import Policy
 from .rollout.sample import sample
-from .run import Run, versions
+from .runs.folder import Run, versions
 from .scoring.judge import Judging
 from .scoring.scorers import Scorers
 from .setup import Parts

@@ -14,7 +14,7 @@ import time
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint, run
+from . import checkpoint
 from .card import model_card
 from .checkpoint import Saver
 from .command import Switches, console_of, read_command
@@ -34,7 +34,8 @@ from .panel import SafetyPanel
 from .record import Timer, sample_records, step_record
 from .rollout.kv_cache import describe_decoding
 from .rollout.sample import sample
-from .run import Resumed, Run
+from .runs import folder as run
+from .runs.folder import Resumed, Run
 from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .signals import Stopped, StopRequest

@@ -33,7 +33,7 @@ from repo.config import parse as parsing
 from repo.drawing import STYLE
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.metrics import finite
-from repo.run import versions
+from repo.runs.folder import versions
 from repo.tables import TITLES, show, show_change
 
 CONFIG = Path(__file__).with_name("language.yaml")

@@ -18,18 +18,18 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from . import checkpoint as checkpoints
-from .checkpoint import State
-from .common.distributed import ALONE, World
-from .common.errors import UserError
-from .common.files import create_folder, write_folder, write_text
-from .config import parse as parsing
-from .config.schema import Config, field_names
-from .inputs import FILE as INPUTS
-from .inputs import changed
-from .loggers import Logger, make_loggers
-from .metrics import JsonLines
-from .models.policy import Policy, save_policy
+from .. import checkpoint as checkpoints
+from ..checkpoint import State
+from ..common.distributed import ALONE, World
+from ..common.errors import UserError
+from ..common.files import create_folder, write_folder, write_text
+from ..config import parse as parsing
+from ..config.schema import Config, field_names
+from ..inputs import FILE as INPUTS
+from ..inputs import changed
+from ..loggers import Logger, make_loggers
+from ..metrics import JsonLines
+from ..models.policy import Policy, save_policy
 
 APPENDED = ("metrics", "samples")
 MAY_CHANGE_ON_RESUME = {
