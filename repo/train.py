@@ -31,11 +31,11 @@ from .models.memory import describe_memory, keep_freed_memory
 from .models.policy import choose_device, vocabulary
 from .models.sharding import copy_weights, whole_weights
 from .panel import SafetyPanel
-from .record import Timer, sample_records, step_record
 from .rollout.kv_cache import describe_decoding
 from .rollout.sample import sample
 from .runs import folder as run
 from .runs.folder import Resumed, Run
+from .runs.records import Timer, sample_records, step_record
 from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
 from .signals import Stopped, StopRequest

@@ -19,7 +19,7 @@ from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured
 from repo.frontier import draw_frontier, frontier
 from repo.metrics import summarize
 from repo.panel import SafetyPanel, compensation_sentence
-from repo.record import reward_cost_grad_ratio
+from repo.runs.records import reward_cost_grad_ratio
 from repo.tables import print_summary, show_change
 from repo.training.advantages import Advantages
 from repo.training.loss import Batch

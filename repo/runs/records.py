@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .config.schema import AlgorithmConfig
-from .metrics import summarize
-from .models.critic import explained_variance
-from .rollout.sample import Rollout
-from .scoring.scorers import Scores
-from .training.advantages import Advantages, is_safe, loss_mode
-from .training.loss import Batch
-from .training.mismatch import Agreement
-from .training.update import UpdateResult
+from ..config.schema import AlgorithmConfig
+from ..metrics import summarize
+from ..models.critic import explained_variance
+from ..rollout.sample import Rollout
+from ..scoring.scorers import Scores
+from ..training.advantages import Advantages, is_safe, loss_mode
+from ..training.loss import Batch
+from ..training.mismatch import Agreement
+from ..training.update import UpdateResult
 
 
 def step_record(
