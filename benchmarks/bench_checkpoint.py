@@ -22,7 +22,7 @@ from benchmarks.machine import provenance
 from benchmarks.models import EMBEDDED, folder_of
 from benchmarks.results import LIMIT, OURS, Case, Row
 from repo import train
-from repo.checkpoint import Saver
+from repo.runs.checkpoint import Saver
 
 ALONE, BESIDE = "step alone", "step beside a save"
 

@@ -27,7 +27,6 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence
 from .common.files import make_parent, write_text
@@ -37,6 +36,7 @@ from .export import chosen, policy_of
 from .held_out import content_of, with_progress
 from .models.actor import Actor
 from .models.policy import Policy, choose_device, load_policy
+from .runs import checkpoint
 from .scoring.judge import load_judge
 from .setup import find_assets, load_held_out, model_path, scorers_beside
 from .tables import print_compensation, print_summary

@@ -14,9 +14,7 @@ import time
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint
 from .card import model_card
-from .checkpoint import Saver
 from .command import Switches, console_of, read_command
 from .common.distributed import World, joined
 from .common.errors import exit_with_sentence
@@ -33,7 +31,9 @@ from .models.sharding import copy_weights, whole_weights
 from .panel import SafetyPanel
 from .rollout.kv_cache import describe_decoding
 from .rollout.sample import sample
+from .runs import checkpoint
 from .runs import folder as run
+from .runs.checkpoint import Saver
 from .runs.folder import Resumed, Run
 from .runs.records import Timer, sample_records, step_record
 from .scoring.scorers import gathered

@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .. import checkpoint as checkpoints
-from ..checkpoint import State
+from . import checkpoint as checkpoints
+from .checkpoint import State
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError
 from ..common.files import create_folder, write_folder, write_text

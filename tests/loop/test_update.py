@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from repo import checkpoint
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
@@ -14,6 +13,7 @@ from repo.data.prompts import Prompt, tokenize_prompts
 from repo.models.actor import Actor, response_logps
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
+from repo.runs import checkpoint
 from repo.training.advantages import Advantages
 from repo.training.loss import Batch
 from repo.training.optimizer import lr_at
