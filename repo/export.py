@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from . import assets, training_state
+from . import assets
 from .card import model_card
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
@@ -22,6 +22,7 @@ from .models.actor import Actor
 from .models.policy import Policy, load_policy, save_policy
 from .runs import checkpoint
 from .runs import folder as run
+from .runs import state_files as training_state
 from .scoring.scorers import EMBEDDED
 from .setup import model_path
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import training_state
+from . import state_files as training_state
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError, first_line
 from ..common.files import checksum_of, partial_of, write_folder, write_text

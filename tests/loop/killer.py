@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from repo import train, training_state
+from repo import train
 from repo.common import files
 from repo.evaluation.statistics import statistics as evaluation
 from repo.models import actor
 from repo.rollout.sample import sample as rollout
 from repo.runs import checkpoint
+from repo.runs import state_files as training_state
 from repo.training import update
 
 # (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from repo import training_state
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.common.files import write_past_cache
 from repo.common.seeds import random_state, set_random_state
 from repo.runs import checkpoint
+from repo.runs import state_files as training_state
 from repo.training.optimizer import BFloat16AdamW
 
 from .crash import Died, machine

@@ -19,9 +19,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from .common.errors import UserError, first_line
-from .common.files import write_past_cache
-from .models.sharding import is_sharded
+from ..common.errors import UserError, first_line
+from ..common.files import write_past_cache
+from ..models.sharding import is_sharded
 
 Numbers = dict[str, float | int]
 MODEL, OPTIMIZER, FILE = "model.", "optimizer.", "state.safetensors"
