@@ -22,7 +22,6 @@ from .config.schema import Config
 from .data.prompts import batch_at
 from .evaluation.statistics import Evaluation
 from .held_out import evaluated
-from .inputs import fingerprints
 from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .models.actor import Actor, read_reference
 from .models.memory import describe_memory, keep_freed_memory
@@ -34,6 +33,7 @@ from .rollout.sample import sample
 from .runs import checkpoint
 from .runs import folder as run
 from .runs.checkpoint import Saver
+from .runs.fingerprints import fingerprints
 from .runs.folder import Resumed, Run
 from .runs.records import Timer, sample_records, step_record
 from .scoring.scorers import gathered

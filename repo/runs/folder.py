@@ -25,8 +25,8 @@ from ..common.errors import UserError
 from ..common.files import create_folder, write_folder, write_text
 from ..config import parse as parsing
 from ..config.schema import Config, field_names
-from ..inputs import FILE as INPUTS
-from ..inputs import changed
+from .fingerprints import FILE as INPUTS
+from .fingerprints import changed
 from ..loggers import Logger, make_loggers
 from ..metrics import JsonLines
 from ..models.policy import Policy, save_policy

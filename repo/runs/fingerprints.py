@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .scoring.embedded import HeadScorer
-from .scoring.function import FunctionScorer
-from .scoring.scorers import Scorer
-from .setup import Parts
+from ..scoring.embedded import HeadScorer
+from ..scoring.function import FunctionScorer
+from ..scoring.scorers import Scorer
+from ..setup import Parts
 
 FILE = "inputs.json"
 
