@@ -20,10 +20,10 @@ from .common.errors import UserError, first_line
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
-from .loggers import check_loggers
 from .models.critic import make_critics
 from .models.memory import describe_memory
 from .models.policy import Policy, add_lora, choose_device, load_policy, load_reference
+from .runs.loggers import check_loggers
 from .scoring.judge import Judging, load_judge
 from .scoring.scorers import EMBEDDED, Scorers, load_scorers, scorer_names
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from repo.common.errors import UserError
-from repo.loggers import Logger, check_loggers, make_loggers
+from repo.runs.loggers import Logger, check_loggers, make_loggers
 
 CONFIG = {"steps": 4, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.95)}}
 RECORD = {"step": 7, "reward_mean": 0.5, "skipped": 0, "reward_safe_mean": math.nan, "cost_max": math.inf, "note": "x"}
@@ -212,5 +212,5 @@ def test_a_failing_package_leaves_the_others_alone(folder, monkeypatch, capsys):
 
 def test_nothing_is_imported_until_it_is_asked_for():
     packages = "{'tensorboard', 'torch.utils.tensorboard', 'wandb', 'trackio'}"
-    code = f"import sys, repo.loggers as l; l.check_loggers([]); assert not {packages} & sys.modules.keys()"
+    code = f"import sys, repo.runs.loggers as l; l.check_loggers([]); assert not {packages} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

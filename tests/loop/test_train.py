@@ -367,7 +367,7 @@ def test_a_logger_that_cannot_start_loses_nothing(when, tiny_arguments, tmp_path
     if when == "resume":
         run(options, out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    monkeypatch.setattr("repo.loggers._tensorboard", no_network)
+    monkeypatch.setattr("repo.runs.loggers._tensorboard", no_network)
     command = [*options, f"--out={out}"] if when == "start" else ["--resume", str(out), "--steps=2"]
     with pytest.raises(UserError, match="loggers: tensorboard cannot start: ConnectionError: network is down"):
         train.run_command([*command, "--loggers=[tensorboard]"])

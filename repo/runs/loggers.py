@@ -12,8 +12,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from .common.errors import UserError, first_line
-from .common.files import write_text
+from ..common.errors import UserError, first_line
+from ..common.files import write_text
 
 Send = Callable[[dict[str, float], int], Any]
 Finish = Callable[[], Any]
