@@ -26,7 +26,7 @@ from .command import console_of
 from .common.errors import UserError, exit_with_sentence, first_line, require_package
 from .common.files import make_parent, write_folder
 from .evaluation.statistics import Evaluation, aligned, draws_of, few, interval_of, measured, paired
-from .metrics import finite
+from .runs.console import finite
 from .tables import TITLES, show, show_change
 
 NEWEST = ("final", "after")

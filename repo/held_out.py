@@ -15,10 +15,10 @@ from .common.distributed import ALONE, World
 from .config.schema import Config
 from .data.prompts import Prompt
 from .evaluation.statistics import Evaluation
-from .metrics import finite, progress_bar
 from .models.actor import Actor, read_reference
 from .models.policy import Policy
 from .rollout.sample import sample
+from .runs.console import finite, progress_bar
 from .runs.folder import Run, versions
 from .scoring.judge import Judging
 from .scoring.scorers import Scorers

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.panel import Panel
 
-from .metrics import summarize
+from .runs.console import summarize
 
 WINDOW = 8
 """Steps that the panel looks back on."""

@@ -22,7 +22,6 @@ from .config.schema import Config
 from .data.prompts import batch_at
 from .evaluation.statistics import Evaluation
 from .held_out import evaluated
-from .metrics import ConsoleTable, duration, progress_bar, show_samples
 from .models.actor import Actor, read_reference
 from .models.memory import describe_memory, keep_freed_memory
 from .models.policy import choose_device, vocabulary
@@ -33,6 +32,7 @@ from .rollout.sample import sample
 from .runs import checkpoint
 from .runs import folder as run
 from .runs.checkpoint import Saver
+from .runs.console import ConsoleTable, duration, progress_bar, show_samples
 from .runs.fingerprints import fingerprints
 from .runs.folder import Resumed, Run
 from .runs.records import Timer, sample_records, step_record

@@ -10,7 +10,7 @@ import torch
 
 from .evaluation.statistics import paired
 from .history import History, Record
-from .metrics import summarize
+from .runs.console import summarize
 from .tables import TITLES, show, show_change
 
 QUANTITIES = (

@@ -32,7 +32,7 @@ from repo.compare import read_evaluation
 from repo.config import parse as parsing
 from repo.drawing import STYLE
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
-from repo.metrics import finite
+from repo.runs.console import finite
 from repo.runs.folder import versions
 from repo.tables import TITLES, show, show_change
 

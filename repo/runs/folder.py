@@ -28,7 +28,7 @@ from ..config.schema import Config, field_names
 from .fingerprints import FILE as INPUTS
 from .fingerprints import changed
 from .loggers import Logger, make_loggers
-from ..metrics import JsonLines
+from .console import JsonLines
 from ..models.policy import Policy, save_policy
 
 APPENDED = ("metrics", "samples")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config.schema import AlgorithmConfig
-from ..metrics import summarize
+from .console import summarize
 from ..models.critic import explained_variance
 from ..rollout.sample import Rollout
 from ..scoring.scorers import Scores

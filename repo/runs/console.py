@@ -14,8 +14,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .common.errors import UserError
-from .training.advantages import is_safe, rectified_cost
+from ..common.errors import UserError
+from ..training.advantages import is_safe, rectified_cost
 
 
 def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) -> dict[str, float]:
