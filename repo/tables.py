@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .evaluation.statistics import QUANTITIES, Evaluation, measured, paired
-from .panel import compensation_sentence
+from .runs.panel import compensation_sentence
 
 TITLES = {
     "reward": ("reward E[R]", "{:.3f}"),

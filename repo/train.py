@@ -26,7 +26,6 @@ from .models.actor import Actor, read_reference
 from .models.memory import describe_memory, keep_freed_memory
 from .models.policy import choose_device, vocabulary
 from .models.sharding import copy_weights, whole_weights
-from .panel import SafetyPanel
 from .rollout.kv_cache import describe_decoding
 from .rollout.sample import sample
 from .runs import checkpoint
@@ -35,6 +34,7 @@ from .runs.checkpoint import Saver
 from .runs.console import ConsoleTable, duration, progress_bar, show_samples
 from .runs.fingerprints import fingerprints
 from .runs.folder import Resumed, Run
+from .runs.panel import SafetyPanel
 from .runs.records import Timer, sample_records, step_record
 from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of

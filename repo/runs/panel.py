@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.panel import Panel
 
-from .runs.console import summarize
+from .console import summarize
 
 WINDOW = 8
 """Steps that the panel looks back on."""
