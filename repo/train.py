@@ -34,11 +34,11 @@ from .runs.checkpoint import Saver
 from .runs.console import ConsoleTable, duration, progress_bar, show_samples
 from .runs.fingerprints import fingerprints
 from .runs.folder import Resumed, Run
+from .runs.interrupts import Stopped, StopRequest
 from .runs.panel import SafetyPanel
 from .runs.records import Timer, sample_records, step_record
 from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
-from .signals import Stopped, StopRequest
 from .tables import comparison_rows, print_comparison, print_compensation
 from .training.loss import make_batch
 from .training.mismatch import agreement, require_finite_weights, warning_of

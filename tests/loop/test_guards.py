@@ -21,7 +21,7 @@ from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.runs import checkpoint
 from repo.runs import state_files as training_state
-from repo.signals import Stopped, StopRequest
+from repo.runs.interrupts import Stopped, StopRequest
 from repo.training.mismatch import Agreement, agreement, likely_cause, require_finite_weights, warning_of
 
 from .tiny import make_tokenizer
