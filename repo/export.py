@@ -13,7 +13,6 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from . import assets
-from .card import model_card
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
 from .config import parse as parsing
@@ -23,6 +22,7 @@ from .models.policy import Policy, load_policy, save_policy
 from .runs import checkpoint
 from .runs import folder as run
 from .runs import state_files as training_state
+from .runs.model_card import model_card
 from .scoring.scorers import EMBEDDED
 from .setup import model_path
 

@@ -14,7 +14,6 @@ import time
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from .card import model_card
 from .command import Switches, console_of, read_command
 from .common.distributed import World, joined
 from .common.errors import exit_with_sentence
@@ -35,6 +34,7 @@ from .runs.console import ConsoleTable, duration, progress_bar, show_samples
 from .runs.fingerprints import fingerprints
 from .runs.folder import Resumed, Run
 from .runs.interrupts import Stopped, StopRequest
+from .runs.model_card import model_card
 from .runs.panel import SafetyPanel
 from .runs.records import Timer, sample_records, step_record
 from .scoring.scorers import gathered

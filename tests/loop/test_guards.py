@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from repo import held_out, train
-from repo.card import model_card
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.runs import checkpoint
 from repo.runs import state_files as training_state
 from repo.runs.interrupts import Stopped, StopRequest
+from repo.runs.model_card import model_card
 from repo.training.mismatch import Agreement, agreement, likely_cause, require_finite_weights, warning_of
 
 from .tiny import make_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .config.schema import Config
+from ..config.schema import Config
 
 
 def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]]) -> str:
