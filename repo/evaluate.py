@@ -32,8 +32,8 @@ from .common.errors import UserError, exit_with_sentence
 from .common.files import make_parent, write_text
 from .config import parse as parsing
 from .config.schema import Config
+from .evaluation.run import content_of, with_progress
 from .export import chosen, policy_of
-from .held_out import content_of, with_progress
 from .models.actor import Actor
 from .models.policy import Policy, choose_device, load_policy
 from .runs import checkpoint

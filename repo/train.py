@@ -19,8 +19,8 @@ from .common.distributed import World, joined
 from .common.errors import exit_with_sentence
 from .config.schema import Config
 from .data.prompts import batch_at
+from .evaluation.run import evaluated
 from .evaluation.statistics import Evaluation
-from .held_out import evaluated
 from .models.actor import Actor, read_reference
 from .models.memory import describe_memory, keep_freed_memory
 from .models.policy import choose_device, vocabulary

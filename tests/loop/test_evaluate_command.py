@@ -51,7 +51,7 @@ def test_the_kl_of_the_reference_to_itself_is_0(run, tmp_path):
 def test_kl_and_surprise_are_those_of_the_two_models(run, tiny_model, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    from repo import held_out
+    from repo.evaluation import run as held_out
 
     rollouts, plain = [], held_out.sample
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from repo import held_out, train
+from repo import train
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, RolloutConfig, ScoringConfig
+from repo.evaluation import run as held_out
 from repo.runs import checkpoint
 from repo.runs import state_files as training_state
 from repo.runs.interrupts import Stopped, StopRequest

@@ -10,19 +10,19 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from .alerts import is_refusal, repetition
-from .common.distributed import ALONE, World
-from .config.schema import Config
-from .data.prompts import Prompt
-from .evaluation.statistics import Evaluation
-from .models.actor import Actor, read_reference
-from .models.policy import Policy
-from .rollout.sample import sample
-from .runs.console import finite, progress_bar
-from .runs.folder import Run, versions
-from .scoring.judge import Judging
-from .scoring.scorers import Scorers
-from .setup import Parts
+from ..alerts import is_refusal, repetition
+from ..common.distributed import ALONE, World
+from ..config.schema import Config
+from ..data.prompts import Prompt
+from ..models.actor import Actor, read_reference
+from ..models.policy import Policy
+from ..rollout.sample import sample
+from ..runs.console import finite, progress_bar
+from ..runs.folder import Run, versions
+from ..scoring.judge import Judging
+from ..scoring.scorers import Scorers
+from ..setup import Parts
+from .statistics import Evaluation
 
 
 def evaluate_policy(
