@@ -26,8 +26,8 @@ from .command import console_of
 from .common.errors import UserError, exit_with_sentence, first_line, require_package
 from .common.files import make_parent, write_folder
 from .evaluation.statistics import Evaluation, aligned, draws_of, few, interval_of, measured, paired
+from .evaluation.tables import TITLES, show, show_change
 from .runs.console import finite
-from .tables import TITLES, show, show_change
 
 NEWEST = ("final", "after")
 """Evaluations of a run in the order in which they are preferred; then its last checkpoint's, then `before`."""

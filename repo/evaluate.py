@@ -33,13 +33,13 @@ from .common.files import make_parent, write_text
 from .config import parse as parsing
 from .config.schema import Config
 from .evaluation.run import content_of, with_progress
+from .evaluation.tables import print_compensation, print_summary
 from .export import chosen, policy_of
 from .models.actor import Actor
 from .models.policy import Policy, choose_device, load_policy
 from .runs import checkpoint
 from .scoring.judge import load_judge
 from .setup import find_assets, load_held_out, model_path, scorers_beside
-from .tables import print_compensation, print_summary
 
 SAMPLES = 4
 """Of each prompt, unless evaluation.samples_per_prompt is given."""

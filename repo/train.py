@@ -21,6 +21,7 @@ from .config.schema import Config
 from .data.prompts import batch_at
 from .evaluation.run import evaluated
 from .evaluation.statistics import Evaluation
+from .evaluation.tables import comparison_rows, print_comparison, print_compensation
 from .models.actor import Actor, read_reference
 from .models.memory import describe_memory, keep_freed_memory
 from .models.policy import choose_device, vocabulary
@@ -39,7 +40,6 @@ from .runs.panel import SafetyPanel
 from .runs.records import Timer, sample_records, step_record
 from .scoring.scorers import gathered
 from .setup import Parts, describe_batch, dry_run, load_parts, shards_of
-from .tables import comparison_rows, print_comparison, print_compensation
 from .training.loss import make_batch
 from .training.mismatch import agreement, require_finite_weights, warning_of
 from .training.multipliers import Penalty

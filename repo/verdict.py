@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from .evaluation.statistics import paired
+from .evaluation.tables import TITLES, show, show_change
 from .history import History, Record
 from .runs.console import summarize
-from .tables import TITLES, show, show_change
 
 QUANTITIES = (
     ("safe_rate", "Safe rate (training cost)", "{:.1%}"),

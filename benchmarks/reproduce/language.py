@@ -32,9 +32,9 @@ from repo.compare import read_evaluation
 from repo.config import parse as parsing
 from repo.drawing import STYLE
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
+from repo.evaluation.tables import TITLES, show, show_change
 from repo.runs.console import finite
 from repo.runs.folder import versions
-from repo.tables import TITLES, show, show_change
 
 CONFIG = Path(__file__).with_name("language.yaml")
 RESULTS = Path(__file__).parents[1] / "results"

@@ -16,11 +16,11 @@ from repo.compare import contender, read_evaluation, run_command, safety_table, 
 from repo.config.schema import AlgorithmConfig
 from repo.data.sequences import make_sequences
 from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured, paired
+from repo.evaluation.tables import print_summary, show_change
 from repo.frontier import draw_frontier, frontier
 from repo.runs.console import summarize
 from repo.runs.panel import SafetyPanel, compensation_sentence
 from repo.runs.records import reward_cost_grad_ratio
-from repo.tables import print_summary, show_change
 from repo.training.advantages import Advantages
 from repo.training.loss import Batch
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .evaluation.statistics import QUANTITIES, Evaluation, measured, paired
-from .runs.panel import compensation_sentence
+from ..runs.panel import compensation_sentence
+from .statistics import QUANTITIES, Evaluation, measured, paired
 
 TITLES = {
     "reward": ("reward E[R]", "{:.3f}"),
