@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import page
-from .alerts import CHECKS, FEWEST, alerts
 from .common.errors import UserError, exit_with_sentence, require_package
 from .common.files import write_bytes
+from .evaluation.reward_hacking import CHECKS, FEWEST, alerts
 from .history import History, read
 from .ledger import RECENT, Entry, ledger
 from .page import Pair

@@ -8,7 +8,7 @@ the margins of the tests below are what counts.
 import pytest
 
 from repo import assets
-from repo.alerts import alerts, is_refusal, repetition
+from repo.evaluation.reward_hacking import alerts, is_refusal, repetition
 from repo.scoring.embedded import HeadScorer, score_all
 from tests.test_heads import PROMPTS, REPLIES
 

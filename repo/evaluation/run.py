@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from ..alerts import is_refusal, repetition
 from ..common.distributed import ALONE, World
 from ..config.schema import Config
 from ..data.prompts import Prompt
@@ -22,6 +21,7 @@ from ..runs.folder import Run, versions
 from ..scoring.judge import Judging
 from ..scoring.scorers import Scorers
 from ..setup import Parts
+from .reward_hacking import is_refusal, repetition
 from .statistics import Evaluation
 
 

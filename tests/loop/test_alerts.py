@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repo.alerts import alerts, is_refusal, opening, repetition
+from repo.evaluation.reward_hacking import alerts, is_refusal, opening, repetition
 
 WORDS = "ash birch cedar date elm fir gum hazel ivy jute kale lime maple nut oak pine quince rose sage teak".split()
 
