@@ -31,7 +31,7 @@ from .drawing import (
     trend,
     window,
 )
-from .history import History, column
+from .reporting.run_history import History, column
 
 SCATTERED = 400  # responses on each side
 

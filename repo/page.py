@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .history import Record
 from .ledger import Entry
+from .reporting.run_history import Record
 
 if TYPE_CHECKING:
     from .figures import Drawn

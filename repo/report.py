@@ -18,9 +18,9 @@ from . import page
 from .common.errors import UserError, exit_with_sentence, require_package
 from .common.files import write_bytes
 from .evaluation.reward_hacking import CHECKS, FEWEST, alerts
-from .history import History, read
 from .ledger import RECENT, Entry, ledger
 from .page import Pair
+from .reporting.run_history import History, read
 from .verdict import Comparison, Compensation, compare, compensation, quantities, quantity_rows, verdict
 
 if TYPE_CHECKING:

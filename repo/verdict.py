@@ -10,7 +10,7 @@ import torch
 
 from .evaluation.statistics import paired
 from .evaluation.tables import TITLES, show, show_change
-from .history import History, Record
+from .reporting.run_history import History, Record
 from .runs.console import summarize
 
 QUANTITIES = (

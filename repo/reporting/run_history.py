@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .common.errors import UserError
-from .evaluation.statistics import Evaluation
+from ..common.errors import UserError
+from ..evaluation.statistics import Evaluation
 
 Record = Mapping[str, Any]
 SAMPLE_KEYS = {"step", "id", "category", "prompt", "response", "reward", "cost"}
