@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .ledger import Entry
+from .reporting.prompt_history import Entry
 from .reporting.run_history import Record
 
 if TYPE_CHECKING:

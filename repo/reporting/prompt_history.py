@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .reporting.run_history import Record, column
+from .run_history import Record, column
 
 RECENT = 3  # visits
 
