@@ -19,9 +19,9 @@ from .common.errors import UserError, exit_with_sentence, require_package
 from .common.files import write_bytes
 from .evaluation.reward_hacking import CHECKS, FEWEST, alerts
 from .page import Pair
+from .reporting.headline import Comparison, Compensation, compare, compensation, quantities, quantity_rows, verdict
 from .reporting.prompt_history import RECENT, Entry, ledger
 from .reporting.run_history import History, read
-from .verdict import Comparison, Compensation, compare, compensation, quantities, quantity_rows, verdict
 
 if TYPE_CHECKING:
     from .figures import Drawn

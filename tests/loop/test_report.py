@@ -17,9 +17,9 @@ from repo.common.errors import UserError
 from repo.evaluation.tables import TITLES
 from repo.page import escaped, number
 from repo.report import assemble, grouped, report, run_command
+from repo.reporting.headline import Comparison, change, compare, compensation, verdict
 from repo.reporting.prompt_history import ledger
 from repo.reporting.run_history import read
-from repo.verdict import Comparison, change, compare, compensation, verdict
 from tests.loop.recorded import write_evaluation, write_lines, write_run
 
 pytest.importorskip("matplotlib")

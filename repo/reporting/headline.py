@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .evaluation.statistics import paired
-from .evaluation.tables import TITLES, show, show_change
-from .reporting.run_history import History, Record
-from .runs.console import summarize
+from ..evaluation.statistics import paired
+from ..evaluation.tables import TITLES, show, show_change
+from ..runs.console import summarize
+from .run_history import History, Record
 
 QUANTITIES = (
     ("safe_rate", "Safe rate (training cost)", "{:.1%}"),
