@@ -13,7 +13,7 @@ from .reporting.prompt_history import Entry
 from .reporting.run_history import Record
 
 if TYPE_CHECKING:
-    from .figures import Drawn
+    from .reporting.figures import Drawn
 
 PROMPT_LENGTH, RESPONSE_LENGTH = 300, 1500  # characters
 SPARK_WIDTH, SPARK_HEIGHT, SPARK_POINTS = 104, 32, 60

@@ -24,7 +24,7 @@ from .reporting.prompt_history import RECENT, Entry, ledger
 from .reporting.run_history import History, read
 
 if TYPE_CHECKING:
-    from .figures import Drawn
+    from .reporting.figures import Drawn
 
 HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="repo.report">'
@@ -42,7 +42,7 @@ def report(run: Path, out: Path | None = None) -> Path:
     """Write the report of a run and return its path; other files in `out` stay. UserError without matplotlib, for what
     is no run or damaged, and where writing fails or would replace what is not a report's."""
     require_package("matplotlib", "a report with figures")
-    from .figures import draw_all
+    from .reporting.figures import draw_all
 
     history = read(run)
     folder = out or run / "report"

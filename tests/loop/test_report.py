@@ -277,7 +277,7 @@ def test_other_methods_and_unknown_numbers(tmp_path, algorithm):
 
 
 def test_lengths_are_those_of_the_steps_or_counted_from_the_samples(tmp_path):
-    from repo.figures import _metric
+    from repo.reporting.figures import _metric
 
     run = write_run(tmp_path / "run")
     rewrite(run, "metrics", lambda r: {"length": 7.5 if r["step"] else None})
@@ -303,7 +303,7 @@ def test_costs_that_are_all_equal_or_extreme_are_drawn(tmp_path):
     run = write_run(tmp_path / "run")
     for change_of in (lambda _: {"cost": 0.0}, lambda r: {"cost": 50.0 if r["step"] else -50.0}):
         rewrite(run, "samples", change_of)
-        from repo.figures import draw_all
+        from repo.reporting.figures import draw_all
 
         assert {"distribution", "cumulative", "scatter"} <= {d.name for d in draw_all(read(run))}
 
@@ -513,7 +513,7 @@ def test_evaluations_of_other_prompts_are_not_compared(tmp_path):
     write_evaluation(run, "after", [r | {"kl": 1.0} for r in found[::-1]])
     history = read(run)
     assert not history.paired
-    from repo.figures import draw_all
+    from repo.reporting.figures import draw_all
 
     text = page_of(run).text
     assert "are not of the same prompts and are not compared" in text

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .drawing import (
+from ..drawing import (
     BAD,
     GOOD,
     INK,
@@ -31,7 +31,7 @@ from .drawing import (
     trend,
     window,
 )
-from .reporting.run_history import History, column
+from .run_history import History, column
 
 SCATTERED = 400  # responses on each side
 
