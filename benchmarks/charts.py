@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.training_step import SAMPLES, TOKENS
-from repo.drawing import BAD, INK, NOW, START, STYLE, png
+from repo.reporting.style import BAD, INK, NOW, START, STYLE, png
 
 PANELS = (
     ("loss", "fp32"),

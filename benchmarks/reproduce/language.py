@@ -30,9 +30,9 @@ from benchmarks.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
 from repo.compare import read_evaluation
 from repo.config import parse as parsing
-from repo.drawing import STYLE
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.evaluation.tables import TITLES, show, show_change
+from repo.reporting.style import STYLE
 from repo.runs.console import finite
 from repo.runs.folder import versions
 

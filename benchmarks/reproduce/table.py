@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.machine import machine
-from repo.drawing import STYLE
+from repo.reporting.style import STYLE
 from repo.training.multipliers import lagrangian_lambda, repo_lambda
 from repo_kernels import repo_loss
 

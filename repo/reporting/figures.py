@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..drawing import (
+from .run_history import History, column
+from .style import (
     BAD,
     GOOD,
     INK,
@@ -31,7 +32,6 @@ from ..drawing import (
     trend,
     window,
 )
-from .run_history import History, column
 
 SCATTERED = 400  # responses on each side
 

@@ -287,7 +287,7 @@ def test_lengths_are_those_of_the_steps_or_counted_from_the_samples(tmp_path):
 def test_a_dollar_in_a_name_is_no_mathematics_in_a_figure():
     import matplotlib
 
-    from repo.drawing import STYLE, legend, log_axis, panel
+    from repo.reporting.style import STYLE, legend, log_axis, panel
 
     with matplotlib.rc_context(STYLE):
         figure, axes = panel()
@@ -542,7 +542,7 @@ def test_start_and_now_are_a_tenth_of_the_steps(tmp_path):
 
 
 def test_running_means_skip_what_is_not_known():
-    from repo.drawing import running_mean
+    from repo.reporting.style import running_mean
 
     found = running_mean(np.array([1.0, np.nan, 3.0, 5.0, np.nan, np.nan]), 2)
     np.testing.assert_allclose(found, [1.0, 1.0, 3.0, 4.0, 5.0, np.nan])
@@ -556,7 +556,7 @@ def test_running_means_skip_what_is_not_known():
 def test_legends_stay_inside_their_figure(names, count):
     import matplotlib
 
-    from repo.drawing import STYLE, legend, panel
+    from repo.reporting.style import STYLE, legend, panel
 
     with matplotlib.rc_context(STYLE):
         figure, axes = panel()
@@ -570,7 +570,7 @@ def test_legends_stay_inside_their_figure(names, count):
 
 
 def test_a_cost_at_the_limit_falls_into_a_safe_bin():
-    from repo.drawing import edges_of
+    from repo.reporting.style import edges_of
 
     edges = edges_of(np.array([-2.0, 0.1, 3.0]), 0.1)
     assert 0.1 in edges
