@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import page
 from .common.errors import UserError, exit_with_sentence, require_package
 from .common.files import write_bytes
 from .evaluation.reward_hacking import CHECKS, FEWEST, alerts
-from .page import Pair
+from .reporting import page
 from .reporting.headline import Comparison, Compensation, compare, compensation, quantities, quantity_rows, verdict
+from .reporting.page import Pair
 from .reporting.prompt_history import RECENT, Entry, ledger
 from .reporting.run_history import History, read
 

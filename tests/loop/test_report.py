@@ -15,9 +15,9 @@ import pytest
 
 from repo.common.errors import UserError
 from repo.evaluation.tables import TITLES
-from repo.page import escaped, number
 from repo.report import assemble, grouped, report, run_command
 from repo.reporting.headline import Comparison, change, compare, compensation, verdict
+from repo.reporting.page import escaped, number
 from repo.reporting.prompt_history import ledger
 from repo.reporting.run_history import read
 from tests.loop.recorded import write_evaluation, write_lines, write_run

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .reporting.prompt_history import Entry
-from .reporting.run_history import Record
+from .prompt_history import Entry
+from .run_history import Record
 
 if TYPE_CHECKING:
-    from .reporting.figures import Drawn
+    from .figures import Drawn
 
 PROMPT_LENGTH, RESPONSE_LENGTH = 300, 1500  # characters
 SPARK_WIDTH, SPARK_HEIGHT, SPARK_POINTS = 104, 32, 60
