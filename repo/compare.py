@@ -222,7 +222,7 @@ def run_command(argv: list[str] | None = None) -> None:
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another folder")
     require_package("matplotlib", "the figure of a comparison")
-    from .frontier import draw_frontier
+    from .reporting.pareto import draw_frontier
 
     console = console_of()
     contenders = [contender(name, options.cost_limit) for name in options.evaluations]

@@ -17,7 +17,7 @@ from repo.config.schema import AlgorithmConfig
 from repo.data.sequences import make_sequences
 from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured, paired
 from repo.evaluation.tables import print_summary, show_change
-from repo.frontier import draw_frontier, frontier
+from repo.reporting.pareto import draw_frontier, frontier
 from repo.runs.console import summarize
 from repo.runs.panel import SafetyPanel, compensation_sentence
 from repo.runs.records import reward_cost_grad_ratio

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .reporting.style import GRID, INK, MUTED, STYLE
+from .style import GRID, INK, MUTED, STYLE
 
 MARKERS = "osD^vP*X"
 COLOURS = ("#0062a3", "#c2410c", "#00795a", "#8a3ffc", "#737b84", "#b28600", "#a2191f", "#1c2024")
