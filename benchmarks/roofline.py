@@ -88,8 +88,8 @@ class Roofline:
 
 def our_kernels(vocabulary: int, warp_size: int) -> dict[str, tuple[str, ...]]:
     """Names of the kernels that a computation of traffic.OURS launches on rows of so many bf16 logits."""
+    from repo_kernels.backends.interface import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
     from repo_kernels.backends.triton.variants import apply_variant, fused_variant, statistics_variant
-    from repo_kernels.rows import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
 
     def fused(entropy: int, full_kl: bool = False) -> tuple[str]:
         return (fused_variant(DTYPE, vocabulary, entropy, False, full_kl, warp_size).name,)

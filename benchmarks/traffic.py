@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repo_kernels.rows import (
+from repo_kernels.backends.interface import (
     COST_NONE,
     ENTROPY_GRADIENT,
     ENTROPY_NONE,

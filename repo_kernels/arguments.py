@@ -15,21 +15,7 @@ import torch
 from torch import Tensor
 
 from . import aggregation
-from .checks import (
-    COST_MODES,
-    ID_DTYPES,
-    KL_ESTIMATORS,
-    VALUE_DTYPES,
-    Scalar,
-    check_choice,
-    check_cu_seqlens,
-    check_scalar,
-    check_temperature,
-    check_tensor,
-    compute_dtype,
-    describe,
-)
-from .rows import (
+from .backends.interface import (
     COST_GATED,
     COST_GIVEN,
     COST_HINGE,
@@ -45,6 +31,20 @@ from .rows import (
     Code,
     LossRows,
     device_scalar,
+)
+from .checks import (
+    COST_MODES,
+    ID_DTYPES,
+    KL_ESTIMATORS,
+    VALUE_DTYPES,
+    Scalar,
+    check_choice,
+    check_cu_seqlens,
+    check_scalar,
+    check_temperature,
+    check_tensor,
+    compute_dtype,
+    describe,
 )
 from .terms import hinge
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import choice as backends
-from .rows import IGNORED, LossRows
+from .backends.interface import IGNORED, LossRows
 
 
 def refuse_second_order(name: str) -> None:

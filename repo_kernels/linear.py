@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .backends import choice as backends
+from .backends.interface import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
 from .eager import take_rows
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
-from .rows import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
 
 CHUNK_BYTES = 64_000_000
 # Rows of a chunk begin at an odd multiple of this many elements: aligned for any V, and not all in the same cache sets,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .autograd import refuse_second_order
+from .backends.interface import STATE, TOKENS, LossRows
 from .linear import Head, loss_chunks, scale_all, slope_chunks, statistics_chunks
-from .rows import STATE, TOKENS, LossRows
 from .stats import row_sum
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .arguments import LossArguments, make_arguments
 from .autograd import InplaceLoss
 from .backends.choice import choose_backend
+from .backends.interface import SCALARS, TOKENS
 from .checks import (
     Scalar,
     check_chunk_tokens,
@@ -20,7 +21,6 @@ from .checks import (
 )
 from .linear_ops import gradients_wanted, linear_loss
 from .ops import fused_loss
-from .rows import SCALARS, TOKENS
 from .stats import LossStats, collect_stats, row_sum
 
 

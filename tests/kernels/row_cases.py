@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from repo_kernels.rows import (
+from repo_kernels.backends.interface import (
     COST_GIVEN,
     ENTROPY_NONE,
     KL_FULL,

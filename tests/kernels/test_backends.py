@@ -18,7 +18,7 @@ from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_lo
 from repo_kernels.aggregation import token_weights
 from repo_kernels.backends.choice import choice as backends
 from repo_kernels.backends.cpu.memory import Spare
-from repo_kernels.rows import gradient_buffer
+from repo_kernels.backends.interface import gradient_buffer
 
 from .cases import Batch, batches, loss_arguments, options
 

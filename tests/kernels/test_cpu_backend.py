@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from repo_kernels.backends import cpu
-from repo_kernels.rows import (
+from repo_kernels.backends.interface import (
     COST_GATED,
     COST_GIVEN,
     COST_HINGE,

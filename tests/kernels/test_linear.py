@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo_kernels import gemm, linear, linear_repo_loss, linear_selective_log_softmax, onednn_linear
 from repo_kernels.backends.choice import choice as backends
-from repo_kernels.rows import SCALARS, TOKENS, VALUES, LossRows
+from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, LossRows
 
 from .cases import Batch, loss_arguments, make_batch
 from .oracle import oracle_loss

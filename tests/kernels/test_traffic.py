@@ -14,7 +14,7 @@ import torch
 from benchmarks import peers, roofline, traffic
 from benchmarks.l2_model import L2, MEGABYTE, SEGMENT, Access, replay
 from benchmarks.recorder import Recorder
-from repo_kernels.rows import IGNORED
+from repo_kernels.backends.interface import IGNORED
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...rows import ENTROPY_NONE, IGNORED, KL_FULL, STATE, TOKENS, Code, LossRows
+from ..interface import ENTROPY_NONE, IGNORED, KL_FULL, STATE, TOKENS, Code, LossRows
 from . import memory
 
 try:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...rows import gradient_buffer, gradient_layout
+from ..interface import gradient_buffer, gradient_layout
 
 LARGE = 4 << 20  # bytes; smaller blocks come back from the allocator with their pages
 

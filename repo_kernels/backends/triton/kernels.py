@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ... import rows
+from .. import interface as rows
 from .held_row import held_statistics, hold, store_held
 from .row_gradient import factors, target_gradient
 from .row_layout import aligned, block_pointers, edge_columns, peel, row_offset, target_piece

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rows import ENTROPY_NONE, SLOPES, STATE, TOKENS, LossRows, gradient_buffer, gradient_layout, row_strides
+from ..interface import ENTROPY_NONE, SLOPES, STATE, TOKENS, LossRows, gradient_buffer, gradient_layout, row_strides
 from .variants import Variant, apply_variant, fused_variant, scale_variant, statistics_variant
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

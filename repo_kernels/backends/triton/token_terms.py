@@ -7,7 +7,7 @@ fp32 arithmetic is not contracted, so that rho = 1 +- eps and C = d fall on the 
 import triton
 import triton.language as tl
 
-from ... import rows
+from .. import interface as rows
 from .scalar_math import exp, expm1
 
 COST_NONE = tl.constexpr(rows.COST_NONE)

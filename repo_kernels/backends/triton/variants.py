@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from ...rows import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
+from ..interface import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
 from . import kernels
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
