@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .backends import choice as backends
+from .backends.eager.kernels import take_rows
 from .backends.interface import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
-from .eager import take_rows
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
 
 CHUNK_BYTES = 64_000_000

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.interface import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, STATE, TOKENS, Code, LossRows, gradient_buffer
-from .checks import check_live_ids
-from .terms import coefficients, token_inputs, token_rows, token_terms
+from ...checks import check_live_ids
+from ...terms import coefficients, token_inputs, token_rows, token_terms
+from ..interface import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, STATE, TOKENS, Code, LossRows, gradient_buffer
 
 CHUNK_ELEMENTS = 1 << 23  # 32 MB of fp32 logits
 LOG2_E = 1.4426950408889634
