@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import aggregation
+from .backends.eager.terms import hinge
 from .backends.interface import (
     COST_GATED,
     COST_GIVEN,
@@ -46,7 +47,6 @@ from .checks import (
     compute_dtype,
     describe,
 )
-from .terms import hinge
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from repo_kernels.backends.eager.terms import coefficients, token_inputs, token_rows, token_terms
 from repo_kernels.backends.interface import (
     COST_GIVEN,
     ENTROPY_NONE,
@@ -21,7 +22,6 @@ from repo_kernels.backends.interface import (
     LossRows,
     gradient_buffer,
 )
-from repo_kernels.terms import coefficients, token_inputs, token_rows, token_terms
 
 
 @dataclass(frozen=True)

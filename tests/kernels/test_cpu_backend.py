@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from repo_kernels.backends import cpu
+from repo_kernels.backends.eager.terms import coefficients, token_inputs, token_terms
 from repo_kernels.backends.interface import (
     COST_GATED,
     COST_GIVEN,
@@ -32,7 +33,6 @@ from repo_kernels.backends.interface import (
     Code,
     gradient_buffer,
 )
-from repo_kernels.terms import coefficients, token_inputs, token_terms
 
 from .row_cases import Case, flat, make_case, oracle, relative
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from repo_kernels import terms
 from repo_kernels.backends import interface as flat
+from repo_kernels.backends.eager import terms
 from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, Code, LossRows, gradient_buffer
 
 from .interpreter import round_as_hardware

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...checks import check_live_ids
-from ...terms import coefficients, token_inputs, token_rows, token_terms
 from ..interface import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, STATE, TOKENS, Code, LossRows, gradient_buffer
+from .terms import coefficients, token_inputs, token_rows, token_terms
 
 CHUNK_ELEMENTS = 1 << 23  # 32 MB of fp32 logits
 LOG2_E = 1.4426950408889634

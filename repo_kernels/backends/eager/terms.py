@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.interface import COST_GATED, COST_GIVEN, COST_HINGE, KL_K1, KL_K2, KL_K3, SCALARS, TOKENS, VALUES, Code
+from ..interface import COST_GATED, COST_GIVEN, COST_HINGE, KL_K1, KL_K2, KL_K3, SCALARS, TOKENS, VALUES, Code
 
 LOG_RATIO_CLAMP = 20.0
 
