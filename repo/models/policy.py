@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repo_kernels.fused_layers import fused_layers
+from repo_kernels.layers.fused_layers import fused_layers
 from repo_kernels.onednn_linear import onednn_linears
 
 from ..common.errors import UserError, first_line

@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from repo_kernels import fused_layers
 from repo_kernels.backends import cpu
-from repo_kernels.fused_layers import RmsNorm, Rotary, SwiGlu
+from repo_kernels.layers import fused_layers
+from repo_kernels.layers.fused_layers import RmsNorm, Rotary, SwiGlu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")
 SIZES = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 257]))

@@ -1,0 +1,1 @@
+"""Layers of a transformer on the CPU: linear, norm, gated MLP, rotary embedding and attention."""
