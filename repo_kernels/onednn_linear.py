@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .backends import cpu
-from .packed_linear import available
+from .layers.packed_linear import available
 
 
 @functools.cache

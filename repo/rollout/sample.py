@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repo_kernels.packed_linear import packed_linears
+from repo_kernels.layers.packed_linear import packed_linears
 
 from ..common.seeds import generator
 from ..config.schema import RolloutConfig

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from repo_kernels import onednn_linear
+from repo_kernels.layers.packed_linear import available
 from repo_kernels.onednn_linear import OneDnnLinear, onednn_linears
-from repo_kernels.packed_linear import available
 
 
 @pytest.fixture(autouse=True)

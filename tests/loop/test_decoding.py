@@ -22,7 +22,7 @@ from repo.rollout import kv_cache as decoding
 from repo.rollout.kv_cache import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.rollout.sample import sample
 from repo.rollout.sample import sample as rollout
-from repo_kernels.packed_linear import packed_linears
+from repo_kernels.layers.packed_linear import packed_linears
 
 from .tiny import QUESTIONS, make_tokenizer, save_tiny_model
 

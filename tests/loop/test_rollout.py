@@ -13,7 +13,7 @@ from repo.data.sequences import make_sequences
 from repo.models.actor import Actor, response_logps
 from repo.models.policy import choose_device, load_policy
 from repo.rollout.sample import draw_uniforms, merge, sample, sample_tokens
-from repo_kernels.packed_linear import packed_linears
+from repo_kernels.layers.packed_linear import packed_linears
 
 from . import oracle
 from .tiny import QUESTIONS
