@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from repo_kernels import packed_attention as cpu_attention
+from repo_kernels.layers import packed_attention as cpu_attention
 
 from ..common.errors import first_line
 from ..common.seeds import generator

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repo_kernels.backends import cpu
-from repo_kernels.packed_attention import attention, available
+from repo_kernels.layers.packed_attention import attention, available
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")
 LENGTHS = st.tuples(st.integers(1, 70), st.sampled_from([0, 0, 1, 15, 40]))  # queries, and keys before them
