@@ -24,7 +24,8 @@ from benchmarks.cases import Outputs, Setup, Way
 from benchmarks.machine import device
 from benchmarks.peers import NEEDS_GPU, missing
 from benchmarks.results import LIMIT, OURS
-from repo_kernels import linear_repo_loss, onednn_linear
+from repo_kernels import linear_repo_loss
+from repo_kernels.layers import onednn_linear
 
 SEQUENCES, HIDDEN, VOCABULARY = 4, 576, 49_152
 SMALL = {"tokens": 64}

@@ -21,7 +21,8 @@ from benchmarks.cases import Outputs, Setup, Way
 from benchmarks.limits import copy
 from benchmarks.peers import NEEDS_GPU, missing
 from benchmarks.results import LIMIT, OURS
-from repo_kernels import linear_selective_log_softmax, onednn_linear, selective_log_softmax
+from repo_kernels import linear_selective_log_softmax, selective_log_softmax
+from repo_kernels.layers import onednn_linear
 
 SMALL = {"tokens": 16}
 Values = Callable[[Tensor, Tensor], tuple[Tensor, ...]]

@@ -34,7 +34,7 @@ from benchmarks.memory import reset_peak, resident
 from benchmarks.models import EMBEDDED, GPU_MODELS
 from benchmarks.results import LIMIT, OURS
 from benchmarks.training_step import PROMPTS, SAMPLES, TOKENS, load_step, passes, useful_work
-from repo_kernels import onednn_linear
+from repo_kernels.layers import onednn_linear
 
 SMALL: dict[str, Any] = {}
 LARGEST = 8192 if torch.cuda.is_available() else 4096  # side of the largest square product

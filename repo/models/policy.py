@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo_kernels.layers.fused_layers import fused_layers
-from repo_kernels.onednn_linear import onednn_linears
+from repo_kernels.layers.onednn_linear import onednn_linears
 
 from ..common.errors import UserError, first_line
 from ..config.schema import ModelConfig

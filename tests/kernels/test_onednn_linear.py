@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from repo_kernels import onednn_linear
+from repo_kernels.layers import onednn_linear
+from repo_kernels.layers.onednn_linear import OneDnnLinear, onednn_linears
 from repo_kernels.layers.packed_linear import available
-from repo_kernels.onednn_linear import OneDnnLinear, onednn_linears
 
 
 @pytest.fixture(autouse=True)

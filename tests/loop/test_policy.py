@@ -17,7 +17,7 @@ from repo.models.actor import Actor, response_logps
 from repo.models.memory import describe_memory
 from repo.models.policy import load_policy, load_reference
 from repo.rollout.sample import sample
-from repo_kernels import onednn_linear
+from repo_kernels.layers import onednn_linear
 
 from . import oracle
 from .tiny import QUESTIONS

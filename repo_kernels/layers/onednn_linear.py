@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .backends import cpu
-from .layers.packed_linear import available
+from ..backends import cpu
+from .packed_linear import available
 
 
 @functools.cache
