@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import LossArguments, make_arguments
 from .autograd import InplaceLoss
 from .backends.choice import choose_backend
 from .backends.interface import SCALARS, TOKENS
@@ -20,6 +19,7 @@ from .checks import (
     describe,
 )
 from .linear_ops import gradients_wanted, linear_loss
+from .losses.arguments import LossArguments, make_arguments
 from .ops import fused_loss
 from .stats import LossStats, collect_stats, row_sum
 

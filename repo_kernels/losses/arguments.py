@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aggregation
-from .backends.eager.terms import hinge
-from .backends.interface import (
+from .. import aggregation
+from ..backends.eager.terms import hinge
+from ..backends.interface import (
     COST_GATED,
     COST_GIVEN,
     COST_HINGE,
@@ -33,7 +33,7 @@ from .backends.interface import (
     LossRows,
     device_scalar,
 )
-from .checks import (
+from ..checks import (
     COST_MODES,
     ID_DTYPES,
     KL_ESTIMATORS,

@@ -1,0 +1,1 @@
+"""The losses: arguments, operators and autograd over the backends."""
