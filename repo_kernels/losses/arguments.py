@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import aggregation
 from ..backends.eager.terms import hinge
 from ..backends.interface import (
     COST_GATED,
@@ -47,6 +46,7 @@ from ..checks import (
     compute_dtype,
     describe,
 )
+from . import aggregation
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
-from repo_kernels.aggregation import token_weights
 from repo_kernels.backends.choice import choice as backends
 from repo_kernels.backends.cpu.memory import Spare
 from repo_kernels.backends.interface import gradient_buffer
+from repo_kernels.losses.aggregation import token_weights
 
 from .cases import Batch, batches, loss_arguments, options
 

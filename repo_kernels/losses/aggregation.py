@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends.interface import device_scalar
+from ..backends.interface import device_scalar
 
 MODES = (
     "token-mean",
