@@ -7,7 +7,7 @@ out.loss.backward()
 
 from .logprobs import linear_selective_log_softmax, selective_log_softmax
 from .loss import RepoLossOutput, linear_repo_loss, repo_loss
-from .stats import LossStats
+from .losses.stats import LossStats
 
 __all__ = [
     "LossStats",

@@ -20,8 +20,8 @@ from .checks import (
 )
 from .linear_ops import gradients_wanted, linear_loss
 from .losses.arguments import LossArguments, make_arguments
+from .losses.stats import LossStats, collect_stats, row_sum
 from .ops import fused_loss
-from .stats import LossStats, collect_stats, row_sum
 
 
 @dataclass(frozen=True)

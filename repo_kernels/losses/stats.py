@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.interface import TOKENS
+from ..backends.interface import TOKENS
 
 SUMS = (
     "entropy_sum",
