@@ -6,7 +6,7 @@ out.loss.backward()
 """
 
 from .logprobs import linear_selective_log_softmax, selective_log_softmax
-from .loss import RepoLossOutput, linear_repo_loss, repo_loss
+from .losses.loss import RepoLossOutput, linear_repo_loss, repo_loss
 from .losses.stats import LossStats
 
 __all__ = [
