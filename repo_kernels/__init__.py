@@ -5,7 +5,7 @@ out = repo_loss(logits, token_ids, old_logps, reward_advantages, costs=costs, la
 out.loss.backward()
 """
 
-from .logprobs import linear_selective_log_softmax, selective_log_softmax
+from .losses.logprobs import linear_selective_log_softmax, selective_log_softmax
 from .losses.loss import RepoLossOutput, linear_repo_loss, repo_loss
 from .losses.stats import LossStats
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backends.choice import choose_backend
-from .backends.interface import ENTROPY_NONE, ENTROPY_VALUE
-from .checks import Scalar, check_chunk_tokens, check_head, check_matrix, check_temperature, describe
-from .linear_ops import gradients_wanted, linear_statistics
-from .losses.arguments import Layout, make_layout, scalar_vector
-from .ops import row_statistics
+from ..backends.choice import choose_backend
+from ..backends.interface import ENTROPY_NONE, ENTROPY_VALUE
+from ..checks import Scalar, check_chunk_tokens, check_head, check_matrix, check_temperature, describe
+from ..linear_ops import gradients_wanted, linear_statistics
+from ..ops import row_statistics
+from .arguments import Layout, make_layout, scalar_vector
 
 
 def _check_tail(temperature: Scalar, softcap: float | None, return_entropy: bool) -> None:
