@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from .autograd import refuse_second_order
 from .backends.interface import STATE, TOKENS, LossRows
-from .linear import Head, loss_chunks, scale_all, slope_chunks, statistics_chunks
+from .losses.linear import Head, loss_chunks, scale_all, slope_chunks, statistics_chunks
 from .losses.stats import row_sum
 
 

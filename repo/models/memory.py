@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import nn
 
-from repo_kernels.linear import CHUNK_BYTES
+from repo_kernels.losses.linear import CHUNK_BYTES
 
 from ..config.schema import Config
 
