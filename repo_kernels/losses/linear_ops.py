@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .autograd import refuse_second_order
-from .backends.interface import STATE, TOKENS, LossRows
-from .losses.linear import Head, loss_chunks, scale_all, slope_chunks, statistics_chunks
-from .losses.stats import row_sum
+from ..autograd import refuse_second_order
+from ..backends.interface import STATE, TOKENS, LossRows
+from .linear import Head, loss_chunks, scale_all, slope_chunks, statistics_chunks
+from .stats import row_sum
 
 
 def gradients_wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
