@@ -7,9 +7,9 @@ from torch import Tensor
 from ..backends.choice import choose_backend
 from ..backends.interface import ENTROPY_NONE, ENTROPY_VALUE
 from ..checks import Scalar, check_chunk_tokens, check_head, check_matrix, check_temperature, describe
-from ..ops import row_statistics
 from .arguments import Layout, make_layout, scalar_vector
 from .linear_ops import gradients_wanted, linear_statistics
+from .ops import row_statistics
 
 
 def _check_tail(temperature: Scalar, softcap: float | None, return_entropy: bool) -> None:
