@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..autograd import refuse_second_order
 from ..backends.interface import STATE, TOKENS, LossRows
+from .autograd import refuse_second_order
 from .linear import Head, loss_chunks, scale_all, slope_chunks, statistics_chunks
 from .stats import row_sum
 

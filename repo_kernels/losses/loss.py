@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..autograd import InplaceLoss
 from ..backends.choice import choose_backend
 from ..backends.interface import SCALARS, TOKENS
 from ..checks import Scalar, check_chunk_tokens, check_head, check_matrix, check_tensor, describe
 from .arguments import LossArguments, make_arguments
+from .autograd import InplaceLoss
 from .linear_ops import gradients_wanted, linear_loss
 from .ops import fused_loss
 from .stats import LossStats, collect_stats, row_sum

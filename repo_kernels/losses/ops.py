@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..autograd import live_upstream, refuse_second_order
 from ..backends import choice as backends
 from ..backends.interface import STATE, TOKENS, LossRows, gradient_buffer
+from .autograd import live_upstream, refuse_second_order
 
 
 @custom_op("repo_kernels::fused_loss", mutates_args=())

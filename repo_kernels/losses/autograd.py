@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import choice as backends
-from .backends.interface import IGNORED, LossRows
+from ..backends import choice as backends
+from ..backends.interface import IGNORED, LossRows
 
 
 def refuse_second_order(name: str) -> None:
