@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import choice as backends
 from ..backends.eager.kernels import take_rows
 from ..backends.interface import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
-from ..gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
+from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
 
 CHUNK_BYTES = 64_000_000
 # Rows of a chunk begin at an odd multiple of this many elements: aligned for any V, and not all in the same cache sets,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from repo_kernels import gemm, linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
+from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
+from repo_kernels.losses import gemm
 
 from .cases import Batch, loss_arguments, make_batch
 from .test_linear import FORMS as LINEAR_FORMS

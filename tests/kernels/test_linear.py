@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repo_kernels import gemm, linear_repo_loss, linear_selective_log_softmax
+from repo_kernels import linear_repo_loss, linear_selective_log_softmax
 from repo_kernels.backends.choice import choice as backends
 from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, LossRows
 from repo_kernels.layers import onednn_linear
-from repo_kernels.losses import linear
+from repo_kernels.losses import gemm, linear
 
 from .cases import Batch, loss_arguments, make_batch
 from .oracle import oracle_loss

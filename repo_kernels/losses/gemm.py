@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .layers import onednn_linear
+from ..layers import onednn_linear
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK_ROWS = 2048  # what a block needs beside its factors stays in the caches
