@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
-from ..scorers import field_of
+from .signals import field_of
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
-from ..scorers import field_of
+from .signals import field_of
 from .manifest import Manifest, make_manifest
 
 

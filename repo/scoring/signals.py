@@ -1,4 +1,4 @@
-"""Scorers of the user's own: models and Python functions, with the manifest that says what their numbers mean."""
+"""The signals of a run and the configuration fields that name their scorers."""
 
 
 def field_of(signal: str) -> str:
