@@ -26,7 +26,7 @@ from .reporting.run_history import History, read
 if TYPE_CHECKING:
     from .reporting.figures import Drawn
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "reporting"
 MARK = '<meta name="generator" content="repo.report">'
 LEDGER_ROWS, EXAMPLES = 200, 6
 SECTIONS = {
