@@ -19,9 +19,8 @@ from .config import parse as parsing
 from .config.schema import Config
 from .models.actor import Actor
 from .models.policy import Policy, load_policy, save_policy
-from .runs import checkpoint
+from .runs import checkpoint, state_files
 from .runs import folder as run
-from .runs import state_files as training_state
 from .runs.model_card import model_card
 from .scoring.scorers import EMBEDDED
 from .setup import model_path
@@ -44,7 +43,7 @@ def policy_of(source: Path, config: Config, device: torch.device, trust: bool) -
     """The policy of a checkpoint folder; config: of its run."""
     path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
     policy = load_policy(path, device, True, config.model, trust)
-    training_state.restore_weights(source, Actor(policy))
+    state_files.restore_weights(source, Actor(policy))
     return policy
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import state_files as training_state
+from . import state_files
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError, first_line
 from ..common.files import checksum_of, partial_of, write_folder, write_text
@@ -83,7 +83,7 @@ class Saver:
     def start(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Begin to write; every process calls it. A sharded run writes in the foreground, all processes together."""
         self.wait()
-        tensors, numbers = training_state.collect(model, optimizer)
+        tensors, numbers = state_files.collect(model, optimizer)
         if self.sharded:
             self._write_shards(state, tensors, numbers)
         elif self.world.first:
@@ -102,18 +102,18 @@ class Saver:
             error, self.error = self.error, None
             raise error
 
-    def _write_aside(self, state: State, tensors: dict[str, Any], numbers: training_state.Numbers) -> None:
+    def _write_aside(self, state: State, tensors: dict[str, Any], numbers: state_files.Numbers) -> None:
         try:
-            self._publish(state, numbers, lambda folder: training_state.write(folder, tensors))
+            self._publish(state, numbers, lambda folder: state_files.write(folder, tensors))
         except BaseException as error:  # it belongs to whoever waits
             self.error = error
 
-    def _write_shards(self, state: State, tensors: dict[str, Any], numbers: training_state.Numbers) -> None:
+    def _write_shards(self, state: State, tensors: dict[str, Any], numbers: state_files.Numbers) -> None:
         world, staging = self.world, partial_of(self.root / _name(state.step))
 
         def write(folder: Path) -> dict[str, int]:
             world.barrier()  # the folder is there
-            training_state.write_shards(folder, tensors)
+            state_files.write_shards(folder, tensors)
             world.barrier()  # and so is everything in it
             return {}
 
@@ -124,7 +124,7 @@ class Saver:
         world.barrier()
 
     def _publish(
-        self, state: State, numbers: training_state.Numbers, write_tensors: Callable[[Path], dict[str, int]]
+        self, state: State, numbers: state_files.Numbers, write_tensors: Callable[[Path], dict[str, int]]
     ) -> None:
         """The protocol: the folder, then `best`, then `latest`, then what is no longer kept goes."""
 
@@ -235,7 +235,7 @@ def find(run: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def read_state(folder: Path) -> tuple[State, training_state.Numbers]:
+def read_state(folder: Path) -> tuple[State, state_files.Numbers]:
     """The state of a checkpoint, and the optimiser's plain numbers. UserError when it is not one of this version."""
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -249,5 +249,5 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wo
     """Load weights, optimiser state and the random state of a checkpoint into place; the random state of the first
     process, where there are more or fewer than there were."""
     state, numbers = read_state(folder)
-    training_state.restore(folder, numbers, model, optimizer)
+    state_files.restore(folder, numbers, model, optimizer)
     set_random_state(state.random[world.rank if len(state.random) == world.size else 0])

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
-from .signals import field_of
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
+from .signals import field_of
 
 BATCH_TOKENS = 4096
 

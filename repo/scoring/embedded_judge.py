@@ -1,7 +1,7 @@
 """The held-out judge: MiniLM features with two heads, and a word list. Evaluation only.
 
-It shares neither the encoder nor a labelled prompt with the training scorers (`repo.scoring.embedded`), so a policy that
-has learnt to please its scorers has learnt nothing about pleasing the judge.
+It shares neither the encoder nor a labelled prompt with the training scorers (`repo.scoring.embedded`), so a policy
+that has learnt to please its scorers has learnt nothing about pleasing the judge.
 """
 
 import json

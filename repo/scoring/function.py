@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
-from .signals import field_of
 from .manifest import Manifest, make_manifest
+from .signals import field_of
 
 
 class FunctionScorer:

@@ -19,14 +19,13 @@ from ..checks import check_choice, describe
 from . import cpu
 
 BACKENDS = ("triton", "cpu", "eager")
-_MODULES = {"triton": "gpu", "cpu": "cpu", "eager": "eager"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
 def load(backend: str) -> ModuleType:
     """The backend's module; Triton is imported on its first use."""
-    return importlib.import_module(f".{_MODULES[backend]}", __package__)
+    return importlib.import_module(f".{backend}", __package__)
 
 
 # Looked up once, so that torch.compile finds constants.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choice as backends
+from ..backends import choice
 from ..backends.interface import IGNORED, LossRows
 
 
@@ -32,7 +32,7 @@ class InplaceLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, ref_logits: Tensor | None, rows: LossRows, buffer: Tensor, backend: str
     ) -> tuple[Tensor, Tensor]:
-        losses, tokens = backends.load(backend).fused(buffer, ref_logits, rows, buffer)
+        losses, tokens = choice.load(backend).fused(buffer, ref_logits, rows, buffer)
         torch.autograd.graph.increment_version(buffer)
         ctx.mark_non_differentiable(tokens)
         ctx.set_materialize_grads(False)
@@ -52,6 +52,6 @@ class InplaceLoss(torch.autograd.Function):
             raise RuntimeError(
                 "repo_loss(inplace=True): the logits hold the gradient and were modified before backward"
             )
-        backends.load(ctx.backend).scale_rows(buffer, live_upstream(upstream, ctx.ids))
+        choice.load(ctx.backend).scale_rows(buffer, live_upstream(upstream, ctx.ids))
         torch.autograd.graph.increment_version(buffer)
         return buffer, *nothing

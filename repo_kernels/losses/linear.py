@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..backends import choice as backends
+from ..backends import choice
 from ..backends.eager.kernels import take_rows
 from ..backends.interface import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
@@ -177,7 +177,7 @@ def scale_all(total: Tensor, factor: Tensor, backend: str) -> None:
     """Multiply a contiguous tensor in place by a 0-d factor, which the device reads; 1 leaves it untouched."""
     if total.numel():
         rows = total.view(-1, total.shape[-1])
-        backends.load(backend).scale_rows(rows, factor.to(total.dtype).expand(rows.shape[0]))
+        choice.load(backend).scale_rows(rows, factor.to(total.dtype).expand(rows.shape[0]))
 
 
 def row_bytes(head: Head, result: torch.dtype, buffers: int, with_gradient: bool) -> int:
@@ -201,7 +201,7 @@ def loss_chunks(
     backend: str,
 ) -> tuple[Tensor, Tensor, HeadGradients]:
     """(losses (N,), tokens (13, N), gradients), a row's gradient multiplied by its `upstream` (N,) if given."""
-    kernels, result = backends.load(backend), rows.values.dtype
+    kernels, result = choice.load(backend), rows.values.dtype
     live, graded = LiveRows.of(rows.ids), any(wanted)
     size = chunk_size(live.count, row_bytes(head, result, 1 if reference is None else 2, graded), chunk_tokens)
     side = Side.of(hidden, head, live, size, result)
@@ -243,7 +243,7 @@ def statistics_chunks(
     backend: str,
 ) -> Tensor:
     """The STATE (7, N) of the rows."""
-    kernels, result, live = backends.load(backend), scalars.dtype, LiveRows.of(ids)
+    kernels, result, live = choice.load(backend), scalars.dtype, LiveRows.of(ids)
     size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=False), chunk_tokens)
     side, ids = Side.of(hidden, head, live, size, result), live.take(ids)
     state = scalars.new_empty(len(STATE), live.count)
@@ -267,7 +267,7 @@ def slope_chunks(
     backend: str,
 ) -> HeadGradients:
     """Gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again."""
-    kernels, result, live = backends.load(backend), scalars.dtype, LiveRows.of(ids)
+    kernels, result, live = choice.load(backend), scalars.dtype, LiveRows.of(ids)
     size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=True), chunk_tokens)
     side, gradients = Side.of(hidden, head, live, size, result), HeadGradients(hidden, head, live, result, wanted)
     ids, state, slopes = live.take(ids), live.take(state), live.take(slopes)

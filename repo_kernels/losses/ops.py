@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import choice as backends
+from ..backends import choice
 from ..backends.interface import STATE, TOKENS, LossRows, gradient_buffer
 from .autograd import live_upstream, refuse_second_order
 
@@ -31,7 +31,7 @@ def fused_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses (N,), tokens (13, N), dL/dlogits times grad_scale, or an empty tensor). The arguments are a LossRows."""
-    kernels, rows = backends.load(backend), LossRows(ids, values, scalars, code, softcap, entropy)
+    kernels, rows = choice.load(backend), LossRows(ids, values, scalars, code, softcap, entropy)
     grad, zeroed = kernels.new_gradient(logits, ids) if want_grad else (None, False)
     losses, tokens = kernels.fused(logits, ref_logits, rows, grad, zeroed)
     return losses, tokens, logits.new_empty(0) if grad is None else grad
@@ -72,7 +72,7 @@ def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     # what is traced or retained may be asked for again; otherwise the buffer is this backward's own
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return scaled_rows(grad, upstream, ctx.backend), *nothing
-    backends.load(ctx.backend).scale_rows(grad, upstream)
+    choice.load(ctx.backend).scale_rows(grad, upstream)
     torch.autograd.graph.increment_version(grad)
     return grad, *nothing
 
@@ -84,7 +84,7 @@ fused_loss.register_autograd(_scale_gradient, setup_context=_keep_gradient)
 def scaled_rows(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """A copy of grad (T, V) or (B, L, V) with its rows multiplied by upstream (N,)."""
     out = gradient_buffer(grad).copy_(grad)
-    backends.load(backend).scale_rows(out, upstream)
+    choice.load(backend).scale_rows(out, upstream)
     return out
 
 
@@ -96,7 +96,7 @@ def _(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
 @custom_op("repo_kernels::row_statistics", mutates_args=())
 def row_statistics(logits: Tensor, ids: Tensor, scalars: Tensor, softcap: float, entropy: int, backend: str) -> Tensor:
     """The STATE (7, N) of each row; differentiable in the logits through its first two rows, logp and entropy."""
-    return backends.load(backend).statistics(logits, None, ids, scalars, softcap, entropy)
+    return choice.load(backend).statistics(logits, None, ids, scalars, softcap, entropy)
 
 
 @row_statistics.register_fake
@@ -129,7 +129,7 @@ def row_gradient(
     logits: Tensor, ids: Tensor, state: Tensor, slopes: Tensor, scalars: Tensor, softcap: float, backend: str
 ) -> Tensor:
     """dL/dlogits from the STATE (7, N) and the SLOPES (3, N)."""
-    kernels = backends.load(backend)
+    kernels = choice.load(backend)
     grad, zeroed = kernels.new_gradient(logits, ids)
     kernels.apply(logits, None, ids, state, slopes, scalars, softcap, grad, zeroed)
     return grad

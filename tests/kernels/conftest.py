@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repo_kernels.backends.choice import choice as backends
+from repo_kernels.backends import choice
 
 from .interpreter import patch_language_once, round_as_hardware
 
@@ -42,16 +42,16 @@ def _interpreter() -> Iterator[None]:
 @contextmanager
 def served_by(backend: str) -> Iterator[None]:
     """Calls that name no backend go to this one for fp32, bf16 and fp16; fp64 is eager's."""
-    if backend == "cpu" and not backends.load("cpu").available():
+    if backend == "cpu" and not choice.load("cpu").available():
         pytest.skip("the C++ extension was not built")
     if backend == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
 
     def chosen(source: Tensor) -> str:
-        return backend if source.dtype in backends.KERNEL_DTYPES else "eager"
+        return backend if source.dtype in choice.KERNEL_DTYPES else "eager"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "default_backend", chosen)
+        patch.setattr(choice, "default_backend", chosen)
         yield
 
 

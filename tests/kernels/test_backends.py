@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
-from repo_kernels.backends.choice import choice as backends
+from repo_kernels.backends import choice
 from repo_kernels.backends.cpu.memory import Spare
 from repo_kernels.backends.interface import gradient_buffer
 from repo_kernels.losses.aggregation import token_weights
@@ -28,7 +28,7 @@ GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # t
 def available() -> list[str]:
     """The backends that this machine can run."""
     pytest.importorskip("triton", reason="triton is not installed")
-    if not backends.load("cpu").available():
+    if not choice.load("cpu").available():
         pytest.skip("the C++ extension was not built")
     return ["eager", "cpu", "triton"]
 
@@ -105,12 +105,12 @@ def test_the_backends_agree_on_a_thousand_configurations(
 
 
 def test_the_device_and_the_type_decide() -> None:
-    if not backends.load("cpu").available():
+    if not choice.load("cpu").available():
         pytest.skip("the C++ extension was not built")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert backends.choose_backend(None, torch.zeros(1, 2, dtype=dtype)) == "cpu"
-    assert backends.choose_backend(None, torch.zeros(1, 2, dtype=torch.float64)) == "eager"
-    assert backends.choose_backend(None, torch.zeros(1, 2, device="meta")) == "eager"
+        assert choice.choose_backend(None, torch.zeros(1, 2, dtype=dtype)) == "cpu"
+    assert choice.choose_backend(None, torch.zeros(1, 2, dtype=torch.float64)) == "eager"
+    assert choice.choose_backend(None, torch.zeros(1, 2, device="meta")) == "eager"
 
 
 @pytest.mark.parametrize("backend", [None, "cpu", "eager", "triton"])
@@ -163,7 +163,7 @@ def test_a_large_gradient_has_the_strides_that_its_fake_promises(view: str) -> N
     promised = gradient_buffer(logits)
     for name in available():
         for ids in (torch.zeros(284, dtype=torch.int64), torch.full((284,), -100)):
-            gradient, zeroed = backends.load(name).new_gradient(logits, ids)
+            gradient, zeroed = choice.load(name).new_gradient(logits, ids)
             assert gradient.stride() == promised.stride()
             assert gradient.storage_offset() == promised.storage_offset()
             assert not zeroed or not gradient.any()
@@ -242,7 +242,7 @@ def test_fp64_is_for_the_eager_backend_only(function: str, backend: str) -> None
 
 def test_the_cpu_backend_names_a_device_that_it_cannot_take() -> None:
     with pytest.raises(ValueError, match="backend='cpu' takes tensors on the CPU; got float32 .* on meta"):
-        backends.choose_backend("cpu", torch.zeros(2, 3, device="meta"))
+        choice.choose_backend("cpu", torch.zeros(2, 3, device="meta"))
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -272,19 +272,19 @@ def test_importing_the_losses_imports_no_triton_and_compiles_nothing() -> None:
 
 
 def test_without_the_extension_eager_serves_the_cpu_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "CPU_BUILT", False)
-    backends._warn_once.cache_clear()
+    monkeypatch.setattr(choice, "CPU_BUILT", False)
+    choice._warn_once.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(3):
-                assert backends.default_backend(torch.zeros(1, 2)) == "eager"
+                assert choice.default_backend(torch.zeros(1, 2)) == "eager"
         assert len(caught) == 1
         assert "without its C++ extension" in str(caught[0].message)
         with pytest.raises(ValueError, match="backend='cpu' needs the C\\+\\+ extension"):
-            backends.choose_backend("cpu", torch.zeros(1, 2))
+            choice.choose_backend("cpu", torch.zeros(1, 2))
     finally:
-        backends._warn_once.cache_clear()
+        choice._warn_once.cache_clear()
 
 
 def test_an_id_outside_the_vocabulary_is_nan_in_triton_and_never_an_address() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax
-from repo_kernels.backends.choice import choice as backends
+from repo_kernels.backends import choice
 from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, LossRows
 from repo_kernels.layers import onednn_linear
 from repo_kernels.losses import gemm, linear
@@ -282,7 +282,7 @@ def test_one_value_of_the_device_is_read_per_call(monkeypatch: pytest.MonkeyPatc
         return rows.values[0], rows.values[0].expand(len(TOKENS), -1)
 
     stub = SimpleNamespace(fused=fused, scale_rows=lambda grad, upstream: None)
-    monkeypatch.setattr(backends, "load", lambda backend: stub)
+    monkeypatch.setattr(choice, "load", lambda backend: stub)
     ids, head = torch.tensor([1, -100, 2, 3]), linear.Head(torch.randn(VOCABULARY, WIDTH), None)
     rows = LossRows(ids, torch.ones(len(VALUES), 4), torch.ones(len(SCALARS)), 0, 0.0, 0)
     with Operations() as operations:
@@ -329,7 +329,7 @@ for what in sys.argv[2:]:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to reset the peak")
 def test_the_peak_is_one_chunk_beside_the_gradients() -> None:
     """1500 rows of logits would be 302 MB."""
-    if not backends.load("cpu").available():
+    if not choice.load("cpu").available():
         pytest.skip("the C++ extension was not built")
     cases = ("trained head", "frozen head", "half of the rows", "log-probs")
     command = [sys.executable, "-c", MEMORY_PROGRAM, "1500", *cases]

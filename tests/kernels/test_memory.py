@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from repo_kernels.backends.choice import choice as backends
+from repo_kernels.backends import choice
 
 MEGABYTE = 1 << 20
 PROGRAM = """
@@ -55,7 +55,7 @@ print(extra, size)
     ],
 )
 def test_the_peak_is_one_gradient_or_nothing(what: str, gradients: int, dtype: str) -> None:
-    if not backends.load("cpu").available():
+    if not choice.load("cpu").available():
         pytest.skip("the C++ extension was not built")
     done = subprocess.run([sys.executable, "-c", PROGRAM, what, dtype], capture_output=True, text=True, check=True)
     extra, size = map(int, done.stdout.split())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repo_kernels.backends import interface as flat
+from repo_kernels.backends import interface
 from repo_kernels.backends.eager import terms
 from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, Code, LossRows, gradient_buffer
 
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 PIECES = 64  # of 16 bytes in a block, in most tests
 BLOCK = {dtype: PIECES * 16 // dtype.itemsize for dtype in DTYPES}
-PLAIN = Code(flat.COST_NONE, flat.KL_NONE, kl_ratio=False, normalize=False, on_policy=False)
+PLAIN = Code(interface.COST_NONE, interface.KL_NONE, kl_ratio=False, normalize=False, on_policy=False)
 KL = ("none", "k1", "k2", "k3", "full")
 
 
@@ -134,7 +134,7 @@ class Expected:
 
 def oracle(logits: Tensor, ref: Tensor | None, rows: LossRows) -> Expected:
     """Live rows through fp64 autograd of the statistics, with the scalars of terms.py; dead rows are 0."""
-    live = rows.ids != flat.IGNORED
+    live = rows.ids != interface.IGNORED
     count, columns = logits.shape
     losses, tokens = torch.zeros(count).double(), torch.zeros(len(TOKENS), count).double()
     grad, slopes = torch.zeros(count, columns).double(), torch.zeros(3, count).double()
@@ -191,7 +191,7 @@ def run_and_check(logits: Tensor, rows: LossRows, ref: Tensor | None = None) -> 
 def kill(rows: LossRows, dead: list[int]) -> LossRows:
     """Rows whose id is -100 and whose values are not numbers."""
     ids, values = rows.ids.clone(), rows.values.clone()
-    ids[dead] = flat.IGNORED
+    ids[dead] = interface.IGNORED
     values[:, dead] = torch.nan
     values[0, dead[0]] = torch.inf
     return replace(rows, ids=ids, values=values)
@@ -201,7 +201,7 @@ def kill(rows: LossRows, dead: list[int]) -> LossRows:
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 33, 500])
 def test_resident_rows(columns: int, dtype: torch.dtype) -> None:
     logits = random_logits(2, columns, dtype)
-    for entropy in (flat.ENTROPY_NONE, flat.ENTROPY_VALUE):
+    for entropy in (interface.ENTROPY_NONE, interface.ENTROPY_VALUE):
         run_and_check(logits, make_rows(logits, entropy=entropy, grad_scale=64.0))
 
 
@@ -209,7 +209,7 @@ def test_resident_rows(columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("blocks", [1.0, 1.4, 2.0, 2.7, 3.0])
 def test_resident_rows_of_several_blocks(blocks: float, dtype: torch.dtype) -> None:
     logits = random_logits(2, int(blocks * BLOCK[dtype]), dtype)
-    run_and_check(logits, make_rows(logits, entropy=flat.ENTROPY_VALUE, grad_scale=256.0))
+    run_and_check(logits, make_rows(logits, entropy=interface.ENTROPY_VALUE, grad_scale=256.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,11 +217,11 @@ def test_resident_rows_of_several_blocks(blocks: float, dtype: torch.dtype) -> N
 @pytest.mark.usefixtures("swept")
 def test_swept_rows(columns: int, dtype: torch.dtype) -> None:
     logits = random_logits(2, columns, dtype)
-    for entropy in (flat.ENTROPY_NONE, flat.ENTROPY_VALUE, flat.ENTROPY_GRADIENT):
+    for entropy in (interface.ENTROPY_NONE, interface.ENTROPY_VALUE, interface.ENTROPY_GRADIENT):
         run_and_check(logits, make_rows(logits, entropy=entropy, grad_scale=64.0))
 
 
-@pytest.mark.parametrize("entropy", [flat.ENTROPY_NONE, flat.ENTROPY_GRADIENT])
+@pytest.mark.parametrize("entropy", [interface.ENTROPY_NONE, interface.ENTROPY_GRADIENT])
 @pytest.mark.parametrize(
     ("columns", "dtype"), [(50257, torch.bfloat16), (24578, torch.float32), (65537, torch.float16)]
 )
@@ -235,7 +235,7 @@ def test_long_rows(columns: int, dtype: torch.dtype, entropy: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("entropy", [flat.ENTROPY_NONE, flat.ENTROPY_GRADIENT])
+@pytest.mark.parametrize("entropy", [interface.ENTROPY_NONE, interface.ENTROPY_GRADIENT])
 def test_every_alignment_of_base_and_stride(dtype: torch.dtype, entropy: int) -> None:
     values = random_logits(2, 75, dtype)
     rows = make_rows(values, entropy=entropy, grad_scale=64.0)
@@ -268,16 +268,22 @@ def test_views_of_a_longer_sequence(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softcap_and_full_kl(softcap: float, full: bool, dtype: torch.dtype) -> None:
-    code = replace(PLAIN, kl=flat.KL_FULL) if full else PLAIN
-    for columns, entropy in ((7, flat.ENTROPY_NONE), (333, flat.ENTROPY_VALUE), (1501, flat.ENTROPY_GRADIENT)):
+    code = replace(PLAIN, kl=interface.KL_FULL) if full else PLAIN
+    for columns, entropy in (
+        (7, interface.ENTROPY_NONE),
+        (333, interface.ENTROPY_VALUE),
+        (1501, interface.ENTROPY_GRADIENT),
+    ):
         logits = placed(random_logits(2, columns, dtype), columns + 1, 3)
         ref = random_logits(2, columns, dtype, seed=1) if full else None  # lies differently: a copy is made
         rows = make_rows(logits, code, softcap, entropy, temperature=0.8, grad_scale=256.0)
         run_and_check(logits, rows, ref)
 
 
-@pytest.mark.parametrize("kl", [flat.KL_NONE, flat.KL_K1, flat.KL_K2, flat.KL_K3])
-@pytest.mark.parametrize("cost", [flat.COST_NONE, flat.COST_GIVEN, flat.COST_GATED, flat.COST_HINGE])
+@pytest.mark.parametrize("kl", [interface.KL_NONE, interface.KL_K1, interface.KL_K2, interface.KL_K3])
+@pytest.mark.parametrize(
+    "cost", [interface.COST_NONE, interface.COST_GIVEN, interface.COST_GATED, interface.COST_HINGE]
+)
 def test_options_of_the_token_terms(cost: int, kl: int) -> None:
     logits = random_logits(8, 41, torch.float32)
     for kl_ratio, normalize, on_policy in ((False, False, False), (True, True, False), (True, False, True)):
@@ -290,7 +296,7 @@ def test_options_of_the_token_terms(cost: int, kl: int) -> None:
 
 def test_kinks_fall_on_the_side_of_terms() -> None:
     logits = torch.zeros(4, 4)
-    rows = make_rows(logits, replace(PLAIN, cost=flat.COST_GATED), eps_low=0.5, eps_high=1.0)
+    rows = make_rows(logits, replace(PLAIN, cost=interface.COST_GATED), eps_low=0.5, eps_high=1.0)
     logps = torch.full((4,), -float(np.log(np.float32(4.0))))
     values = rows.values
     values[VALUES.index("old_logps")] = logps
@@ -310,7 +316,7 @@ def test_kinks_fall_on_the_side_of_terms() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("entropy", [flat.ENTROPY_NONE, flat.ENTROPY_GRADIENT])
+@pytest.mark.parametrize("entropy", [interface.ENTROPY_NONE, interface.ENTROPY_GRADIENT])
 def test_dead_rows_are_not_read(dtype: torch.dtype, entropy: int) -> None:
     logits = placed(random_logits(5, 83, dtype), 85, 1)
     dead = [0, 3]
@@ -341,7 +347,7 @@ def test_all_rows_dead_and_no_rows() -> None:
 
 
 @pytest.mark.parametrize("softcap_and_kl", [False, True])
-@pytest.mark.parametrize("entropy", [flat.ENTROPY_NONE, flat.ENTROPY_GRADIENT])
+@pytest.mark.parametrize("entropy", [interface.ENTROPY_NONE, interface.ENTROPY_GRADIENT])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("swept")
 def test_infinite_logits(dtype: torch.dtype, entropy: int, softcap_and_kl: bool) -> None:
@@ -352,7 +358,7 @@ def test_infinite_logits(dtype: torch.dtype, entropy: int, softcap_and_kl: bool)
     logits[2, 7] = -torch.inf
     code, ref = PLAIN, None
     if softcap_and_kl:
-        code, ref = replace(PLAIN, kl=flat.KL_FULL), random_logits(3, columns, dtype, seed=2)
+        code, ref = replace(PLAIN, kl=interface.KL_FULL), random_logits(3, columns, dtype, seed=2)
         ref[logits == -torch.inf] = -torch.inf
     rows = make_rows(logits, code, entropy=entropy, grad_scale=256.0)
     run_and_check(logits, replace(rows, ids=torch.tensor([columns - 3, 200, 8])), ref)
@@ -365,14 +371,14 @@ def test_target_at_minus_infinity(dtype: torch.dtype) -> None:
     logits[[0, 1], [3, 20]] = -torch.inf
     rows.values[VALUES.index("old_logps"), 1] = -torch.inf  # impossible before, too: rho = 1
     grad = run_and_check(logits, rows)
-    _, tokens = gpu.fused(logits, None, replace(rows, entropy=flat.ENTROPY_GRADIENT), grad)
+    _, tokens = gpu.fused(logits, None, replace(rows, entropy=interface.ENTROPY_GRADIENT), grad)
     assert tokens[0].isinf().all()
     assert grad.isfinite().all()
     assert tokens[TOKENS.index("ratio"), 1] == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("entropy", [flat.ENTROPY_VALUE, flat.ENTROPY_GRADIENT])
+@pytest.mark.parametrize("entropy", [interface.ENTROPY_VALUE, interface.ENTROPY_GRADIENT])
 def test_offsets(dtype: torch.dtype, entropy: int) -> None:
     for offset in (-150.0, 1e4):
         logits = (random_logits(4, 777, torch.float32) + offset).to(dtype)
@@ -410,7 +416,7 @@ def test_an_id_outside_the_row_gives_nan_in_that_row_alone(bad: int) -> None:
     rows = make_rows(logits)
     good = oracle(logits, None, rows)
     rows.ids[1] = bad
-    for entropy in (flat.ENTROPY_NONE, flat.ENTROPY_GRADIENT):
+    for entropy in (interface.ENTROPY_NONE, interface.ENTROPY_GRADIENT):
         grad = torch.zeros_like(logits)
         losses, tokens = gpu.fused(logits, None, replace(rows, entropy=entropy), grad)
         assert losses[1].isnan()
@@ -427,11 +433,11 @@ def test_an_id_outside_the_row_gives_nan_in_that_row_alone(bad: int) -> None:
 def test_two_step_form_agrees_with_the_fused_one(softcap: float, full: bool, dtype: torch.dtype) -> None:
     logits = placed(random_logits(4, 301, dtype), 303, 5)
     ref = placed(random_logits(4, 301, dtype, seed=3), 303, 5) if full else None
-    code = replace(PLAIN, kl=flat.KL_FULL) if full else PLAIN
-    rows = make_rows(logits, code, softcap, flat.ENTROPY_GRADIENT, grad_scale=64.0)
+    code = replace(PLAIN, kl=interface.KL_FULL) if full else PLAIN
+    rows = make_rows(logits, code, softcap, interface.ENTROPY_GRADIENT, grad_scale=64.0)
     rows = kill(rows, [2])
     expected = oracle(logits, ref, rows)
-    state = gpu.statistics(logits, ref, rows.ids, rows.scalars, softcap, flat.ENTROPY_VALUE)
+    state = gpu.statistics(logits, ref, rows.ids, rows.scalars, softcap, interface.ENTROPY_VALUE)
     assert relative(state[0], expected.tokens[TOKENS.index("logp")]) <= 1e-6
     assert relative(state[1], expected.tokens[TOKENS.index("entropy")]) <= 1e-6
     if full:
@@ -445,7 +451,7 @@ def test_two_step_form_agrees_with_the_fused_one(softcap: float, full: bool, dty
     assert logits.equal(grad)
 
 
-@pytest.mark.parametrize("entropy", [flat.ENTROPY_NONE, flat.ENTROPY_GRADIENT])
+@pytest.mark.parametrize("entropy", [interface.ENTROPY_NONE, interface.ENTROPY_GRADIENT])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_in_place_again_and_alone(entropy: int, dtype: torch.dtype) -> None:
     logits = placed(random_logits(4, 1237, dtype), 1239, 2)

@@ -21,23 +21,22 @@ import torch
 
 from repo import train
 from repo.common import files
-from repo.evaluation.statistics import statistics as evaluation
+from repo.evaluation import statistics
 from repo.models import actor
-from repo.rollout.sample import sample as rollout
-from repo.runs import checkpoint
-from repo.runs import state_files as training_state
+from repo.rollout import sample
+from repo.runs import checkpoint, state_files
 from repo.training import update
 
 # (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later
 PLACES = {
-    "rollout": (rollout, "decode"),
+    "rollout": (sample, "decode"),
     "reference": (train, "read_reference"),
     "update": (update, "lr_at"),
     "weights": (files, "_write_all"),
     "fsync": (files, "fsync_path"),
     "publish": (checkpoint, "write_text"),
-    "evaluation": (evaluation, "measured"),
-    "collect": (training_state, "collect"),
+    "evaluation": (statistics, "measured"),
+    "collect": (state_files, "collect"),
     "state": (actor, "unflat"),
 }
 CALLS = 6  # a child dies at one of the first so many calls of its place

@@ -17,8 +17,7 @@ from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.common.files import write_past_cache
 from repo.common.seeds import random_state, set_random_state
-from repo.runs import checkpoint
-from repo.runs import state_files as training_state
+from repo.runs import checkpoint, state_files
 from repo.training.optimizer import BFloat16AdamW
 
 from .crash import Died, machine
@@ -215,7 +214,7 @@ def test_the_file_is_one_that_the_library_reads(tmp_path):
         "turned": torch.randn(4, 3).t(),
         "large": torch.randn(1500, 3001),
     }
-    checksums = training_state.write(tmp_path, tensors)
+    checksums = state_files.write(tmp_path, tensors)
     found = load_file(tmp_path / "state.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in found)

@@ -18,10 +18,10 @@ from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.policy import load_policy
-from repo.rollout import kv_cache as decoding
+from repo.rollout import kv_cache
+from repo.rollout import sample as sampling
 from repo.rollout.kv_cache import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.rollout.sample import sample
-from repo.rollout.sample import sample as rollout
 from repo_kernels.layers.packed_linear import packed_linears
 
 from .tiny import QUESTIONS, make_tokenizer, save_tiny_model
@@ -118,7 +118,7 @@ class WarmedUpDecoder(StaticDecoder):
 
 @pytest.mark.parametrize("limit", [2, 3])
 def test_warm_up_steps_leave_no_trace_in_buffers_that_the_batch_fills(limit, policy):
-    width = decoding.COLUMNS - limit
+    width = kv_cache.COLUMNS - limit
     growing, warmed = GrowingDecoder(policy.model, limit), WarmedUpDecoder(policy.model, 6, width + limit, True)
     longest = [list(range(5, 5 + width)), [20, 21, 22]]
     assert largest_difference(policy, growing, warmed, [longest, BATCHES[1]], steps=limit) < 1e-5
@@ -132,7 +132,7 @@ def test_responses_from_buffers_are_those_of_a_growing_cache(policy, prompts, mo
     expected = sample(policy, prompts, 4, config, seed=0, step=0)
     ended = expected.sequences.response_lengths < 40
     assert 0 < ended.sum() < len(ended)
-    monkeypatch.setattr(rollout, "make_decoder", in_buffers)
+    monkeypatch.setattr(sampling, "make_decoder", in_buffers)
     assert sample(policy, prompts, 4, config, seed=0, step=0).texts == expected.texts
 
 
@@ -169,7 +169,7 @@ def test_weights_cast_once_compute_what_autocast_computes(policy):
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_models_that_need_a_growing_cache_are_told_apart(why, policy):
-    assert decoding._why_growing(with_model(policy, REFUSED[why])) == why
+    assert kv_cache._why_growing(with_model(policy, REFUSED[why])) == why
 
 
 def test_the_choice_is_one_line(policy):
@@ -198,5 +198,7 @@ def test_rollouts_on_a_gpu_are_those_of_the_growing_cache(tmp_path, monkeypatch)
     kept = tokenize_prompts(questions, make_tokenizer(), None, 200).kept
     config = RolloutConfig(max_new_tokens=40, batch_size=8)
     captured = sample(policy, kept, 4, config, seed=0, step=0)
-    monkeypatch.setattr(rollout, "make_decoder", lambda policy, rows, width, limit: GrowingDecoder(policy.model, limit))
+    monkeypatch.setattr(
+        sampling, "make_decoder", lambda policy, rows, width, limit: GrowingDecoder(policy.model, limit)
+    )
     assert sample(policy, kept, 4, config, seed=0, step=0).texts == captured.texts

@@ -19,8 +19,7 @@ from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, RolloutConfig, ScoringConfig
 from repo.evaluation import run as held_out
-from repo.runs import checkpoint
-from repo.runs import state_files as training_state
+from repo.runs import checkpoint, state_files
 from repo.runs.interrupts import Stopped, StopRequest
 from repo.runs.model_card import model_card
 from repo.training.mismatch import Agreement, agreement, likely_cause, require_finite_weights, warning_of
@@ -236,7 +235,7 @@ def test_a_name_that_another_run_took_meanwhile_is_left_alone(options, tmp_path,
 
 def test_an_error_in_a_step_does_not_cost_the_checkpoint_before_it(options, tmp_path, monkeypatch):
     """The checkpoint is still being written when the next step fails."""
-    out, plain, scorers = tmp_path / "run", training_state.write, []
+    out, plain, scorers = tmp_path / "run", state_files.write, []
 
     def slow(*arguments):
         time.sleep(0.5)
@@ -248,7 +247,7 @@ def test_an_error_in_a_step_does_not_cost_the_checkpoint_before_it(options, tmp_
             raise RuntimeError("the service is gone")
         return [0.0] * len(prompts)
 
-    monkeypatch.setattr(training_state, "write", slow)
+    monkeypatch.setattr(state_files, "write", slow)
     monkeypatch.setattr("tests.loop.scorers.reward", failing)
     with pytest.raises(UserError, match="the service is gone"):
         train.run_command([*options, "--save_every=1", f"--out={out}"])

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .. import interface as rows
+from .. import interface
 from .held_row import held_statistics, hold, store_held
 from .row_gradient import factors, target_gradient
 from .row_layout import aligned, block_pointers, edge_columns, peel, row_offset, target_piece
@@ -20,8 +20,8 @@ from .row_sweeps import gradient_of, load_edges, scale_row, sweep_gradient, swee
 from .scalar_math import LOG2E
 from .token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, TEMPERATURE, TOKENS, row_inputs, token_terms
 
-IGNORED = tl.constexpr(rows.IGNORED)
-STATE = tl.constexpr(len(rows.STATE))
+IGNORED = tl.constexpr(interface.IGNORED)
+STATE = tl.constexpr(len(interface.STATE))
 
 
 def runtime_jit(function: Any) -> Any:

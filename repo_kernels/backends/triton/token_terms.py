@@ -7,41 +7,41 @@ fp32 arithmetic is not contracted, so that rho = 1 +- eps and C = d fall on the 
 import triton
 import triton.language as tl
 
-from .. import interface as rows
+from .. import interface
 from .scalar_math import exp, expm1
 
-COST_NONE = tl.constexpr(rows.COST_NONE)
-COST_GATED = tl.constexpr(rows.COST_GATED)
-COST_HINGE = tl.constexpr(rows.COST_HINGE)
-KL_NONE = tl.constexpr(rows.KL_NONE)
-KL_K1 = tl.constexpr(rows.KL_K1)
-KL_K2 = tl.constexpr(rows.KL_K2)
-KL_K3 = tl.constexpr(rows.KL_K3)
-KL_FULL = tl.constexpr(rows.KL_FULL)
-ENTROPY_NONE = tl.constexpr(rows.ENTROPY_NONE)
-ENTROPY_GRADIENT = tl.constexpr(rows.ENTROPY_GRADIENT)
+COST_NONE = tl.constexpr(interface.COST_NONE)
+COST_GATED = tl.constexpr(interface.COST_GATED)
+COST_HINGE = tl.constexpr(interface.COST_HINGE)
+KL_NONE = tl.constexpr(interface.KL_NONE)
+KL_K1 = tl.constexpr(interface.KL_K1)
+KL_K2 = tl.constexpr(interface.KL_K2)
+KL_K3 = tl.constexpr(interface.KL_K3)
+KL_FULL = tl.constexpr(interface.KL_FULL)
+ENTROPY_NONE = tl.constexpr(interface.ENTROPY_NONE)
+ENTROPY_GRADIENT = tl.constexpr(interface.ENTROPY_GRADIENT)
 LOG_RATIO_CLAMP = tl.constexpr(20.0)
 
-REWARD_ADVANTAGES = tl.constexpr(rows.VALUES.index("reward_advantages"))
-COST_ADVANTAGES = tl.constexpr(rows.VALUES.index("cost_advantages"))
-COSTS = tl.constexpr(rows.VALUES.index("costs"))
-COST_LIMITS = tl.constexpr(rows.VALUES.index("cost_limits"))
-COST_BASELINES = tl.constexpr(rows.VALUES.index("cost_baselines"))
-OLD_LOGPS = tl.constexpr(rows.VALUES.index("old_logps"))
-REF_LOGPS = tl.constexpr(rows.VALUES.index("ref_logps"))
-IS_WEIGHTS = tl.constexpr(rows.VALUES.index("is_weights"))
-WEIGHTS = tl.constexpr(rows.VALUES.index("weights"))
+REWARD_ADVANTAGES = tl.constexpr(interface.VALUES.index("reward_advantages"))
+COST_ADVANTAGES = tl.constexpr(interface.VALUES.index("cost_advantages"))
+COSTS = tl.constexpr(interface.VALUES.index("costs"))
+COST_LIMITS = tl.constexpr(interface.VALUES.index("cost_limits"))
+COST_BASELINES = tl.constexpr(interface.VALUES.index("cost_baselines"))
+OLD_LOGPS = tl.constexpr(interface.VALUES.index("old_logps"))
+REF_LOGPS = tl.constexpr(interface.VALUES.index("ref_logps"))
+IS_WEIGHTS = tl.constexpr(interface.VALUES.index("is_weights"))
+WEIGHTS = tl.constexpr(interface.VALUES.index("weights"))
 
-LAM = tl.constexpr(rows.SCALARS.index("lam"))
-BETA = tl.constexpr(rows.SCALARS.index("beta"))
-EPS_LOW = tl.constexpr(rows.SCALARS.index("eps_low"))
-EPS_HIGH = tl.constexpr(rows.SCALARS.index("eps_high"))
-ENTROPY_COEF = tl.constexpr(rows.SCALARS.index("entropy_coef"))
-TEMPERATURE = tl.constexpr(rows.SCALARS.index("temperature"))
-GRAD_SCALE = tl.constexpr(rows.SCALARS.index("grad_scale"))
-DUAL_CLIP = tl.constexpr(rows.SCALARS.index("dual_clip"))
+LAM = tl.constexpr(interface.SCALARS.index("lam"))
+BETA = tl.constexpr(interface.SCALARS.index("beta"))
+EPS_LOW = tl.constexpr(interface.SCALARS.index("eps_low"))
+EPS_HIGH = tl.constexpr(interface.SCALARS.index("eps_high"))
+ENTROPY_COEF = tl.constexpr(interface.SCALARS.index("entropy_coef"))
+TEMPERATURE = tl.constexpr(interface.SCALARS.index("temperature"))
+GRAD_SCALE = tl.constexpr(interface.SCALARS.index("grad_scale"))
+DUAL_CLIP = tl.constexpr(interface.SCALARS.index("dual_clip"))
 
-TOKENS = tl.constexpr(len(rows.TOKENS))
+TOKENS = tl.constexpr(len(interface.TOKENS))
 
 
 @triton.jit
