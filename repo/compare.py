@@ -26,8 +26,9 @@ from .command import console_of
 from .common.errors import UserError, exit_with_sentence, first_line, require_package
 from .common.files import make_parent, write_folder
 from .evaluation.statistics import Evaluation, aligned, draws_of, few, interval_of, measured, paired
-from .evaluation.tables import TITLES, show, show_change
+from .evaluation.tables import show, show_change
 from .runs.console import finite
+from .scoring.safety import TITLES
 
 NEWEST = ("final", "after")
 """Evaluations of a run in the order in which they are preferred; then its last checkpoint's, then `before`."""
@@ -179,9 +180,9 @@ def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
     for c in contenders:
         table.add_column(escape(f"{c.name} ({len(c.evaluation.ids)} x {c.evaluation.samples})"), justify="right")
     values = [measured(c.evaluation.columns) for c in contenders]
-    for key, (name, form) in TITLES.items():
+    for key, title in TITLES.items():
         if any(key in v for v in values):
-            table.add_row(name, *(show(v[key], form) if key in v else "-" for v in values))
+            table.add_row(title.name, *(show(v[key], title.form) if key in v else "-" for v in values))
     console.print(table)
 
 
@@ -192,7 +193,7 @@ def print_pair(console: Console, pair: dict[str, Any]) -> None:
     table.add_column("change")
     table.add_column("", justify="right", no_wrap=True)
     for key, change in pair["changes"].items():
-        table.add_row(TITLES[key][0], show_change(change, TITLES[key][1]))
+        table.add_row(TITLES[key].name, show_change(change, TITLES[key].form))
     table.add_section()
     for key, rate in pair["wins"].items():
         table.add_row(f"wins: {WINS[key]}", show(rate, "{:.1%}"))

@@ -31,10 +31,11 @@ from repo.common.errors import UserError, exit_with_sentence
 from repo.compare import read_evaluation
 from repo.config import parse as parsing
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
-from repo.evaluation.tables import TITLES, show, show_change
+from repo.evaluation.tables import show, show_change
 from repo.reporting.style import STYLE
 from repo.runs.console import finite
 from repo.runs.folder import versions
+from repo.scoring.safety import TITLES
 
 CONFIG = Path(__file__).with_name("language.yaml")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -161,7 +162,7 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
 
 def within(key: str, value: dict[str, float | None]) -> dict[str, float | None]:
     """An interval of a share cut to [0, 1], which Student's t does not know of."""
-    if not TITLES[key][1].endswith("%}"):
+    if not TITLES[key].form.endswith("%}"):
         return value
     return {end: None if v is None else min(max(v, 0.0), 1.0) for end, v in value.items()}
 
@@ -196,22 +197,22 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     for key in SHOWN:
         if all(key in q for q in methods.values()):
-            cells = " | ".join(show(q[key], TITLES[key][1]) for q in methods.values())
-            lines.append(f"| {TITLES[key][0]} | {cells} |")
+            cells = " | ".join(show(q[key], TITLES[key].form) for q in methods.values())
+            lines.append(f"| {TITLES[key].name} | {cells} |")
     against = results["against_ppo_lagrangian"]
     if against:
         lines += ["", "Differences from PPO-Lagrangian, on the same prompts:", ""]
         lines += [f"| | {' | '.join(title_of(m) for m in against)} |", "|---|" + "---|" * len(against)]
         for key in SHOWN:
             if all(key in q for q in against.values()):
-                cells = " | ".join(show_change(q[key], TITLES[key][1]) for q in against.values())
-                lines.append(f"| {TITLES[key][0]} | {cells} |")
+                cells = " | ".join(show_change(q[key], TITLES[key].form) for q in against.values())
+                lines.append(f"| {TITLES[key].name} | {cells} |")
     lines += ["", "By seed:", "", f"| | {' | '.join(title_of(m) for m in methods)} |", "|---|" + "---|" * len(methods)]
     for key in ("reward", "safe_rate", "judge_safe_rate", "cost"):
         if all(key in q for q in methods.values()):
-            form = TITLES[key][1]
+            form = TITLES[key].form
             cells = " | ".join(", ".join(form.format(v) for v in q[key]["seeds"]) for q in methods.values())
-            lines.append(f"| {TITLES[key][0]} | {cells} |")
+            lines.append(f"| {TITLES[key].name} | {cells} |")
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version != "not installed")
     lines += ["", f"Versions: {told}.", "", "![reward against safe rate by method](reproduce_language.png)"]
     return "\n".join(lines) + "\n"

@@ -15,35 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..training.advantages import is_safe, rectified_cost
-
-
-def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) -> dict[str, float]:
-    """Every quantity that a constrained run must report. rewards, costs: (B,); group: (B,) prompt of each response.
-
-    compensation_gap = E{C-d}+ - {E[C]-d}+ is 0 iff no safe response pays for an unsafe one.
-    reward_safe_mean is NaN (null in files) when no response is safe.
-    prompts_mostly_unsafe is the share of prompts with more than half of their responses unsafe.
-    """
-    rewards, costs = rewards.double(), costs.double()
-    hinge = rectified_cost(costs, cost_limit)
-    safe = is_safe(costs, cost_limit)
-    _, index = group.unique(return_inverse=True)
-    prompts = int(index.max()) + 1
-    unsafe_share = torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, (~safe).double())
-    unsafe_share /= torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, torch.ones_like(costs))
-    mean_cost = costs.mean()
-    return {
-        "reward_mean": rewards.mean().item(),
-        "reward_safe_mean": rewards[safe].mean().item() if bool(safe.any()) else math.nan,
-        "cost_mean": mean_cost.item(),
-        "cost_p95": costs.quantile(0.95).item(),
-        "cost_max": costs.max().item(),
-        "safe_rate": safe.double().mean().item(),
-        "rectified_cost": hinge.mean().item(),
-        "compensation_gap": (hinge.mean() - rectified_cost(mean_cost, cost_limit)).item(),
-        "prompts_mostly_unsafe": (unsafe_share > 0.5).double().mean().item(),
-    }
+from ..scoring.safety import is_safe, rectified_cost
 
 
 class JsonLines:

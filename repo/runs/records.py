@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..config.schema import AlgorithmConfig
-from .console import summarize
+from ..scoring.safety import summarize
 from ..models.critic import explained_variance
 from ..rollout.sample import Rollout
 from ..scoring.scorers import Scores
-from ..training.advantages import Advantages, is_safe, loss_mode
+from ..training.advantages import Advantages, loss_mode
+from ..scoring.safety import is_safe
 from ..training.loss import Batch
 from ..training.mismatch import Agreement
 from ..training.update import UpdateResult

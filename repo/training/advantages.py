@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import AlgorithmConfig, CriticConfig
+from ..scoring.safety import is_safe, rectified_cost
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,6 @@ class Advantages:
     cost: Tensor | None
     combined: Tensor
     returns: dict[str, Tensor] = field(default_factory=dict)
-
-
-def is_safe(costs: Tensor, cost_limit: float) -> Tensor:
-    """C <= d per response, (B,) bool. d is rounded to fp32 as the costs are, so that C = d is safe everywhere."""
-    return costs <= _fp32(cost_limit)
-
-
-def rectified_cost(costs: Tensor, cost_limit: float) -> Tensor:
-    """{C - d}^+ per response, (B,). Rectify each sample first; average afterwards."""
-    return (costs - _fp32(cost_limit)).clamp_min(0)
-
-
-def _fp32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def group_advantages(values: Tensor, group: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from repo.config.parse import to_yaml
 from repo.config.schema import AlgorithmConfig, Config
-from repo.runs.console import summarize
+from repo.scoring.safety import summarize
 
 WORDS = (
     "the of a policy answer harm safe prompt model question people water city music garden code write explain".split()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repo.config.schema import AlgorithmConfig, CriticConfig, PenaltyConfig
+from repo.scoring.safety import rectified_cost
 from repo.training.advantages import (
     crpo_advantages,
     divide_by_group_std,
@@ -15,7 +16,6 @@ from repo.training.advantages import (
     group_advantages,
     method_advantages,
     rectified_advantages,
-    rectified_cost,
     token_signal,
 )
 from repo.training.multipliers import Penalty, adapted_beta, lagrangian_lambda, repo_lambda

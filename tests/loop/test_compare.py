@@ -18,9 +18,9 @@ from repo.data.sequences import make_sequences
 from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured, paired
 from repo.evaluation.tables import print_summary, show_change
 from repo.reporting.pareto import draw_frontier, frontier
-from repo.runs.console import summarize
-from repo.runs.panel import SafetyPanel, compensation_sentence
+from repo.runs.panel import SafetyPanel
 from repo.runs.records import reward_cost_grad_ratio
+from repo.scoring.safety import compensation_sentence, summarize
 from repo.training.advantages import Advantages
 from repo.training.loss import Batch
 

@@ -11,7 +11,8 @@ import torch
 from repo.common.errors import UserError
 from repo.common.files import replace_folder, write_folder, write_text
 from repo.evaluation.statistics import Evaluation, measured
-from repo.runs.console import JsonLines, duration, summarize
+from repo.runs.console import JsonLines, duration
+from repo.scoring.safety import summarize
 
 
 def evaluation_of(values, samples: int = 1, limit: float = 0.0, **more) -> Evaluation:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from repo.common.errors import UserError
-from repo.evaluation.tables import TITLES
 from repo.report import assemble, grouped, report, run_command
 from repo.reporting.headline import Comparison, change, compare, compensation, verdict
 from repo.reporting.page import escaped, number
 from repo.reporting.prompt_history import ledger
 from repo.reporting.run_history import read
+from repo.scoring.safety import TITLES
 from tests.loop.recorded import write_evaluation, write_lines, write_run
 
 pytest.importorskip("matplotlib")
@@ -211,7 +211,7 @@ def test_every_quantity_of_both_evaluations_is_in_the_table(tmp_path):
     both = set.intersection(*(set(e.overall) for e in history.evaluations.values()))
     assert both >= {"safe_rate", "judge_safe_rate", "cost_max", "kl", "entropy"}
     text = page_of(run).text
-    assert all(TITLES[key][0] in text for key in both)
+    assert all(TITLES[key].name in text for key in both)
     assert "by the held-out judge it changed by +0.0 points [+0.0, +0.0], which includes no change;" in text
     assert "Safe rate (held-out judge) 100.0% from 100.0%" in text
 
