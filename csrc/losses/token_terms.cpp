@@ -1,4 +1,4 @@
-#include "token_terms.h"
+#include "losses/token_terms.h"
 
 #include <cmath>
 
