@@ -127,7 +127,7 @@ class Objective:
                 dual_clip=algorithm.dual_clip,
                 beta=batch.beta if algorithm.kl_placement == "loss" else 0.0,
                 kl_estimator=algorithm.kl_estimator,
-                kl_ratio=algorithm.kl_ratio,
+                kl_importance_weighted=algorithm.kl_ratio,
                 entropy_coef=algorithm.entropy_coef,
                 loss_agg_mode=algorithm.loss_agg_mode,
                 divisor=divisor,
@@ -146,7 +146,7 @@ class Objective:
             "reward_advantages": advantages.reward,
             "cost_advantages": advantages.cost,
             "costs": batch.costs,
-            "mode": loss_mode(self.algorithm),
+            "cost_mode": loss_mode(self.algorithm),
             "lam": batch.lam,
             "normalize": self.algorithm.normalize,
         }

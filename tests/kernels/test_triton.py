@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 PIECES = 64  # of 16 bytes in a block, in most tests
 BLOCK = {dtype: PIECES * 16 // dtype.itemsize for dtype in DTYPES}
-PLAIN = Code(interface.COST_NONE, interface.KL_NONE, kl_ratio=False, normalize=False, on_policy=False)
+PLAIN = Code(interface.COST_NONE, interface.KL_NONE, kl_importance_weighted=False, normalize=False, on_policy=False)
 KL = ("none", "k1", "k2", "k3", "full")
 
 
@@ -99,7 +99,7 @@ def make_rows(logits: Tensor, code: Code = PLAIN, softcap: float = 0.0, entropy:
     values = dict(zip(VALUES, noise, strict=True))
     values["old_logps"] = torch.where(logps.isfinite(), logps, -3.0) + 0.3 * noise[VALUES.index("old_logps")]
     values["ref_logps"] = torch.where(logps.isfinite(), logps, -3.0) + 0.5 * noise[VALUES.index("ref_logps")]
-    for name in ("is_weights", "weights"):
+    for name in ("importance_weights", "weights"):
         values[name] = values[name].abs() + 0.1
     return LossRows(ids, torch.stack([values[name] for name in VALUES]), vector, code.pack(), softcap, entropy)
 
@@ -148,7 +148,7 @@ def oracle(logits: Tensor, ref: Tensor | None, rows: LossRows) -> Expected:
     chosen = entropy.detach() if rows.entropy else None
     found = terms.token_terms(
         inputs, logps.detach(), chosen, None if ref is None else kl.detach(), terms.coefficients(scalars),
-        KL[code.kl], code.kl_ratio,
+        KL[code.kl], code.kl_importance_weighted,
     )  # fmt: skip
     scale = scalars[SCALARS.index("grad_scale")]
     slopes_live = torch.stack([found.g_logp, found.g_entropy, found.g_kl]) * scale
@@ -286,8 +286,12 @@ def test_softcap_and_full_kl(softcap: float, full: bool, dtype: torch.dtype) -> 
 )
 def test_options_of_the_token_terms(cost: int, kl: int) -> None:
     logits = random_logits(8, 41, torch.float32)
-    for kl_ratio, normalize, on_policy in ((False, False, False), (True, True, False), (True, False, True)):
-        code = Code(cost, kl, kl_ratio, normalize, on_policy)
+    for kl_importance_weighted, normalize, on_policy in (
+        (False, False, False),
+        (True, True, False),
+        (True, False, True),
+    ):
+        code = Code(cost, kl, kl_importance_weighted, normalize, on_policy)
         rows = make_rows(logits, code, temperature=1.3, dual_clip=1.2 if normalize else torch.inf)
         rows.values[VALUES.index("old_logps"), :3] += torch.tensor([40.0, -40.0, 3.0])  # clamped, clamped, clipped
         rows.values[VALUES.index("ref_logps"), 3:6] += torch.tensor([40.0, -40.0, 3.0])
@@ -395,7 +399,7 @@ def test_gradient_of_an_almost_certain_target(columns: int, dtype: torch.dtype) 
     logits[torch.arange(len(tops)), ids] = torch.tensor(tops, dtype=dtype)
     rows = make_rows(logits, replace(PLAIN, on_policy=True))
     rows.values[VALUES.index("reward_advantages")] = 1.0
-    for name in ("is_weights", "weights"):
+    for name in ("importance_weights", "weights"):
         rows.values[VALUES.index(name)] = 1.0
     rows = replace(rows, ids=ids)
     grad = torch.empty_like(logits)
