@@ -40,7 +40,7 @@ def prepare(x, live, softcap, inverse_softcap, SOFTCAP: tl.constexpr, FINITE: tl
 def empty_lanes(scale, R: tl.constexpr):
     """Return lanes without an element: (max2, total, weighted, ref_max2, ref_total, cross), (R,) each.
 
-    Their maximum is scaled as the logits are and above that of a logit at the floor, which must count for nothing.
+    Their maximum is scaled like the logits and lies above that of a logit at FLOOR, so that such a logit adds nothing.
     """
     floor, zero = tl.full([R], FLOOR, tl.float32) * (scale / 4), tl.zeros([R], tl.float32)
     return floor, zero, zero, floor, zero, zero
