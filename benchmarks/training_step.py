@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from benchmarks.machine import device
 from benchmarks.models import EMBEDDED, folder_of, lora_rank
 from repo import assets
+from repo.common.malloc import keep_freed_memory
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.data.sequences import Sequences, make_sequences
 from repo.models.actor import Actor, read_reference
-from repo.models.memory import keep_freed_memory
 from repo.models.policy import Policy, load_policy, load_reference
 from repo.rollout.sample import sample
-from repo.training.loss import Batch, make_batch
+from repo.training.batch import Batch, make_batch
 from repo.training.update import Updater
 
 PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18  # of the default run
@@ -114,7 +114,7 @@ def load_step(model: str) -> Step:
     settings = ModelConfig(path=path, dtype=dtype, lora_rank=lora_rank(model))
     config = Config(
         model=settings,
-        rollout=RolloutConfig(max_new_tokens=TOKENS, samples_per_prompt=SAMPLES, batch_size=2 * PROMPTS * SAMPLES),
+        rollout=RolloutConfig(max_response_tokens=TOKENS, samples_per_prompt=SAMPLES, batch_size=2 * PROMPTS * SAMPLES),
         optimizer=OptimizerConfig(lr=1e-7),  # the same work for ever
     )
     policy = load_policy(path, on, True, settings)

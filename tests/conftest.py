@@ -51,7 +51,7 @@ def tiny_arguments(tiny_model: Path, tiny_prompts: tuple[Path, Path]) -> list[st
         "--evaluation.judge=none",
         "--rollout.prompts_per_step=2",
         "--rollout.samples_per_prompt=3",
-        "--rollout.max_new_tokens=8",
+        "--rollout.max_response_tokens=8",
         "--optimizer.lr=1e-3",
         "--steps=4",
         "--save_every=2",

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
 def test_one_step_of_the_default_run_ends_with_held_out_figures(tmp_path, capsys):
     out = tmp_path / "run"
-    train.run_command([f"--out={out}", "--steps=1", "--evaluation.prompts=12", "--rollout.max_new_tokens=16"])
+    train.run_command([f"--out={out}", "--steps=1", "--evaluation.prompts=12", "--rollout.max_response_tokens=16"])
     printed = capsys.readouterr().out
     for line in ("reward", "safe rate (training cost)", "E{C-d}+", "safe rate (held-out judge)"):
         assert line in printed
@@ -44,7 +44,12 @@ def test_one_step_of_the_default_run_ends_with_held_out_figures(tmp_path, capsys
 
 def test_the_papers_form_takes_two_steps_and_lambda_follows_its_rule(tmp_path):
     out = tmp_path / "run"
-    options = ["--steps=2", "--evaluation.prompts=0", "--rollout.max_new_tokens=16", "--rollout.samples_per_prompt=1"]
+    options = [
+        "--steps=2",
+        "--evaluation.prompts=0",
+        "--rollout.max_response_tokens=16",
+        "--rollout.samples_per_prompt=1",
+    ]
     train.run_command(["--preset=paper", f"--out={out}", *options])
     first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     assert second["lam"] == min(first["lam"] + 2.0 * first["rectified_cost"], 10.0)
@@ -57,7 +62,7 @@ def test_critics_of_the_embedded_scorers_begin_as_the_score_of_what_has_been_sai
     folder = ensure()
     policy = load_policy(str(folder / "policy"), torch.device("cpu"), trainable=True)
     scorers = load_scorers(ScoringConfig(), folder, policy.model, policy.tokenizer)
-    critics = make_critics(CriticConfig(start=start), policy, scorers, ("reward", "cost"), same_trunk=True)
+    critics = make_critics(CriticConfig(init_from=start), policy, scorers, ("reward", "cost"), same_trunk=True)
     prompts = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl")[:2], policy.tokenizer, None, 256).kept
     answer = policy.tokenizer("I am sorry, but I cannot help you with that. Bread is made of flour.").input_ids
     sequences = make_sequences([p.token_ids for p in prompts], [answer, answer[:9]], policy.pad_id)

@@ -9,10 +9,10 @@ from repo import assets
 from repo.assets.sources import locate
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.models.actor import Actor, read_reference, read_responses
+from repo.models.actor import Actor, predict, read_reference
 from repo.models.policy import load_policy
 from repo.scoring.embedded import HeadScorer, Trunk, length_batches, score_all
-from repo.scoring.embedded_judge import Judge, ProfanityModel, first_words
+from repo.scoring.embedded_judge import EmbeddedJudge, ProfanityModel, first_words
 
 pytestmark = pytest.mark.assets
 
@@ -51,7 +51,7 @@ def scorers(built):
 
 @pytest.fixture(scope="session")
 def judge(built):
-    return Judge.load(built / "judge")
+    return EmbeddedJudge.load(built / "judge")
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +154,7 @@ def test_scores_read_from_the_references_forward_are_those_of_an_own_one(built, 
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     layer = scorers[0].manifest.layer
     logps, reading = read_reference(Actor(policy), sequences, 0.7, 500, [layer])
-    torch.testing.assert_close(logps, read_responses(Actor(policy), sequences, 0.7, 500)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logps, predict(Actor(policy), sequences, 0.7, 500)[0], atol=1e-5, rtol=1e-5)
     expected = score_all(scorers, [p.text for p in rows], texts)
     forwards, forward = [], Trunk._forward
     monkeypatch.setattr(

@@ -12,8 +12,9 @@ from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
 from repo.models.attention import Attention
 from repo.models.policy import load_policy
+from repo.training.accumulation import Accumulator
 from repo.training.advantages import Advantages
-from repo.training.loss import Batch, Objective
+from repo.training.batch import Batch
 from tests.loop.oracle import response_logps
 
 pytestmark = pytest.mark.assets
@@ -85,7 +86,7 @@ def test_loss_and_gradient_are_those_of_single_sequences(setting, expected, dtyp
     actor = Actor(policy)
     rows = [packed.input_ids.shape[0] for packed in actor.parts(batch.sequences, torch.arange(4), budget)]
     assert rows == ([4] if layout == "padded" else [1] * (1 if budget > 60 else 3))
-    losses, _ = Objective(actor, config).backward(batch, torch.arange(4))
+    losses, _ = Accumulator(actor, config).backward(batch, torch.arange(4))
     loss, whole = expected
     assert losses["loss"] == pytest.approx(loss, rel=1e-6)
     assert (gradient(policy) - whole).norm() <= tolerance * whole.norm()

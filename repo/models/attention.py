@@ -24,7 +24,8 @@ from repo_kernels.layers import packed_attention as cpu_attention
 
 from ..common.errors import first_line
 from ..common.seeds import generator
-from ..data.packing import Packed, Segments, make_segments, pack, take_rows
+from ..data.packing import Packed, pack
+from ..data.segments import Segments, make_segments, take_rows
 from ..data.sequences import make_sequences
 
 IMPLEMENTATION = "repo_packed"

@@ -111,9 +111,7 @@ def tiles(history: History) -> tuple[list[tuple[str, str, float, float]], str]:
         means = [_training_means(records) for records in (history.metrics[:n], history.metrics[-n:])]
         where = "Training batches, first and last " + (f"{n} steps" if n > 1 else "step")
     earlier, later = means
-    rows = [
-        (TITLES[key].short, TITLES[key].form, _number(earlier.get(key)), _number(later.get(key))) for key in TILES
-    ]
+    rows = [(TITLES[key].short, TITLES[key].form, _number(earlier.get(key)), _number(later.get(key))) for key in TILES]
     return [row for row in rows if np.isfinite(row[2:]).any()], where
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 from repo.common.distributed import World, joined
-from repo.config.parse import make_parser, parse
+from repo.config.parse import make_parser, parse_config
 from repo.config.schema import Config
 from repo.data.prompts import Example
 from repo.data.sequences import make_sequences
-from repo.models.actor import Actor, read_responses
+from repo.models.actor import Actor, predict
 from repo.models.critic import Critic
 from repo.models.policy import load_policy
 from repo.models.sharding import is_sharded
 from repo.setup import shards_of
-from repo.training.loss import Objective, make_batch
+from repo.training.accumulation import Accumulator
+from repo.training.batch import make_batch
 
 
 def random_batch(policy, config: Config):
@@ -48,9 +49,9 @@ def gradient(world: World, config: Config, model: str) -> dict:
         torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(i))
     actor = Actor(policy, critics, world, shards_of(config, world))
     sequences, batch_of = random_batch(policy, config)
-    old, values = read_responses(actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens)
+    old, values = predict(actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens)
     batch = batch_of(old, values)
-    objective = Objective(actor, config)
+    objective = Accumulator(actor, config)
     rows, seen = torch.tensor([9, 0, 1, 2, 4, 5, 7, 3, 8]), torch.zeros_like(old)
     losses, stats = objective.backward(batch, rows, seen)
     examples = [Example((7, 8, 9), (5, 6)), Example((9,), (8, 7, 5)), Example((6, 6), (1,))]
@@ -73,7 +74,7 @@ def gradient(world: World, config: Config, model: str) -> dict:
 
 
 def config_of(options: list[str]) -> Config:
-    return parse(make_parser("test", ""), [*options, "--rollout.prompts_per_step=5"])
+    return parse_config(make_parser("test", ""), [*options, "--rollout.prompts_per_step=5"])
 
 
 def main() -> None:

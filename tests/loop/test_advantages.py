@@ -18,7 +18,7 @@ from repo.training.advantages import (
     rectified_advantages,
     token_signal,
 )
-from repo.training.multipliers import Penalty, adapted_beta, lagrangian_lambda, repo_lambda
+from repo.training.multipliers import Multipliers, adapted_beta, lagrangian_lambda, repo_lambda
 
 GROUP = torch.tensor([0, 0, 0, 1, 1])
 
@@ -55,7 +55,7 @@ def test_cost_at_the_limit_is_safe():
 ALGORITHMS = {
     "ppo": AlgorithmConfig(method="ppo"),
     "rectified": AlgorithmConfig(),
-    "split": AlgorithmConfig(mode="split"),
+    "split": AlgorithmConfig(cost_mode="split"),
     "lagrangian": AlgorithmConfig(method="ppo_lagrangian"),
 }
 
@@ -92,7 +92,7 @@ def test_critics_give_an_advantage_to_each_token(name, expected):
     mask = torch.tensor([[True, False], [True, True]])
     rewards, costs, group = torch.tensor([0.0, 1.0]), torch.tensor([-2.0, 4.0]), torch.tensor([0, 1])
     values = {"reward": torch.full((2, 2), 0.5), "cost": torch.full((2, 2), 1.0)}
-    critic = CriticConfig(trace=1.0)
+    critic = CriticConfig(gae_lambda=1.0)
     found = method_advantages(ALGORITHMS[name], critic, rewards, costs, group, mask, 3.0, values=values)
     assert found.combined.tolist() == expected
     assert found.returns["reward"].tolist() == [[0.0, 0.0], [1.0, 1.0]]
@@ -110,7 +110,7 @@ def test_the_kl_in_reward_and_cost_by_hand():
     rewards, costs, group = torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0]), torch.tensor([0, 0])
     reward = [3 - 0.1 * -0.5, 1 - 0.1 * 2.0]
     for placement, cost in (("reward", [-1.0, 2.0]), ("reward-and-cost", [-1 + 0.1 * -0.5, 2 + 0.1 * 2.0])):
-        algorithm = AlgorithmConfig(mode="split", kl_placement=placement)
+        algorithm = AlgorithmConfig(cost_mode="split", kl_placement=placement)
         found = method_advantages(algorithm, CriticConfig(), rewards, costs, group, mask, 1.0, log_ratio, 0.1)
         assert torch.allclose(found.reward, torch.tensor([reward[0] - reward[1], reward[1] - reward[0]]))
         assert torch.allclose(found.cost, torch.tensor([cost[0] - cost[1], cost[1] - cost[0]]))
@@ -143,7 +143,7 @@ def test_lagrangian_lambda_falls_when_the_mean_is_met():
 
 
 def test_lagrangian_penalty_uses_a_window_of_costs():
-    penalty = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(lr=0.1, max=5.0))
+    penalty = Multipliers(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(lr=0.1, max=5.0))
     penalty.update([1.0] * 128, 1.0)
     after_first = penalty.value
     penalty.update([-2.0] * 96, 0.0)  # the window now holds 32 times 1 and 96 times -2
@@ -152,15 +152,15 @@ def test_lagrangian_penalty_uses_a_window_of_costs():
 
 @pytest.mark.parametrize(("method", "value"), [("ppo", 0.0), ("fixed_penalty", 1.0)])
 def test_ppo_and_fixed_penalty_never_move_lambda(method, value):
-    penalty = Penalty(AlgorithmConfig(method=method), PenaltyConfig())
+    penalty = Multipliers(AlgorithmConfig(method=method), PenaltyConfig())
     penalty.update([5.0] * 10, 5.0)
     assert penalty.value == value
 
 
 def test_penalty_state_goes_on_where_it_was():
-    first = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig())
+    first = Multipliers(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig())
     first.update([1.0, 2.0, 3.0], 2.0)
-    second = Penalty(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig())
+    second = Multipliers(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig())
     second.load_state_dict(first.state_dict())
     first.update([0.5], 0.5)
     second.update([0.5], 0.5)
@@ -218,10 +218,10 @@ def test_beta_moves_towards_the_target_kl_by_at_most_two_percent():
     assert adapted_beta(1.0, 0.11, 0.1) == pytest.approx(1.01)
     assert adapted_beta(1.0, 50.0, 0.1) == pytest.approx(1.02)
     assert adapted_beta(2.0, 0.0, 0.1) == pytest.approx(1.96)
-    penalty = Penalty(AlgorithmConfig(kl_target=0.1), PenaltyConfig())
+    penalty = Multipliers(AlgorithmConfig(kl_target=0.1), PenaltyConfig())
     penalty.update([0.0], 0.0, kl=0.3)
     assert penalty.beta == pytest.approx(0.02 * 1.02)
-    constant = Penalty(AlgorithmConfig(), PenaltyConfig())
+    constant = Multipliers(AlgorithmConfig(), PenaltyConfig())
     constant.update([0.0], 0.0, kl=0.3)
     assert constant.beta == 0.02
 

@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from repo.data.packing import flat, make_segments, pack
+from repo.data.packing import flat, pack
+from repo.data.segments import make_segments
 from repo.data.sequences import make_sequences
 from repo.models import attention
 from repo.models.attention import (

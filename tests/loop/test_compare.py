@@ -22,7 +22,7 @@ from repo.runs.panel import SafetyPanel
 from repo.runs.records import reward_cost_grad_ratio
 from repo.scoring.safety import compensation_sentence, summarize
 from repo.training.advantages import Advantages
-from repo.training.loss import Batch
+from repo.training.batch import Batch
 
 
 def evaluation_of(costs, rewards=None, limit=0.0, ids=None, **more):
@@ -281,7 +281,7 @@ def test_the_ratio_of_gradient_norms_is_that_of_autograd(mode, agg):
     sequences = make_sequences([[1]] * 3, [list(range(2, 2 + n)) for n in lengths], 0)
     mask = sequences.response_mask
     reward, cost = torch.tensor([0.3, -0.5, 1.0]), torch.tensor([0.7, 0.1, -0.9])
-    algorithm = AlgorithmConfig(mode=mode, loss_agg_mode=agg)
+    algorithm = AlgorithmConfig(cost_mode=mode, loss_agg_mode=agg)
     batch = Batch(sequences, Advantages(reward, cost, reward), costs, torch.zeros(mask.shape), lam=2.0, beta=0.0)
     norms = []
     for rewards, lam in ((reward, 0.0), (torch.zeros(3), 2.0)):

@@ -82,7 +82,7 @@ def test_recomputed_layers_are_compiled_all_the_same(pair):
 def test_a_rollout_does_not_compile(pair):
     plain, _ = pair
     prompts = tokenize_prompts([Prompt(q, q, "") for q in QUESTIONS[:2]], plain.tokenizer, None, 99).kept
-    texts = [sample(policy, prompts, 2, RolloutConfig(max_new_tokens=6), 0, 0).texts for policy in pair]
+    texts = [sample(policy, prompts, 2, RolloutConfig(max_response_tokens=6), 0, 0).texts for policy in pair]
     assert texts[0] == texts[1]
     assert counters["stats"]["unique_graphs"] == 0
     with uncompiled(plain.model):

@@ -25,14 +25,14 @@ from repo.models.critic import Critic, explained_variance, make_critics, value_l
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from repo.scoring.scorers import load_scorers
-from repo.training.loss import Batch, make_batch
+from repo.training.batch import Batch, make_batch
 from repo.training.update import Updater
 
 from .oracle import response_logits
 from .tiny import QUESTIONS
 
 CPU = torch.device("cpu")
-PAPER = AlgorithmConfig(advantages="gae", mode="split", kl_placement="reward")
+PAPER = AlgorithmConfig(advantages="gae", cost_mode="split", kl_placement="reward")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def policy(tiny_model):
 @pytest.fixture
 def rollout(policy):
     prompts = tokenize_prompts([Prompt(q, q, "") for q in QUESTIONS], policy.tokenizer, None, 200).kept
-    return sample(policy, prompts, 2, RolloutConfig(max_new_tokens=9), seed=0, step=0)
+    return sample(policy, prompts, 2, RolloutConfig(max_response_tokens=9), seed=0, step=0)
 
 
 def heads(size: int) -> nn.ModuleDict:
@@ -120,7 +120,7 @@ def test_heads_on_the_policy_read_its_states_and_never_move_it(policy, rollout):
 def test_a_critic_that_starts_from_a_scorer_says_the_score_of_what_was_said_so_far(policy, rollout, scorer_folder):
     config = ScoringConfig(reward=str(scorer_folder), cost="tests.loop.scorers:cost")
     scorers = load_scorers(config, None)
-    critics = make_critics(CriticConfig(start="scorers"), policy, scorers, ("reward",))
+    critics = make_critics(CriticConfig(init_from="scorers"), policy, scorers, ("reward",))
     model = LlamaForSequenceClassification.from_pretrained(scorer_folder)
     _, values = values_of(Actor(policy, critics), rollout.sequences, "reward")
     for row in (0, 3):
@@ -133,14 +133,14 @@ def test_a_critic_that_starts_from_a_scorer_says_the_score_of_what_was_said_so_f
     assert all(p.requires_grad for p in critics.parameters())
     assert all(not p.requires_grad for p in scorers.only("reward").trunk.parameters())
     with pytest.raises(UserError, match="scoring.cost to be one model, neither a sum nor a function"):
-        make_critics(CriticConfig(start="scorers"), policy, scorers, ("cost",))
+        make_critics(CriticConfig(init_from="scorers"), policy, scorers, ("cost",))
 
 
 def test_a_scorer_with_another_tokenizer_cannot_start_a_critic(policy, scorer_folder):
     policy.tokenizer.add_tokens(["<new>"])
     scorers = load_scorers(ScoringConfig(reward=str(scorer_folder), cost="tests.loop.scorers:cost"), None)
     with pytest.raises(UserError, match="the tokenizer of scoring.reward differs from the policy's"):
-        make_critics(CriticConfig(start="scorers"), policy, scorers, ("reward",))
+        make_critics(CriticConfig(init_from="scorers"), policy, scorers, ("reward",))
 
 
 @pytest.mark.parametrize("budget", [1, 60, 150])
@@ -150,7 +150,7 @@ def test_value_losses_do_not_depend_on_the_micro_batch_split(policy, rollout, bu
         critics = heads(64)
         config = Config(algorithm=PAPER, optimizer=OptimizerConfig(micro_batch_tokens=tokens))
         updater = Updater(Actor(policy, critics), config)
-        losses, _ = updater.objective.backward(batch_for(updater, rollout), torch.arange(12))
+        losses, _ = updater.accumulator.backward(batch_for(updater, rollout), torch.arange(12))
         results.append((losses, gradient(critics), gradient(policy.model)))
         policy.model.zero_grad()
     (losses, values, whole), (split_losses, split_values, split_whole) = results
@@ -164,7 +164,7 @@ def test_per_token_advantages_reach_the_loss(policy, rollout):
     updater = Updater(Actor(policy, heads(64)), Config(algorithm=PAPER))
     batch = batch_for(updater, rollout)
     rows = torch.tensor([0, 3, 4, 9])
-    updater.objective.backward(batch, rows)
+    updater.accumulator.backward(batch, rows)
     found = gradient(policy.model)
     policy.model.zero_grad()
     part = batch.sequences.select(rows)
@@ -179,7 +179,7 @@ def test_per_token_advantages_reach_the_loss(policy, rollout):
 def test_critics_learn_the_returns_of_a_batch(policy, rollout):
     config = Config(
         algorithm=dataclasses.replace(PAPER, kl_placement="loss"),
-        critic=CriticConfig(lr=3e-2, trace=1.0),
+        critic=CriticConfig(lr=3e-2, gae_lambda=1.0),
         optimizer=OptimizerConfig(lr=1e-12),
     )
     updater = Updater(Actor(policy, heads(64)), config)
@@ -213,7 +213,7 @@ def examples_of(policy) -> list[Example]:
 def test_the_ptx_gradient_is_that_of_the_cross_entropy(policy):
     examples = examples_of(policy)
     config = Config(ptx=PtxConfig(data="x", coef=3.0), optimizer=OptimizerConfig(micro_batch_tokens=20))
-    loss = Updater(Actor(policy), config, examples).objective.supervised_backward(examples)
+    loss = Updater(Actor(policy), config, examples).accumulator.supervised_backward(examples)
     found = gradient(policy.model)
     policy.model.zero_grad()
     total, tokens = torch.zeros(()), sum(len(e.response_ids) for e in examples)

@@ -128,7 +128,7 @@ def test_warm_up_steps_leave_no_trace_in_buffers_that_the_batch_fills(limit, pol
 
 @pytest.mark.parametrize("batch_size", [4, 64])
 def test_responses_from_buffers_are_those_of_a_growing_cache(policy, prompts, monkeypatch, batch_size):
-    config = RolloutConfig(max_new_tokens=40, batch_size=batch_size)
+    config = RolloutConfig(max_response_tokens=40, batch_size=batch_size)
     expected = sample(policy, prompts, 4, config, seed=0, step=0)
     ended = expected.sequences.response_lengths < 40
     assert 0 < ended.sum() < len(ended)
@@ -138,7 +138,7 @@ def test_responses_from_buffers_are_those_of_a_growing_cache(policy, prompts, mo
 
 def test_finished_rows_leave_the_batch_without_changing_the_others(policy, prompts, monkeypatch):
     policy = dataclasses.replace(policy, eos_ids=tuple(range(1, 30)))
-    config, sizes = RolloutConfig(max_new_tokens=60), []
+    config, sizes = RolloutConfig(max_response_tokens=60), []
     step = GrowingDecoder.step
     monkeypatch.setattr(GrowingDecoder, "step", lambda self, tokens: (sizes.append(len(tokens)), step(self, tokens))[1])
     shrinking = sample(policy, prompts, 4, config, seed=0, step=0)
@@ -196,7 +196,7 @@ def test_rollouts_on_a_gpu_are_those_of_the_growing_cache(tmp_path, monkeypatch)
     policy = load_policy(str(folder), torch.device("cuda"), trainable=True)
     questions = [Prompt(str(i), q, "") for i, q in enumerate(QUESTIONS)]
     kept = tokenize_prompts(questions, make_tokenizer(), None, 200).kept
-    config = RolloutConfig(max_new_tokens=40, batch_size=8)
+    config = RolloutConfig(max_response_tokens=40, batch_size=8)
     captured = sample(policy, kept, 4, config, seed=0, step=0)
     monkeypatch.setattr(
         sampling, "make_decoder", lambda policy, rows, width, limit: GrowingDecoder(policy.model, limit)

@@ -11,7 +11,8 @@ import torch
 from repo.common.errors import UserError
 from repo.common.files import replace_folder, write_folder, write_text
 from repo.evaluation.statistics import Evaluation, measured
-from repo.runs.console import JsonLines, duration
+from repo.runs.console import duration
+from repo.runs.json_lines import JsonLines
 from repo.scoring.safety import summarize
 
 

@@ -96,7 +96,7 @@ def test_a_model_is_evaluated_on_prompts_of_ones_own(tiny_model, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"prompt": "What is salt?"}\n{"prompt": "What is flour?", "category": "b"}\n')
     scorers = ["--scoring.reward=tests.loop.scorers:reward", "--scoring.cost=tests.loop.scorers:cost"]
-    options = [*scorers, "--data.eval=mine.jsonl", "--evaluation.judge=none", "--rollout.max_new_tokens=4"]
+    options = [*scorers, "--data.eval=mine.jsonl", "--evaluation.judge=none", "--rollout.max_response_tokens=4"]
     evaluate.run_command([str(tiny_model), *options])
     (path,) = (tmp_path / "evaluations").glob("*.json")
     found = content(path)
@@ -114,7 +114,7 @@ def test_responses_stand_in_the_order_of_the_prompts_whatever_their_lengths(tiny
         *scorers,
         f"--data.eval={tmp_path / 'mine.jsonl'}",
         "--evaluation.judge=none",
-        "--rollout.max_new_tokens=4",
+        "--rollout.max_response_tokens=4",
     ]
     evaluate.run_command([str(tiny_model), *options, f"--out={tmp_path / 'e.json'}", "--rollout.batch_size=8"])
     found = [r["id"] for r in content(tmp_path / "e.json")["responses"]]

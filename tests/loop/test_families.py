@@ -79,7 +79,7 @@ def test_decoding_with_a_cache_samples_as_full_forwards_do(family):
     _, folder = family
     policy = load_policy(str(folder), torch.device("cpu"), trainable=False)
     prompts = tokenize_prompts([Prompt(q, q, "") for q in QUESTIONS[:2]], policy.tokenizer, None, 99).kept
-    rollout = sample(policy, prompts, 2, RolloutConfig(max_new_tokens=12), seed=3, step=0)
+    rollout = sample(policy, prompts, 2, RolloutConfig(max_response_tokens=12), seed=3, step=0)
     uniforms = draw_uniforms(prompts, 2, 12, 3, 0)
     for row, prompt in enumerate(rollout.prompts):
         ids = list(prompt.token_ids)

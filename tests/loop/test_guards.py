@@ -124,7 +124,7 @@ def test_a_model_with_a_nan_is_refused_by_name(tiny_model, options, tmp_path):
 @pytest.mark.parametrize("mode", ["rectified", "split"])
 @pytest.mark.parametrize("limit", [-100.0, 100.0], ids=["none safe", "all safe"])
 def test_a_batch_without_safe_or_unsafe_samples_trains(limit, mode, options, tmp_path):
-    more = [f"--algorithm.cost_limit={limit}", f"--algorithm.mode={mode}", "--steps=2"]
+    more = [f"--algorithm.cost_limit={limit}", f"--algorithm.cost_mode={mode}", "--steps=2"]
     for advantages in ("group", "gae"):
         out = tmp_path / advantages
         train.run_command([*options, *more, f"--algorithm.advantages={advantages}", f"--out={out}"])

@@ -41,7 +41,7 @@ CRITICS = [
     "--algorithm.advantages=gae",
     "--optimizer.epochs=2",
     "--optimizer.minibatches=2",
-    "--optimizer.states=bfloat16",
+    "--optimizer.state_dtype=bfloat16",
 ]
 
 

@@ -122,7 +122,7 @@ def test_a_saved_state_goes_on_bit_for_bit(states):
 
 
 def test_a_run_with_small_states_resumes_bit_for_bit(states, tiny_arguments, tmp_path):
-    options = [*tiny_arguments, "--evaluation.prompts=0", f"--optimizer.states={states}"]
+    options = [*tiny_arguments, "--evaluation.prompts=0", f"--optimizer.state_dtype={states}"]
     train.run_command([*options, f"--out={tmp_path / 'whole'}"])
     train.run_command([*options, f"--out={tmp_path / 'part'}", "--steps=2"])
     train.run_command(["--resume", str(tmp_path / "part"), "--steps=4"])

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repo.data.packing import MULTIPLE, flat, micro_batches, pack, pad, unflat
+from repo.data.micro_batches import micro_batches
+from repo.data.packing import MULTIPLE, flat, pack, pad, unflat
 from repo.data.sequences import make_sequences
 
 GROUPS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), min_size=1, max_size=5)), max_size=5)

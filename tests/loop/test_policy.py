@@ -32,7 +32,7 @@ def load(tiny_model):
 
 def rollout_of(policy, length=9):
     prompts = tokenize_prompts([Prompt(q, q, "") for q in QUESTIONS], policy.tokenizer, None, 200).kept
-    return sample(policy, prompts, 2, RolloutConfig(max_new_tokens=length), seed=0, step=0)
+    return sample(policy, prompts, 2, RolloutConfig(max_response_tokens=length), seed=0, step=0)
 
 
 def train_a_little(policy):

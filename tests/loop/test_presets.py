@@ -8,7 +8,7 @@ import yaml
 
 from repo import train
 from repo.common.errors import UserError
-from repo.config.parse import PRESETS, load, preset_names
+from repo.config.parse import PRESETS, load_config, preset_names
 from repo.config.schema import Config, field_names
 
 
@@ -28,7 +28,7 @@ def test_there_are_fewer_than_70_fields_and_each_is_documented(capsys):
 
 
 def test_the_default_preset_is_the_defaults_field_by_field():
-    assert load(PRESETS / "default.yaml") == Config()
+    assert load_config(PRESETS / "default.yaml") == Config()
     nested = yaml.safe_load((PRESETS / "default.yaml").read_text())
     groups = {group: value for group, value in nested.items() if isinstance(value, dict)}
     named = {f"{group}.{name}" for group, value in groups.items() for name in value}
@@ -36,15 +36,15 @@ def test_the_default_preset_is_the_defaults_field_by_field():
 
 
 def test_the_paper_preset_is_the_papers_form():
-    algorithm = load(PRESETS / "paper.yaml").algorithm
-    assert (algorithm.advantages, algorithm.mode, algorithm.kl_placement) == ("gae", "split", "reward")
+    algorithm = load_config(PRESETS / "paper.yaml").algorithm
+    assert (algorithm.advantages, algorithm.cost_mode, algorithm.kl_placement) == ("gae", "split", "reward")
     assert algorithm.method == "repo"
     assert not algorithm.normalize
 
 
 @pytest.mark.parametrize("start", ["policy", "scorers"])
 def test_the_paper_preset_trains_and_lambda_follows_its_rule(start, tiny_arguments, tmp_path, scorer_folder):
-    options = ["--preset=paper", *tiny_arguments, "--evaluation.prompts=0", f"--critic.start={start}"]
+    options = ["--preset=paper", *tiny_arguments, "--evaluation.prompts=0", f"--critic.init_from={start}"]
     if start == "scorers":
         options += [f"--scoring.reward={scorer_folder}", f"--scoring.cost={scorer_folder}", "--critic.lr=1e-4"]
     train.run_command([*options, f"--out={tmp_path / 'run'}"])
@@ -74,7 +74,7 @@ def test_a_run_with_critics_and_ptx_resumes_bit_for_bit(tiny_arguments, tmp_path
 
 
 def test_a_dry_run_says_that_critics_of_their_own_are_not_counted(tiny_arguments, capsys):
-    train.run_command(["--preset=paper", *tiny_arguments, "--critic.start=scorers", "--dry-run"])
+    train.run_command(["--preset=paper", *tiny_arguments, "--critic.init_from=scorers", "--dry-run"])
     assert "nor the critics, 16 bytes per parameter" in capsys.readouterr().out
 
 
@@ -89,7 +89,7 @@ def test_one_sample_per_prompt_needs_critics(tiny_arguments, tmp_path):
 @pytest.mark.parametrize("name", ["7b-lora-one-gpu", "7b-full-fsdp"])
 def test_large_presets_resolve_and_print_their_arithmetic(name, tiny_model, tiny_prompts, tmp_path, capsys):
     assert name in preset_names()
-    data = [f"--data.train={tiny_prompts[0]}", f"--data.eval={tiny_prompts[1]}", "--rollout.max_new_tokens=8"]
+    data = [f"--data.train={tiny_prompts[0]}", f"--data.eval={tiny_prompts[1]}", "--rollout.max_response_tokens=8"]
     train.run_command([f"--preset={name}", f"--model.path={tiny_model}", *data, "--dry-run"])
     printed = capsys.readouterr().out
     assert ("policy without its adapter" in printed) == ("lora" in name)

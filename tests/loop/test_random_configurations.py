@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from repo import train
 from repo.common.errors import UserError
-from repo.config.parse import load
+from repo.config.parse import load_config
 from repo.config.schema import Config
 
 JUNK = [
@@ -47,7 +47,7 @@ SAFE = {  # fields whose values bound time and memory, or name things outside
     "data.column": ["prompt", "question", "", "id"],
     "rollout.prompts_per_step": ["1", "2", "3", "0", "x"],
     "rollout.samples_per_prompt": ["1", "2", "3", "0"],
-    "rollout.max_new_tokens": ["1", "2", "8", "300", "0", str(10**12)],
+    "rollout.max_response_tokens": ["1", "2", "8", "300", "0", str(10**12)],
     "scoring.reward": [
         "tests.loop.scorers:words",
         "tests.loop.scorers:not_a_number",
@@ -149,7 +149,7 @@ def check(overrides, prompts: bytes | None, as_file: bool, arguments: list[str],
     left = set(folder.rglob("*")) - before
     assert not [p for p in left if p.name.startswith(".")]  # nothing half written
     if out.exists():
-        load(out / "config.yaml")
+        load_config(out / "config.yaml")
         assert (out / "metrics.jsonl").is_file()
     return ended
 

@@ -12,7 +12,8 @@ from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor, response_logps
 from repo.models.policy import choose_device, load_policy
-from repo.rollout.sample import draw_uniforms, merge, sample, sample_tokens
+from repo.rollout.gather import merge
+from repo.rollout.sample import draw_uniforms, sample, sample_tokens
 from repo_kernels.layers.packed_linear import packed_linears
 
 from . import oracle
@@ -48,16 +49,16 @@ def test_batches_give_the_log_probs_of_single_unpadded_sequences(policy, prompts
 
 
 def test_a_sample_depends_on_its_seed_only_and_not_on_the_batch(policy, prompts):
-    config = RolloutConfig(max_new_tokens=12)
+    config = RolloutConfig(max_response_tokens=12)
     together = sample(policy, prompts, 2, config, seed=5, step=3)
-    alone = sample(policy, prompts[2:3], 2, RolloutConfig(max_new_tokens=12, batch_size=1), seed=5, step=3)
+    alone = sample(policy, prompts[2:3], 2, RolloutConfig(max_response_tokens=12, batch_size=1), seed=5, step=3)
     assert together.texts[4:6] == alone.texts
     assert sample(policy, prompts, 2, config, seed=5, step=4).texts != together.texts
     assert sample(policy, prompts, 2, config, seed=6, step=3).texts != together.texts
 
 
 def test_decoding_with_a_cache_equals_sampling_from_full_forwards(policy, prompts):
-    config = RolloutConfig(max_new_tokens=10)
+    config = RolloutConfig(max_response_tokens=10)
     rollout = sample(policy, prompts[:2], 2, config, seed=1, step=0)
     uniforms = draw_uniforms(prompts[:2], 2, 10, 1, 0)
     for row in range(4):
@@ -75,7 +76,9 @@ def test_decoding_with_a_cache_equals_sampling_from_full_forwards(policy, prompt
 
 
 def test_a_rollout_knows_the_log_probs_it_sampled_with(policy, prompts):
-    rollout = sample(policy, prompts, 2, RolloutConfig(max_new_tokens=9, temperature=0.7, batch_size=4), seed=2, step=0)
+    rollout = sample(
+        policy, prompts, 2, RolloutConfig(max_response_tokens=9, temperature=0.7, batch_size=4), seed=2, step=0
+    )
     expected = response_logps(policy, rollout.sequences, 0.7, 10**6)
     assert rollout.logps.shape == expected.shape
     assert torch.allclose(rollout.logps, expected, atol=1e-5)
@@ -83,7 +86,7 @@ def test_a_rollout_knows_the_log_probs_it_sampled_with(policy, prompts):
 
 def test_parts_of_a_batch_are_sampled_as_the_whole(policy, prompts):
     repeated = [*prompts, prompts[0]]  # the prompt that comes again draws on, whoever samples it
-    config = RolloutConfig(max_new_tokens=12)
+    config = RolloutConfig(max_response_tokens=12)
     whole = sample(policy, repeated, 2, config, 5, 3)
     parts = [sample(policy, repeated, 2, config, 5, 3, part) for part in (range(3), range(3, 4), range(4, 7))]
     joined = merge(parts, policy.pad_id)
@@ -95,7 +98,7 @@ def test_parts_of_a_batch_are_sampled_as_the_whole(policy, prompts):
 
 
 def test_responses_end_with_their_first_stop_token(policy, prompts):
-    rollout = sample(policy, prompts, 4, RolloutConfig(max_new_tokens=60), seed=0, step=0)
+    rollout = sample(policy, prompts, 4, RolloutConfig(max_response_tokens=60), seed=0, step=0)
     s = rollout.sequences
     ended = 0
     for row in range(len(s.input_ids)):
@@ -144,7 +147,7 @@ def test_packed_linears_compute_the_same_and_leave_no_trace(policy):
 
 
 def test_log_probs_are_those_of_the_full_softmax(policy, prompts):
-    rollout = sample(policy, prompts, 1, RolloutConfig(max_new_tokens=9), seed=2, step=0)
+    rollout = sample(policy, prompts, 1, RolloutConfig(max_response_tokens=9), seed=2, step=0)
     s = rollout.sequences
     got = response_logps(policy, s, temperature=0.7, budget=40)
     full = oracle.response_logps(policy, s, temperature=0.7)
@@ -153,7 +156,7 @@ def test_log_probs_are_those_of_the_full_softmax(policy, prompts):
 
 
 def test_the_temperature_is_the_one_sampled_at(policy, prompts):
-    cold = sample(policy, prompts[:1], 16, RolloutConfig(max_new_tokens=1, temperature=1e-4), seed=0, step=0)
+    cold = sample(policy, prompts[:1], 16, RolloutConfig(max_response_tokens=1, temperature=1e-4), seed=0, step=0)
     greedy = policy.model(input_ids=torch.tensor([prompts[0].token_ids])).logits[0, -1].argmax()
     assert (cold.sequences.response_ids[:, 0] == greedy).all()
 
@@ -188,7 +191,7 @@ def test_a_shared_prefix_gives_the_log_probs_of_separate_sequences(policy, promp
 
 
 def test_padded_batches_give_the_log_probs_of_packed_ones(policy, prompts):
-    rollout = sample(policy, prompts, 3, RolloutConfig(max_new_tokens=9), seed=2, step=0)
+    rollout = sample(policy, prompts, 3, RolloutConfig(max_response_tokens=9), seed=2, step=0)
     attention = dataclasses.replace(policy.attention, packs=False)
     padded = response_logps(dataclasses.replace(policy, attention=attention), rollout.sequences, 1.0, 300)
     assert (response_logps(policy, rollout.sequences, 1.0, 300) - padded).abs().max() < 1e-5
@@ -218,6 +221,8 @@ def test_models_that_cannot_be_packed_are_padded_instead(tmp_path, policy):
 
 
 def test_a_prompt_that_comes_twice_in_a_step_gets_other_samples(policy, prompts):
-    rollout = sample(policy, [prompts[0], prompts[0]], 3, RolloutConfig(max_new_tokens=12), seed=0, step=0)
+    rollout = sample(policy, [prompts[0], prompts[0]], 3, RolloutConfig(max_response_tokens=12), seed=0, step=0)
     assert len(set(rollout.texts)) == 6
-    assert rollout.texts[:3] == sample(policy, prompts[:1], 3, RolloutConfig(max_new_tokens=12), seed=0, step=0).texts
+    assert (
+        rollout.texts[:3] == sample(policy, prompts[:1], 3, RolloutConfig(max_response_tokens=12), seed=0, step=0).texts
+    )

@@ -199,9 +199,9 @@ def test_every_method_trains(method, tiny_arguments, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--algorithm.mode=split"],
+        ["--algorithm.cost_mode=split"],
         ["--algorithm.kl_placement=reward", "--algorithm.beta=0.1"],
-        ["--algorithm.kl_placement=reward-and-cost", "--algorithm.mode=split"],
+        ["--algorithm.kl_placement=reward-and-cost", "--algorithm.cost_mode=split"],
         ["--algorithm.advantages=gae", "--algorithm.method=crpo"],
         ["--algorithm.advantages=gae", "--algorithm.method=ppo", "--optimizer.epochs=2"],
         ["--algorithm.advantages=gae", "--algorithm.method=ppo_lagrangian", "--algorithm.entropy_coef=0.01"],
@@ -269,8 +269,8 @@ def test_printed_config_is_a_config(tiny_arguments, tmp_path, capsys):
         (["--scoring.reward=tests.loop.scorers:raising"], "scorers.py:"),
         (["--scoring.reward=tests.loop.broken:f"], "cannot import module 'tests.loop.broken': NameError"),
         (
-            ["--rollout.max_new_tokens=300"],
-            "rollout.max_new_tokens=300 leaves no room for a prompt in a context of 256",
+            ["--rollout.max_response_tokens=300"],
+            "rollout.max_response_tokens=300 leaves no room for a prompt in a context of 256",
         ),
         (
             ["--data.max_prompt_tokens=3"],
@@ -290,7 +290,10 @@ def test_printed_config_is_a_config(tiny_arguments, tmp_path, capsys):
         (["--ptx.data=nowhere.jsonl"], "prompt file not found: nowhere.jsonl"),
         (["--loggers=[tensorboad]"], "loggers"),
         (["--optimizer.betas=[0.9, 1.5]"], "optimizer.betas must be >= 0 and <= 1; got 1.5"),
-        (["--algorithm.kl_estimator=k1", "--algorithm.kl_ratio=false"], "algorithm.kl_ratio must be true"),
+        (
+            ["--algorithm.kl_estimator=k1", "--algorithm.kl_importance_weighted=false"],
+            "algorithm.kl_importance_weighted must be true",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(more, message, tiny_arguments, tmp_path):

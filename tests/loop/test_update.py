@@ -15,7 +15,7 @@ from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from repo.runs import checkpoint
 from repo.training.advantages import Advantages
-from repo.training.loss import Batch
+from repo.training.batch import Batch
 from repo.training.optimizer import lr_at
 from repo.training.update import Updater
 
@@ -39,7 +39,7 @@ def make_batch(policy, lam=1.5):
     prompts = tokenize_prompts(
         [Prompt(str(i), q, "") for i, q in enumerate(QUESTIONS)], policy.tokenizer, None, 200
     ).kept
-    rollout = sample(policy, prompts, 2, RolloutConfig(max_new_tokens=14), seed=0, step=0)
+    rollout = sample(policy, prompts, 2, RolloutConfig(max_response_tokens=14), seed=0, step=0)
     generator = torch.Generator().manual_seed(1)
     reward, cost, costs = (torch.randn(len(rollout.texts), generator=generator) for _ in range(3))
     ref = response_logps(policy, rollout.sequences, 1.0, 500)
@@ -49,7 +49,7 @@ def make_batch(policy, lam=1.5):
 
 def gradient_of(policy, algorithm, batch, rows, old, budget):
     updater = make_updater(policy, algorithm, OptimizerConfig(micro_batch_tokens=budget))
-    losses, stats = updater.objective.backward(dataclasses.replace(batch, old_logps=old, beta=algorithm.beta), rows)
+    losses, stats = updater.accumulator.backward(dataclasses.replace(batch, old_logps=old, beta=algorithm.beta), rows)
     gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     updater.optimizer.zero_grad()
     return losses["loss"], gradient, stats
@@ -124,9 +124,9 @@ def test_old_log_probs_are_those_of_the_sampling_policy_though_the_first_minibat
     others = torch.tensor([row for row in range(12) if row not in first])
     assert (old[first] == 0).all()
     assert torch.allclose(old[others], sampled[others], atol=1e-5)
-    seen, backward = [], updater.objective.backward
+    seen, backward = [], updater.accumulator.backward
     monkeypatch.setattr(
-        updater.objective, "backward", lambda known, *more: seen.append(known.old_logps) or backward(known, *more)
+        updater.accumulator, "backward", lambda known, *more: seen.append(known.old_logps) or backward(known, *more)
     )
     updater.update(dataclasses.replace(batch, old_logps=old), 4, 9)
     assert len(seen) == 6
@@ -150,7 +150,7 @@ def test_the_weight_of_the_kl_is_the_batchs_and_not_the_first_one(policy):
     gradients = []
     for beta, config_beta in ((0.3, 0.02), (0.3, 0.3), (0.02, 0.02)):
         updater = make_updater(policy, AlgorithmConfig(beta=config_beta))
-        updater.objective.backward(dataclasses.replace(batch, beta=beta), rows)
+        updater.accumulator.backward(dataclasses.replace(batch, beta=beta), rows)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
         updater.optimizer.zero_grad()
     assert torch.equal(gradients[0], gradients[1])

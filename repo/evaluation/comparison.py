@@ -27,7 +27,7 @@ from .common.errors import UserError, exit_with_sentence, first_line, require_pa
 from .common.files import make_parent, write_folder
 from .evaluation.statistics import Evaluation, aligned, draws_of, few, interval_of, measured, paired
 from .evaluation.tables import show, show_change
-from .runs.console import finite
+from .runs.json_lines import finite
 from .scoring.safety import TITLES
 
 NEWEST = ("final", "after")
