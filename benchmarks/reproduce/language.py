@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
-from repo.compare import read_evaluation
 from repo.config.parse import load_config, make_parser, parse_config
+from repo.evaluation.comparison import read_evaluation
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.evaluation.tables import show, show_change
 from repo.reporting.style import STYLE

@@ -1,17 +1,10 @@
-"""Compare evaluated policies prompt by prompt: what changed, which prompts became safe or unsafe, and who wins.
-
-python -m repo.compare runs/ppo runs/repo              the newest evaluation of each run; the first is the baseline
-python -m repo.compare a/eval/before.json a/eval/final.json
-"""
+"""Comparison: evaluated policies prompt by prompt: what changed, which prompts became safe or unsafe, and who wins."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import combinations
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -22,13 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .command import console_of
-from .common.errors import UserError, exit_with_sentence, first_line, require_package
-from .common.files import make_parent, write_folder
-from .evaluation.statistics import Evaluation, aligned, draws_of, few, interval_of, measured, paired
-from .evaluation.tables import show, show_change
-from .runs.json_lines import finite
-from .scoring.safety import TITLES
+from ..common.errors import UserError, first_line
+from ..scoring.safety import TITLES, mostly_unsafe
+from .statistics import RENAMED, Evaluation, aligned, draws_of, few, interval_of, measured, paired
+from .tables import show, show_change
 
 NEWEST = ("final", "after")
 """Evaluations of a run in the order in which they are preferred; then its last checkpoint's, then `before`."""
@@ -41,8 +31,11 @@ WINS = {
 
 @dataclass(frozen=True)
 class Contender:
-    """name: as given; evaluation: what is compared; made: how, by the keys of its file; trail: quantities of a run's
-    evaluations in the order of training."""
+    """One side of a comparison, called `name` as given.
+
+    made: how the evaluation was made, by the keys of its file. trail: quantities of a run's evaluations in the order of
+    training.
+    """
 
     name: str
     evaluation: Evaluation
@@ -51,9 +44,10 @@ class Contender:
 
 
 def read_evaluation(path: Path, cost_limit: float | None = None) -> tuple[Evaluation, dict[str, Any]]:
-    """What repo.evaluate or repo.train wrote, and how it was made. UserError when it cannot be read."""
+    """Read what repo.evaluate or repo.train wrote, and how it was made. Raises UserError when it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        written = json.loads(path.read_text(encoding="utf-8"))
+        content = {RENAMED.get(key, key): value for key, value in written.items()}
         limit = content["cost_limit"] if cost_limit is None else cost_limit
         found = Evaluation(content.pop("responses"), float(limit))
         if not found.records:
@@ -66,7 +60,7 @@ def read_evaluation(path: Path, cost_limit: float | None = None) -> tuple[Evalua
 
 
 def contender(name: str, cost_limit: float | None = None) -> Contender:
-    """A run folder, by its newest evaluation, or the file of one. UserError where there is none."""
+    """Take a run folder's newest evaluation, or the file of one. Raises UserError where there is none."""
     path = Path(name)
     if path.is_file():
         found, made = read_evaluation(path, cost_limit)
@@ -85,24 +79,24 @@ def contender(name: str, cost_limit: float | None = None) -> Contender:
 
 
 def safety_table(a: Evaluation, b: Evaluation, column: str = "safe") -> NDArray[np.int64]:
-    """(2, 2) counts of common prompts: rows a safe, a unsafe; columns b safe, b unsafe.
+    """Count common prompts in a (2, 2) table: rows a safe, a unsafe; columns b safe, b unsafe.
 
     A prompt is unsafe when more than half of its responses are. column: "safe" or "judge_safe".
     """
-    left, right = (columns[column].mean(1) < 0.5 for columns in aligned(a, b))
+    left, right = (mostly_unsafe(columns[column].mean(1)) for columns in aligned(a, b))
     table = np.zeros((2, 2), dtype=np.int64)
     np.add.at(table, (left.astype(int), right.astype(int)), 1)
     return table
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """Two-sided exact p-value that as many prompts change one way as the other (McNemar's exact test)."""
+    """Compute the two-sided exact p-value that as many prompts change one way as the other (McNemar's exact test)."""
     n, tail = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(comb(n, i) for i in range(tail + 1)) / 2**n)
 
 
 def win_rates(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float | None]]:
-    """How often a response of b beats one of a to the same prompt, ties counted half, by the criteria of WINS.
+    """Measure how often a response of b beats one of a to the same prompt, ties counted half, by the criteria of WINS.
 
     Every response of b meets every one of a. Intervals are bootstrapped over prompts.
     """
@@ -120,7 +114,7 @@ def win_rates(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float | None]
 
 
 def compare_pair(a: Contender, b: Contender) -> dict[str, Any]:
-    """Everything about one pair, b against a, as JSON."""
+    """Compare b with a, as JSON."""
     tables = {}
     for column in ("safe", "judge_safe"):
         # with other numbers of responses more than half of them would mean something else
@@ -146,8 +140,11 @@ def compare_pair(a: Contender, b: Contender) -> dict[str, Any]:
 
 
 def require_comparable(contenders: Sequence[Contender]) -> list[str]:
-    """Sentences about what differs in how the evaluations were made. UserError where it leaves nothing to compare: the
-    cost limit, without which no response is safe or unsafe, or a scorer."""
+    """Say what differs in how the evaluations were made.
+
+    Raises UserError where that leaves nothing to compare: the cost limit, without which no response is safe or unsafe,
+    or a scorer.
+    """
     for key, way in (("cost_limit", "; choose one with --cost-limit"), ("reward_scorer", ""), ("cost_scorer", "")):
         if told := _differences(contenders, key):
             raise UserError(f"the evaluations have different {key.replace('_', ' ')}s ({told}){way}")
@@ -156,7 +153,7 @@ def require_comparable(contenders: Sequence[Contender]) -> list[str]:
         raise UserError(f"{repeated} is given twice")
     warnings = [
         f"the evaluations differ in {key} ({told})"
-        for key in ("judge", "temperature", "top_p", "max_new_tokens")
+        for key in ("judge", "temperature", "top_p", "max_response_tokens")
         if (told := _differences(contenders, key))
     ]
     if len({c.evaluation.samples for c in contenders}) > 1:
@@ -166,7 +163,7 @@ def require_comparable(contenders: Sequence[Contender]) -> list[str]:
 
 
 def _differences(contenders: Sequence[Contender], key: str) -> str:
-    """Each one's value, "" where all agree."""
+    """List each contender's value; "" where all agree."""
     values = [c.evaluation.cost_limit if key == "cost_limit" else c.made.get(key) for c in contenders]
     if all(value == values[0] for value in values):
         return ""
@@ -174,7 +171,7 @@ def _differences(contenders: Sequence[Contender], key: str) -> str:
 
 
 def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
-    """Every quantity of each."""
+    """Print every quantity of each contender."""
     table = Table(title="mean [95 % bootstrap interval over prompts]")
     table.add_column("")
     for c in contenders:
@@ -187,7 +184,7 @@ def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
 
 
 def print_pair(console: Console, pair: dict[str, Any]) -> None:
-    """Paired changes, wins and the 2 x 2 tables of one pair."""
+    """Print paired changes, wins and the 2 x 2 tables of one pair."""
     title = f"{pair['other']} against {pair['baseline']}, {pair['prompts']} common prompts"
     table = Table(title=escape(title))
     table.add_column("change")
@@ -206,52 +203,3 @@ def print_pair(console: Console, pair: dict[str, Any]) -> None:
             f"(exact sign test p = {cells['p_value']:.3g})",
             highlight=False,
         )
-
-
-def run_command(argv: list[str] | None = None) -> None:
-    """Read, compare every pair, print, and write JSON and the frontier's figure."""
-    parser = argparse.ArgumentParser(
-        prog="repo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("evaluations", nargs="+", metavar="RUN|FILE", help="two or more; the first is the baseline")
-    parser.add_argument("--cost-limit", type=float, metavar="D", help="safe iff cost <= D; default: their own")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; default: comparisons/<date-time>")
-    options = parser.parse_args(argv)
-    if len(options.evaluations) < 2:
-        raise UserError(f"repo.compare takes two or more runs or evaluation files; got {len(options.evaluations)}")
-    out = options.out or Path("comparisons") / f"{datetime.now():%Y%m%d-%H%M%S}"
-    if out.exists():
-        raise UserError(f"--out: {out} exists; choose another folder")
-    require_package("matplotlib", "the figure of a comparison")
-    from .reporting.pareto import draw_frontier
-
-    console = console_of()
-    contenders = [contender(name, options.cost_limit) for name in options.evaluations]
-    warnings = require_comparable(contenders)
-    pairs = [compare_pair(a, b) for a, b in combinations(contenders, 2)]
-    print_quantities(console, contenders)
-    for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
-    for pair in pairs:
-        print_pair(console, pair)
-    trails = {c.name: c.trail for c in contenders}
-
-    def write(folder: Path) -> None:
-        content = {"cost_limit": contenders[0].evaluation.cost_limit, "pairs": pairs, "trails": trails}
-        (folder / "comparison.json").write_text(
-            json.dumps(finite(content), indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-        draw_frontier(trails).savefig(folder / "frontier.png", dpi=144)
-
-    make_parent(out, "--out")
-    write_folder(out, write)
-    console.print(f"comparison: {out}", markup=False, highlight=False)
-
-
-def main() -> None:
-    """Console script."""
-    exit_with_sentence(run_command)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,10 +23,7 @@ from ..runs.json_lines import finite
 from ..scoring.judge import Judge
 from ..scoring.scorers import Scorers
 from .reward_hacking import is_refusal, repetition
-from .statistics import Evaluation
-
-RENAMED = {"max_new_tokens": "max_response_tokens"}
-"""Keys of evaluation files as version 0.1 wrote them, and what they are called now."""
+from .statistics import RENAMED, Evaluation
 
 
 @dataclass(frozen=True)

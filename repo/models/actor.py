@@ -53,8 +53,8 @@ class Actor(nn.Module):
     def forward(self, packed: Packed, readout: Callable[..., T], *arguments: Any, every_layer: bool = False) -> T:
         """Run the model on packed responses and return readout(states, critics, *arguments).
 
-        readout: a module or function, e.g. training.loss.PolicyLoss; sharded training needs the tensors of its result in
-        tuples and dicts. every_layer: give it the states of every layer, not of the last alone.
+        readout: a module or function, e.g. training.loss.PolicyLoss. Sharded training needs the tensors of its result
+        in tuples and dicts. every_layer: give it the states of every layer, not of the last alone.
         """
         with self.settings.running():
             hidden = trunk_states(self.policy.base_model, packed, every_layer or self.reads_layers)

@@ -1,12 +1,7 @@
-"""Write a run's report: one HTML file that needs nothing else, and every figure as a PNG beside it.
-
-python -m repo.report runs/mine                     into runs/mine/report; the run may still be going on
-python -m repo.report runs/mine --out elsewhere
-"""
+"""Document: a run's report as one HTML file that needs nothing else, with every figure as a PNG beside it."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import string
@@ -14,19 +9,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common.errors import UserError, exit_with_sentence, require_package
-from .common.files import write_bytes
-from .evaluation.reward_hacking import CHECKS, FEWEST, alerts
-from .reporting import page
-from .reporting.headline import Comparison, Compensation, compare, compensation, quantities, quantity_rows, verdict
-from .reporting.page import Pair
-from .reporting.prompt_history import RECENT, Entry, ledger
-from .reporting.run_history import History, read
+from ..common.errors import UserError, require_package
+from ..common.files import write_bytes
+from ..evaluation.reward_hacking import CHECKS, FEWEST, alerts
+from ..scoring.safety import is_safe
+from . import page
+from .headline import Comparison, compare, compensation, quantity_rows, tiles, verdict
+from .page import Pair
+from .prompt_history import RECENT, Entry, ledger
+from .run_history import History, read
 
 if TYPE_CHECKING:
-    from .reporting.figures import Drawn
+    from .figures import Drawn
 
-HERE = Path(__file__).parent / "reporting"
+HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="repo.report">'
 LEDGER_ROWS, EXAMPLES = 200, 6
 SECTIONS = {
@@ -38,11 +34,14 @@ SECTIONS = {
 }
 
 
-def report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of a run and return its path; other files in `out` stay. UserError without matplotlib, for what
-    is no run or damaged, and where writing fails or would replace what is not a report's."""
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run and return its path; other files in `out` stay.
+
+    Raises UserError without matplotlib, for what is no run or damaged, and where writing fails or would replace what is
+    not a report's.
+    """
     require_package("matplotlib", "a report with figures")
-    from .reporting.figures import draw_all
+    from .figures import draw_all
 
     history = read(run)
     folder = out or run / "report"
@@ -61,7 +60,7 @@ def report(run: Path, out: Path | None = None) -> Path:
 
 
 def _require_ours(folder: Path) -> None:
-    """UserError where another page would be overwritten, or pictures beside no report."""
+    """Raise UserError where another page would be overwritten, or pictures beside no report."""
     index = folder / "index.html"
     try:
         if index.exists():
@@ -76,7 +75,7 @@ def _require_ours(folder: Path) -> None:
 
 
 def assemble(history: History, drawn: Iterable[Drawn]) -> str:
-    """The whole HTML file."""
+    """Put the whole HTML file together."""
     comparison = compare(history)
     figures = {d.name: page.figure(d) for d in drawn}
     sections = {"Held-out evaluation": _evaluation(history, comparison), "Alerts": _alerts(history)}
@@ -112,32 +111,21 @@ def _head(history: History, comparison: Comparison | None) -> str:
         ("λ in the last step", page.number(history.series("lam")[-1], "{:.4g}")),
         ("Seed", str(config.get("seed", ""))),
     )
-    rows, where = quantities(history)
-    tiles = (
+    rows, where = tiles(history)
+    cells = (
         (name, page.number(later, form), f"from {page.number(earlier, form)}") for name, form, earlier, later in rows
     )
     notes = "".join(f'<p class="note">{page.escaped(note)}</p>' for note in history.notes)
-    told, balance = [verdict(history, comparison)], _compensation(history)
+    told, balance = [verdict(history, comparison)], compensation(history)
     if balance:
         told.insert(0 if balance.hidden else 1, balance.sentence)
     sentences = "".join(f'<p class="verdict">{page.escaped(sentence)}</p>' for sentence in told)
     return (
         f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>{sentences}{notes}</header>'
-        f'{page.tiles(tiles)}<p class="lead"><small>{page.escaped(where)}. '
+        f'{page.tiles(cells)}<p class="lead"><small>{page.escaped(where)}. '
         "A prompt is unsafe when more than half of its responses are, by the training cost.</small></p>"
         f"{page.facts(facts)}"
     )
-
-
-def _compensation(history: History) -> Compensation | None:
-    """Of the newest responses: held out after training, else the last of training, else held out before it."""
-    if after := history.responses("after"):
-        return compensation(after, history.limit, "to held-out prompts after training")
-    if history.samples:
-        span = "step" if history.tenth == 1 else f"{history.tenth} steps"
-        return compensation(history.now, history.limit, f"of the last {span} of training")
-    before = history.responses("before")
-    return compensation(before, history.limit, "to held-out prompts before training") if before else None
 
 
 def _evaluation(history: History, comparison: Comparison | None) -> str:
@@ -196,7 +184,7 @@ def _ledger(entries: list[Entry], limit: float) -> str:
 
 
 def _samples(history: History) -> str:
-    """Pairs of responses to one prompt, held out where there are two evaluations, else of training."""
+    """Show pairs of responses to one prompt, held out where there are two evaluations, else of training."""
     limit = history.limit
     pairs, names, where = _pairs(history)
     if not pairs:
@@ -225,12 +213,15 @@ def _pairs(history: History) -> tuple[list[Pair], tuple[str, str], str]:
 
 
 def grouped(pairs: Sequence[Pair], limit: float) -> dict[str, list[Pair]]:
-    """Pairs of (before, after) by what happened to their safety, the largest changes first; each pair once, but for
-    the last group: what changed most in reward."""
+    """Group pairs of (before, after) by what happened to their safety, the largest changes first.
+
+    Each pair is in one group, but for the last group: what changed most in reward.
+    """
 
     def ranked(before_unsafe: bool, after_unsafe: bool, key: Callable[[Pair], float]) -> list[Pair]:
-        wanted = before_unsafe, after_unsafe
-        return sorted((p for p in pairs if tuple(r["cost"] > limit for r in p) == wanted), key=key, reverse=True)
+        wanted = not before_unsafe, not after_unsafe
+        chosen = (pair for pair in pairs if tuple(is_safe(r["cost"], limit) for r in pair) == wanted)
+        return sorted(chosen, key=key, reverse=True)
 
     return {
         "Unsafe → safe": ranked(True, False, lambda p: p[0]["cost"] - p[1]["cost"]),
@@ -243,23 +234,3 @@ def grouped(pairs: Sequence[Pair], limit: float) -> dict[str, list[Pair]]:
 def _foot(history: History) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in history.versions.items() if v != "not installed")
     return f"<footer><p>{page.escaped(versions)}</p><p>Each figure is a PNG beside this file.</p></footer>"
-
-
-def run_command(argv: list[str] | None = None) -> None:
-    """Parse the command line and write the report."""
-    parser = argparse.ArgumentParser(
-        prog="repo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; default: RUN/report")
-    options = parser.parse_args(argv)
-    print(f"report: {report(options.run, options.out)}")
-
-
-def main() -> None:
-    """Console script."""
-    exit_with_sentence(run_command)
-
-
-if __name__ == "__main__":
-    main()

@@ -78,7 +78,7 @@ class Updater:
     def update(self, batch: Batch, step: int, steps: int) -> UpdateResult:
         """Run epochs x shuffled minibatches x micro-batches, with supervised examples in the same optimiser steps.
 
-        Raises UserError after `max_skipped` minibatches in a row whose gradient was not finite, and for weights that are
+        Raises UserError after `max_skipped` minibatches in a row whose gradient was not finite, and where a weight is
         not finite afterwards.
         """
         optimizer = self.config.optimizer

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from repo.common.errors import UserError
-from repo.compare import contender, read_evaluation, run_command, safety_table, sign_test, win_rates
+from repo.compare import run_command
 from repo.config.schema import AlgorithmConfig
 from repo.data.sequences import make_sequences
+from repo.evaluation.comparison import contender, read_evaluation, safety_table, sign_test, win_rates
 from repo.evaluation.statistics import QUANTITIES, Evaluation, aligned, measured, paired
 from repo.evaluation.tables import print_summary, show_change
 from repo.reporting.pareto import draw_frontier, frontier

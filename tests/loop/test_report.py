@@ -1,4 +1,4 @@
-"""The report of a run: self-contained, escaped, honest about what it is over, and readable in a browser."""
+"""The write_report of a run: self-contained, escaped, honest about what it is over, and readable in a browser."""
 
 import hashlib
 import json
@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from repo.common.errors import UserError
-from repo.report import assemble, grouped, report, run_command
-from repo.reporting.headline import Comparison, change, compare, compensation, verdict
+from repo.report import run_command
+from repo.reporting.document import assemble, grouped, write_report
+from repo.reporting.headline import Comparison, change, compare, describe_records, verdict
 from repo.reporting.page import escaped, number
 from repo.reporting.prompt_history import ledger
 from repo.reporting.run_history import read
@@ -24,7 +25,7 @@ from tests.loop.recorded import write_evaluation, write_lines, write_run
 
 pytest.importorskip("matplotlib")
 
-FIGURES = "reward cost distribution cumulative safe_rate compensation penalty scatter policy training".split()
+FIGURES = "reward cost distribution cumulative safe_rate describe_records penalty scatter policy training".split()
 HOSTILE = (
     "<script>alert(1)</script></script><img src=x onerror=alert(2)> \"quoted\" 'single' ]]> &amp; \ud800 \x00 \u202e"
 )
@@ -60,7 +61,7 @@ class Page(HTMLParser):
 
 
 def page_of(run):
-    """The report of a run but for its figures, parsed."""
+    """The write_report of a run but for its figures, parsed."""
     found = Page(assemble(read(run), []))
     assert not found.open
     return found
@@ -68,9 +69,9 @@ def page_of(run):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A report with everything in it."""
+    """A write_report with everything in it."""
     run = write_run(tmp_path_factory.mktemp("runs") / "evaluated", steps=30, held_out=40)
-    return report(run).parent
+    return write_report(run).parent
 
 
 def rewrite(run, name, change_of):
@@ -163,20 +164,20 @@ def records(*costs_of_prompts):
 
 
 def test_a_mean_constraint_that_hides_unsafe_prompts_is_called_so():
-    found = compensation(records([-3.0], [-2.0], [1.0], [2.0]), 0.0, "held out")
+    found = describe_records(records([-3.0], [-2.0], [1.0], [2.0]), 0.0, "held out")
     assert found.hidden
     assert (
         found.sentence == "Mean constraint met, 50.0% of prompts unsafe (E[C] = −0.500, d = 0; 4 responses held out)."
     )
-    found = compensation(records([-1.0, -1.0, 0.5], [0.5, 0.5, -1.0]), 0.0, "now")
+    found = describe_records(records([-1.0, -1.0, 0.5], [0.5, 0.5, -1.0]), 0.0, "now")
     assert found.hidden
     assert found.sentence.startswith(
         "Mean constraint met, 50.0% of prompts unsafe in more than half of their responses, 50.0% of"
     )
-    unmet = compensation(records([2.0], [-1.0]), 0.0, "now")
+    unmet = describe_records(records([2.0], [-1.0]), 0.0, "now")
     assert not unmet.hidden
     assert unmet.sentence.startswith("Mean constraint not met, 50.0% of prompts")
-    safe = compensation(records([0.0], [-1.0]), 0.0, "now")
+    safe = describe_records(records([0.0], [-1.0]), 0.0, "now")
     assert not safe.hidden
     assert "all 2 responses now are within the limit" in safe.sentence
 
@@ -255,10 +256,10 @@ def test_a_run_that_goes_on_shows_what_it_has(tmp_path):
 
 def test_a_single_step_is_enough(tmp_path):
     run = write_run(tmp_path / "run", steps=1)
-    text = Page(report(run).read_text()).text
+    text = Page(write_report(run).read_text()).text
     assert "No prompt has been answered twice yet" in text
     (run / "samples.jsonl").write_text("")  # killed between the two files
-    assert "There are no responses to check" in Page(report(run).read_text()).text
+    assert "There are no responses to check" in Page(write_report(run).read_text()).text
 
 
 @pytest.mark.parametrize("algorithm", [{"method": "ppo"}, {"advantages": "gae", "mode": "split"}, {"cost_limit": 0.1}])
@@ -266,7 +267,7 @@ def test_other_methods_and_unknown_numbers(tmp_path, algorithm):
     run = write_run(tmp_path / "run", steps=12, **algorithm)
     unknown = {"reward_safe_mean": None, "kl": None, "reward_cost_grad_ratio": None, "cost_explained_variance": 0.1}
     rewrite(run, "metrics", lambda r: unknown if r["step"] % 3 else unknown | {"reward_cost_grad_ratio": 2.0})
-    text = Page(report(run).read_text()).text
+    text = Page(write_report(run).read_text()).text
     assert "gradient norms, reward ÷ λ cost (log)" in text
     assert "cost critic" in text
     assert "KL to reference" not in text  # never known
@@ -385,7 +386,7 @@ def test_pairs_are_grouped_by_what_happened():
 def test_a_thousand_steps_over_many_prompts_stay_small(tmp_path):
     run = write_run(tmp_path / "run", steps=1000, prompts=600, per_step=4, samples=4, held_out=200)
     rewrite(run, "samples", lambda r: {"prompt": "very long " * 400, "response": r["response"] * 40})
-    index = report(run)
+    index = write_report(run)
     assert index.stat().st_size <= 3_000_000
     text = Page(index.read_text()).text
     assert "The 200 hardest are listed, 400 are left out" in text
@@ -412,58 +413,58 @@ def test_pictures_beside_no_report_are_not_replaced(tmp_path):
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
     (mine / "cost.png").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"cost.png exists and is not a report's; choose another folder"):
-        report(run, mine)
+    with pytest.raises(UserError, match=r"cost.png exists and is not a write_report's; choose another folder"):
+        write_report(run, mine)
     assert sorted(p.name for p in mine.iterdir()) == ["cost.png", "notes.txt"]
     assert (mine / "cost.png").read_bytes() == b"mine"
 
 
 def test_what_cannot_be_reported_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
-        report(tmp_path)
+        write_report(tmp_path)
     run = write_run(tmp_path / "run")
     other = tmp_path / "site"
     other.mkdir()
     (other / "index.html").write_text("<p>mine</p>")
-    with pytest.raises(UserError, match=r"index.html exists and is not a report's; choose another folder"):
-        report(run, other)
+    with pytest.raises(UserError, match=r"index.html exists and is not a write_report's; choose another folder"):
+        write_report(run, other)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file"):
-        report(run, tmp_path / "file" / "below")
+        write_report(run, tmp_path / "file" / "below")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text("algorithm: {")
     with pytest.raises(UserError, match=r"config.yaml is damaged"):
-        report(run)
+        write_report(run)
     (run / "config.yaml").write_text(config)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([*lines[:2], '{"step"\n', *lines[2:]]))
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 3"):
-        report(run)
+        write_report(run)
     (run / "metrics.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 1"):
-        report(run)
+        write_report(run)
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has no metrics yet"):
-        report(run)
+        write_report(run)
 
 
 def test_without_matplotlib_the_command_says_what_to_install(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        report(run)
+        write_report(run)
 
 
 def test_a_damaged_evaluation_is_named(tmp_path):
     run = write_run(tmp_path / "run", held_out=2)
     (run / "eval" / "after.json").write_text('{"summary": {}, "responses": [{"id": "a"}]}')
     with pytest.raises(UserError, match=r"after.json is damaged: response 0 lacks"):
-        report(run)
+        write_report(run)
     texts, numbers = ("id", "category", "prompt", "response"), ("tokens", "reward", "cost")
     nothing = [dict.fromkeys(texts, "") | dict.fromkeys(numbers)]
     (run / "eval" / "after.json").write_text(json.dumps({"summary": {}, "responses": nothing}))
     with pytest.raises(UserError, match=r"after.json is damaged: response 0 has no reward or no cost"):
-        report(run)
+        write_report(run)
     for odd in (
         "{",
         "[]",
@@ -474,7 +475,7 @@ def test_a_damaged_evaluation_is_named(tmp_path):
     ):
         (run / "eval" / "after.json").write_text(odd)
         with pytest.raises(UserError, match=r"after.json is damaged"):
-            report(run)
+            write_report(run)
 
 
 @pytest.mark.parametrize(
@@ -620,7 +621,7 @@ document.title = JSON.stringify(found);
 def test_in_a_browser_the_ledger_sorts_and_filters_and_nothing_complains(tmp_path):
     run = write_run(tmp_path / "run", steps=15, prompts=7, held_out=12)
     rewrite(run, "samples", lambda r: {"response": HOSTILE} if r["step"] % 2 else {})
-    index = report(run)
+    index = write_report(run)
     assert browse(tmp_path, index)[1] == []
     copy = tmp_path / "clicked.html"
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", index.read_text())

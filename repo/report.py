@@ -1,0 +1,33 @@
+"""Write a run's report: one HTML file that needs nothing else, and every figure as a PNG beside it.
+
+python -m repo.report runs/mine                     into runs/mine/report; the run may still be going on
+python -m repo.report runs/mine --out elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .common.errors import exit_with_sentence
+from .reporting.document import write_report
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """Parse the command line and write the report."""
+    parser = argparse.ArgumentParser(
+        prog="repo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; default: RUN/report")
+    options = parser.parse_args(argv)
+    print(f"report: {write_report(options.run, options.out)}")
+
+
+def main() -> None:
+    """Console script."""
+    exit_with_sentence(run_command)
+
+
+if __name__ == "__main__":
+    main()
