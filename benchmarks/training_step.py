@@ -28,9 +28,10 @@ from repo.common.malloc import keep_freed_memory
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.data.sequences import Sequences, make_sequences
-from repo.models.actor import Actor, read_reference
+from repo.models.actor import Actor, Predictions, read_reference
 from repo.models.policy import Policy, load_policy, load_reference
 from repo.rollout.sample import sample
+from repo.scoring.scorers import Scores
 from repo.training.batch import Batch, make_batch
 from repo.training.update import Updater
 
@@ -93,7 +94,9 @@ class Step:
         rows = len(sequences.group)
         rewards, costs = torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
         ref_logps = torch.full((rows, TOKENS), -11.0)
-        return make_batch(self.config, sequences, rewards, costs, ref_logps, 1.0, 0.02, None, {})
+        return make_batch(
+            self.config, sequences, Scores(rewards, costs), ref_logps, 1.0, 0.02, Predictions(None, {})
+        )
 
     def update(self, batch: Batch) -> None:
         """Forward, backward, clip and AdamW."""

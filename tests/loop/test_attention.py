@@ -28,18 +28,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from repo.data.packing import flat, pack
 from repo.data.segments import make_segments
 from repo.data.sequences import make_sequences
-from repo.models import attention
-from repo.models.attention import (
-    IMPLEMENTATION,
-    choose_attention,
-    first_that_agrees,
-    flash_kernel,
-    packed_attention,
-    per_run,
-    recompute_contexts,
-    torch_kernel,
-    using_packed,
-)
+from repo.models import attention, varlen
+from repo.models.attention import IMPLEMENTATION, choose_attention, packed_attention, recompute_contexts, using_packed
+from repo.models.varlen import first_that_agrees, flash_kernel, per_run, torch_kernel
 from repo_kernels.backends import cpu
 
 CPU = torch.device("cpu")
@@ -308,10 +299,10 @@ def test_the_first_kernel_that_computes_the_same_is_taken(monkeypatch):
         *table,
         ("varlen", "fakes", "varlen", torch_kernel),
     ]
-    monkeypatch.setattr(attention, "_VARLEN", table)
+    monkeypatch.setattr(varlen, "_VARLEN", table)
     assert first_that_agrees(CPU, torch.float32, 8, softcap=False)[0] == "varlen"
     assert first_that_agrees(CPU, torch.float32, 8, softcap=True) is None
-    monkeypatch.setattr(attention, "_VARLEN", [*table, ("good", "fakes", "good", flash_kernel)])
+    monkeypatch.setattr(varlen, "_VARLEN", [*table, ("good", "fakes", "good", flash_kernel)])
     assert first_that_agrees(CPU, torch.float32, 8, softcap=True)[0] == "good"
 
 
@@ -390,7 +381,7 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("head_dim", [64, 128])
     def test_a_varlen_kernel_computes_what_single_calls_do(self, head_dim):
-        found = attention.varlen_kernel(torch.device("cuda"), torch.bfloat16, head_dim)
+        found = varlen.varlen_kernel(torch.device("cuda"), torch.bfloat16, head_dim)
         assert found is not None
         segments = make_segments(*torch.tensor([[300, 77, 77, 5], [0, 0, 0, 0], [0, 300, 300, 0]])).to(
             torch.device("cuda")

@@ -20,13 +20,14 @@ from repo.config.schema import (
 )
 from repo.data.packing import unflat
 from repo.data.prompts import Example, Prompt, tokenize_prompts
-from repo.models.actor import Actor, response_logps
+from repo.models.actor import Actor
 from repo.models.critic import Critic, explained_variance, make_critics, value_loss
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from repo.scoring.scorers import load_scorers
 from repo.training.batch import Batch, make_batch
 from repo.training.update import Updater
+from tests.support.predictions import response_logps
 
 from .oracle import response_logits
 from .tiny import QUESTIONS

@@ -19,9 +19,9 @@ from repo import train
 from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.models.actor import response_logps
 from repo.models.policy import load_policy
 from repo.rollout.sample import draw_uniforms, sample, sample_tokens
+from tests.support.predictions import response_logps
 
 from .tiny import QUESTIONS, make_tokenizer
 

@@ -13,11 +13,12 @@ from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.packing import flat
 from repo.data.prompts import Prompt, tokenize_prompts
-from repo.models.actor import Actor, response_logps
+from repo.models.actor import Actor
 from repo.models.memory import describe_memory
 from repo.models.policy import load_policy, load_reference
 from repo.rollout.sample import sample
 from repo_kernels.layers import onednn_linear
+from tests.support.predictions import response_logps
 
 from . import oracle
 from .tiny import QUESTIONS

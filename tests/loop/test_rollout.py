@@ -10,11 +10,12 @@ from repo.common.errors import UserError
 from repo.config.schema import RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.models.actor import Actor, response_logps
+from repo.models.actor import Actor
 from repo.models.policy import choose_device, load_policy
 from repo.rollout.gather import merge
 from repo.rollout.sample import draw_uniforms, sample, sample_tokens
 from repo_kernels.layers.packed_linear import packed_linears
+from tests.support.predictions import response_logps
 
 from . import oracle
 from .tiny import QUESTIONS

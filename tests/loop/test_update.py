@@ -10,7 +10,7 @@ from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import AlgorithmConfig, Config, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
-from repo.models.actor import Actor, response_logps
+from repo.models.actor import Actor
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from repo.runs import checkpoint
@@ -18,6 +18,7 @@ from repo.training.advantages import Advantages
 from repo.training.batch import Batch
 from repo.training.optimizer import lr_at
 from repo.training.update import Updater
+from tests.support.predictions import response_logps
 
 from .oracle import response_logits
 from .tiny import QUESTIONS
