@@ -94,9 +94,7 @@ class Step:
         rows = len(sequences.group)
         rewards, costs = torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
         ref_logps = torch.full((rows, TOKENS), -11.0)
-        return make_batch(
-            self.config, sequences, Scores(rewards, costs), ref_logps, 1.0, 0.02, Predictions(None, {})
-        )
+        return make_batch(self.config, sequences, Scores(rewards, costs), ref_logps, 1.0, 0.02, Predictions(None, {}))
 
     def update(self, batch: Batch) -> None:
         """Forward, backward, clip and AdamW."""

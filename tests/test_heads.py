@@ -154,7 +154,7 @@ def test_scores_read_from_the_references_forward_are_those_of_an_own_one(built, 
     texts = policy.tokenizer.batch_decode(responses, skip_special_tokens=True)
     layer = scorers[0].manifest.layer
     logps, reading = read_reference(Actor(policy), sequences, 0.7, 500, [layer])
-    torch.testing.assert_close(logps, predict(Actor(policy), sequences, 0.7, 500)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logps, predict(Actor(policy), sequences, 0.7, 500).logps, atol=1e-5, rtol=1e-5)
     expected = score_all(scorers, [p.text for p in rows], texts)
     forwards, forward = [], Trunk._forward
     monkeypatch.setattr(

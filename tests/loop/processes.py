@@ -19,6 +19,7 @@ from repo.models.actor import Actor, predict
 from repo.models.critic import Critic
 from repo.models.policy import load_policy
 from repo.models.sharding import is_sharded
+from repo.scoring.scorers import Scores
 from repo.setup import shards_of
 from repo.training.accumulation import Accumulator
 from repo.training.batch import make_batch
@@ -35,8 +36,8 @@ def random_batch(policy, config: Config):
     sequences = make_sequences([prompts[g] for g in group.tolist()], responses, policy.pad_id, group)
     rewards, costs = torch.randn(2, 11, generator=draw)
     ref_logps = -6 + torch.randn(11, 9, generator=draw)
-    return sequences, lambda old, values: make_batch(
-        config, sequences, rewards, costs, ref_logps, 2.0, 0.1, old, values
+    return sequences, lambda predictions: make_batch(
+        config, sequences, Scores(rewards, costs), ref_logps, 2.0, 0.1, predictions
     )
 
 
@@ -49,13 +50,13 @@ def gradient(world: World, config: Config, model: str) -> dict:
         torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(i))
     actor = Actor(policy, critics, world, shards_of(config, world))
     sequences, batch_of = random_batch(policy, config)
-    old, values = predict(actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens)
-    batch = batch_of(old, values)
-    objective = Accumulator(actor, config)
-    rows, seen = torch.tensor([9, 0, 1, 2, 4, 5, 7, 3, 8]), torch.zeros_like(old)
-    losses, stats = objective.backward(batch, rows, seen)
+    predictions = predict(actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens)
+    batch = batch_of(predictions)
+    accumulator = Accumulator(actor, config)
+    rows, seen = torch.tensor([9, 0, 1, 2, 4, 5, 7, 3, 8]), torch.zeros_like(predictions.logps)
+    losses, stats = accumulator.backward(batch, rows, seen)
     examples = [Example((7, 8, 9), (5, 6)), Example((9,), (8, 7, 5)), Example((6, 6), (1,))]
-    losses["ptx_loss"] = objective.supervised_backward(examples)
+    losses["ptx_loss"] = accumulator.supervised_backward(examples)
     if not actor.sharded:
         world.sum_gradients(list(actor.parameters()))
     gradients = {
@@ -68,9 +69,9 @@ def gradient(world: World, config: Config, model: str) -> dict:
         found_by_one[0].grad = torch.full((3,), 2.0)
     world.sum_gradients(found_by_one)
     advantage = batch.advantages.combined.abs().mean().item()
-    found = {"losses": losses, "stats": stats.tensor, "gradients": gradients, "logps": seen, "old": old}
+    found = {"losses": losses, "stats": stats.tensor, "gradients": gradients, "logps": seen, "old": predictions.logps}
     found["found by one"] = [None if p.grad is None else p.grad for p in found_by_one]
-    return {**found, "advantage": advantage, "values": values}
+    return {**found, "advantage": advantage, "values": predictions.values}
 
 
 def config_of(options: list[str]) -> Config:

@@ -145,16 +145,16 @@ def test_lagrangian_lambda_falls_when_the_mean_is_met():
 def test_lagrangian_penalty_uses_a_window_of_costs():
     penalty = Multipliers(AlgorithmConfig(method="ppo_lagrangian"), PenaltyConfig(lr=0.1, max=5.0))
     penalty.update([1.0] * 128, 1.0)
-    after_first = penalty.value
+    after_first = penalty.lam
     penalty.update([-2.0] * 96, 0.0)  # the window now holds 32 times 1 and 96 times -2
-    assert penalty.value == pytest.approx(lagrangian_lambda(after_first, -1.25, 0.0, 0.1, 5.0))
+    assert penalty.lam == pytest.approx(lagrangian_lambda(after_first, -1.25, 0.0, 0.1, 5.0))
 
 
 @pytest.mark.parametrize(("method", "value"), [("ppo", 0.0), ("fixed_penalty", 1.0)])
 def test_ppo_and_fixed_penalty_never_move_lambda(method, value):
     penalty = Multipliers(AlgorithmConfig(method=method), PenaltyConfig())
     penalty.update([5.0] * 10, 5.0)
-    assert penalty.value == value
+    assert penalty.lam == value
 
 
 def test_penalty_state_goes_on_where_it_was():
@@ -164,7 +164,7 @@ def test_penalty_state_goes_on_where_it_was():
     second.load_state_dict(first.state_dict())
     first.update([0.5], 0.5)
     second.update([0.5], 0.5)
-    assert first.value == second.value != 1.0
+    assert first.lam == second.lam != 1.0
 
 
 def test_lagrangian_lambda_recovers_from_a_step_that_underflows():

@@ -24,7 +24,7 @@ from repo.models.actor import Actor
 from repo.models.critic import Critic, explained_variance, make_critics, value_loss
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
-from repo.scoring.scorers import load_scorers
+from repo.scoring.scorers import Scores, load_scorers
 from repo.training.batch import Batch, make_batch
 from repo.training.update import Updater
 from tests.support.predictions import response_logps
@@ -60,8 +60,8 @@ def batch_for(updater: Updater, rollout, lam: float = 1.5) -> Batch:
     rewards, costs = (torch.randn(len(rollout.texts), generator=generator) for _ in range(2))
     ref = response_logps(updater.actor.settings, rollout.sequences, 1.0, 500)
     ref = ref + 0.1 * torch.randn(ref.shape, generator=generator)
-    read = updater.read(rollout.sequences, 0)
-    return make_batch(updater.config, rollout.sequences, rewards, costs, ref, lam, 0.02, *read)
+    predictions = updater.predict(rollout.sequences, 0)
+    return make_batch(updater.config, rollout.sequences, Scores(rewards, costs), ref, lam, 0.02, predictions)
 
 
 def values_of(actor: Actor, sequences, signal: str) -> tuple[torch.Tensor, torch.Tensor]:

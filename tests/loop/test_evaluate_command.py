@@ -51,15 +51,15 @@ def test_the_kl_of_the_reference_to_itself_is_0(run, tmp_path):
 def test_kl_and_surprise_are_those_of_the_two_models(run, tiny_model, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    from repo.evaluation import run as held_out
+    from repo.evaluation import evaluator
 
-    rollouts, plain = [], held_out.sample
+    rollouts, plain = [], evaluator.sample
 
     def kept(*arguments):
         rollouts.append(plain(*arguments))
         return rollouts[-1]
 
-    monkeypatch.setattr(held_out, "sample", kept)
+    monkeypatch.setattr(evaluator, "sample", kept)
     evaluate.run_command([str(run), f"--out={tmp_path / 'e.json'}"])
     (rollout,) = rollouts
     records = {(r["prompt"], r["response"]): r for r in content(tmp_path / "e.json")["responses"]}

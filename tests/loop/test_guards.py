@@ -18,11 +18,12 @@ from repo import train
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, RolloutConfig, ScoringConfig
-from repo.evaluation import run as held_out
+from repo.evaluation.evaluator import Evaluator
+from repo.models.sharding import require_finite_weights
 from repo.runs import checkpoint, state_files
 from repo.runs.interrupts import Stopped, StopRequest
 from repo.runs.model_card import model_card
-from repo.training.mismatch import Agreement, agreement, likely_cause, require_finite_weights, warning_of
+from repo.training.mismatch import Agreement, agreement, describe_mismatch, likely_cause
 
 from .tiny import make_tokenizer
 
@@ -65,10 +66,10 @@ def test_agreement_by_hand():
 )
 def test_the_likely_cause_is_what_is_configured(config, cause):
     assert cause in likely_cause(config)
-    assert cause in warning_of(Agreement(0.2, 0.99), config)
-    assert "effective sample size 50%" in warning_of(Agreement(0.01, 0.5), config)
-    assert warning_of(Agreement(0.01, 0.99), config) is None
-    assert warning_of(Agreement(float("nan"), float("nan")), config) is None
+    assert cause in describe_mismatch(Agreement(0.2, 0.99), config)
+    assert "effective sample size 50%" in describe_mismatch(Agreement(0.01, 0.5), config)
+    assert describe_mismatch(Agreement(0.01, 0.99), config) is None
+    assert describe_mismatch(Agreement(float("nan"), float("nan")), config) is None
 
 
 def test_a_truncated_rollout_is_warned_of_once_and_a_plain_one_never(options, tmp_path, capsys):
@@ -295,16 +296,16 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(options, tmp_
 def test_a_signal_during_an_evaluation_ends_at_once_and_says_how_to_go_on(
     when, tiny_arguments, tmp_path, monkeypatch, capsys
 ):
-    plain = held_out.evaluate_policy
+    plain = Evaluator.__call__
 
-    def interrupted(config, policy, *rest):
+    def interrupted(evaluator, policy, *rest):
         if (tmp_path / "run" / "checkpoints").exists() == (when == "after"):
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("the evaluation went on")
-        return plain(config, policy, *rest)
+        return plain(evaluator, policy, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(held_out, "evaluate_policy", interrupted)
+        patch.setattr(Evaluator, "__call__", interrupted)
         train.run_command([*tiny_arguments, f"--out={tmp_path / 'run'}"])  # returns, so that the command exits with 0
     assert f"python -m repo.train --resume {tmp_path / 'run'}" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run" / "final").exists()

@@ -108,7 +108,7 @@ def test_the_first_minibatch_is_on_policy_and_later_ones_are_clipped(policy):
     config = OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=3, minibatches=2)
     updater = make_updater(policy, None, config)
     assert updater.steps_per_update == 6
-    batch = dataclasses.replace(batch, old_logps=updater.read(batch.sequences, 0)[0])
+    batch = dataclasses.replace(batch, old_logps=updater.predict(batch.sequences, 0).logps)
     result = updater.update(batch, 0, 1)
     assert result.stats.tokens == 3 * batch.sequences.response_lengths.sum()
     assert result.stats.clip_fraction > 0
@@ -120,7 +120,7 @@ def test_old_log_probs_are_those_of_the_sampling_policy_though_the_first_minibat
     batch = make_batch(policy)
     updater = make_updater(policy, None, OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=2, minibatches=3))
     sampled = response_logps(policy, batch.sequences, 1.0, 500)
-    old = updater.read(batch.sequences, 4)[0]
+    old = updater.predict(batch.sequences, 4).logps
     first = next(updater._minibatches(12, 4))[0]
     others = torch.tensor([row for row in range(12) if row not in first])
     assert (old[first] == 0).all()
@@ -139,7 +139,7 @@ def test_old_log_probs_are_those_of_the_sampling_policy_though_the_first_minibat
 def test_a_second_epoch_over_the_whole_batch_is_off_policy_by_its_own_first_pass(policy):
     batch = make_batch(policy)
     updater = make_updater(policy, None, OptimizerConfig(lr=2e-2, warmup_steps=0, epochs=2))
-    old = updater.read(batch.sequences, 0)[0]
+    old = updater.predict(batch.sequences, 0).logps
     assert (old == 0).all()
     result = updater.update(dataclasses.replace(batch, old_logps=old), 0, 1)
     assert result.stats.tokens == 2 * batch.sequences.response_lengths.sum()
