@@ -28,7 +28,7 @@ def content(path):
 
 
 def test_the_final_policy_is_evaluated_with_every_quantity(run, tmp_path, capsys):
-    evaluate.run_command([str(run), f"--out={tmp_path / 'e.json'}", "--evaluation.judge=tests.loop.scorers:cost"])
+    evaluate.run_command([str(run), f"--out={tmp_path / 'e.json'}", "--evaluation.judge=tests.support.scorers:cost"])
     found, printed = content(tmp_path / "e.json"), capsys.readouterr().out
     overall = found["summary"]["overall"]
     assert found["summary"]["samples"] == evaluate.SAMPLES
@@ -40,7 +40,7 @@ def test_the_final_policy_is_evaluated_with_every_quantity(run, tmp_path, capsys
         assert record["surprise"] > 0
         assert math.isfinite(record["kl"])
     assert found["checkpoint"] == "final"
-    assert found["judge"] == "tests.loop.scorers:cost"
+    assert found["judge"] == "tests.support.scorers:cost"
 
 
 def test_the_kl_of_the_reference_to_itself_is_0(run, tmp_path):
@@ -95,7 +95,7 @@ def test_all_checkpoints_are_evaluated_once(run):
 def test_a_model_is_evaluated_on_prompts_of_ones_own(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"prompt": "What is salt?"}\n{"prompt": "What is flour?", "category": "b"}\n')
-    scorers = ["--scoring.reward=tests.loop.scorers:reward", "--scoring.cost=tests.loop.scorers:cost"]
+    scorers = ["--scoring.reward=tests.support.scorers:reward", "--scoring.cost=tests.support.scorers:cost"]
     options = [*scorers, "--data.eval=mine.jsonl", "--evaluation.judge=none", "--rollout.max_response_tokens=4"]
     evaluate.run_command([str(tiny_model), *options])
     (path,) = (tmp_path / "evaluations").glob("*.json")
@@ -109,7 +109,7 @@ def test_responses_stand_in_the_order_of_the_prompts_whatever_their_lengths(tiny
     ids = sorted((f"p{i}" for i in range(5)), key=lambda name: seed_from("held out", name))
     lines = [json.dumps({"id": name, "prompt": "What is salt? " * (5 - i)}) + "\n" for i, name in enumerate(ids)]
     (tmp_path / "mine.jsonl").write_text("".join(sorted(lines)))
-    scorers = ["--scoring.reward=tests.loop.scorers:reward", "--scoring.cost=tests.loop.scorers:cost"]
+    scorers = ["--scoring.reward=tests.support.scorers:reward", "--scoring.cost=tests.support.scorers:cost"]
     options = [
         *scorers,
         f"--data.eval={tmp_path / 'mine.jsonl'}",
@@ -133,11 +133,11 @@ def test_a_run_that_goes_on_leaves_no_evaluation_of_a_policy_that_is_gone(tiny_a
 def test_what_was_allowed_to_change_is_evaluated_anew(tiny_arguments, tmp_path):
     out = tmp_path / "run"
     train.run_command([*tiny_arguments, f"--out={out}", "--steps=2"])
-    other = ["--scoring.cost=tests.loop.scorers:reward", "--allow-change=scoring.cost"]
+    other = ["--scoring.cost=tests.support.scorers:reward", "--allow-change=scoring.cost"]
     train.run_command(["--resume", str(out), "--steps=3", *other])
     for name in ("before", "after"):
         found = content(out / "eval" / f"{name}.json")
-        assert found["cost_scorer"] == "tests.loop.scorers:reward"
+        assert found["cost_scorer"] == "tests.support.scorers:reward"
         assert all(r["cost"] == r["reward"] for r in found["responses"])
 
 
@@ -159,8 +159,8 @@ def test_what_cannot_be_evaluated_is_told_in_a_sentence(run, tiny_model):
 def test_a_judge_with_a_score_that_is_not_finite_is_told_by_its_prompt():
     from repo.data.prompts import Prompt
 
-    judge = load_judge("tests.loop.scorers:not_a_number", None, "cpu", 5.0)
-    with pytest.raises(UserError, match=r"evaluation.judge 'tests.loop.scorers:not_a_number' gave nan .*Why\?"):
+    judge = load_judge("tests.support.scorers:not_a_number", None, "cpu", 5.0)
+    with pytest.raises(UserError, match=r"evaluation.judge 'tests.support.scorers:not_a_number' gave nan .*Why\?"):
         judge([Prompt("1", "Why?", "c")] * 2, ["a", "b"])
 
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from repo.common.errors import UserError
 from repo.common.seeds import generator
 from repo.data.prompts import Prompt, batch_at, encode_prompt, load_prompts, tokenize_examples, tokenize_prompts
-
-from .tiny import make_tokenizer
+from tests.support.tiny import make_tokenizer
 
 datasets = pytest.importorskip("datasets")
 

@@ -16,8 +16,7 @@ from repo.models.actor import Actor
 from repo.models.layers import compile_layers, recomputed, uncompiled
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
-
-from .tiny import QUESTIONS
+from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
 BATCHES = [[[5, 6, 7], [8, 9]], [[11]], [[20, 21, 22, 23], [24, 25, 26], [27]], [[30] * 40, [31, 32]]]

@@ -27,10 +27,9 @@ from repo.rollout.sample import sample
 from repo.scoring.scorers import Scores, load_scorers
 from repo.training.batch import Batch, make_batch
 from repo.training.update import Updater
+from tests.support.padded_forward import response_logits
 from tests.support.predictions import response_logps
-
-from .oracle import response_logits
-from .tiny import QUESTIONS
+from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
 PAPER = AlgorithmConfig(advantages="gae", cost_mode="split", kl_placement="reward")
@@ -119,7 +118,7 @@ def test_heads_on_the_policy_read_its_states_and_never_move_it(policy, rollout):
 
 
 def test_a_critic_that_starts_from_a_scorer_says_the_score_of_what_was_said_so_far(policy, rollout, scorer_folder):
-    config = ScoringConfig(reward=str(scorer_folder), cost="tests.loop.scorers:cost")
+    config = ScoringConfig(reward=str(scorer_folder), cost="tests.support.scorers:cost")
     scorers = load_scorers(config, None)
     critics = make_critics(CriticConfig(init_from="scorers"), policy, scorers, ("reward",))
     model = LlamaForSequenceClassification.from_pretrained(scorer_folder)
@@ -139,7 +138,7 @@ def test_a_critic_that_starts_from_a_scorer_says_the_score_of_what_was_said_so_f
 
 def test_a_scorer_with_another_tokenizer_cannot_start_a_critic(policy, scorer_folder):
     policy.tokenizer.add_tokens(["<new>"])
-    scorers = load_scorers(ScoringConfig(reward=str(scorer_folder), cost="tests.loop.scorers:cost"), None)
+    scorers = load_scorers(ScoringConfig(reward=str(scorer_folder), cost="tests.support.scorers:cost"), None)
     with pytest.raises(UserError, match="the tokenizer of scoring.reward differs from the policy's"):
         make_critics(CriticConfig(init_from="scorers"), policy, scorers, ("reward",))
 

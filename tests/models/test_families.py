@@ -22,8 +22,7 @@ from repo.data.sequences import make_sequences
 from repo.models.policy import load_policy
 from repo.rollout.sample import draw_uniforms, sample, sample_tokens
 from tests.support.predictions import response_logps
-
-from .tiny import QUESTIONS, make_tokenizer
+from tests.support.tiny import QUESTIONS, make_tokenizer
 
 SMALL = {
     "hidden_size": 32,

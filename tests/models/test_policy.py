@@ -18,10 +18,9 @@ from repo.models.memory import describe_memory
 from repo.models.policy import load_policy, load_reference
 from repo.rollout.sample import sample
 from repo_kernels.layers import onednn_linear
+from tests.support import padded_forward
 from tests.support.predictions import response_logps
-
-from . import oracle
-from .tiny import QUESTIONS
+from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
 
@@ -106,7 +105,7 @@ def test_bf16_computes_in_bf16_and_trains_fp32_weights(load):
     assert arguments["hidden"].dtype == torch.bfloat16
     assert arguments["weight"] is policy.model.lm_head.weight
     assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
-    difference = logps - flat(packed, oracle.response_logps(exact, sequences))
+    difference = logps - flat(packed, padded_forward.response_logps(exact, sequences))
     assert 0 < difference.abs().max() < 0.05 * logps.abs().max()
     logps.sum().backward()
     assert {p.grad.dtype for p in policy.model.parameters()} == {torch.float32}

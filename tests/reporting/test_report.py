@@ -21,7 +21,7 @@ from repo.reporting.page import escaped, number
 from repo.reporting.prompt_history import ledger
 from repo.reporting.run_history import read
 from repo.scoring.safety import TITLES
-from tests.loop.recorded import write_evaluation, write_lines, write_run
+from tests.support.recorded import write_evaluation, write_lines, write_run
 
 pytest.importorskip("matplotlib")
 

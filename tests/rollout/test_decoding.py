@@ -23,8 +23,7 @@ from repo.rollout import sample as sampling
 from repo.rollout.kv_cache import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
 from repo.rollout.sample import sample
 from repo_kernels.layers.packed_linear import packed_linears
-
-from .tiny import QUESTIONS, make_tokenizer, save_tiny_model
+from tests.support.tiny import QUESTIONS, make_tokenizer, save_tiny_model
 
 CPU = torch.device("cpu")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

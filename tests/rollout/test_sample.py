@@ -15,10 +15,9 @@ from repo.models.policy import choose_device, load_policy
 from repo.rollout.gather import merge
 from repo.rollout.sample import draw_uniforms, sample, sample_tokens
 from repo_kernels.layers.packed_linear import packed_linears
+from tests.support import padded_forward
 from tests.support.predictions import response_logps
-
-from . import oracle
-from .tiny import QUESTIONS
+from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
 
@@ -151,7 +150,7 @@ def test_log_probs_are_those_of_the_full_softmax(policy, prompts):
     rollout = sample(policy, prompts, 1, RolloutConfig(max_response_tokens=9), seed=2, step=0)
     s = rollout.sequences
     got = response_logps(policy, s, temperature=0.7, budget=40)
-    full = oracle.response_logps(policy, s, temperature=0.7)
+    full = padded_forward.response_logps(policy, s, temperature=0.7)
     assert (got[s.response_mask] - full[s.response_mask]).abs().max() < 1e-5
     assert (got[~s.response_mask] == 0).all()
 
@@ -218,7 +217,7 @@ def test_models_that_cannot_be_packed_are_padded_instead(tmp_path, policy):
     falcon = load_policy(str(tmp_path), CPU, trainable=False)
     assert not falcon.attention.packs
     s = make_sequences([[4, 5], [7]], [[6, 7], [8]], 0)
-    assert torch.allclose(response_logps(falcon, s, 1.0, 99), oracle.response_logps(falcon, s), atol=1e-5)
+    assert torch.allclose(response_logps(falcon, s, 1.0, 99), padded_forward.response_logps(falcon, s), atol=1e-5)
 
 
 def test_a_prompt_that_comes_twice_in_a_step_gets_other_samples(policy, prompts):

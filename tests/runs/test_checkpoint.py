@@ -19,8 +19,7 @@ from repo.common.files import write_past_cache
 from repo.common.seeds import random_state, set_random_state
 from repo.runs import checkpoint, state_files
 from repo.training.optimizer import BFloat16AdamW
-
-from .crash import Died, machine
+from tests.support.crash import Died, machine
 
 
 def make_model() -> tuple[nn.Module, torch.optim.Optimizer]:

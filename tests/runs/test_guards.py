@@ -24,8 +24,7 @@ from repo.runs import checkpoint, state_files
 from repo.runs.interrupts import Stopped, StopRequest
 from repo.runs.model_card import model_card
 from repo.training.mismatch import Agreement, agreement, describe_mismatch, likely_cause
-
-from .tiny import make_tokenizer
+from tests.support.tiny import make_tokenizer
 
 
 @pytest.fixture
@@ -191,7 +190,7 @@ def test_a_changed_input_is_refused_and_may_be_allowed_by_name(options, tiny_mod
     status, text = call("--resume", str(out), "--steps=2", "--allow-change=scoring.cost")
     assert status == 0
     assert "warning: what scoring.cost names has changed since the run began" in " ".join(text.split())
-    again = ["--resume", str(out), "--steps=3", "--scoring.cost=tests.loop.scorers:cost"]
+    again = ["--resume", str(out), "--steps=3", "--scoring.cost=tests.support.scorers:cost"]
     Path(prompts).write_text(Path(prompts).read_text() + '{"prompt": "One more?"}\n')
     with pytest.raises(UserError, match="what data.train names has changed"):
         train.run_command([*again, "--allow-change=scoring.cost"])
@@ -214,7 +213,7 @@ def test_an_allowed_input_stays_allowed(options, tiny_prompts, tmp_path):
 
 def test_a_scorer_may_be_any_callable(options, tmp_path):
     train.run_command(
-        [*options, "--scoring.reward=tests.loop.scorers:counter", "--steps=1", f"--out={tmp_path / 'run'}"]
+        [*options, "--scoring.reward=tests.support.scorers:counter", "--steps=1", f"--out={tmp_path / 'run'}"]
     )
     assert len(lines(tmp_path / "run")) == 1
 
@@ -249,7 +248,7 @@ def test_an_error_in_a_step_does_not_cost_the_checkpoint_before_it(options, tmp_
         return [0.0] * len(prompts)
 
     monkeypatch.setattr(state_files, "write", slow)
-    monkeypatch.setattr("tests.loop.scorers.reward", failing)
+    monkeypatch.setattr("tests.support.scorers.reward", failing)
     with pytest.raises(UserError, match="the service is gone"):
         train.run_command([*options, "--save_every=1", f"--out={out}"])
     assert checkpoint.find(out)[0].name == "step-000001"

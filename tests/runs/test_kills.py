@@ -31,7 +31,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 def run_killed(kills: int, seed: int, out: Path, arguments: list[str], timeout: float) -> list[str]:
-    command = [sys.executable, "-m", "tests.loop.killer", str(kills), str(seed), str(out), *arguments]
+    command = [sys.executable, "-m", "tests.support.programs.killer", str(kills), str(seed), str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

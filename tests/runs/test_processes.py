@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from repo.common.distributed import World
-
-from .processes import config_of, gradient
-from .test_kills import assert_same_run, metrics
+from tests.runs.test_kills import assert_same_run, metrics
+from tests.support.programs.processes import config_of, gradient
 
 ALONE = {"OMP_NUM_THREADS": "1"}
 
@@ -71,7 +70,7 @@ CASES = [
 
 def both(processes: int, sharding: list[str], options: list[str], model: Path, folder: Path) -> tuple[dict, dict]:
     """What one process finds, and what several find together."""
-    run(processes, "tests.loop.processes", str(folder / "many"), str(model), *sharding, *options)
+    run(processes, "tests.support.programs.processes", str(folder / "many"), str(model), *sharding, *options)
     return gradient(World(), config_of(options), str(model)), torch.load(folder / "many", weights_only=True)
 
 
@@ -122,7 +121,7 @@ def test_a_run_samples_and_learns_what_one_process_does(processes, shard, option
 
 def test_processes_that_end_right_after_a_collective_end_well():
     """Without care gloo's threads abort a process that is done: in 4 runs of 4 of this script."""
-    run(2, "tests.loop.leaving")
+    run(2, "tests.support.programs.leaving")
 
 
 def test_a_sharded_bf16_policy_has_critics_in_fp32(tiny_model, tmp_path):
@@ -182,7 +181,7 @@ def test_an_interrupt_of_torchrun_saves_and_says_how_to_go_on(options, tmp_path)
         pytest.param(
             ["--model.shard=3"], "model.shard must divide the 2 processes of this run; got 3", marks=pytest.mark.long
         ),
-        (["--scoring.cost=tests.loop.scorers:not_a_number"], "gave nan for a response to the prompt"),
+        (["--scoring.cost=tests.support.scorers:not_a_number"], "gave nan for a response to the prompt"),
         pytest.param(["--out=/proc/nowhere/run"], "cannot write /proc/nowhere/run", marks=pytest.mark.long),
     ],
 )

@@ -11,8 +11,7 @@ from repo import train
 from repo.common.errors import UserError
 from repo.data.prompts import Prompt
 from repo.scoring.classifier import ClassifierScorer
-
-from .tiny import make_tokenizer
+from tests.support.tiny import make_tokenizer
 
 TEXTS = ["What is bread?", "What is bread?", "Where is the mountain?", "Tell me a word."]
 PROMPTS = [Prompt(text, text, "") for text in TEXTS]

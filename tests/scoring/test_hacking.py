@@ -10,7 +10,7 @@ import pytest
 from repo import assets
 from repo.evaluation.reward_hacking import alerts, is_refusal, repetition
 from repo.scoring.embedded import HeadScorer, score_all
-from tests.test_heads import PROMPTS, REPLIES
+from tests.scoring.test_heads import PROMPTS, REPLIES
 
 pytestmark = pytest.mark.assets
 

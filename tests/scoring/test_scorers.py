@@ -23,7 +23,7 @@ from repo.data.prompts import Prompt
 from repo.scoring.classifier import ScoreModelScorer, load_model
 from repo.scoring.embedded import HeadScorer
 from repo.scoring.scorers import load_scorers
-from tests.loop import scorers as functions
+from tests.support import scorers as functions
 
 TEXTS = ["What is bread?", "What is bread?", "Where is the mountain?", "Tell me a word."]
 PROMPTS = [Prompt(text, text, "") for text in TEXTS]
@@ -34,7 +34,7 @@ TURNS = (
     {"role": "user", "content": "Bread"},
 )
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-FUNCTIONS = "tests.loop.scorers"
+FUNCTIONS = "tests.support.scorers"
 LENGTH_CHECK = {"prompt": "Say much.", "lower": "One two three.", "higher": "One."}
 
 
@@ -266,7 +266,7 @@ def test_a_function_that_hangs_stops_the_run_in_time():
         both(PROMPTS, RESPONSES)
     assert time.monotonic() - started < 5
     assert str(error.value) == (
-        "scoring.cost 'tests.loop.scorers:hanging' did not return within scoring.timeout=0.2 seconds"
+        "scoring.cost 'tests.support.scorers:hanging' did not return within scoring.timeout=0.2 seconds"
     )
 
 
@@ -290,10 +290,10 @@ def test_an_interrupt_reaches_a_run_that_waits_for_a_function(interruptible):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raising", "scoring.cost 'tests.loop.scorers:raising' raised KeyError: 'harm' ("),
+        ("raising", "scoring.cost 'tests.support.scorers:raising' raised KeyError: 'harm' ("),
         ("leaving", "raised SystemExit: no key ("),
         ("too_few", "must return 4 numbers; got shape (3,)"),
-        ("not_a_number", "'tests.loop.scorers:not_a_number' gave nan for a response to the prompt 'What is bread?'"),
+        ("not_a_number", "'tests.support.scorers:not_a_number' gave nan for a response to the prompt 'What is bread?'"),
     ],
 )
 def test_a_function_that_fails_is_named_with_what_it_did(name, message):
@@ -310,13 +310,15 @@ def test_a_function_is_used_in_the_units_of_its_manifest(monkeypatch):
     monkeypatch.setattr(functions.words, "manifest", {"units": "words", "offset": 4, "scale": -2}, raising=False)
     both = scoring(reward={f"{FUNCTIONS}:words": 3, f"{FUNCTIONS}:prompt_length": 1})
     assert both(PROMPTS[:2], RESPONSES[:2]).costs.tolist() == [0, 2]
-    assert both.describe() == ("reward: 3 x words + tests.loop.scorers:prompt_length; cost: words (sign not checked)")
+    assert both.describe() == (
+        "reward: 3 x words + tests.support.scorers:prompt_length; cost: words (sign not checked)"
+    )
 
 
 def test_a_function_with_the_wrong_sign_is_refused_until_it_is_flipped(monkeypatch):
     manifest = {"sign_check": LENGTH_CHECK}
     monkeypatch.setattr(functions.words, "manifest", manifest, raising=False)
-    with pytest.raises(UserError, match=r"'tests.loop.scorers:words' has the wrong sign: .* got 3.000 and 1.000"):
+    with pytest.raises(UserError, match=r"'tests.support.scorers:words' has the wrong sign: .* got 3.000 and 1.000"):
         scoring()
     manifest["scale"] = -1
     both = scoring()
@@ -356,7 +358,7 @@ def test_a_manifest_that_cannot_be_meant_is_refused(manifest, message, monkeypat
     monkeypatch.setattr(functions.words, "manifest", manifest, raising=False)
     with pytest.raises(UserError) as error:
         scoring()
-    assert str(error.value).startswith("scoring.reward 'tests.loop.scorers:words': its manifest")
+    assert str(error.value).startswith("scoring.reward 'tests.support.scorers:words': its manifest")
     assert message in str(error.value)
 
 
@@ -401,4 +403,4 @@ def test_a_run_trains_on_a_score_model_and_a_function(tiny_arguments, tmp_path, 
     words = torch.tensor([len(s["response"].split()) for s in samples])
     assert close(torch.tensor([s["cost"] for s in samples]), raw / 0.5 - 0.1 + 0.5 * words)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "cost: harm (sign not checked) + 0.5 x tests.loop.scorers:words (sign not checked)" in printed
+    assert "cost: harm (sign not checked) + 0.5 x tests.support.scorers:words (sign not checked)" in printed

@@ -15,7 +15,7 @@ from repo.models.policy import load_policy
 from repo.training.accumulation import Accumulator
 from repo.training.advantages import Advantages
 from repo.training.batch import Batch
-from tests.loop.oracle import response_logps
+from tests.support.padded_forward import response_logps
 
 pytestmark = pytest.mark.assets
 

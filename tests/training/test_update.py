@@ -18,10 +18,9 @@ from repo.training.advantages import Advantages
 from repo.training.batch import Batch
 from repo.training.optimizer import lr_at
 from repo.training.update import Updater
+from tests.support.padded_forward import response_logits
 from tests.support.predictions import response_logps
-
-from .oracle import response_logits
-from .tiny import QUESTIONS
+from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
 

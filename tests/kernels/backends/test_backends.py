@@ -19,8 +19,7 @@ from repo_kernels.backends import choice
 from repo_kernels.backends.cpu.memory import Spare
 from repo_kernels.backends.interface import gradient_buffer
 from repo_kernels.losses.aggregation import token_weights
-
-from .cases import Batch, batches, loss_arguments, options
+from tests.support.kernels.cases import Batch, batches, loss_arguments, options
 
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # two backends at their tolerance each
 

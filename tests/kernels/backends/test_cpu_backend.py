@@ -33,8 +33,7 @@ from repo_kernels.backends.interface import (
     Code,
     gradient_buffer,
 )
-
-from .row_cases import Case, flat, make_case, oracle, relative
+from tests.support.kernels.row_cases import Case, flat, make_case, oracle, relative
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built")
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from repo_kernels.backends import interface
 from repo_kernels.backends.eager import terms
 from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, Code, LossRows, gradient_buffer
-
-from .interpreter import round_as_hardware
+from tests.support.kernels.interpreter import round_as_hardware
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repo_kernels import repo_loss, selective_log_softmax
 from repo_kernels.losses.arguments import scalar_vector
 from repo_kernels.losses.ops import fused_loss, row_gradient, row_statistics, scaled_rows
-
-from .cases import loss_arguments, make_batch
+from tests.support.kernels.cases import loss_arguments, make_batch
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -18,10 +18,8 @@ from repo_kernels.backends import choice
 from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, LossRows
 from repo_kernels.layers import onednn_linear
 from repo_kernels.losses import gemm, linear
-
-from .cases import Batch, loss_arguments, make_batch
-from .oracle import oracle_loss
-from .test_oracle_agreement import oracle_gradient
+from tests.support.kernels.cases import Batch, loss_arguments, make_batch
+from tests.support.kernels.oracle import oracle_gradient, oracle_loss
 
 VOCABULARY, WIDTH = 19, 6
 FORMS: dict[str, dict[str, Any]] = {

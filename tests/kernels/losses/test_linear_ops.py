@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax
 from repo_kernels.losses.arguments import scalar_vector
 from repo_kernels.losses.linear_ops import linear_loss_gradient, linear_slopes_gradient, linear_statistics
+from tests.support.kernels.cases import loss_arguments, make_batch
 
-from .cases import loss_arguments, make_batch
 from .test_linear import FORMS, VOCABULARY, WIDTH, make_arguments, make_head
 
 

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from repo_kernels import LossStats, repo_loss
-
-from .cases import Batch, batches, loss_arguments, make_batch, options
-from .oracle import oracle_loss
+from tests.support.kernels.cases import Batch, batches, loss_arguments, make_batch, options
+from tests.support.kernels.oracle import oracle_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
-
-from .cases import AGGREGATIONS, loss_arguments, make_batch
+from tests.support.kernels.cases import AGGREGATIONS, loss_arguments, make_batch
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
-
-from .cases import AGGREGATIONS, Batch, loss_arguments, make_batch
+from tests.support.kernels.cases import AGGREGATIONS, Batch, loss_arguments, make_batch
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "reward only": {"cost_form": "none"},

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from repo_kernels import linear_repo_loss, repo_loss, selective_log_softmax
-
-from .cases import AGGREGATIONS, Batch, loss_arguments, make_batch
-from .oracle import oracle_gradient, oracle_loss
+from tests.support.kernels.cases import AGGREGATIONS, Batch, loss_arguments, make_batch
+from tests.support.kernels.oracle import oracle_gradient, oracle_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
 

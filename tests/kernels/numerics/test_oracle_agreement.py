@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
-
-from .cases import AGGREGATIONS, Batch, batches, loss_arguments, make_batch, options
-from .conftest import served_by
-from .oracle import OracleOutput, log_probs, oracle_gradient, oracle_loss
+from tests.support.kernels.backends import served_by
+from tests.support.kernels.cases import AGGREGATIONS, Batch, batches, loss_arguments, make_batch, options
+from tests.support.kernels.oracle import OracleOutput, log_probs, oracle_gradient, oracle_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
 

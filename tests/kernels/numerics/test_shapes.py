@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
+from tests.support.kernels.cases import AGGREGATIONS, loss_arguments, make_batch
 
-from .cases import AGGREGATIONS, loss_arguments, make_batch
 from .test_numerics import alive, compare
 
 pytestmark = pytest.mark.usefixtures("backend")

@@ -1,6 +1,6 @@
 """Runs `repo.train` again and again in children that are killed (SIGKILL) at random moments, until it is done.
 
-    python -m tests.loop.killer KILLS SEED OUT ARGUMENT...
+    python -m tests.support.programs.killer KILLS SEED OUT ARGUMENT...
 
 Children are forked from a process that has everything imported, so that a kill costs no start. Prints a JSON list of
 what each child was doing when it died.

@@ -1,6 +1,6 @@
 """What one of several processes does in test_processes.py, started by torchrun.
 
-    torchrun --nproc_per_node N -m tests.loop.processes OUT SHARD MODEL OPTION...
+    torchrun --nproc_per_node N -m tests.support.programs.processes OUT SHARD MODEL OPTION...
 
 Writes, from the first process, the loss and the whole gradient of one minibatch as a file that torch.load reads.
 """
