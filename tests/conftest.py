@@ -60,6 +60,12 @@ def tiny_arguments(tiny_model: Path, tiny_prompts: tuple[Path, Path]) -> list[st
 
 
 @pytest.fixture
+def options(tiny_arguments: list[str]) -> list[str]:
+    """Command line of a run that only trains, but for --out."""
+    return [*tiny_arguments, "--evaluation.prompts=0", "--sample_every=0"]
+
+
+@pytest.fixture
 def interruptible():
     """Ctrl-C raises KeyboardInterrupt, also where pytest was started in the background, which ignores it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
