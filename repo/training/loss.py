@@ -92,7 +92,7 @@ class PolicyLoss(nn.Module):
         if targets.cost_advantages is not None:
             signals |= {
                 "cost_advantages": targets.cost_advantages,
-                "mode": loss_mode(algorithm),
+                "cost_mode": loss_mode(algorithm),
                 "lam": targets.lam,
                 "normalize": algorithm.normalize,
             }
@@ -116,7 +116,7 @@ class PolicyLoss(nn.Module):
             dual_clip=algorithm.dual_clip,
             beta=targets.beta if algorithm.kl_placement == "loss" else 0.0,
             kl_estimator=algorithm.kl_estimator,
-            kl_ratio=algorithm.kl_importance_weighted,
+            kl_importance_weighted=algorithm.kl_importance_weighted,
             entropy_coef=algorithm.entropy_coef,
             loss_agg_mode=algorithm.loss_agg_mode,
             divisor=targets.divisor,

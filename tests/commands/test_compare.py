@@ -298,7 +298,7 @@ def test_the_ratio_of_gradient_norms_is_that_of_autograd(mode, agg):
             everywhere(rewards),
             everywhere(cost),
             costs=everywhere(costs),
-            mode="split" if mode == "split" else "lagrangian",
+            cost_mode="split" if mode == "split" else "lagrangian",
             lam=lam,
             response_mask=mask,
             loss_agg_mode=agg,

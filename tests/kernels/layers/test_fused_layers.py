@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from repo_kernels.backends import cpu
+from repo_kernels.backends.cpu import layers as cpu
 from repo_kernels.layers import fused_layers
 from repo_kernels.layers.fused_layers import RmsNorm, Rotary, SwiGlu
 

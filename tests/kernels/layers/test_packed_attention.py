@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repo_kernels.backends import cpu
+from repo_kernels.backends.cpu import extension as cpu
 from repo_kernels.layers.packed_attention import attention, available
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")

@@ -124,7 +124,7 @@ def test_a_dead_id_is_not_looked_at(call: Callable[..., Any]) -> None:
     assert out.stats.tokens == 4
 
 
-PER_TOKEN = ("old_logps", "ref_logps", "is_weights")
+PER_TOKEN = ("old_logps", "ref_logps", "importance_weights")
 EITHER = ("reward_advantages", "cost_advantages", "costs", "cost_baselines", "cost_limit")
 
 
@@ -255,7 +255,7 @@ def test_options_of_the_log_probabilities(call: Callable[..., Any]) -> None:
 
 
 @LOSSES
-@pytest.mark.parametrize("name", ["normalize", "kl_ratio", "return_entropy"])
+@pytest.mark.parametrize("name", ["normalize", "kl_importance_weighted", "return_entropy"])
 def test_switches_are_bools(call: Callable[..., Any], name: str) -> None:
     refuses(TypeError, call, name, "1", "bool", **{name: 1})
     refuses(TypeError, call, name, "None", "bool", **{name: None})
@@ -268,7 +268,7 @@ def test_inplace_is_a_bool() -> None:
 @LOSSES
 @pytest.mark.parametrize(
     ("name", "choice"),
-    [("mode", "rectified"), ("kl_estimator", "k3"), ("loss_agg_mode", "token-mean"), ("backend", "eager")],
+    [("cost_mode", "rectified"), ("kl_estimator", "k3"), ("loss_agg_mode", "token-mean"), ("backend", "eager")],
 )
 def test_choices_name_those_that_exist(call: Callable[..., Any], name: str, choice: str) -> None:
     refuses(ValueError, call, name, "'banana'", repr(choice), **{name: "banana"})

@@ -42,8 +42,8 @@ def test_a_whole_reference_distribution_where_log_probs_are_taken(call: Callable
 @LOSSES
 @pytest.mark.parametrize("beta", [0.1, torch.tensor(0.0)], ids=["float", "tensor"])
 def test_k1_without_the_ratio(call: Callable[..., Any], beta: Any) -> None:
-    wrong = {"kl_estimator": "k1", "kl_ratio": False, "ref_logps": ONES}
-    refuses(ValueError, call, "kl_estimator='k1'", "False", "kl_ratio=True", **wrong, beta=beta)
+    wrong = {"kl_estimator": "k1", "kl_importance_weighted": False, "ref_logps": ONES}
+    refuses(ValueError, call, "kl_estimator='k1'", "False", "kl_importance_weighted=True", **wrong, beta=beta)
 
 
 def test_reference_logits() -> None:
@@ -83,22 +83,22 @@ def test_reference_head() -> None:
 @LOSSES
 @pytest.mark.parametrize("mode", ["rectified", "lagrangian"])
 def test_a_multiplier_without_a_cost(call: Callable[..., Any], mode: str) -> None:
-    refuses(ValueError, call, "lam", "0.5", "cost_advantages", lam=0.5, mode=mode)
-    call(lam=0.0, mode=mode)
-    call(lam=0.5, mode=mode, cost_advantages=ONES)
+    refuses(ValueError, call, "lam", "0.5", "cost_advantages", lam=0.5, cost_mode=mode)
+    call(lam=0.0, cost_mode=mode)
+    call(lam=0.5, cost_mode=mode, cost_advantages=ONES)
 
 
 @LOSSES
 def test_modes_that_form_no_hinge_take_no_cost_for_an_advantage(call: Callable[..., Any]) -> None:
     call(lam=0.5, costs=ONES)
     for mode in ("split", "lagrangian"):
-        refuses(ValueError, call, "lam", "0.5", "cost_advantages", lam=0.5, mode=mode, costs=ONES)
+        refuses(ValueError, call, "lam", "0.5", "cost_advantages", lam=0.5, cost_mode=mode, costs=ONES)
 
 
 @LOSSES
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 def test_split_without_costs_has_no_gate(call: Callable[..., Any], lam: float) -> None:
-    refuses(ValueError, call, "costs", "None", "mode='split'", mode="split", cost_advantages=ONES, lam=lam)
+    refuses(ValueError, call, "costs", "None", "cost_mode='split'", cost_mode="split", cost_advantages=ONES, lam=lam)
 
 
 @LOSSES
@@ -108,7 +108,7 @@ def test_baselines_that_nothing_would_subtract(call: Callable[..., Any]) -> None
     given = {"cost_baselines": ONES, "costs": ONES, "cost_advantages": ONES}
     refuses(ValueError, call, "cost_baselines", "cost_advantages=given", "without cost_advantages", **given)
     for mode in ("split", "lagrangian"):
-        refuses(ValueError, call, "cost_baselines", repr(mode), "rectified", mode=mode, **given)
+        refuses(ValueError, call, "cost_baselines", repr(mode), "rectified", cost_mode=mode, **given)
 
 
 @LOSSES
@@ -155,21 +155,21 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "cost_baselines": (ONES, {"lam": 1.0, "costs": ONES}),
     "cost_limit": (0.5, {"lam": 1.0, "costs": ONES}),
     "normalize": (True, {"lam": 1.0, "costs": 3 * ONES}),
-    "is_weights": (2 * ONES, {}),
+    "importance_weights": (2 * ONES, {}),
     "temperature": (0.5, {}),
     "softcap": (2.0, {}),
     "eps_low": (0.9, {"old_logps": ONES * 0, "reward_advantages": -ONES}),
     "eps_high": (0.9, {"old_logps": -2.4 * ONES}),
     "dual_clip": (1.1, {"old_logps": -2.4 * ONES, "reward_advantages": -ONES}),
     "beta": (1.0, {"ref_logps": ONES}),
-    "kl_ratio": (False, {"ref_logps": ONES, "beta": 1.0, "old_logps": ONES}),
+    "kl_importance_weighted": (False, {"ref_logps": ONES, "beta": 1.0, "old_logps": ONES}),
     "kl_estimator": ("k2", {"ref_logps": ONES, "beta": 1.0}),
     "entropy_coef": (0.5, {}),
     "divisor": (99.0, {}),
     "response_mask": (ONES.cumsum(-1) < 2, {}),
     "loss_agg_mode": ("token-sum", {}),
     "old_logps": (None, {}),
-    "mode": ("lagrangian", {"costs": ONES, "cost_advantages": ONES, "cost_limit": 2.0, "lam": 1.0}),
+    "cost_mode": ("lagrangian", {"costs": ONES, "cost_advantages": ONES, "cost_limit": 2.0, "lam": 1.0}),
 }
 
 
@@ -184,8 +184,8 @@ def test_every_option_changes_the_loss(call: Callable[..., Any], name: str) -> N
         "weight": torch.randn(VOCABULARY, WIDTH, generator=generator),
     }
     mine = {k: v for k, v in source.items() if (k == "logits") == (call is dense)}
-    if name == "mode":
-        around = {**around, "mode": "split"}
+    if name == "cost_mode":
+        around = {**around, "cost_mode": "split"}
     if name in ("costs", "cost_advantages"):
         around = {**around, "lam": 1.0, ("cost_advantages" if name == "costs" else "costs"): 7 * ONES}
     without = call(**mine, **around).loss

@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "lam": 1.0,
         "entropy_coef": 0.1,
         "softcap": 8.0,
-        "is_weights": True,
+        "importance_weights": True,
         "normalize": True,
         "dual_clip": 3.0,
     },

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dual clip": {"lam": 1.5, "dual_clip": 1.05},
     "narrow clip": {"eps_low": 0.01, "eps_high": 0.0},
     "asymmetric clip": {"eps_low": 0.1, "eps_high": 0.5},
-    "importance weights": {"is_weights": True, "reference": "k3", "beta": 0.5, "entropy_coef": 0.2},
+    "importance weights": {"importance_weights": True, "reference": "k3", "beta": 0.5, "entropy_coef": 0.2},
     "entropy": {"entropy_coef": 0.3},
     "entropy penalty": {"entropy_coef": -0.3},
     "softcap": {"softcap": 3.0},
@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "mode": "split",
         "cost_form": "given",
         "normalize": True,
-        "is_weights": True,
+        "importance_weights": True,
         "reference": "full",
         "beta": 0.4,
         "entropy_coef": 0.1,
@@ -80,21 +80,29 @@ def test_gradient_in_the_logits_with(name: str, layout: str) -> None:
     check_logits(batch, loss_arguments(batch, **OPTIONS[name]))
 
 
-@pytest.mark.parametrize(("estimator", "kl_ratio"), KL)
-def test_gradient_of_the_kl_term(estimator: str, kl_ratio: bool) -> None:
+@pytest.mark.parametrize(("estimator", "kl_importance_weighted"), KL)
+def test_gradient_of_the_kl_term(estimator: str, kl_importance_weighted: bool) -> None:
     batch = clean_batch(2, "padded")
-    check_logits(batch, loss_arguments(batch, reference=estimator, kl_ratio=kl_ratio, beta=0.7))
+    check_logits(
+        batch, loss_arguments(batch, reference=estimator, kl_importance_weighted=kl_importance_weighted, beta=0.7)
+    )
 
 
 @pytest.mark.parametrize("mode", ["rectified", "split", "lagrangian"])
-@pytest.mark.parametrize(("estimator", "kl_ratio"), KL)
+@pytest.mark.parametrize(("estimator", "kl_importance_weighted"), KL)
 def test_on_policy_has_the_gradient_of_a_ratio_whose_base_is_the_same_policy_held_still(
-    estimator: str, kl_ratio: bool, mode: str
+    estimator: str, kl_importance_weighted: bool, mode: str
 ) -> None:
     """The value of rho = 1 is constant, so finite differences see nothing: old log-probs are written out instead."""
     batch = clean_batch(2, "padded")
-    options = {"mode": mode, "cost_form": "given", "lam": 1.5, "reference": estimator, "kl_ratio": kl_ratio}
-    arguments = loss_arguments(batch, **options, beta=0.7, on_policy=True, is_weights=True)
+    options = {
+        "mode": mode,
+        "cost_form": "given",
+        "lam": 1.5,
+        "reference": estimator,
+        "kl_importance_weighted": kl_importance_weighted,
+    }
+    arguments = loss_arguments(batch, **options, beta=0.7, on_policy=True, importance_weights=True)
     implied, written_out = (batch.logits.clone().requires_grad_() for _ in range(2))
     (got,) = torch.autograd.grad(repo_loss(implied, **arguments).loss, implied)
     arguments["old_logps"] = repo_loss(batch.logits, **arguments).logps
@@ -165,10 +173,10 @@ def test_gradient_of_the_linear_form_in_hidden_weight_and_bias(name: str, loss_a
     assert gradcheck(linear_loss({**arguments, "chunk_tokens": 2}), linear_leaves(batch), atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("estimator", "kl_ratio"), KL)
-def test_gradient_of_the_kl_term_in_the_linear_form(estimator: str, kl_ratio: bool) -> None:
+@pytest.mark.parametrize(("estimator", "kl_importance_weighted"), KL)
+def test_gradient_of_the_kl_term_in_the_linear_form(estimator: str, kl_importance_weighted: bool) -> None:
     batch = clean_batch(7, "padded")
-    arguments = loss_arguments(batch, reference=estimator, kl_ratio=kl_ratio, beta=0.7)
+    arguments = loss_arguments(batch, reference=estimator, kl_importance_weighted=kl_importance_weighted, beta=0.7)
     if arguments.pop("ref_logits", None) is not None:
         arguments |= {
             "ref_hidden": batch.normal(*batch.leading, 2).double(),
@@ -233,7 +241,7 @@ def test_only_the_loss_is_differentiable() -> None:
 
 def test_reference_and_data_get_no_gradient() -> None:
     batch = clean_batch(13, "padded")
-    arguments = loss_arguments(batch, reference="full", beta=0.4, cost_form="given", lam=1.0, is_weights=True)
+    arguments = loss_arguments(batch, reference="full", beta=0.4, cost_form="given", lam=1.0, importance_weights=True)
     constants = [v for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
     for tensor in constants:
         tensor.requires_grad_()

@@ -244,7 +244,16 @@ def test_case_5_the_upstream_gradient_may_have_any_values_and_strides(kind: str)
 @pytest.mark.parametrize("poison", [math.nan, INF, -INF])
 @pytest.mark.parametrize(
     "name",
-    ["logits", "ref_logits", "old_logps", "ref_logps", "reward_advantages", "cost_advantages", "costs", "is_weights"],
+    [
+        "logits",
+        "ref_logits",
+        "old_logps",
+        "ref_logps",
+        "reward_advantages",
+        "cost_advantages",
+        "costs",
+        "importance_weights",
+    ],
 )
 def test_case_6_poison_in_a_masked_position_reaches_nothing(name: str, poison: float) -> None:
     batch = alive(8, (2, 6))
@@ -252,7 +261,7 @@ def test_case_6_poison_in_a_masked_position_reaches_nothing(name: str, poison: f
     batch.token_ids[1, 2] = -100
     reference = "full" if name == "ref_logits" else "k3"
     arguments = loss_arguments(
-        batch, reference=reference, beta=0.2, lam=1.0, cost_form="given", per_sequence=False, is_weights=True
+        batch, reference=reference, beta=0.2, lam=1.0, cost_form="given", per_sequence=False, importance_weights=True
     )
     tensors = {"logits": batch.logits, **arguments}
     results = []

@@ -180,7 +180,7 @@ def test_case_16_a_cost_at_the_limit_is_safe(mode: str) -> None:
         None,
         torch.ones(3),
         torch.full((3,), 10.0) if mode == "split" else None,
-        mode=mode,
+        cost_mode=mode,
         costs=costs,
         cost_limit=limit,
         lam=1.0,

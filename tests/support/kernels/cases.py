@@ -37,7 +37,7 @@ class Batch:
     response_mask: Tensor
     old_logps: Tensor
     ref_logps: Tensor
-    is_weights: Tensor
+    importance_weights: Tensor
     sequence_of: Tensor
     generator: torch.Generator
 
@@ -90,7 +90,7 @@ def make_batch(
     logps = torch.log_softmax(logits.double(), -1).gather(-1, ids[..., None]).squeeze(-1)
     old = (logps + torch.randn(leading, generator=g) * spread).float()
     ref = (logps + torch.randn(leading, generator=g)).float()
-    is_weights = torch.rand(leading, generator=g) * 2
+    importance_weights = torch.rand(leading, generator=g) * 2
     mask = torch.rand(leading, generator=g) >= dead / 2
     ids = torch.where(torch.rand(leading, generator=g) < dead / 2, -100, ids)
     gone = ~mask | (ids == -100)
@@ -105,7 +105,7 @@ def make_batch(
         response_mask=mask,
         old_logps=torch.where(gone, nan, old),
         ref_logps=torch.where(gone, -torch.inf, ref),
-        is_weights=torch.where(gone, torch.inf, is_weights),
+        importance_weights=torch.where(gone, torch.inf, importance_weights),
         sequence_of=sequence_of,
         generator=g,
     )
@@ -119,7 +119,7 @@ def loss_arguments(
     per_sequence: bool = True,
     on_policy: bool = False,
     reference: str | None = None,
-    is_weights: bool = False,
+    importance_weights: bool = False,
     loss_agg_mode: str = "token-mean",
     **options: Any,
 ) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def loss_arguments(
         "token_ids": batch.token_ids,
         "old_logps": None if on_policy else batch.old_logps,
         "reward_advantages": batch.advantages(per_sequence),
-        "mode": mode,
+        "cost_mode": mode,
         "response_mask": batch.response_mask,
         "cu_seqlens": batch.cu_seqlens,
         "loss_agg_mode": loss_agg_mode,
@@ -144,8 +144,8 @@ def loss_arguments(
         arguments["cost_baselines"] = batch.sequence_values(per_sequence)
     if cost_form in ("given", "bare"):
         arguments["cost_advantages"] = batch.advantages(per_sequence)
-    if is_weights:
-        arguments["is_weights"] = batch.is_weights
+    if importance_weights:
+        arguments["importance_weights"] = batch.importance_weights
     if reference is not None:
         arguments["kl_estimator"] = reference
         if reference == "full":
@@ -186,7 +186,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "per_sequence": draw(st.booleans(), label="per_sequence"),
         "on_policy": draw(st.booleans(), label="on_policy"),
         "reference": reference,
-        "is_weights": draw(st.booleans(), label="is_weights"),
+        "importance_weights": draw(st.booleans(), label="importance_weights"),
         "loss_agg_mode": aggregation,
         "divisor": draw(st.sampled_from((None, 3, 7.5)), label="divisor") if divisible else None,
         "lam": draw(st.sampled_from((0.0, 0.5, 3.0)), label="lam"),
@@ -198,6 +198,6 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "eps_high": draw(st.sampled_from((0.2, 0.28, 0.0)), label="eps_high"),
         "dual_clip": draw(st.sampled_from((None, 1.1, 3.0)), label="dual_clip"),
         "beta": draw(st.sampled_from((0.0, 0.1, 2.0)), label="beta") if reference else 0.0,
-        "kl_ratio": True if reference == "k1" else draw(st.booleans(), label="kl_ratio"),
+        "kl_importance_weighted": True if reference == "k1" else draw(st.booleans(), label="kl_importance_weighted"),
         "entropy_coef": draw(st.sampled_from((0.0, 0.01, -0.5)), label="entropy_coef"),
     }

@@ -140,7 +140,7 @@ def oracle_loss(
     *,
     costs: Tensor | None = None,
     cost_baselines: Tensor | None = None,
-    mode: str = "rectified",
+    cost_mode: str = "rectified",
     lam: float = 0.0,
     cost_limit: float | Tensor = 0.0,
     normalize: bool = False,
@@ -148,7 +148,7 @@ def oracle_loss(
     ref_logits: Tensor | None = None,
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    is_weights: Tensor | None = None,
+    importance_weights: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     eps_low: float = 0.2,
@@ -156,7 +156,7 @@ def oracle_loss(
     dual_clip: float | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
-    kl_ratio: bool = True,
+    kl_importance_weighted: bool = True,
     entropy_coef: float = 0.0,
     loss_agg_mode: str = "token-mean",
     max_length: float | None = None,
@@ -204,13 +204,13 @@ def oracle_loss(
             cost,
             at(cost_baselines, row) or 0.0,
             limit,
-            mode,
+            cost_mode,
             lam,
             normalize,
         )
         term = surrogate_of(ratio, advantage, 1 - eps_low, 1 + eps_high, dual_clip)
-        if is_weights is not None:
-            term = term * is_weights.reshape(-1)[row].item()
+        if importance_weights is not None:
+            term = term * importance_weights.reshape(-1)[row].item()
         surrogate = term.item()
         if ref_logits is not None:
             reference = ref_logits.reshape(-1, vocabulary)[row].double()
@@ -219,7 +219,7 @@ def oracle_loss(
         elif ref_logps is not None:
             delta = clamped_difference(logps[row], ref_logps.reshape(-1)[row].double())
             kls[row] = kl_of(delta, kl_estimator)
-            weighted = kl_ratio and kl_estimator in ("k1", "k3")
+            weighted = kl_importance_weighted and kl_estimator in ("k1", "k3")
             term = term + beta * (ratio * kls[row] if weighted else kls[row])
         losses[row] = weights[row] * (term - entropy_coef * entropies[row])
         sizes[row] = abs(surrogate) + abs(term.item() - surrogate) + abs(entropy_coef * entropies[row].item())

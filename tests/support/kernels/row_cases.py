@@ -107,7 +107,7 @@ def make_case(
     values = torch.randn(len(VALUES), count, generator=g)
     values[VALUES.index("old_logps")] = logps + 0.3 * torch.randn(count, generator=g)
     values[VALUES.index("ref_logps")] = logps + 0.5 * torch.randn(count, generator=g)
-    values[VALUES.index("is_weights")] = 0.5 + torch.rand(count, generator=g)
+    values[VALUES.index("importance_weights")] = 0.5 + torch.rand(count, generator=g)
     values[VALUES.index("weights")] = 0.5 + torch.rand(count, generator=g)
     values[:, gone] = math.nan
     code = code or Code(COST_GIVEN, KL_K3, True, False, False)
@@ -146,7 +146,9 @@ def oracle(case: Case) -> Expected:
     logps = logp.gather(1, rows.ids[live, None])[:, 0]
     inputs = token_inputs(values, scalars, code)
     detached = [None if t is None else t.detach() for t in (logps, entropy, kl)]
-    terms = token_terms(inputs, detached[0], detached[1], detached[2], coef, KL_NAMES[code.kl], code.kl_ratio)
+    terms = token_terms(
+        inputs, detached[0], detached[1], detached[2], coef, KL_NAMES[code.kl], code.kl_importance_weighted
+    )
     total = (terms.g_logp * logps.clamp_min(-1e30)).sum()
     for slope, value in ((terms.g_entropy, entropy), (terms.g_kl, kl)):
         if value is not None:

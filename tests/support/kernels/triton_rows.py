@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 PIECES = 64  # of 16 bytes in a block, in most tests
 BLOCK = {dtype: PIECES * 16 // dtype.itemsize for dtype in DTYPES}
-PLAIN = Code(interface.COST_NONE, interface.KL_NONE, kl_ratio=False, normalize=False, on_policy=False)
+PLAIN = Code(interface.COST_NONE, interface.KL_NONE, kl_importance_weighted=False, normalize=False, on_policy=False)
 KL = ("none", "k1", "k2", "k3", "full")
 
 
@@ -52,7 +52,7 @@ def make_rows(logits: Tensor, code: Code = PLAIN, softcap: float = 0.0, entropy:
     values = dict(zip(VALUES, noise, strict=True))
     values["old_logps"] = torch.where(logps.isfinite(), logps, -3.0) + 0.3 * noise[VALUES.index("old_logps")]
     values["ref_logps"] = torch.where(logps.isfinite(), logps, -3.0) + 0.5 * noise[VALUES.index("ref_logps")]
-    for name in ("is_weights", "weights"):
+    for name in ("importance_weights", "weights"):
         values[name] = values[name].abs() + 0.1
     return LossRows(ids, torch.stack([values[name] for name in VALUES]), vector, code.pack(), softcap, entropy)
 
@@ -101,7 +101,7 @@ def oracle(logits: Tensor, ref: Tensor | None, rows: LossRows) -> Expected:
     chosen = entropy.detach() if rows.entropy else None
     found = terms.token_terms(
         inputs, logps.detach(), chosen, None if ref is None else kl.detach(), terms.coefficients(scalars),
-        KL[code.kl], code.kl_ratio,
+        KL[code.kl], code.kl_importance_weighted,
     )  # fmt: skip
     scale = scalars[SCALARS.index("grad_scale")]
     slopes_live = torch.stack([found.g_logp, found.g_entropy, found.g_kl]) * scale

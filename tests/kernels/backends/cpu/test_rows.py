@@ -33,8 +33,8 @@ from tests.support.kernels.row_cases import flat, make_case, oracle, relative
 
 INF = math.inf
 CODES = [
-    Code(cost, kl, kl_ratio, normalize, on_policy)
-    for (cost, kl, kl_ratio), (normalize, on_policy) in zip(
+    Code(cost, kl, kl_importance_weighted, normalize, on_policy)
+    for (cost, kl, kl_importance_weighted), (normalize, on_policy) in zip(
         [
             (COST_NONE, KL_NONE, True),
             (COST_GIVEN, KL_K1, True),
@@ -115,7 +115,7 @@ def test_two_steps_are_the_fused_loss(isa: str, kl: int, dtype: torch.dtype) -> 
     inputs = token_inputs(rows.values[:, live], rows.scalars, code)
     logps, entropy, full_kl = state[:3, live]
     kl_of_rows = full_kl if kl == KL_FULL else None
-    terms = token_terms(inputs, logps, entropy, kl_of_rows, coef, KL_NAMES[kl], code.kl_ratio)
+    terms = token_terms(inputs, logps, entropy, kl_of_rows, coef, KL_NAMES[kl], code.kl_importance_weighted)
     slopes = torch.full((3, live.numel()), math.nan)
     slopes[:, live] = torch.stack((terms.g_logp, terms.g_entropy, terms.g_kl)) * coef.grad_scale
     out = gradient_buffer(case.logits).fill_(math.nan)

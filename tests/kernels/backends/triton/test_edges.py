@@ -126,7 +126,7 @@ def test_gradient_of_an_almost_certain_target(columns: int, dtype: torch.dtype) 
     logits[torch.arange(len(tops)), ids] = torch.tensor(tops, dtype=dtype)
     rows = make_rows(logits, replace(PLAIN, on_policy=True))
     rows.values[VALUES.index("reward_advantages")] = 1.0
-    for name in ("is_weights", "weights"):
+    for name in ("importance_weights", "weights"):
         rows.values[VALUES.index(name)] = 1.0
     rows = replace(rows, ids=ids)
     grad = torch.empty_like(logits)

@@ -112,8 +112,12 @@ def test_softcap_and_full_kl(softcap: float, full: bool, dtype: torch.dtype) -> 
 )
 def test_options_of_the_token_terms(cost: int, kl: int) -> None:
     logits = random_logits(8, 41, torch.float32)
-    for kl_ratio, normalize, on_policy in ((False, False, False), (True, True, False), (True, False, True)):
-        code = Code(cost, kl, kl_ratio, normalize, on_policy)
+    for kl_importance_weighted, normalize, on_policy in (
+        (False, False, False),
+        (True, True, False),
+        (True, False, True),
+    ):
+        code = Code(cost, kl, kl_importance_weighted, normalize, on_policy)
         rows = make_rows(logits, code, temperature=1.3, dual_clip=1.2 if normalize else torch.inf)
         rows.values[VALUES.index("old_logps"), :3] += torch.tensor([40.0, -40.0, 3.0])  # clamped, clamped, clipped
         rows.values[VALUES.index("ref_logps"), 3:6] += torch.tensor([40.0, -40.0, 3.0])

@@ -1,10 +1,10 @@
-#include "transpose.h"
+#include "layers/transpose.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "parallel.h"
-#include "square.h"
+#include "common/parallel.h"
+#include "common/square.h"
 
 namespace repo {
 namespace {

@@ -1,4 +1,4 @@
-#include "losses.h"
+#include "losses/losses.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,8 +8,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "kernels/dispatch.h"
+#include "common/parallel.h"
 
 namespace repo {
 namespace {

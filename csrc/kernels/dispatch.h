@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "row_kernels.h"
+#include "kernels/row_kernels.h"
 
 namespace repo {
 

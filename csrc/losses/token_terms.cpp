@@ -1,4 +1,4 @@
-#include "token_terms.h"
+#include "losses/token_terms.h"
 
 #include <cmath>
 
@@ -66,7 +66,7 @@ KlTerm kl_term(const TokenInputs& in, float ratio, float ratio_inside, const Cod
         kl = expm1 + delta.value;
         slope = -expm1;
     }
-    if (!code.kl_ratio || code.kl == kK2) return {kl, kl, slope * delta.inside};
+    if (!code.kl_importance_weighted || code.kl == kK2) return {kl, kl, slope * delta.inside};
     // d(rho KL)/d log pi = rho KL + rho KL'. For k3 that is rho delta, kept where delta's clamp acts.
     float derivative = ratio * (kl * ratio_inside + slope * delta.inside);
     if (code.kl == kK3) derivative = ratio_inside > 0 ? ratio * delta.value : ratio * slope * delta.inside;
@@ -80,7 +80,7 @@ Code Code::unpack(int64_t code) {
 }
 
 TokenTerms token_terms(const TokenInputs& in, const Scalars& scalars, const Code& code) {
-    const float weight = in.value[kWeight], is_weight = in.value[kIsWeight];
+    const float weight = in.value[kWeight], importance_weight = in.value[kImportanceWeight];
     const bool unsafe = in.value[kCost] > in.value[kCostLimit];
     const float advantage = combined_advantage(in, scalars, code, unsafe);
     Clamped log_ratio = {0, 1};
@@ -90,8 +90,8 @@ TokenTerms token_terms(const TokenInputs& in, const Scalars& scalars, const Code
     const Surrogate surrogate = clipped_surrogate(ratio, advantage, low, high, scalars.dual_clip);
 
     // d(-rho A)/d log pi = -rho A on the branch that is the minimum
-    float g_logp = is_weight * (-ratio * advantage * surrogate.active * log_ratio.inside);
-    float loss = is_weight * surrogate.value, kl = 0, g_kl = 0, g_entropy = 0;
+    float g_logp = importance_weight * (-ratio * advantage * surrogate.active * log_ratio.inside);
+    float loss = importance_weight * surrogate.value, kl = 0, g_kl = 0, g_entropy = 0;
     if (code.kl == kFullKl) {
         kl = in.kl;
         loss += scalars.beta * kl;

@@ -1,10 +1,10 @@
 // The kernels of one instruction set: compiled once with each REPO_ISA.
-#include "row_kernels.h"
+#include "kernels/row_kernels.h"
 
-#include "attention_rows.h"
-#include "layer_rows.h"
-#include "row_gradient.h"
-#include "row_sums.h"
+#include "kernels/attention_rows.h"
+#include "kernels/layer_rows.h"
+#include "kernels/row_gradient.h"
+#include "kernels/row_sums.h"
 
 namespace repo {
 namespace REPO_ISA {

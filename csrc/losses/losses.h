@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "rows.h"
-#include "token_terms.h"
+#include "losses/rows.h"
+#include "losses/token_terms.h"
 
 namespace repo {
 

@@ -3,7 +3,7 @@
 // The two vectors of a pair hold 2 kWidth elements in the order that is cheapest for the type; element_of says which.
 #pragma once
 
-#include "simd.h"
+#include "kernels/simd.h"
 
 namespace repo::REPO_ISA {
 

@@ -1,10 +1,10 @@
-#include "attention.h"
+#include "layers/attention.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "kernels/dispatch.h"
+#include "common/parallel.h"
 
 namespace repo {
 namespace {

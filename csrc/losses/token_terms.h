@@ -14,7 +14,7 @@ enum Value {
     kCostBaseline,
     kOldLogp,
     kRefLogp,
-    kIsWeight,
+    kImportanceWeight,
     kWeight,
     kValues,
 };
@@ -50,7 +50,7 @@ enum KlCode { kNoKl, kK1, kK2, kK3, kFullKl };
 struct Code {
     CostCode cost;
     KlCode kl;
-    bool kl_ratio, normalize, on_policy;
+    bool kl_importance_weighted, normalize, on_policy;
 
     static Code unpack(int64_t code);
 };

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention.h"
+#include "kernels/attention_task.h"
 
 namespace repo {
 

@@ -1,9 +1,9 @@
 // The second pass over a row: its gradient, written past the caches unless it goes over the logits.
 #pragma once
 
-#include "convert.h"
-#include "exponential.h"
-#include "row_kernels.h"
+#include "kernels/convert.h"
+#include "kernels/exponential.h"
+#include "kernels/row_kernels.h"
 
 namespace repo::REPO_ISA {
 

@@ -1,7 +1,7 @@
 // 2^t and what follows from it, by polynomials.
 #pragma once
 
-#include "simd.h"
+#include "kernels/simd.h"
 
 namespace repo::REPO_ISA {
 

@@ -1,10 +1,10 @@
-#include "layers.h"
+#include "layers/layers.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "kernels/dispatch.h"
+#include "common/parallel.h"
 
 namespace repo {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "row_kernels.h"
+#include "kernels/row_kernels.h"
 
 namespace repo {
 

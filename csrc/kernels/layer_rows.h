@@ -1,8 +1,8 @@
 // The layers of a transformer between its matrix products, a row at a time: RMSNorm, SwiGLU, rotary embedding.
 #pragma once
 
-#include "exponential.h"
-#include "row_kernels.h"
+#include "kernels/exponential.h"
+#include "kernels/row_kernels.h"
 
 namespace repo::REPO_ISA {
 

@@ -1,9 +1,9 @@
 // Causal attention of one segment and one key head: small matrix products and softmax, forward and backward.
 #pragma once
 
-#include "attention.h"
-#include "exponential.h"
-#include "square.h"
+#include "kernels/attention_task.h"
+#include "kernels/exponential.h"
+#include "common/square.h"
 
 namespace repo::REPO_ISA {
 

@@ -1,9 +1,9 @@
 // The first pass over a row: blocks that stay in L1, each with a look for a new maximum and then the sums.
 #pragma once
 
-#include "convert.h"
-#include "exponential.h"
-#include "row_kernels.h"
+#include "kernels/convert.h"
+#include "kernels/exponential.h"
+#include "kernels/row_kernels.h"
 
 extern "C" double exp2(double);
 
