@@ -21,6 +21,8 @@ from repo_kernels.losses import gemm, linear
 from tests.support.kernels.cases import Batch, loss_arguments, make_batch
 from tests.support.kernels.oracle import oracle_gradient, oracle_loss
 
+pytestmark = pytest.mark.pairwise
+
 VOCABULARY, WIDTH = 19, 6
 FORMS: dict[str, dict[str, Any]] = {
     "k3": {"reference": "k3", "beta": 0.3, "lam": 1.0, "entropy_coef": 0.1, "softcap": 8.0},
