@@ -18,9 +18,9 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.bench_step import timed
-from benchmarks.machine import provenance
+from benchmarks.harness.machine import provenance
+from benchmarks.harness.results import LIMIT, OURS, Case, Row
 from benchmarks.models import EMBEDDED, folder_of
-from benchmarks.results import LIMIT, OURS, Case, Row
 from repo import train
 from repo.runs.checkpoint import Saver
 

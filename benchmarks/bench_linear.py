@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.bench_loss import BETA
-from benchmarks.cases import Outputs, Setup, Way
-from benchmarks.machine import device
+from benchmarks.harness.cases import Outputs, Setup, Way
+from benchmarks.harness.machine import device
+from benchmarks.harness.results import LIMIT, OURS
 from benchmarks.peers import NEEDS_GPU, missing
-from benchmarks.results import LIMIT, OURS
 from repo_kernels import linear_repo_loss
 from repo_kernels.layers import onednn_linear
 

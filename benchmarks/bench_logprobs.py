@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_linear, bench_loss
-from benchmarks.cases import Outputs, Setup, Way
-from benchmarks.limits import copy
+from benchmarks.harness.cases import Outputs, Setup, Way
+from benchmarks.harness.limits import copy
+from benchmarks.harness.results import LIMIT, OURS
 from benchmarks.peers import NEEDS_GPU, missing
-from benchmarks.results import LIMIT, OURS
 from repo_kernels import linear_selective_log_softmax, selective_log_softmax
 from repo_kernels.layers import onednn_linear
 

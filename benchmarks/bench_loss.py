@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Outputs, Setup, Way
-from benchmarks.limits import copy
-from benchmarks.machine import device
+from benchmarks.harness.cases import Outputs, Setup, Way
+from benchmarks.harness.limits import copy
+from benchmarks.harness.machine import device
+from benchmarks.harness.results import OURS, PEER
 from benchmarks.peers import NEEDS_GPU, missing
-from benchmarks.results import OURS, PEER
 from repo_kernels import repo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, memory
 from benchmarks.bench_linear import HIDDEN, VOCABULARY
-from benchmarks.results import LIMIT, OURS, PEER, Case, Row
+from benchmarks.harness import machine, memory
+from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
 
 TOKENS = (1024, 4096, 16_384)
 # Bytes at the peak over those of all logits, about, as measured at N = 4096: what would not fit is not tried.

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_linear, bench_loss, bench_step, memory
+from benchmarks import bench_linear, bench_loss, bench_step
 from benchmarks.bench_step import LARGEST
-from benchmarks.cases import Setup, Way
+from benchmarks.harness import memory
+from benchmarks.harness.cases import Setup, Way
+from benchmarks.harness.results import LIMIT, OURS
 from benchmarks.models import EMBEDDED
-from benchmarks.results import LIMIT, OURS
 from benchmarks.training_step import SAMPLES, load_step, passes, useful_work
 
 SMALL = {"tokens": 64}

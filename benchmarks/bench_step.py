@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.cases import Setup, Way
-from benchmarks.limits import copy
-from benchmarks.machine import ROOT, device
-from benchmarks.memory import reset_peak, resident
+from benchmarks.harness.cases import Setup, Way
+from benchmarks.harness.limits import copy
+from benchmarks.harness.machine import ROOT, device
+from benchmarks.harness.memory import reset_peak, resident
+from benchmarks.harness.results import LIMIT, OURS
 from benchmarks.models import EMBEDDED, GPU_MODELS
-from benchmarks.results import LIMIT, OURS
 from benchmarks.training_step import PROMPTS, SAMPLES, TOKENS, load_step, passes, useful_work
 from repo_kernels.layers import onednn_linear
 

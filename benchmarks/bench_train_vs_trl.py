@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conftest import free_memory
-from benchmarks.machine import ROOT, device, machine, provenance
+from benchmarks.harness.machine import ROOT, device, machine, provenance
+from benchmarks.harness.results import OURS, PEER, Case, Row
 from benchmarks.models import EMBEDDED, folder_of
 from benchmarks.peers import missing
-from benchmarks.results import OURS, PEER, Case, Row
 from benchmarks.trainers import PARTS, Measured
 from benchmarks.training_step import load_step
 

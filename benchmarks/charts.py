@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.results import LIMIT, OURS, PEER, Case, Row
+from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.training_step import SAMPLES, TOKENS
 from repo.reporting.style import BAD, INK, NOW, START, STYLE, png
 

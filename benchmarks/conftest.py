@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import allocator, machine, memory, results
-from benchmarks.cases import Setup, error
+from benchmarks.harness import allocator, machine, memory, results
+from benchmarks.harness.cases import Setup, error
+from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
+from benchmarks.harness.timing import Turns
 from benchmarks.models import GPU_MODELS
-from benchmarks.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.tables import case_table, changes_table
-from benchmarks.timing import Turns
 from repo.models.memory import keep_freed_memory
 
 QUICK = "left out by --quick"

@@ -47,9 +47,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.machine import ROOT, commit, installed
+
 from . import peers
 from .gpu_targets import TARGETS
-from .machine import ROOT, commit, installed
 from .machine_code import amd_resources, disassemble_cubin, parse_amdgcn, regions
 from .roofline import Roofline, rooflines
 from .static_report import StaticReport

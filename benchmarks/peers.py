@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.machine import installed
+from benchmarks.harness.machine import installed
 
 NEEDS_GPU = "" if torch.cuda.is_available() else "its Triton kernels need a GPU; their traffic is in benchmarks.traffic"
 PACKAGES = ("liger-kernel", "trl", "cut-cross-entropy")

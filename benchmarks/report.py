@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import charts
-from benchmarks.machine import ROOT, told
-from benchmarks.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
+from benchmarks.harness.machine import ROOT, told
+from benchmarks.harness.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
 from benchmarks.tables import case_table, milliseconds
 
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report --readme -->", "<!-- end of benchmarks -->"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 
+from benchmarks.harness.machine import installed
+
 from . import peers
 from .gpu_targets import TARGETS
-from .machine import installed
 from .machine_code import Region
 from .static_report import EXAMPLE_VOCABULARY, StaticReport
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.results import Case, Change, Row, ratio
+from benchmarks.harness.results import Case, Change, Row, ratio
 
 SCALES = {
     "bytes": ("GB/s", 1e9),

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.memory import resident
+from benchmarks.harness.memory import resident
 
 PARTS = ("rollout", "reference", "score", "update")
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import device
+from benchmarks.harness.machine import device
 from benchmarks.models import EMBEDDED, folder_of, lora_rank
 from repo import assets
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig

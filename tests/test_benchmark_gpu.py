@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.machine import ROOT
+from benchmarks.harness.machine import ROOT
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_linear, bench_logprobs, bench_loss, charts, memory, report, results
-from benchmarks.cases import Setup, Way, error
+from benchmarks import bench_linear, bench_logprobs, bench_loss, charts, report
 from benchmarks.conftest import checked, with_peak
-from benchmarks.machine import ROOT, provenance, slug
-from benchmarks.results import LIMIT, OURS, PEER, Case, Change, Row, changes, ratio, read, save
+from benchmarks.harness import memory, results
+from benchmarks.harness.cases import Setup, Way, error
+from benchmarks.harness.machine import ROOT, provenance, slug
+from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Change, Row, changes, ratio, read, save
 from benchmarks.tables import case_table, changes_table
 from repo_kernels.backends import cpu
 

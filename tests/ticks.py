@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from benchmarks import timing
+from benchmarks.harness import timing
 from repo_kernels.backends import cpu
 
 _launched = [0]

@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.machine import machine
+from benchmarks.harness.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
 from repo.compare import read_evaluation
 from repo.config import parse as parsing

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from benchmarks.results import PEER
+from benchmarks.harness.results import PEER
 
 Outputs = Sequence[Tensor]
 

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Timing, summary
+from benchmarks.harness.timing import Timing, summary
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parents[1] / "results"
 OURS, PEER, LIMIT = "ours", "peer", "limit"
 SMALL_PEAK = 8e6  # bytes
 

@@ -1,6 +1,6 @@
 """How much memory does one call add at its peak to what was there?
 
-    python -m benchmarks.memory MODULE PARAMETERS WAY       # prints bytes; how the suites ask, a process a way
+    python -m benchmarks.harness.memory MODULE PARAMETERS WAY       # prints bytes; how the suites ask, a process a way
 
 On a CPU the peak of the process, from /proc, in a process of its own, since what earlier calls freed may be taken
 again without being seen; on CUDA the allocator's peak. What the call returns (gradients) is part of it.
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import allocator
-from benchmarks.machine import ROOT
+from benchmarks.harness import allocator
+from benchmarks.harness.machine import ROOT
 
 
 def resident(name: str) -> int:
@@ -65,7 +65,7 @@ def room() -> float:
 
 def in_process(module: str, parameters: Mapping[str, Any], way: str) -> int | str:
     """The extra peak of a way of a suite's case in a fresh process, or why it could not be measured."""
-    command = [sys.executable, "-m", "benchmarks.memory", module, json.dumps(parameters), way]
+    command = [sys.executable, "-m", "benchmarks.harness.memory", module, json.dumps(parameters), way]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]

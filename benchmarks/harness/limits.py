@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Way
-from benchmarks.machine import device
-from benchmarks.results import LIMIT
+from benchmarks.harness.cases import Way
+from benchmarks.harness.machine import device
+from benchmarks.harness.results import LIMIT
 
 HUGE_PAGE = 2 * 2**20
 SIZE = 192 * 2**20  # bytes: far beyond any cache

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = (
     "torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "flash-attn", "peft",
 )  # fmt: skip
