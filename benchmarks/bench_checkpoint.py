@@ -20,7 +20,7 @@ from unittest import mock
 from benchmarks.bench_step import timed
 from benchmarks.harness.machine import provenance
 from benchmarks.harness.results import LIMIT, OURS, Case, Row
-from benchmarks.models import EMBEDDED, folder_of
+from benchmarks.workloads.models import EMBEDDED, folder_of
 from repo import train
 from repo.runs.checkpoint import Saver
 
@@ -43,8 +43,8 @@ def run(folder: Path, model: str, pairs: int) -> list[dict[str, float]]:
         "optimizer.lr": 1e-6,
     }
     if model != EMBEDDED:
-        options |= {"model.path": folder_of(model), "scoring.reward": "benchmarks.trainers:echo"}
-        options |= {"scoring.cost": "benchmarks.trainers:no_cost", "evaluation.judge": "none"}
+        options |= {"model.path": folder_of(model), "scoring.reward": "benchmarks.workloads.trainers:echo"}
+        options |= {"scoring.cost": "benchmarks.workloads.trainers:no_cost", "evaluation.judge": "none"}
     train.run_command([f"--{name}={value}" for name, value in options.items()])
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][2:]
 

@@ -23,7 +23,7 @@ from benchmarks.bench_loss import BETA
 from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.machine import device
 from benchmarks.harness.results import LIMIT, OURS
-from benchmarks.peers import NEEDS_GPU, missing
+from benchmarks.workloads.peers import NEEDS_GPU, missing
 from repo_kernels import linear_repo_loss
 from repo_kernels.layers import onednn_linear
 

@@ -20,7 +20,7 @@ from benchmarks import bench_linear, bench_loss
 from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.limits import copy
 from benchmarks.harness.results import LIMIT, OURS
-from benchmarks.peers import NEEDS_GPU, missing
+from benchmarks.workloads.peers import NEEDS_GPU, missing
 from repo_kernels import linear_selective_log_softmax, selective_log_softmax
 from repo_kernels.layers import onednn_linear
 

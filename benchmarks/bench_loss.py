@@ -22,7 +22,7 @@ from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.limits import copy
 from benchmarks.harness.machine import device
 from benchmarks.harness.results import OURS, PEER
-from benchmarks.peers import NEEDS_GPU, missing
+from benchmarks.workloads.peers import NEEDS_GPU, missing
 from repo_kernels import repo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -21,8 +21,8 @@ from benchmarks.bench_step import LARGEST
 from benchmarks.harness import memory
 from benchmarks.harness.cases import Setup, Way
 from benchmarks.harness.results import LIMIT, OURS
-from benchmarks.models import EMBEDDED
-from benchmarks.training_step import SAMPLES, load_step, passes, useful_work
+from benchmarks.workloads.models import EMBEDDED
+from benchmarks.workloads.training_step import SAMPLES, load_step, passes, useful_work
 
 SMALL = {"tokens": 64}
 VOCABULARIES = tuple(2**n for n in range(13, 19))

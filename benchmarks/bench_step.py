@@ -32,8 +32,8 @@ from benchmarks.harness.limits import copy
 from benchmarks.harness.machine import ROOT, device
 from benchmarks.harness.memory import reset_peak, resident
 from benchmarks.harness.results import LIMIT, OURS
-from benchmarks.models import EMBEDDED, GPU_MODELS
-from benchmarks.training_step import PROMPTS, SAMPLES, TOKENS, load_step, passes, useful_work
+from benchmarks.workloads.models import EMBEDDED, GPU_MODELS
+from benchmarks.workloads.training_step import PROMPTS, SAMPLES, TOKENS, load_step, passes, useful_work
 from repo_kernels.layers import onednn_linear
 
 SMALL: dict[str, Any] = {}

@@ -29,10 +29,10 @@ from typing import Any
 from benchmarks.conftest import free_memory
 from benchmarks.harness.machine import ROOT, device, machine, provenance
 from benchmarks.harness.results import OURS, PEER, Case, Row
-from benchmarks.models import EMBEDDED, folder_of
-from benchmarks.peers import missing
-from benchmarks.trainers import PARTS, Measured
-from benchmarks.training_step import load_step
+from benchmarks.workloads.models import EMBEDDED, folder_of
+from benchmarks.workloads.peers import missing
+from benchmarks.workloads.trainers import PARTS, Measured
+from benchmarks.workloads.training_step import load_step
 
 SIDES = ("ours", "trl", "trl-kept")
 PROMPTS, SAMPLES, TOKENS, BETA = 4, 4, 40, 0.04
@@ -54,8 +54,8 @@ def our_command(options: argparse.Namespace, steps: int, seed: int, out: Path) -
         "rollout.prompts_per_step": PROMPTS,
         "rollout.samples_per_prompt": SAMPLES,
         "rollout.max_new_tokens": TOKENS,
-        "scoring.reward": "benchmarks.trainers:echo",
-        "scoring.cost": "benchmarks.trainers:no_cost",
+        "scoring.reward": "benchmarks.workloads.trainers:echo",
+        "scoring.cost": "benchmarks.workloads.trainers:no_cost",
         "algorithm.method": "ppo",
         "algorithm.beta": BETA,
         "optimizer.lr": options.lr,
@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace, side: str, steps: int, seed: int) -> Me
         command, job = our_command(options, steps, seed, Path(name) / "run"), Path(name) / "job"
         trl = None if side == "ours" else trl_job(command)
         job.write_text(json.dumps({"command": command, "steps": steps, "trl": trl}))
-        arguments = [sys.executable, "-m", "benchmarks.trainers", side, str(job)]
+        arguments = [sys.executable, "-m", "benchmarks.workloads.trainers", side, str(job)]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{side} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
-from benchmarks.training_step import SAMPLES, TOKENS
+from benchmarks.workloads.training_step import SAMPLES, TOKENS
 from repo.reporting.style import BAD, INK, NOW, START, STYLE, png
 
 PANELS = (

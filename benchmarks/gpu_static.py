@@ -48,8 +48,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import ROOT, commit, installed
+from benchmarks.workloads import peers
 
-from . import peers
 from .gpu_targets import TARGETS
 from .machine_code import amd_resources, disassemble_cubin, parse_amdgcn, regions
 from .roofline import Roofline, rooflines

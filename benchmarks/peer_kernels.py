@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .peers import missing
+from benchmarks.workloads.peers import missing
 
 VOCABULARY, LENGTH = 151936, 1024  # compile-time constants of Liger and TRL
 HIDDEN = 4096  # of cut-cross-entropy's matrices

@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Sequence
 
 from benchmarks.harness.machine import installed
+from benchmarks.workloads import peers
 
-from . import peers
 from .gpu_targets import TARGETS
 from .machine_code import Region
 from .static_report import EXAMPLE_VOCABULARY, StaticReport

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.workloads.peers import CALLS, PACKAGES, absent, missing
 from repo_kernels.backends.interface import (
     COST_NONE,
     ENTROPY_GRADIENT,
@@ -43,7 +44,6 @@ from repo_kernels.backends.interface import (
 
 from .gpu_targets import TARGETS
 from .l2_model import MEGABYTE, DramTraffic, replay
-from .peers import CALLS, PACKAGES, absent, missing
 from .recorder import Recorder
 
 VOCABULARIES = (32000, 49152, 151936)

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks.bench_train_vs_trl import our_command, trl_job
-from benchmarks.trainers import train_ours, train_trl
-from benchmarks.training_step import useful_work
+from benchmarks.workloads.trainers import train_ours, train_trl
+from benchmarks.workloads.training_step import useful_work
 from repo import train
 from repo.data.sequences import make_sequences
 from repo.rollout.sample import Rollout

@@ -14,10 +14,11 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import gpu_static, peer_kernels, peers, roofline, static_tables
+from benchmarks import gpu_static, peer_kernels, roofline, static_tables
 from benchmarks.gpu_targets import TARGETS
 from benchmarks.machine_code import Region
 from benchmarks.static_report import EXAMPLE_VOCABULARY, ITEM_SIZE, LOGITS_WIDTH, StaticReport
+from benchmarks.workloads import peers
 
 OTHER_TARGETS = tuple(target for target in TARGETS if target != "sm_90")
 OUR_KINDS = ("fused-swept", "fused-resident", "statistics", "apply", "scale")

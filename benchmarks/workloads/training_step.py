@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.machine import device
-from benchmarks.models import EMBEDDED, folder_of, lora_rank
+from benchmarks.workloads.models import EMBEDDED, folder_of, lora_rank
 from repo import assets
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts

@@ -1,6 +1,6 @@
 """The two trainings that bench_train_vs_trl puts side by side, each run in a process of its own.
 
-    python -m benchmarks.trainers ours|trl|trl-kept JOB
+    python -m benchmarks.workloads.trainers ours|trl|trl-kept JOB
 
 JOB is a JSON file of the arguments of both; what the process found is written beside it, as JOB.result.
 """
