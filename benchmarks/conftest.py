@@ -19,7 +19,7 @@ from benchmarks.harness import allocator, machine, memory, results
 from benchmarks.harness.cases import Setup, error
 from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.harness.timing import Turns
-from benchmarks.tables import case_table, changes_table
+from benchmarks.reporting.tables import case_table, changes_table
 from benchmarks.workloads.models import GPU_MODELS
 from repo.models.memory import keep_freed_memory
 

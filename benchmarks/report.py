@@ -16,10 +16,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import charts
 from benchmarks.harness.machine import ROOT, told
 from benchmarks.harness.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
-from benchmarks.tables import case_table, milliseconds
+from benchmarks.reporting import charts
+from benchmarks.reporting.tables import case_table, milliseconds
 
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report --readme -->", "<!-- end of benchmarks -->"
 SUITES = ("loss", "logprobs", "linear", "memory", "step", "train_vs_trl", "checkpoint", "scaling")

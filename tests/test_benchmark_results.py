@@ -14,13 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_linear, bench_logprobs, bench_loss, charts, report
+from benchmarks import bench_linear, bench_logprobs, bench_loss, report
 from benchmarks.conftest import checked, with_peak
 from benchmarks.harness import memory, results
 from benchmarks.harness.cases import Setup, Way, error
 from benchmarks.harness.machine import ROOT, provenance, slug
 from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Change, Row, changes, ratio, read, save
-from benchmarks.tables import case_table, changes_table
+from benchmarks.reporting import charts
+from benchmarks.reporting.tables import case_table, changes_table
 from repo_kernels.backends import cpu
 
 
