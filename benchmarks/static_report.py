@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .gpu_targets import TARGETS, Machine
-from .machine_code import Region
+from benchmarks.compiled.machine_code import Region
 
 ITEM_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 LOGITS_WIDTH = 16

@@ -1,4 +1,4 @@
-"""The tables of `python -m benchmarks.gpu_static`, as Markdown."""
+"""The tables of `python -m benchmarks.compiled.gpu_static`, as Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.harness.machine import installed
 from benchmarks.workloads import peers
 
 from .gpu_targets import TARGETS
-from .machine_code import Region
+from benchmarks.compiled.machine_code import Region
 from .static_report import EXAMPLE_VOCABULARY, StaticReport
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness.machine import installed
 
-NEEDS_GPU = "" if torch.cuda.is_available() else "its Triton kernels need a GPU; their traffic is in benchmarks.traffic"
+NEEDS_GPU = "" if torch.cuda.is_available() else "its Triton kernels need a GPU; their traffic is in benchmarks.compiled.traffic"
 PACKAGES = ("liger-kernel", "trl", "cut-cross-entropy")
 
 

@@ -14,9 +14,10 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import gpu_static, peer_kernels, roofline, static_tables
+from benchmarks import peer_kernels, roofline, static_tables
+from benchmarks.compiled import gpu_static
 from benchmarks.gpu_targets import TARGETS
-from benchmarks.machine_code import Region
+from benchmarks.compiled.machine_code import Region
 from benchmarks.static_report import EXAMPLE_VOCABULARY, ITEM_SIZE, LOGITS_WIDTH, StaticReport
 from benchmarks.workloads import peers
 
@@ -187,7 +188,7 @@ def test_matrix_products_of_cut_cross_entropy_count_all_their_loops(everything: 
 @needs_kernels
 def test_command_writes_tables_and_reports(tmp_path) -> None:
     file = tmp_path / "reports.json"
-    command = "-m benchmarks.gpu_static --targets sm_90 --kind scale --dtype bf16 --no-traffic".split()
+    command = "-m benchmarks.compiled.gpu_static --targets sm_90 --kind scale --dtype bf16 --no-traffic".split()
     done = subprocess.run([sys.executable, *command, "--json", str(file)], capture_output=True, text=True, check=True)
     assert "## sm_90" in done.stdout
     assert "modelled" in done.stdout

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import machine_code
-from benchmarks.machine_code import Region
+from benchmarks.compiled import machine_code
+from benchmarks.compiled.machine_code import Region
 from benchmarks.static_report import StaticReport
 
 SASS = """

@@ -11,9 +11,10 @@ import os
 import pytest
 import torch
 
-from benchmarks import roofline, traffic
+from benchmarks import roofline
+from benchmarks.compiled import traffic
 from benchmarks.l2_model import L2, MEGABYTE, SEGMENT, Access, replay
-from benchmarks.recorder import Recorder
+from benchmarks.compiled.recorder import Recorder
 from benchmarks.workloads import peers
 from repo_kernels.backends.interface import IGNORED
 

@@ -1,11 +1,11 @@
 """What the Triton kernels cost on GPUs that are not there: registers, spills, occupancy, instructions per logit.
 
-    python -m benchmarks.gpu_static                                   # every variant, four targets, passes, rooflines
-    python -m benchmarks.gpu_static --targets sm_90 --kind fused-swept --dtype bf16 --no-traffic
-    python -m benchmarks.gpu_static --json reports.json
+    python -m benchmarks.compiled.gpu_static                                   # every variant, four targets, passes, rooflines
+    python -m benchmarks.compiled.gpu_static --targets sm_90 --kind fused-swept --dtype bf16 --no-traffic
+    python -m benchmarks.compiled.gpu_static --json reports.json
 
 Every variant of ours and every kernel of the peers (peer_kernels.py) is compiled ahead of time and its machine code
-read (machine_code.py). The passes over the logits come from a child process, `benchmarks.traffic`, because Triton's
+read (machine_code.py). The passes over the logits come from a child process, `benchmarks.compiled.traffic`, because Triton's
 interpreter must be switched on before kernels are defined. The times beside the counts are *modelled*: the least time
 that a machine (gpu_targets.py) needs to issue the instructions, to compute the exponentials and to move the bytes.
 Nothing here was run on a GPU.
@@ -183,11 +183,11 @@ def inspect_all(
 
 
 def traffic() -> tuple[str, list[dict[str, Any]]]:
-    """(table, entries) of `python -m benchmarks.traffic`, run in a process of its own, in the interpreter."""
+    """(table, entries) of `python -m benchmarks.compiled.traffic`, run in a process of its own, in the interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "traffic.json")
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "benchmarks.traffic", "--json", str(file)]
+        command = [sys.executable, "-m", "benchmarks.compiled.traffic", "--json", str(file)]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout, json.loads(file.read_text())
 
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
     from . import roofline, static_tables
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.gpu_static", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; default: %(default)s")
     parser.add_argument("--kind", default="", help="only these kinds, comma-separated, e.g. fused-swept,peer,peer-gemm")
     parser.add_argument("--dtype", default="", help="only these dtypes, comma-separated: fp32, bf16, fp16")

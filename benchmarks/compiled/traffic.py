@@ -1,11 +1,11 @@
 """How many passes over the logits do the kernels make, and how many of them reach DRAM?
 
-    python -m benchmarks.traffic [--vocabularies 32000,151936] [--resident 132,264] [--json FILE]
+    python -m benchmarks.compiled.traffic [--vocabularies 32000,151936] [--resident 132,264] [--json FILE]
 
 The kernels run in Triton's interpreter on a few rows; what they load and store is counted (recorder.py), masked lanes
 excluded, in passes (NVe): bytes / (rows x vocabulary x element size). The accesses to one row, with their order, sizes
 and eviction hints, are then replayed over many rows through a model of the L2 of an H100, and of an A100 and a B200
-(l2_model.py). Issued passes and launches are counts; DRAM passes are *modelled*. `python -m benchmarks.gpu_static` runs
+(l2_model.py). Issued passes and launches are counts; DRAM passes are *modelled*. `python -m benchmarks.compiled.gpu_static` runs
 this too.
 """
 
@@ -244,7 +244,7 @@ written, and cut-cross-entropy's logits never reach memory: neither is here.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.traffic", description=__doc__.split("\n")[0])
     default = ",".join(map(str, VOCABULARIES))
     parser.add_argument("--vocabularies", default=default, help="comma-separated; default: %(default)s")
     parser.add_argument(
