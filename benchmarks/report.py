@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -158,10 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts.append(readme_part(folder.resolve(), cases, list(figures)))
         ours = sum(row.role == OURS and bool(row.seconds) for case in cases for row in case.rows)
         print(f"{folder}: {len(cases)} cases, {ours} rows of ours; report.md, {', '.join(f'{n}.png' for n in figures)}")
-    static = options.folder / "gpu_static.json"
-    if static.exists():
-        document = json.loads(static.read_text(encoding="utf-8"))
-        static.with_suffix(".png").write_bytes(charts.modelled(document))
     if options.readme:
         text = options.readme.read_text(encoding="utf-8")
         try:

@@ -1,33 +1,29 @@
-"""How many passes over the logits do the kernels make, and how many of them reach DRAM?
+"""Count launches, and bytes that the Triton kernels load and store, in Triton's interpreter.
 
-    python -m benchmarks.compiled.traffic [--vocabularies 32000,151936] [--resident 132,264] [--json FILE]
+    with Recorder(logits=x) as recorder:     # TRITON_INTERPRET=1 must be set before the kernels are defined
+        ...launch...
+    recorder.launches, recorder.bytes("logits", store=False)
 
-The kernels run in Triton's interpreter on a few rows; what they load and store is counted (recorder.py), masked lanes
-excluded, in passes (NVe): bytes / (rows x vocabulary x element size). The accesses to one row, with their order, sizes
-and eviction hints, are then replayed over many rows through a model of the L2 of an H100, and of an A100 and a B200
-(l2_model.py). Issued passes and launches are counts; DRAM passes are *modelled*. `python -m benchmarks.compiled.gpu_static` runs
-this too.
+Masked lanes do not count. A pass is rows x vocabulary x element size bytes. The counts are of what the kernels ask
+for; how much of it a cache answers, they do not say.
 """
 
 from __future__ import annotations
 
 import os
 
-# Kernels must be defined under the interpreter; for this command there is no other way to run them.
+# The kernels must be defined under the interpreter to be counted.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import argparse
-import datetime
-import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.workloads.peers import CALLS, PACKAGES, absent, missing
 from repo_kernels.backends.interface import (
     COST_NONE,
     ENTROPY_GRADIENT,
@@ -42,40 +38,99 @@ from repo_kernels.backends.interface import (
     gradient_buffer,
 )
 
-from .gpu_targets import TARGETS
-from .l2_model import MEGABYTE, DramTraffic, replay
-from .recorder import Recorder
-
-VOCABULARIES = (32000, 49152, 151936)
-ROWS = 2  # recorded; all rows of a launch do the same
-REPLAYED = 200 * MEGABYTE  # of logits, so that a launch finds nothing in the L2 of the launch before
-L2_MODELS = ((50, True), (50, False), (25, True), (25, False))  # (MB, replacement by hints or strict LRU)
-H100 = "sm_90"  # whose L2 the models above are
-MACHINES = tuple(target for target, machine in TARGETS.items() if machine.l2)
+VOCABULARIES = (32_000, 49_152, 151_936)
+ROWS = 2  # all rows of a launch do the same
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What one computation moves. issued: passes between the kernels and the memory system. dram: by (MB, hints) with
-    `resident` programs at a time. machines: by target, its L2 by hints, one program at a time on each of its units."""
+class Access(NamedTuple):
+    """One run of consecutive bytes that a program loads or stores at once; start: from that of the tensor's memory."""
 
-    title: str
-    vocabulary: int
-    resident: int
-    launches: int
-    loaded: float
-    stored: float
-    dram: dict[tuple[int, bool], DramTraffic]
-    machines: dict[str, DramTraffic] = field(default_factory=dict)
+    tensor: str
+    store: bool
+    start: int
+    size: int
 
-    @property
-    def issued(self) -> float:
-        """Passes loaded and stored."""
-        return self.loaded + self.stored
+
+class Recorder:
+    """Record launches (names of kernels) and accesses to tensors while the context is entered.
+
+    A tensor that was not named but is at least as large as the smallest named one (a gradient that a function
+    allocates) is recorded under the name of the kernel's parameter.
+    """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.launches: list[str] = []
+        self.accesses: list[Access] = []
+        # Name -> (first byte, byte after the last). The tensors are kept, so that no address is used twice.
+        self._ranges: dict[str, tuple[int, int]] = {}
+        self._tensors: list[Tensor] = []
+        for name, tensor in tensors.items():
+            self._watch(name, tensor)
+        self._least = min(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        self._patches: list[tuple[type, str, Any]] = []
+
+    def _watch(self, name: str, tensor: Tensor) -> None:
+        start = tensor.untyped_storage().data_ptr()
+        if all(start != low for low, _ in self._ranges.values()):
+            while name in self._ranges:
+                name += "_"
+            self._ranges[name] = start, start + tensor.untyped_storage().nbytes()
+            self._tensors.append(tensor)
+
+    def bytes(self, tensor: str | None = None, store: bool | None = None) -> int:
+        """Return the bytes moved: of one tensor or all, loaded, stored or both."""
+        return sum(a.size for a in self.accesses if tensor in (None, a.tensor) and store in (None, a.store))
+
+    def _record(self, pointers: Any, mask: Any, store: bool) -> None:
+        from triton.runtime import interpreter
+
+        size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
+        live = pointers.data[mask.data.astype(bool)].ravel().astype(np.int64)
+        for name, (low, high) in self._ranges.items():
+            inside = np.unique(live[(live >= low) & (live < high)])
+            if inside.size:
+                runs = np.split(inside, np.flatnonzero(np.diff(inside) != size) + 1)
+                self.accesses += [Access(name, store, int(run[0]) - low, run.size * size) for run in runs]
+
+    def __enter__(self) -> Recorder:
+        from triton.runtime import interpreter
+
+        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+        # The interpreter routes unmasked accesses through the masked ones.
+        load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+        def recorded_load(this: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            self._record(pointers, mask, store=False)
+            return load(this, pointers, mask, *rest)
+
+        def recorded_store(this: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self._record(pointers, mask, store=True)
+            return store(this, pointers, value, mask, *rest)
+
+        def recorded_launch(this: Any, *args: Any, **kwargs: Any) -> Any:
+            arguments = dict(zip(inspect.signature(this.fn).parameters, args, strict=False)) | kwargs
+            for name, argument in arguments.items():
+                if isinstance(argument, Tensor) and argument.untyped_storage().nbytes() >= self._least:
+                    self._watch(name.lower(), argument)
+            self.launches.append(this.fn.__name__)
+            return launch(this, *args, **kwargs)
+
+        self._patch(builder, "create_masked_load", recorded_load)
+        self._patch(builder, "create_masked_store", recorded_store)
+        self._patch(executor, "__call__", recorded_launch)
+        return self
+
+    def _patch(self, owner: type, name: str, function: Any) -> None:
+        self._patches.append((owner, name, owner.__dict__[name]))
+        setattr(owner, name, function)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        while self._patches:
+            setattr(*self._patches.pop())
 
 
 def loss_rows(count: int, entropy: int, kl: int = KL_K3) -> LossRows:
-    """Rows of a loss with a KL."""
+    """Make the rows of a loss with a KL."""
     values = torch.zeros(len(VALUES), count)
     for name, value in (("reward_advantages", 1.0), ("costs", -torch.inf), ("is_weights", 1.0), ("weights", 1.0)):
         values[VALUES.index(name)] = value
@@ -91,14 +146,14 @@ def loss_rows(count: int, entropy: int, kl: int = KL_K3) -> LossRows:
 
 
 def fused(logits: Tensor, entropy: int = ENTROPY_NONE) -> None:
-    """Loss and gradient."""
+    """Launch the loss and its gradient."""
     from repo_kernels.backends import triton as gpu
 
     gpu.fused(logits, None, loss_rows(logits.shape[0], entropy), gradient_buffer(logits))
 
 
 def fused_full_kl(logits: Tensor) -> None:
-    """Loss and gradient with the exact KL to reference logits."""
+    """Launch the loss and its gradient with the exact KL to reference logits."""
     from repo_kernels.backends import triton as gpu
 
     rows = loss_rows(logits.shape[0], ENTROPY_NONE, KL_FULL)
@@ -106,14 +161,14 @@ def fused_full_kl(logits: Tensor) -> None:
 
 
 def forward(logits: Tensor) -> None:
-    """The loss alone."""
+    """Launch the loss alone."""
     from repo_kernels.backends import triton as gpu
 
     gpu.fused(logits, None, loss_rows(logits.shape[0], ENTROPY_NONE), None)
 
 
 def statistics(logits: Tensor) -> None:
-    """Log-probabilities alone."""
+    """Launch the log-probabilities alone."""
     from repo_kernels.backends import triton as gpu
 
     rows = loss_rows(logits.shape[0], ENTROPY_NONE)
@@ -121,7 +176,7 @@ def statistics(logits: Tensor) -> None:
 
 
 def two_step(logits: Tensor) -> None:
-    """Statistics, then the gradient from them."""
+    """Launch the statistics, then the gradient from them."""
     from repo_kernels.backends import triton as gpu
 
     rows = loss_rows(logits.shape[0], ENTROPY_NONE)
@@ -129,150 +184,45 @@ def two_step(logits: Tensor) -> None:
     gpu.apply(logits, None, rows.ids, state, torch.ones(3, len(rows.ids)), rows.scalars, 0.0, gradient_buffer(logits))
 
 
-OURS: tuple[tuple[str, Callable[[Tensor], None]], ...] = (
-    ("fused", fused),
-    ("fused, entropy value", lambda logits: fused(logits, ENTROPY_VALUE)),
-    ("fused, entropy gradient", lambda logits: fused(logits, ENTROPY_GRADIENT)),
-    ("fused, full KL", fused_full_kl),
-    ("fused, forward only", forward),
-    ("statistics", statistics),
-    ("statistics + apply", two_step),
-)
+COMPUTATIONS: dict[str, Callable[[Tensor], None]] = {
+    "loss and gradient": fused,
+    "with the entropy's value": lambda logits: fused(logits, ENTROPY_VALUE),
+    "with the entropy's gradient": lambda logits: fused(logits, ENTROPY_GRADIENT),
+    "with full KL": fused_full_kl,
+    "loss alone": forward,
+    "log-probabilities": statistics,
+    "log-probabilities, then their gradient": two_step,
+}
 
 
-def record(call: Callable[[Tensor], None], vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> Recorder:
-    """Run a computation on (ROWS, vocabulary) logits and keep what it moved."""
+class Passes(NamedTuple):
+    """Passes over the logits that a computation loads and stores, and its launches."""
+
+    loaded: float
+    stored: float
+    launches: int
+
+    @property
+    def issued(self) -> float:
+        """Loaded and stored."""
+        return self.loaded + self.stored
+
+
+def count_passes(call: Callable[[Tensor], None], vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> Passes:
+    """Run a computation on (ROWS, vocabulary) random logits and count what it moves."""
     logits = torch.randn(ROWS, vocabulary, generator=torch.Generator().manual_seed(0)).to(dtype)
     with Recorder(logits=logits) as recorder:
         call(logits)
-    return recorder
+    whole = ROWS * vocabulary * dtype.itemsize
+    loaded, stored = (recorder.bytes(store=store) / whole for store in (False, True))
+    return Passes(loaded, stored, len(recorder.launches))
 
 
-def measure(
-    title: str,
-    call: Callable[[Tensor], None],
-    vocabulary: int,
-    dtype: torch.dtype = torch.bfloat16,
-    models: Sequence[tuple[int, bool]] = L2_MODELS,
-    resident: int = 132,
-    machines: Sequence[str] = (),
-) -> Traffic:
-    """Count the passes of a computation, and model those that reach DRAM."""
-    recorder = record(call, vocabulary, dtype)
-    row_bytes = vocabulary * dtype.itemsize
-    whole = ROWS * row_bytes
-    loaded = sum(access.size for access in recorder.accesses() if not access.store)
-    programs = recorder.row_programs(0, row_bytes)
-
-    def dram(size: int, hints: bool, at_a_time: int) -> DramTraffic:
-        least = max(REPLAYED, 2 * size * MEGABYTE)
-        rows = -(-least // (row_bytes * at_a_time)) * at_a_time
-        return replay(programs, row_bytes, rows, at_a_time, size * MEGABYTE, hints)
-
-    return Traffic(
-        title=title,
-        vocabulary=vocabulary,
-        resident=resident,
-        launches=len(recorder.launches),
-        loaded=loaded / whole,
-        stored=(recorder.total_bytes() - loaded) / whole,
-        dram={(size, hints): dram(size, hints, resident) for size, hints in models},
-        machines={target: dram(TARGETS[target].l2 or 0, True, TARGETS[target].units) for target in machines},
-    )
-
-
-def as_json(found: Traffic) -> dict[str, Any]:
-    """What gpu_static writes of it; its docstring has the schema."""
-    models = [
-        {"mb": size, "hints": hints, "read": round(dram.read, 4), "written": round(dram.written, 4)}
-        for (size, hints), dram in found.dram.items()
-    ]
-    machines = {
-        target: {"read": round(dram.read, 4), "written": round(dram.written, 4)}
-        for target, dram in found.machines.items()
-    }
-    return {
-        "title": found.title,
-        "vocabulary": found.vocabulary,
-        "launches": found.launches,
-        "issued_loaded": round(found.loaded, 4),
-        "issued_stored": round(found.stored, 4),
-        "resident": found.resident,
-        "dram": models,
-        "machines": machines,
-    }
-
-
-def row(found: Traffic) -> str:
-    """One line of the table."""
-    cells = [f"{found.dram[model].total:.2f}" for model in L2_MODELS]
-    cells += [
-        f"{found.machines[name].total:.2f}" if name in found.machines else "" for name in MACHINES if name != H100
-    ]
-    split = f"{found.issued:.2f} ({found.loaded:.2f} + {found.stored:.2f})"
-    return (
-        f"| {found.title} | {found.vocabulary} | {found.launches} | {split} | {found.resident} | {' | '.join(cells)} |"
-    )
-
-
-def header() -> str:
-    """Title, versions, date, columns."""
-    from .static_tables import versions
-
-    columns = ["computation", "V", "launches", "issued (load + store)", "programs"]
-    columns += [f"DRAM, {size} MB, {'hints' if hints else 'LRU'} (modelled)" for size, hints in L2_MODELS]
-    columns += [f"DRAM, {TARGETS[name].device} (modelled)" for name in MACHINES if name != H100]
-    others = "; ".join(
-        f"{TARGETS[name].device}: {TARGETS[name].units} programs, {TARGETS[name].l2} MB"
-        for name in MACHINES
-        if name != H100
-    )
-    return f"""# Passes over the logits
-
-{versions("triton", "torch", *PACKAGES)}; {datetime.date.today().isoformat()}; bf16 logits.
-Unit: one pass over the logits (NVe). Launches and issued passes are counted in Triton's interpreter. DRAM passes are
-*modelled*: so many programs at a time in lockstep (132: one on each SM of an H100) through one fully associative L2 in
-2 KB segments, replacement by the eviction hints or strictly least recently used; 25 MB is what an H100 has if its two
-halves hold the same lines. By the hints also: {others}.
-An MI300X has 4 MB of L2 for each eighth of its units, with a cache of 256 MB behind them that is part of the memory:
-such a model would say nothing of it. TRL's chunked functions fold tiles that a matrix product has just
-written, and cut-cross-entropy's logits never reach memory: neither is here.
-
-| {" | ".join(columns)} |
-|{"---|" * len(columns)}"""
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.traffic", description=__doc__.split("\n")[0])
-    default = ",".join(map(str, VOCABULARIES))
-    parser.add_argument("--vocabularies", default=default, help="comma-separated; default: %(default)s")
-    parser.add_argument(
-        "--resident",
-        default="132,264",
-        help="programs running at a time; from the second on for the fused kernel only; default: %(default)s",
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    print(header())
-    vocabularies, resident = ([int(x) for x in text.split(",")] for text in (options.vocabularies, options.resident))
-    calls = list(OURS)
-    calls += [(title, call) for package, title, call in CALLS if not missing(package)]
-    found = []
-    for title, call in calls:
-        for vocabulary in vocabularies:
-            print(f"\r{title} {vocabulary}\033[K\r", end="", file=sys.stderr, flush=True)
-            for programs in resident if call is fused else resident[:1]:
-                machines = MACHINES if programs == resident[0] else ()
-                found.append(measure(title, call, vocabulary, resident=programs, machines=machines))
-                print(row(found[-1]), flush=True)
-    for package, reason in absent().items():
-        print(f"\n{package}: {reason}.")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump([as_json(traffic) for traffic in found], file)
-
-
-if __name__ == "__main__":
-    main()
+def table() -> str:
+    """Return launches and passes of every computation, for every vocabulary, as Markdown."""
+    lines = ["| computation | V | launches | passes loaded | passes stored |", "|---" * 5 + "|"]
+    for title, call in COMPUTATIONS.items():
+        for vocabulary in VOCABULARIES:
+            passes = count_passes(call, vocabulary)
+            lines.append(f"| {title} | {vocabulary} | {passes.launches} | {passes.loaded:.2f} | {passes.stored:.2f} |")
+    return "\n".join(lines)

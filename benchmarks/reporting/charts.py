@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -181,33 +180,6 @@ def _curves(axes: Axes, points: Sequence[tuple[float, Case]], value) -> None:
         axes.plot(*zip(*line, strict=True), ls=style, color=colour, label=name, marker="o", ms=3)
     if lines:
         axes.legend(fontsize=7 if len(lines) < 6 else 6, loc="best")
-
-
-def modelled(
-    document: dict[str, Any], targets: Sequence[str] = ("sm_90", "sm_100"), vocabulary: int = 151_936
-) -> bytes:
-    """PNG of the rooflines of gpu_static's JSON: the least time per logit of ours and the peers' kernels on GPUs."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.6))
-        for axes, target in zip(
-            figure.subplots(1, len(targets), sharey=True, squeeze=False).flat, targets, strict=True
-        ):
-            rows = [r for r in document["rooflines"] if (r["target"], r["vocabulary"]) == (target, vocabulary)]
-            colours = [START if row["against"] else NOW for row in rows]
-            axes.barh(range(len(rows)), [row["modelled_ps"] for row in rows], color=colours, height=0.7, alpha=0.35)
-            for bound, marker in (("dram", "|"), ("mufu", "o"), ("issue", "^")):
-                for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
-                    label = bound.upper() if place == 0 and bound != "issue" else bound if place == 0 else None
-                    size = 14 if marker == "|" else 5
-                    axes.plot(row[f"{bound}_ps"], place, marker, color=colour, ms=size, mew=2, ls="", label=label)
-            axes.set_yticks(range(len(rows)), [row["title"].replace("`", "") for row in rows], fontsize=9)
-            axes.tick_params(axis="y", labelcolor=INK)
-            axes.grid(axis="y", visible=False)
-            axes.set_xlabel("ps per logit, modelled, not measured")
-            axes.set_title(f"{document['targets'][target]['device']}, V = {vocabulary}, bf16")
-        figure.axes[0].invert_yaxis()
-        figure.axes[0].legend(loc="lower right", fontsize=8)
-        return png(figure)
 
 
 def _plain_numbers(axes: Axes, y: bool = True) -> None:
