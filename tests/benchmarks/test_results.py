@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,8 +175,8 @@ def test_a_row_gets_the_peak_of_a_process_of_its_own() -> None:
 
 
 def run(folder: Path, ticks: int, *more: str) -> subprocess.CompletedProcess[str]:
-    """A quick run of a suite with the clock of tests/ticks.py."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.ticks", "-p", "no:cacheprovider"]
+    """A quick run of a suite with the clock of tests/benchmarks/ticks.py."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.benchmarks.ticks", "-p", "no:cacheprovider"]
     command += ["benchmarks/bench_loss.py", "--quick", "-k", "fp32", *more]
     environment = {**os.environ, "TICKS": str(ticks)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -212,35 +213,45 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_report_is_made_from_results_alone(tmp_path: Path, capsys) -> None:
-    folder, readme = tmp_path / "machine", tmp_path / "README.md"
+    folder, page = tmp_path / "machine", tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
     scaling = [case(f"loss, V = {v}", "scaling") for v in (8192, 16384)]
     save([case(), *scaling], folder)
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main([str(tmp_path), "--readme", str(readme)])
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main([str(tmp_path), "--docs", str(page)])
     assert "3 cases" in capsys.readouterr().out
     for name in ("bars", "scaling"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text()
     assert case_table(case()).splitlines()[4] in text
-    told = readme.read_text()
+    told = page.read_text()
     assert told.startswith("before\n")
     assert told.endswith("after\n")
     assert "old" not in told
     assert "torch eager 10.00" in told
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "nothing")])
-    readme.write_text("no markers")
+    assert "](../machine/bars.png)" in told
+    page.write_text("no markers")
     with pytest.raises(SystemExit):
-        report.main([str(tmp_path), "--readme", str(readme)])
-    assert readme.read_text() == "no markers"
+        report.main([str(tmp_path), "--docs", str(page)])
+    assert page.read_text() == "no markers"
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = report.machines(results.FOLDER)
-    assert found
-    parts = [report.readme_part(folder, cases, list(charts.draw(cases))) for folder, cases in found.items()]
+def test_the_docs_show_the_committed_results() -> None:
+    page = ROOT / "docs" / "benchmarks.md"
+    text = page.read_text(encoding="utf-8")
+    cases_of = report.machines(results.FOLDER)
+    assert cases_of
+    parts = [report.docs_part(folder, cases, list(charts.draw(cases)), page) for folder, cases in cases_of.items()]
     assert report.replaced(text, "\n\n".join(parts)) == text
+
+
+def test_links_of_the_docs_lead_somewhere() -> None:
+    page = ROOT / "docs" / "benchmarks.md"
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert links
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 def test_the_name_of_a_machine_is_a_folder_name() -> None:

@@ -1,6 +1,6 @@
 """A pytest plugin for the benchmarks: a clock that counts kernel launches, of which each takes as many ticks as TICKS.
 
-    TICKS=2 python -m pytest -p tests.ticks benchmarks/bench_loss.py --quick
+    TICKS=2 python -m pytest -p tests.benchmarks.ticks benchmarks/bench_loss.py --quick
 
 With it a run of the benchmarks is the same every time, and a kernel can be made slower.
 """
