@@ -1,9 +1,9 @@
-"""How the C library keeps freed memory while a case is timed, which decides more than most kernels do.
+"""Choose what the C library does with freed memory while a case is timed, which matters more than most kernels.
 
-By glibc's default every tensor of more than 32 MB is mapped, zeroed page by page and unmapped again in each call, and
-PyTorch's losses make many of them: they then take several times as long. So that kernels are compared and not page
-faults, freed memory is kept while cases are timed, as repo.train does. The cases that are named after the default
-allocator show it as a plain script has it, in a process of their own, since what is kept once stays kept.
+With glibc's defaults every tensor of more than 32 MB is mapped, zeroed page by page and unmapped again in each call.
+PyTorch's losses allocate many of them and then take several times as long. So that kernels are compared and not page
+faults, freed memory is kept while cases are timed, as repo.train does. Cases named after the default allocator show
+what a plain script gets; they run in a process of their own, because keeping cannot be undone within a process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FRESH = "REPO_BENCH_FRESH"  # set in a process that was started for a case with 
 
 
 def give_back() -> None:
-    """glibc's defaults, and what is free goes back to the system. Nothing on other C libraries."""
+    """Restore glibc's defaults and return free memory to the system. Does nothing on other C libraries."""
     library = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_MAX, 65_536)

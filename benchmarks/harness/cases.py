@@ -1,4 +1,4 @@
-"""What a suite hands over to be measured: the ways of doing one thing, and what they must agree with."""
+"""A case as a suite defines it: the ways of doing one thing, and the values that they must agree with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ Outputs = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Way:
-    """One way. call: does the work; returns the tensors to compare with the expected ones, if it is checked. role: of a
-    Row. work: in the case's unit. tolerance: largest error against fp64; None: nothing to compare. compiled: for the
-    sizes it is called with. outputs: how many of the expected it returns, where not all. slow: left out by --quick, as
-    what is compiled is."""
+    """One way of doing the work of a case.
+
+    call: does the work and returns the tensors that are compared with the expected ones, if any are. role, work,
+    tokens: as in Row. tolerance: largest error against fp64; None: nothing to compare. compiled: torch.compile made it
+    for the sizes it is called with. outputs: how many of the expected tensors it returns, if not all. slow: left out
+    by --quick, as compiled ways are.
+    """
 
     call: Callable[[], Outputs | object]
     role: str = PEER
@@ -32,9 +35,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Setup:
-    """One case, ready to run. ways: by name; absent: those that cannot run, with the reason. subject: the way that the
-    others are divided by. expected: the outputs in fp64. unit, formula: of the work. notes: findings besides, asked for
-    after the last round with the number of timed rounds."""
+    """One case, ready to run.
+
+    ways: by name. absent: ways that cannot run, with the reason. subject: the way that the others are divided by.
+    expected: computes the outputs in fp64. unit, formula: of the work. notes: further findings; called after the last
+    round with the number of timed rounds.
+    """
 
     ways: dict[str, Way]
     subject: str
@@ -46,8 +52,13 @@ class Setup:
 
 
 def error(got: Outputs, expected: Outputs) -> float:
-    """Largest relative L2 error of the outputs; absolute for a scalar, whose terms are of size 1 and cancel. NaN where
-    one is. Raises ValueError where their number or shapes differ."""
+    """Return the largest relative L2 error of the outputs, or NaN if any of them is NaN.
+
+    The error of a scalar is absolute, because its terms are of size 1 and cancel.
+
+    Raises:
+        ValueError: if the number of outputs or their shapes differ.
+    """
     if [a.shape for a in got] != [b.shape for b in expected]:
         raise ValueError(f"{len(got)} outputs of other shapes than the {len(expected)} expected")
     errors = []

@@ -1,4 +1,4 @@
-"""What the machine itself can do: the copy that memory-bound work is put beside."""
+"""The limit that memory-bound work is compared with: the machine's own copy."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ PLACES = 4
 
 
 def copy() -> dict[str, Way]:
-    """Ways that copy SIZE bytes between blocks in large pages that have been written before, at PLACES places.
+    """Return PLACES ways that copy SIZE bytes, each between its own blocks of large pages, written before.
 
-    On a virtual machine the same copy takes 1 to 1.7 times as long by where its blocks happen to be. The best of them
-    is the limit, so that a share of it depends neither on luck nor on what was in a cache.
+    On a virtual machine the time of the same copy differs by a factor of up to 1.7 with where its blocks lie. The best
+    of them is the limit, so that a share of it depends neither on luck nor on what was in a cache.
     """
     blocks = [(_in_large_pages(), _in_large_pages()) for _ in range(PLACES)]
 
     def call(source: Tensor, target: Tensor) -> Callable[[], Tensor]:
         return lambda: target.copy_(source)
 
-    found = {f"copy of {SIZE >> 20} MiB, place {i + 1}": call(*pair) for i, pair in enumerate(blocks)}
-    return {name: Way(copying, LIMIT, 2.0 * SIZE) for name, copying in found.items()}
+    copies = {f"copy of {SIZE >> 20} MiB, place {i + 1}": call(*pair) for i, pair in enumerate(blocks)}
+    return {name: Way(copying, LIMIT, 2.0 * SIZE) for name, copying in copies.items()}
 
 
 def _in_large_pages() -> Tensor:
-    """(SIZE / 4,) fp32."""
+    """Allocate (SIZE / 4,) fp32 in large pages and write it once."""
     block = torch.empty(SIZE + HUGE_PAGE, dtype=torch.int8, device=device())
     offset = -block.data_ptr() % HUGE_PAGE
     if block.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -1,4 +1,4 @@
-"""Where a figure was measured: processor or GPU, threads, versions, commit, load, clocks; and a name for all that."""
+"""Describe where a figure was measured: processor or GPU, threads, versions, commit, load, clocks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PACKAGES = (
 
 
 def device() -> torch.device:
-    """The device that is measured: CUDA where there is one."""
+    """Return the device that is measured: CUDA where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def processor() -> str:
-    """Name of the GPU, or of the CPU with its vector instructions."""
+    """Return the name of the GPU, or of the CPU with its vector instructions."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or "unknown CPU"
@@ -38,13 +38,13 @@ def processor() -> str:
 
 
 def slug() -> str:
-    """Name of the folder that results of this kind of machine go to."""
+    """Return the name of the folder for results of this kind of machine."""
     text = processor() if torch.cuda.is_available() else f"{processor()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def installed(package: str) -> str | None:
-    """Its version; None where it is not."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -52,16 +52,19 @@ def installed(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what is measured and compared; "not installed" where it is not."""
-    found = {package: installed(package) or "not installed" for package in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    """Return the versions of Python and of PACKAGES, "not installed" for those that are not."""
+    packages = {package: installed(package) or "not installed" for package in PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the checkout when it is first asked for, with + where tracked files but for results differ."""
+    """Return the short hash of the checkout, with + if tracked files other than results have changed.
+
+    Cached, so that it is the state when the process first asks.
+    """
     try:
-        found = [
+        head, changed = [
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
             for words in (
                 ["rev-parse", "--short=12", "HEAD"],
@@ -70,17 +73,17 @@ def commit() -> str:
         ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found[0] + ("+" if found[1] else "")
+    return head + ("+" if changed else "")
 
 
 @functools.cache
 def load() -> float:
-    """Processes that wanted to run in the minute before this process first asked: what else the machine had to do."""
+    """Return the load average of the minute before this process first asked: what else the machine was doing."""
     return os.getloadavg()[0]
 
 
 def gpu_state() -> dict[str, str]:
-    """Clocks, power, temperature and driver of the GPU by nvidia-smi; empty where there is none."""
+    """Return clocks, power, temperature and driver of the GPU from nvidia-smi; empty where there is none."""
     fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version".split(",")
     try:
         command = [
@@ -90,15 +93,15 @@ def gpu_state() -> dict[str, str]:
             f"--query-gpu={','.join(fields)}",
             "--format=csv,noheader",
         ]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return {}
-    return dict(zip(fields, (value.strip() for value in told.split(",")), strict=False))
+    return dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))
 
 
 def provenance() -> dict[str, Any]:
-    """All of it, as it goes into a result."""
-    found: dict[str, Any] = {
+    """Return everything that a result records about where it was measured."""
+    where: dict[str, Any] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -108,19 +111,19 @@ def provenance() -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": versions(),
     }
-    return found | ({"gpu": gpu_state()} if torch.cuda.is_available() else {})
+    return where | ({"gpu": gpu_state()} if torch.cuda.is_available() else {})
 
 
-def told(found: dict[str, Any]) -> str:
-    """One line of a provenance."""
-    packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number != "not installed")
-    gpu = "".join(f", {name} {value}" for name, value in found.get("gpu", {}).items())
+def told(where: dict[str, Any]) -> str:
+    """Return one line that describes a provenance."""
+    packages = ", ".join(f"{name} {number}" for name, number in where["versions"].items() if number != "not installed")
+    gpu = "".join(f", {name} {value}" for name, value in where.get("gpu", {}).items())
     return (
-        f"{found['processor']}, {found['threads']} threads of {found['cores']} cores, load {found['load']}{gpu}; "
-        f"{packages}; commit {found['commit']}, {found['date']}"
+        f"{where['processor']}, {where['threads']} threads of {where['cores']} cores, load {where['load']}{gpu}; "
+        f"{packages}; commit {where['commit']}, {where['date']}"
     )
 
 
 def machine() -> str:
-    """One line for the head of a printed table."""
+    """Return one line about this machine, for the head of a printed table."""
     return told(provenance())

@@ -1,9 +1,9 @@
-"""How much memory does one call add at its peak to what was there?
+"""Measure how much memory one call adds at its peak.
 
-    python -m benchmarks.harness.memory MODULE PARAMETERS WAY       # prints bytes; how the suites ask, a process a way
+    python -m benchmarks.harness.memory MODULE PARAMETERS WAY       # prints bytes; the suites start one process per way
 
-On a CPU the peak of the process, from /proc, in a process of its own, since what earlier calls freed may be taken
-again without being seen; on CUDA the allocator's peak. What the call returns (gradients) is part of it.
+On a CPU this is the peak of the process, from /proc, in a process of its own, because memory that earlier calls freed
+could be reused unseen; on CUDA it is the allocator's peak. What the call returns (gradients) counts.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from benchmarks.harness.machine import ROOT
 
 
 def resident(name: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (peak) of this process."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    """Return the bytes of VmRSS (now) or VmHWM (peak) of this process."""
+    line = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) * 1024
 
 
 def reset_peak() -> None:
-    """The peak is the present from here on."""
+    """Reset VmHWM to the memory in use now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def extra_peak(call: Callable[[], object]) -> int:
-    """Bytes that a call adds at its peak."""
+    """Return the bytes that a call adds at its peak."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -45,7 +45,7 @@ def extra_peak(call: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        allocator.give_back()  # what is free goes back, or the call would take it again without being seen
+        allocator.give_back()  # free memory goes back to the system, or the call would reuse it unseen
         before = resident("VmRSS")
         reset_peak()
         kept = call()
@@ -55,16 +55,16 @@ def extra_peak(call: Callable[[], object]) -> int:
 
 
 def room() -> float:
-    """Bytes that can be had."""
+    """Return the bytes that are available."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found is not None
-    return 1024.0 * int(found[1])
+    line = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert line is not None
+    return 1024.0 * int(line[1])
 
 
 def in_process(module: str, parameters: Mapping[str, Any], way: str) -> int | str:
-    """The extra peak of a way of a suite's case in a fresh process, or why it could not be measured."""
+    """Return the extra peak of one way of a suite's case in a fresh process, or why it could not be measured."""
     command = [sys.executable, "-m", "benchmarks.harness.memory", module, json.dumps(parameters), way]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -74,11 +74,11 @@ def in_process(module: str, parameters: Mapping[str, Any], way: str) -> int | st
 
 
 def main() -> None:
-    """Warm up with a small problem of the suite (imports, threads, compiled code), then measure the one asked for."""
+    """Warm up with a small problem of the suite (imports, threads, compiled code), then measure the given one."""
     module, parameters, name = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
     small = {**parameters, **module.SMALL}
     way = module.setup(**parameters).ways[name]
-    # what is compiled is compiled for its sizes, and nothing of it stays
+    # A compiled way is warmed up at its own sizes, for which it is compiled; nothing else of that call stays.
     way.call() if way.compiled else module.setup(**small).ways[name].call()
     print(extra_peak(way.call))
 

@@ -1,4 +1,4 @@
-"""What benchmarks found, as JSON: a file per suite and kind of machine, a case per question, a row per way of doing it.
+"""Results of benchmarks as JSON: a file per suite and kind of machine, a case per question, a row per way of doing it.
 
     benchmarks/results/<machine>/<suite>.json     {"suite": ..., "cases": [Case, ...]}
 
@@ -24,10 +24,13 @@ SMALL_PEAK = 8e6  # bytes
 
 @dataclass(frozen=True)
 class Row:
-    """One way. role: ours, peer or limit (what the machine itself can do). seconds: of each timed round. work: what the
-    useful part of it is, in the case's unit. error: against fp64, relative L2, the largest of all outputs and
-    gradients. extra_peak: bytes. tokens: that one call handles, where a rate in tokens is meant. reason: why there are
-    no seconds, or no comparison."""
+    """One way of doing the work of a case.
+
+    role: ours, peer or limit (what the machine itself can do). seconds: of each timed round. work: the useful work of
+    one call, in the case's unit. error: against fp64, relative L2, the largest over outputs and gradients. extra_peak:
+    bytes. tokens: handled by one call, where the table shows a rate in tokens. reason: why there are no seconds, or no
+    comparison.
+    """
 
     way: str
     role: str
@@ -40,19 +43,22 @@ class Row:
 
     @property
     def time(self) -> Timing:
-        """Median and quartiles of the seconds."""
+        """Return median and quartiles of the seconds."""
         return summary(self.seconds)
 
     @property
     def rate(self) -> float | None:
-        """Work per second at the median."""
+        """Return the work per second at the median."""
         return self.work / self.time.median if self.work and self.seconds else None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question. name: unique in the suite. parameters: sizes and types. unit and formula: of the rows' work.
-    subject: the row that the others are divided by. notes: findings that are not rows."""
+    """One question.
+
+    name: unique in the suite. parameters: sizes and types. unit, formula: of the rows' work. subject: the row that the
+    others are divided by. notes: findings that are not rows.
+    """
 
     suite: str
     name: str
@@ -65,17 +71,20 @@ class Case:
     notes: dict[str, str] = field(default_factory=dict)
 
     def row(self, way: str) -> Row | None:
-        """The row of a way, if it has one."""
+        """Return the row of a way, or None."""
         return next((row for row in self.rows if row.way == way), None)
 
     @property
     def peak_rate(self) -> float | None:
-        """Best rate of the limits: what a share of the machine is a share of."""
+        """Return the best rate of the limit rows, which shares of the machine refer to."""
         return max((row.rate for row in self.rows if row.role == LIMIT and row.rate), default=None)
 
 
 def ratio(case: Case, way: str, base: str | None = None) -> Timing | None:
-    """Seconds of a way over those of the base (the subject), of the same rounds: median and quartiles."""
+    """Divide the seconds of a way by those of the base (default: the subject), round by round.
+
+    Returns median and quartiles, or None if one of the two has no seconds.
+    """
     above, below = case.row(way), case.row(base or case.subject)
     if above is None or below is None or not above.seconds or len(above.seconds) != len(below.seconds):
         return None
@@ -83,32 +92,33 @@ def ratio(case: Case, way: str, base: str | None = None) -> Timing | None:
 
 
 def case_from(values: dict[str, Any]) -> Case:
-    """The inverse of dataclasses.asdict."""
+    """Build a case from the output of dataclasses.asdict."""
     return Case(**{**values, "rows": [Row(**row) for row in values["rows"]]})
 
 
 def read(path: Path) -> list[Case]:
-    """Cases of a result file, or of all files of a folder.
+    """Read the cases of a result file, or of all result files in a folder.
 
-    Raises ValueError where there is none, or one is not such a file.
+    Raises:
+        ValueError: if there is no case, or a file is not a result of these benchmarks.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    found = []
+    cases: list[Case] = []
     for file in files:
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
             if path.is_dir() and "cases" not in document:
                 continue
-            found += [case_from(values) for values in document["cases"]]
+            cases += [case_from(values) for values in document["cases"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a result of these benchmarks: {error!r}") from error
-    if not found:
+    if not cases:
         raise ValueError(f"{path} holds no results of these benchmarks")
-    return found
+    return cases
 
 
 def save(cases: Sequence[Case], folder: Path) -> list[Path]:
-    """Write a file per suite; cases of another name that a file holds already stay."""
+    """Write a file per suite. A case replaces one of the same name in the file; the other cases there stay."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for suite in dict.fromkeys(case.suite for case in cases):
@@ -125,8 +135,11 @@ def save(cases: Sequence[Case], folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a row of ours: new / old of its time, the machine's speed taken out, and of its peak; None where
-    one of the two runs does not have it. missing: the new run has the case, but not this row or its time."""
+    """How a row of ours changed between two runs.
+
+    time, peak: new / old, the machine's speed taken out of the time; None where one of the two runs has no value.
+    missing: the new run has the case, but not this row or its time.
+    """
 
     case: str
     way: str
@@ -136,19 +149,19 @@ class Change:
 
     @property
     def worst(self) -> float:
-        """The larger of the two; infinite where the row is missing."""
+        """Return the larger of the two changes; infinite if the row is missing."""
         return math.inf if self.missing else max(self.time or 0.0, self.peak or 0.0)
 
 
 def changes(old: Iterable[Case], new: Iterable[Case]) -> list[Change]:
-    """Of every row of ours, in the cases that both have with the same parameters.
+    """Compare every row of ours in the cases that both runs have with the same parameters.
 
-    Times are first divided by what the machine's speed has changed by, which is the median of new / old over the rows
-    of the case that are not ours; so a slower or busier machine is not taken for a slower kernel. Where all rows are
-    ours, times are not compared. Peaks that differ by less than SMALL_PEAK are taken to be equal.
+    Times are divided by the change of the machine's speed, which is the median of new / old over the rows of the case
+    that are not ours; so a slower or busier machine is not taken for a slower kernel. If all rows are ours, times are
+    not compared. Peaks that differ by less than SMALL_PEAK count as equal.
     """
     before = {(case.suite, case.name): case for case in old}
-    found = []
+    compared = []
     for case in new:
         other = before.get((case.suite, case.name))
         if other is None or other.parameters != case.parameters:
@@ -162,8 +175,8 @@ def changes(old: Iterable[Case], new: Iterable[Case]) -> list[Change]:
                 slower = _slower(was, row)
                 time = slower / machine if slower is not None and machine is not None else None
                 missing = row is None or (bool(was.seconds) and not row.seconds)
-                found.append(Change(f"{case.suite}, {case.name}", was.way, time, _larger(was, row), missing))
-    return found
+                compared.append(Change(f"{case.suite}, {case.name}", was.way, time, _larger(was, row), missing))
+    return compared
 
 
 def _slower(was: Row, row: Row | None) -> float | None:

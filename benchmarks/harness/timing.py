@@ -1,4 +1,4 @@
-"""Timing several ways of doing one thing so that their ratios can be believed: turn by turn in one process."""
+"""Time several ways of doing one thing turn by turn in one process, so that their ratios can be trusted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Timing:
 
 
 def summary(values: list[float]) -> Timing:
-    """Of the seconds of every round."""
+    """Return median and quartiles of the seconds of all rounds."""
     if len(values) < 2:
         return Timing(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -31,7 +31,7 @@ def summary(values: list[float]) -> Timing:
 
 
 def clocked(call: Callable[[], object]) -> float:
-    """Seconds of one call: of the wall, or between two CUDA events around work that begins with a cold L2."""
+    """Return the seconds of one call: wall time, or on CUDA the time between two events, starting with a cold L2."""
     if torch.cuda.is_available():
         return _between_events(call)
     start = time.perf_counter()
@@ -52,9 +52,9 @@ def _between_events(call: Callable[[], object]) -> float:
 
 
 class Turns:
-    """The candidates of a case, timed once each per round: the others in an order drawn anew, then the subject.
+    """Time the candidates of a case once each per round: the others in an order drawn anew, then the subject.
 
-    seconds: of every round by name, warm-up rounds included.
+    seconds: by name, of every round, warm-up rounds included.
     """
 
     def __init__(self, candidates: Mapping[str, Callable[[], object]], subject: str) -> None:
@@ -63,10 +63,10 @@ class Turns:
         self._others, self._draw = [name for name in candidates if name != subject], random.Random(0)
 
     def time_others(self) -> None:
-        """The first part of a round."""
+        """Time every candidate but the subject: the first part of a round."""
         for name in self._draw.sample(self._others, len(self._others)):
             self.seconds[name].append(clocked(self.candidates[name]))
 
     def time_subject(self) -> None:
-        """The second part of a round."""
+        """Time the subject: the second part of a round."""
         self.seconds[self.subject].append(clocked(self.candidates[self.subject]))

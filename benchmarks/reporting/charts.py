@@ -1,4 +1,4 @@
-"""The figures of the benchmarks: bars against the machine's limit, a roofline, curves over sizes."""
+"""Draw the figures of measured results: bars against the machine's limit, a roofline, curves over sizes."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ TITLES = {
 
 
 def find(cases: Sequence[Case], suite: str, name: str) -> Case | None:
-    """The case of a suite with this name."""
+    """Return the case of a suite with this name, or None."""
     return next((case for case in cases if (case.suite, case.name) == (suite, name)), None)
 
 
 def sweep(cases: Sequence[Case], suite: str, start: str) -> list[tuple[float, Case]]:
-    """(number in the name, case) of the cases whose name starts so, in the order of the numbers."""
-    found = [case for case in cases if case.suite == suite and case.name.startswith(start)]
-    return sorted(((float(re.findall(r"\d+", case.name)[-1]), case) for case in found), key=lambda pair: pair[0])
+    """Return (last number in the name, case) of the cases whose name has this start, in the order of the numbers."""
+    points = [case for case in cases if case.suite == suite and case.name.startswith(start)]
+    return sorted(((float(re.findall(r"\d+", case.name)[-1]), case) for case in points), key=lambda pair: pair[0])
 
 
 def draw(cases: Sequence[Case]) -> dict[str, bytes]:
-    """PNG by name, of every figure for which there are results."""
+    """Return the PNG of every figure for which there are results, by name."""
     figures = {"bars": bars, "roofline": roofline, "scaling": scaling}
     with matplotlib.rc_context(STYLE):
         drawn = {name: figure(cases) for name, figure in figures.items()}
@@ -52,7 +52,7 @@ def draw(cases: Sequence[Case]) -> dict[str, bytes]:
 
 
 def bars(cases: Sequence[Case]) -> Figure | None:
-    """Share of the machine's limit that each way reaches, a panel per case."""
+    """Draw the share of the machine's limit that each way reaches, a panel per case."""
     chosen = [case for suite, name in PANELS if (case := find(cases, suite, name)) is not None]
     if not chosen:
         return None
@@ -91,7 +91,7 @@ def _bar_panel(axes: Axes, case: Case) -> None:
 
 
 def roofline(cases: Sequence[Case]) -> Figure | None:
-    """Operations per second over operations per byte that cannot be spared, under copy bandwidth and GEMM peak."""
+    """Draw operations per second over operations per necessary byte, under the measured copy and GEMM rates."""
     step, decode = find(cases, "step", "embedded"), find(cases, "step", "embedded, decode")
     linear = find(cases, "linear", "fp32, N = 1024")
     if step is None or decode is None or not step.peak_rate or not decode.peak_rate:
@@ -109,34 +109,34 @@ def roofline(cases: Sequence[Case]) -> Figure | None:
         x, y = row.work / moved, row.work / row.time.median / 1e9
         axes.plot(x, y, "o" if row.role == OURS else "s", color=role)
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, -12), fontsize=8, color=role)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte that cannot be spared", ylabel="GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="operations per necessary byte", ylabel="GFLOP/s")
     _plain_numbers(axes)
     return figure
 
 
 def _points(step: Case, decode: Case, linear: Case | None) -> list[tuple[str, Row, float]]:
-    """(name, row whose work is operations, bytes that it cannot be spared)."""
-    found = []
+    """Return (name, row whose work is operations, bytes that it must move at least)."""
+    points = []
     for row in step.rows:
         bytes_ = decode.row(row.way)
         if row.work and row.seconds and bytes_ is not None and bytes_.work:
-            found.append((row.way, row, bytes_.work))
+            points.append((row.way, row, bytes_.work))
     weights = next(row.work for row in decode.rows if row.role == OURS and row.work) / TOKENS
     update = step.row("update")
     if update is not None and update.seconds:
-        # weights in both passes, their gradients, and what AdamW reads and writes: 40 bytes a weight in fp32
-        found.append(("update", update, 13 * weights))
+        # Weights in both passes, their gradients, and what AdamW reads and writes: 40 bytes a weight in fp32.
+        points.append(("update", update, 13 * weights))
     if linear is not None:
         n, h, v = (linear.parameters[name] for name in ("tokens", "hidden", "vocabulary"))
-        # head, its gradient, hidden states and theirs
-        found += [
+        # The head, its gradient, hidden states and their gradient.
+        points += [
             (r.way, r, 4.0 * (2 * v * h + 2 * n * h)) for r in linear.rows if r.role == OURS and "head" not in r.way
         ]
-    return found
+    return points
 
 
 def scaling(cases: Sequence[Case]) -> Figure | None:
-    """Rates over sizes, and peak memory over tokens."""
+    """Draw rates over sizes, and peak memory over tokens."""
     panels = (
         ("loss, V", "vocabulary", "GB/s at 2 NVe"),
         ("loss, N", "tokens (V = 8192)", "GB/s at 2 NVe"),
@@ -162,7 +162,7 @@ def scaling(cases: Sequence[Case]) -> Figure | None:
 
 
 def _curves(axes: Axes, points: Sequence[tuple[float, Case]], value) -> None:
-    """A line per way; limits that are named after their size are one line, the best of each point."""
+    """Draw a line per way. The limits are one line, the best at each point."""
     lines: dict[str, list[tuple[float, float]]] = {}
     roles: dict[str, str] = {}
     for x, case in points:

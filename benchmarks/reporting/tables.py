@@ -1,4 +1,4 @@
-"""Results as Markdown: a table per case, and one of what changed since an earlier run."""
+"""Format results as Markdown: a table per case, and one of the changes since an earlier run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SCALES = {
 
 
 def milliseconds(row: Row) -> str:
-    """Median and quartiles, in ms below a second, else in s."""
+    """Format median and quartiles, in ms below a second, else in s."""
     time = row.time
     scale, unit, form = (1e3, "ms", ".1f") if time.median < 1 else (1.0, "s", ".2f")
     return f"{scale * time.median:{form}} [{scale * time.low:{form}}, {scale * time.high:{form}}] {unit}"
 
 
 def case_table(case: Case) -> str:
-    """One row per way: time, ratio to the subject, rate, share of the machine's limit, error, peak memory."""
+    """Return one row per way: time, ratio to the subject, rate, share of the machine's limit, error, peak memory."""
     unit, scale = SCALES[case.unit]
     rated = any(row.rate for row in case.rows)
     told = any(row.tokens for row in case.rows)
@@ -51,8 +51,10 @@ def case_table(case: Case) -> str:
 def _times(case: Case, row: Row) -> list[str]:
     if not row.seconds:
         return ["", ""]
-    found = ratio(case, row.way)
-    return [milliseconds(row), f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else ""]
+    quotient = ratio(case, row.way)
+    if quotient is None:
+        return [milliseconds(row), ""]
+    return [milliseconds(row), f"{quotient.median:.2f} [{quotient.low:.2f}, {quotient.high:.2f}]"]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -60,7 +62,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def changes_table(changes: Sequence[Change], percent: float) -> str:
-    """What changed, the worst first, and whether that is too much."""
+    """Return what changed, the worst first, marking what is worse by more than `percent`."""
     if not changes:
         return "Nothing to compare: no case with the same name and parameters has a row of ours in both."
     lines = [_line(["case", "way", "time, new ÷ old, machine's speed taken out", "peak, new ÷ old", ""])]
