@@ -1,7 +1,6 @@
-"""Models that a benchmark trains: the embedded one, and shapes of known families with random weights for a GPU.
+"""Models that the benchmarks train: the embedded one, and shapes of known families with random weights for a GPU.
 
-Nothing is downloaded: the weights of the latter are random, which no time depends on, and the tokenizer is the embedded
-model's.
+Nothing is downloaded: no time depends on the random weights, and the tokenizer is the embedded model's.
 """
 
 from __future__ import annotations
@@ -21,8 +20,11 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder with SwiGLU, grouped queries and rotary embedding. lora: rank of the adapter, 0: all weights are
-    trained (fp32 masters, moments and gradients are 16 bytes a weight, which ends at about 3 B on 80 GB)."""
+    """A dense decoder with SwiGLU, grouped queries and rotary embedding.
+
+    lora: rank of the adapter; 0: all weights are trained (fp32 masters, moments and gradients take 16 bytes a weight,
+    so that 80 GB hold about 3 B of them).
+    """
 
     hidden: int
     intermediate: int
@@ -46,20 +48,20 @@ GPU_MODELS = tuple(name for name in SHAPES if name != "tiny")
 
 
 def folder_of(model: str) -> str:
-    """Folder of the embedded model, of a shape (made anew for this process), or the folder that was named."""
+    """Return the folder of the embedded model or of a shape (made for this process), or else the given folder."""
     if model == EMBEDDED:
         return str(assets.ensure() / "policy")
     return random_model(model) if model in SHAPES else model
 
 
 def lora_rank(model: str) -> int:
-    """Rank of the adapter that this model is trained with."""
+    """Return the rank of the adapter that this model is trained with."""
     return SHAPES[model].lora if model in SHAPES else 0
 
 
 @functools.cache
 def random_model(name: str) -> str:
-    """A folder with a Llama of this shape in bf16 (fp32 where it is tiny), kept until the process ends."""
+    """Write a Llama of this shape in bf16 (the tiny one in fp32) to a folder that lasts until the process ends."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     shape, folder = SHAPES[name], _keep(tempfile.TemporaryDirectory(prefix="repo-bench-"))

@@ -1,4 +1,4 @@
-"""The packages that ours is compared with, and why one of them cannot be measured here."""
+"""Say which of the packages that ours is compared with cannot be measured here, and why."""
 
 from __future__ import annotations
 

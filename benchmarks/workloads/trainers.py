@@ -1,8 +1,8 @@
-"""The two trainings that bench_train_vs_trl puts side by side, each run in a process of its own.
+"""Run one of the trainings that bench_train_vs_trl compares, in a process of its own.
 
     python -m benchmarks.workloads.trainers ours|trl|trl-kept JOB
 
-JOB is a JSON file of the arguments of both; what the process found is written beside it, as JOB.result.
+JOB is a JSON file with the arguments of both sides; the measurements are written beside it, as JOB.result.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ PARTS = ("rollout", "reference", "score", "update")
 
 
 def echo(prompts: list[str], responses: list[str]) -> list[float]:
-    """Reward: ten times the share of a response's words that its prompt has too."""
-    found = []
+    """Reward ten times the share of a response's words that also occur in its prompt."""
+    rewards = []
     for prompt, response in zip(prompts, responses, strict=True):
         asked, said = (re.findall(r"\w+", text.lower()) for text in (prompt, response))
-        found.append(10 * sum(word in asked for word in said) / max(1, len(said)))
-    return found
+        rewards.append(10 * sum(word in asked for word in said) / max(1, len(said)))
+    return rewards
 
 
 def no_cost(prompts: list[str], responses: list[str]) -> list[float]:
-    """Cost of a run without one."""
+    """Return zero cost for every response."""
     return [0.0] * len(responses)
 
 
 def echo_of_messages(prompts: list[Any], completions: list[Any], **_: object) -> list[float]:
-    """echo as GRPOTrainer calls a reward function."""
+    """Compute `echo` with the signature of a reward function of GRPOTrainer."""
     return echo([turns[-1]["content"] for turns in prompts], [turns[0]["content"] for turns in completions])
 
 
 @dataclass
 class Measured:
-    """What a process found. stamps: clock at the end of each step, in seconds; peak: bytes resident (on CUDA allocated)
-    at most, up to the end of the last step; the lists have an entry per step, parts by name."""
+    """Measurements of one process; the lists have an entry per step.
+
+    stamps: clock at the end of each step, in seconds. peak: largest number of bytes resident (on CUDA allocated) up to
+    the end of the last step. kl, reward: means. tokens: of all responses. parts: seconds by name of the part.
+    """
 
     stamps: list[float] = field(default_factory=list)
     peak: int = 0
@@ -57,21 +60,21 @@ class Measured:
 
     @property
     def seconds(self) -> list[float]:
-        """Of every step but the first, which warms up."""
+        """Return the seconds of every step but the first, which warms up."""
         return [b - a for a, b in itertools.pairwise(self.stamps)]
 
     def stamp(self) -> None:
-        """A step is over."""
+        """Note the end of a step."""
         self.stamps.append(time.perf_counter())
         self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
 
 
 class EnoughError(Exception):
-    """The last step is over; no checkpoint is wanted."""
+    """Raised after the last step, to end the run without a checkpoint."""
 
 
 def train_ours(command: list[str], steps: int) -> Measured:
-    """repo.train with these arguments, up to the end of the last step."""
+    """Run repo.train with these arguments up to the end of the last step."""
     from repo.runs.folder import Run
     from repo.train import run_command
 
@@ -97,7 +100,7 @@ def train_ours(command: list[str], steps: int) -> Measured:
 
 
 def train_trl(model: str, prompts: list[dict[str, Any]], arguments: dict[str, Any], keep: bool) -> Measured:
-    """GRPOTrainer with these arguments on prompts of messages and token_ids."""
+    """Run GRPOTrainer with these arguments on prompts of messages and token_ids; keep: keep freed memory as ours."""
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -116,7 +119,7 @@ def train_trl(model: str, prompts: list[dict[str, Any]], arguments: dict[str, An
             measured.stamp()
 
         def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
-            if "kl" in logs:  # the summary of the whole run has none
+            if "kl" in logs:  # the summary at the end of the run has no KL
                 measured.kl.append(logs["kl"])
                 measured.reward.append(logs[f"rewards/{echo_of_messages.__name__}/mean"])
                 rows = arguments["per_device_train_batch_size"]
@@ -136,7 +139,7 @@ def train_trl(model: str, prompts: list[dict[str, Any]], arguments: dict[str, An
 
 
 def work(side: str, job: Path) -> None:
-    """One training in this process: the job's file in, its result beside it."""
+    """Run one training in this process: read the job's file and write the result beside it."""
     content = json.loads(job.read_text())
     if side == "ours":
         measured = train_ours(content["command"], content["steps"])

@@ -1,12 +1,12 @@
-"""The parts of a training step as a benchmark calls them, and the work that they cannot be spared.
+"""The parts of a training step as the benchmarks call them, and the work that each must do at least.
 
-Useful work is that of live rows: with P parameters in the trunk's matrices, T tokens (a prompt once for its samples,
-the last token of a response never), N response tokens, hidden size H, vocabulary V, L layers whose heads are W wide
-together and K pairs of a query and a key it sees,
+Useful work is that of live rows. With P parameters in the trunk's matrices, T tokens (a prompt counts once for all its
+samples, the last token of a response never), N response tokens, hidden size H, vocabulary V, L layers whose heads
+together are W wide, and K pairs of a query and a key that it attends to,
 
     FLOPs = 2 (P T + H V N + 2 L W K) for a forward pass, three times that with its backward pass
 
-(twice where only adapters are trained: no gradient of the weights).
+(twice where only adapters are trained, because the weights need no gradient).
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ from repo.training.update import Updater
 
 PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18  # of the default run
 if torch.cuda.is_available():
-    PROMPTS, SAMPLES, TOKENS = 8, 8, 512  # so many that a GPU has something to do
+    PROMPTS, SAMPLES, TOKENS = 8, 8, 512  # enough to keep a GPU busy
 
 
 @dataclass(frozen=True)
 class Step:
-    """The parts of a step. prompts: drawn as a run draws them; endless: the policy without stop tokens; layers: those
-    that the embedded scorers read from the reference's forward pass."""
+    """The parts of a training step.
+
+    prompts: drawn as a run draws them. endless: the policy without stop tokens. layers: the layers whose states the
+    embedded scorers read from the reference's forward pass.
+    """
 
     config: Config
     prompts: list[Prompt]
@@ -56,8 +59,10 @@ class Step:
         return sample(self.endless, self.prompts[:count], SAMPLES, self.config.rollout, 0, 0).sequences
 
     def generate(self, count: int) -> Tensor:
-        """The same by transformers' generate, which repeats each prompt; of the reference, whose weights have the type
-        that decoding computes in."""
+        """Sample from the same prompts by transformers' generate, which repeats each prompt.
+
+        It samples from the reference, whose weights have the type that decoding computes in.
+        """
         ids = [p.token_ids for p in self.prompts[:count] for _ in range(SAMPLES)]
         rows = make_sequences(ids, [[]] * len(ids), self.endless.pad_id)
         width, on = rows.prompt_width, self.endless.device
@@ -73,41 +78,41 @@ class Step:
         )
 
     def read_reference(self, sequences: Sequences, layers: list[int]) -> Tensor:
-        """Log-probabilities under the reference, (B, R)."""
+        """Return the log-probabilities under the reference, (B, R)."""
         budget = self.config.optimizer.micro_batch_tokens
         return read_reference(self.reference, sequences, self.config.rollout.temperature, budget, layers)[0]
 
     def random_sequences(self, prompts: Sequence[Sequence[int]]) -> Sequences:
-        """Prompts (token ids) with SAMPLES responses of random tokens each."""
+        """Return the prompts (token ids) with SAMPLES responses of random tokens each."""
         group = torch.arange(len(prompts)).repeat_interleave(SAMPLES)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.endless.model.vocab_size, (len(group), TOKENS), generator=draw).tolist()
         return make_sequences([list(prompts[i]) for i in group.tolist()], ids, self.endless.pad_id, group)
 
     def first(self, count: int) -> list[Sequence[int]]:
-        """Token ids of the first prompts."""
+        """Return the token ids of the first `count` prompts."""
         return [p.token_ids for p in self.prompts[:count]]
 
     def random_batch(self, sequences: Sequences) -> Batch:
-        """What an update reads, with random scores."""
+        """Make the batch that an update reads, with random scores."""
         rows = len(sequences.group)
         rewards, costs = torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
         ref_logps = torch.full((rows, TOKENS), -11.0)
         return make_batch(self.config, sequences, rewards, costs, ref_logps, 1.0, 0.02, None, {})
 
     def update(self, batch: Batch) -> None:
-        """Forward, backward, clip and AdamW."""
+        """Run forward, backward, clip and AdamW."""
         self.updater.update(batch, STEPS // 2, STEPS)
 
     def whole(self, batch: Batch) -> None:
-        """Rollout, reference with the states that scorers read, update."""
+        """Run the rollout, the reference with the states that scorers read, and the update."""
         self.read_reference(self.rollout(PROMPTS), self.layers)
         self.update(batch)
 
 
 @functools.lru_cache(1)
 def load_step(model: str) -> Step:
-    """With the embedded model, that of a folder, or random weights of a shape; on CUDA in bf16."""
+    """Build a step of the embedded model, of a folder, or of a shape with random weights; on CUDA in bf16."""
     keep_freed_memory()
     on, folder, path = device(), assets.ensure(), folder_of(model)
     dtype = "bfloat16" if on.type == "cuda" else "float32"
@@ -115,29 +120,29 @@ def load_step(model: str) -> Step:
     config = Config(
         model=settings,
         rollout=RolloutConfig(max_new_tokens=TOKENS, samples_per_prompt=SAMPLES, batch_size=2 * PROMPTS * SAMPLES),
-        optimizer=OptimizerConfig(lr=1e-7),  # the same work for ever
+        optimizer=OptimizerConfig(lr=1e-7),  # small, so that the work stays the same
     )
     policy = load_policy(path, on, True, settings)
     reference = Actor(load_reference(policy, path, settings))
     room = min(256, policy.model.config.max_position_embeddings - TOKENS)
-    found = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl"), policy.tokenizer, None, room)
+    tokenized = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl"), policy.tokenizer, None, room)
     scorer = folder / "scorers" / "reward" / "scorer.json"
     layer = json.loads(scorer.read_text())["layer"] if model == EMBEDDED else 0
     endless = dataclasses.replace(policy, eos_ids=(-1,))
-    prompts = batch_at(found.kept, 0, 2 * PROMPTS, 0)
+    prompts = batch_at(tokenized.kept, 0, 2 * PROMPTS, 0)
     return Step(config, prompts, endless, reference, Updater(Actor(policy), config), [layer])
 
 
 @dataclass(frozen=True)
 class Work:
-    """tokens: T; flops: of a forward pass; both as the module says."""
+    """Useful work: tokens is T, flops those of a forward pass, both as defined by this module."""
 
     tokens: int
     flops: float
 
 
 def useful_work(model: Any, sequences: Sequences) -> Work:
-    """The work of live rows."""
+    """Count the work of live rows."""
     shape, prompts, own = model.config, sequences.prompt_lengths, sequences.response_lengths - 1
     first = torch.cat((torch.ones(1, dtype=torch.bool), sequences.group[1:] != sequences.group[:-1]))
     tokens = int(prompts[first].sum() + own.sum())
@@ -151,5 +156,5 @@ def useful_work(model: Any, sequences: Sequences) -> Work:
 
 
 def passes(step: Step) -> int:
-    """Forward passes that an update's forward and backward amount to."""
+    """Return how many forward passes the forward and backward of an update amount to."""
     return 2 if step.config.model.lora_rank else 3
