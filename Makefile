@@ -33,9 +33,9 @@ test-long: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m pytest -m long
 
-# The Triton kernels compiled for every target without a GPU, and their traffic in the interpreter.
+# The Triton kernels compiled for every target and type without a GPU, and their traffic in the interpreter.
 test-aot: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/kernels/test_gpu_static.py tests/kernels/test_machine_code.py tests/kernels/test_traffic.py
+	$(BIN)/python -m pytest tests/benchmarks/test_compiled.py tests/benchmarks/test_machine_code.py tests/benchmarks/test_traffic.py
 
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp
@@ -51,7 +51,7 @@ reproduce: $(VENV)/train.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m pytest benchmarks --save $(ARGS)
-	$(BIN)/python -m benchmarks.report --readme README.md
+	$(BIN)/python -m benchmarks.report --docs docs/benchmarks.md
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
