@@ -21,7 +21,7 @@ from benchmarks.models import GPU_MODELS
 from benchmarks.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.tables import case_table, changes_table
 from benchmarks.timing import Turns
-from repo.models.memory import keep_freed_memory
+from repo.common.malloc import keep_freed_memory
 
 QUICK = "left out by --quick"
 WARMUPS = 2

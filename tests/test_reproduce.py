@@ -8,7 +8,7 @@ import pytest
 from benchmarks.reproduce.language import METHODS, Seeds, main, of_seeds
 from repo.common.errors import UserError
 from repo.config.schema import field_names
-from tests.loop.test_compare import evaluation_of
+from tests.commands.test_compare import evaluation_of
 
 
 @pytest.mark.slow

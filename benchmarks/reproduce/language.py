@@ -28,13 +28,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
-from repo.compare import read_evaluation
-from repo.config import parse as parsing
+from repo.config.parse import load_config, make_parser, parse_config
+from repo.evaluation.comparison import read_evaluation
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
 from repo.evaluation.tables import show, show_change
 from repo.reporting.style import STYLE
-from repo.runs.console import finite
 from repo.runs.folder import versions
+from repo.runs.json_lines import finite
 from repo.scoring.safety import TITLES
 
 CONFIG = Path(__file__).with_name("language.yaml")
@@ -48,7 +48,7 @@ METHODS = {
         "RePO, preset paper",
         [
             "--algorithm.advantages=gae",
-            "--algorithm.mode=split",
+            "--algorithm.cost_mode=split",
             "--algorithm.kl_placement=reward",
             "--critic.lr=2.0e-5",
         ],
@@ -89,7 +89,7 @@ def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: 
     run = out / f"{method}-{seed}"
     options = [f"--config={CONFIG}", *METHODS[method][1], f"--seed={seed}", f"--out={run}", *overrides]
     if (run / "config.yaml").is_file():
-        wanted, there = parsing.parse(parsing.make_parser("", ""), options), parsing.load(run / "config.yaml")
+        wanted, there = parse_config(make_parser("", ""), options), load_config(run / "config.yaml")
         if replace(wanted, out=None) != replace(there, out=None):
             raise UserError(f"--out: {run} was trained with another configuration; choose another folder")
         options = ["--resume", str(run)]

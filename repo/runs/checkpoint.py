@@ -251,3 +251,16 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wo
     state, numbers = read_state(folder)
     state_files.restore(folder, numbers, model, optimizer)
     set_random_state(state.random[world.rank if len(state.random) == world.size else 0])
+
+
+def find_named(run: Path, name: str) -> Path:
+    """Find the checkpoint that `best`, `latest` or a folder's name means. Raises UserError where it is not intact."""
+    root = run / "checkpoints"
+    known = {p.name: p for p in steps_of(root).values()}
+    folder = pointed(root / name) if name in ("best", "latest") else known.get(name)
+    if folder is None:
+        there = ", ".join(sorted(known)) or "no checkpoint"
+        raise UserError(f"--checkpoint: {run} has no {name!r}; it has {there}")
+    if fault := fault_of(folder):
+        raise UserError(f"--checkpoint: {folder} is not intact: {fault}")
+    return folder
