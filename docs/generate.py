@@ -23,6 +23,8 @@ EXPORTS = "repo_kernels"
 MODULES = ("repo.training.advantages", "repo.training.multipliers", "repo.scoring.safety")
 """Modules whose public functions and classes are documented."""
 NOTE = "<!-- Written by `make docs`; edit the docstrings instead. -->"
+LONGEST = 300
+"""Lines of a page; a longer one is divided."""
 CONFIGURATION = """# Configuration
 
 {note}
@@ -224,10 +226,12 @@ def entry(name: str, thing: Any) -> Iterator[str]:
         yield "\n".join(f"- `{field}`: {escape(text)}" for field, text in docs.items())
     for member, value in vars(thing).items():
         documented = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-        if member.startswith("_") or not inspect.isfunction(documented) or not documented.__doc__:
+        inherited = member != "forward" and any(hasattr(base, member) for base in thing.__bases__)
+        if member.startswith("_") or inherited or not inspect.isfunction(documented) or not documented.__doc__:
             continue
-        call = f"`.{member}`" if isinstance(value, property) else f"`.{signature(member, documented)}`"
-        yield f"### {' '.join(call.split())}"
+        yield f"### {name}.{member}"
+        if not isinstance(value, property):
+            yield _code(signature(member, documented))
         yield markdown(inspect.cleandoc(documented.__doc__))
 
 
@@ -255,20 +259,31 @@ def documented() -> dict[str, dict[str, Any]]:
 
 
 def api_pages() -> dict[str, str]:
-    """Build the pages of docs/api by file name."""
+    """Build the pages of docs/api by file name: one for each module, or for each name where that would be long."""
     pages, index = {}, ["# API", NOTE, "Public functions and classes, from their docstrings."]
     for module, things in documented().items():
         place = EXPORTS if module.startswith(f"{EXPORTS}.") else module
         about = (inspect.getdoc(importlib.import_module(module)) or "").split("\n\n", 1)[0]
-        parts = [f"# {module}", NOTE, _prose(about.splitlines())]
-        imported = f"from {place} import {', '.join(things)}"
-        parts.append(_code(imported if len(imported) <= 100 else _broken(f"from {place} import (", things, ")")))
-        for name, thing in things.items():
-            parts += entry(name, thing)
-        pages[f"{module}.md"] = "\n\n".join(part for part in parts if part) + "\n"
-        rows = [f"| [`{name}`]({module}.md#{name.lower()}) | {_summary(thing)} |" for name, thing in things.items()]
-        index.append("\n".join([f"## [{module}]({module}.md)\n", "| | |\n|---|---|", *rows]))
+        whole = _api_page(module, about, place, things)
+        if len(whole.splitlines()) <= LONGEST:
+            files = dict.fromkeys(things, f"{module}.md")
+            pages[f"{module}.md"] = whole
+        else:
+            files = {name: f"{place}.{name}.md" for name in things}
+            pages |= {files[name]: _api_page(f"{place}.{name}", "", place, {name: things[name]}) for name in things}
+        rows = [f"| [`{name}`]({files[name]}#{name.lower()}) | {_summary(thing)} |" for name, thing in things.items()]
+        index += [f"## {module}", _prose(about.splitlines()), "\n".join(["| | |\n|---|---|", *rows])]
     return {"README.md": "\n\n".join(index) + "\n", **pages}
+
+
+def _api_page(title: str, about: str, place: str, things: dict[str, Any]) -> str:
+    """Write one page: its title, what is said about it, how to import its names, and their sections."""
+    imported = f"from {place} import {', '.join(things)}"
+    parts = [f"# {title}", NOTE, _prose(about.splitlines())]
+    parts.append(_code(imported if len(imported) <= 100 else _broken(f"from {place} import (", things, ")")))
+    for name, thing in things.items():
+        parts += entry(name, thing)
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _summary(thing: Any) -> str:
