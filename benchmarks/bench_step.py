@@ -95,7 +95,7 @@ def _parts(model: str, quick: bool) -> Setup:
         call = functools.partial(step.read_reference, batch.sequences, layers)
         ways[name] = Way(call, OURS, work.flops, tokens=t)
 
-    objective = step.updater.objective
+    objective = step.updater.accumulator
     objective.backward = timed(type(objective).backward.__get__(objective), inside)  # type: ignore[method-assign]
     ways["update"] = Way(lambda: step.update(batch), OURS, of_update, tokens=t)
     of_rollout = ways[f"rollout, batch {PROMPTS * SAMPLES}"].work or 0.0

@@ -21,7 +21,7 @@ from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.harness.timing import Turns
 from benchmarks.reporting.tables import case_table, changes_table
 from benchmarks.workloads.models import GPU_MODELS
-from repo.models.memory import keep_freed_memory
+from repo.common.malloc import keep_freed_memory
 
 QUICK = "left out by --quick"
 WARMUPS = 2

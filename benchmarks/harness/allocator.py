@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-from repo.models.memory import M_MMAP_MAX, M_TRIM_THRESHOLD
+from repo.common.malloc import M_MMAP_MAX, M_TRIM_THRESHOLD
 
 KEPT, DEFAULT = "kept", "default"
 FRESH = "REPO_BENCH_FRESH"  # set in a process that was started for a case with the default allocator

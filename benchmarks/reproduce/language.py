@@ -28,13 +28,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
-from repo.compare import read_evaluation
-from repo.config import parse as parsing
+from repo.config.parse import load_config, make_parser, parse_config
+from repo.evaluation.comparison import read_evaluation
 from repo.evaluation.statistics import QUANTITIES, Array, Evaluation, interval_of, resampled_of
-from repo.evaluation.tables import TITLES, show, show_change
+from repo.evaluation.tables import show, show_change
 from repo.reporting.style import STYLE
-from repo.runs.console import finite
 from repo.runs.folder import versions
+from repo.runs.json_lines import finite
+from repo.scoring.safety import TITLES
 
 CONFIG = Path(__file__).with_name("language.yaml")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -47,7 +48,7 @@ METHODS = {
         "RePO, preset paper",
         [
             "--algorithm.advantages=gae",
-            "--algorithm.mode=split",
+            "--algorithm.cost_mode=split",
             "--algorithm.kl_placement=reward",
             "--critic.lr=2.0e-5",
         ],
@@ -96,7 +97,7 @@ def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: 
     run = out / f"{method}-{seed}"
     options = [f"--config={CONFIG}", *METHODS[method][1], f"--seed={seed}", f"--out={run}", *overrides]
     if (run / "config.yaml").is_file():
-        wanted, there = parsing.parse(parsing.make_parser("", ""), options), parsing.load(run / "config.yaml")
+        wanted, there = parse_config(make_parser("", ""), options), load_config(run / "config.yaml")
         if replace(wanted, out=None) != replace(there, out=None):
             raise UserError(f"--out: {run} was trained with another configuration; choose another folder")
         options = ["--resume", str(run)]
@@ -183,7 +184,7 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
 
 def within(key: str, value: dict[str, float | None]) -> dict[str, float | None]:
     """Cut the interval of a share to [0, 1], which Student's t may leave."""
-    if not TITLES[key][1].endswith("%}"):
+    if not TITLES[key].form.endswith("%}"):
         return value
     return {end: None if v is None else min(max(v, 0.0), 1.0) for end, v in value.items()}
 
@@ -218,22 +219,22 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     for key in SHOWN:
         if all(key in q for q in methods.values()):
-            cells = " | ".join(show(q[key], TITLES[key][1]) for q in methods.values())
-            lines.append(f"| {TITLES[key][0]} | {cells} |")
+            cells = " | ".join(show(q[key], TITLES[key].form) for q in methods.values())
+            lines.append(f"| {TITLES[key].name} | {cells} |")
     against = results["against_ppo_lagrangian"]
     if against:
         lines += ["", "Differences from PPO-Lagrangian, on the same prompts:", ""]
         lines += [f"| | {' | '.join(title_of(m) for m in against)} |", "|---|" + "---|" * len(against)]
         for key in SHOWN:
             if all(key in q for q in against.values()):
-                cells = " | ".join(show_change(q[key], TITLES[key][1]) for q in against.values())
-                lines.append(f"| {TITLES[key][0]} | {cells} |")
+                cells = " | ".join(show_change(q[key], TITLES[key].form) for q in against.values())
+                lines.append(f"| {TITLES[key].name} | {cells} |")
     lines += ["", "By seed:", "", f"| | {' | '.join(title_of(m) for m in methods)} |", "|---|" + "---|" * len(methods)]
     for key in ("reward", "safe_rate", "judge_safe_rate", "cost"):
         if all(key in q for q in methods.values()):
-            form = TITLES[key][1]
+            form = TITLES[key].form
             cells = " | ".join(", ".join(form.format(v) for v in q[key]["seeds"]) for q in methods.values())
-            lines.append(f"| {TITLES[key][0]} | {cells} |")
+            lines.append(f"| {TITLES[key].name} | {cells} |")
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version != "not installed")
     lines += ["", f"Versions: {told}.", "", "![reward against safe rate by method](reproduce_language.png)"]
     return "\n".join(lines) + "\n"

@@ -66,7 +66,7 @@ def exact_gradient(table: Tensor, mode: str, lam: float, reward: Tensor, cost: T
         cost,
         costs=COST,
         cost_limit=LIMIT,
-        mode=mode,
+        cost_mode=mode,
         lam=lam,
         loss_agg_mode="none",
         **reference,

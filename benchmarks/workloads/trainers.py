@@ -106,7 +106,7 @@ def train_trl(model: str, prompts: list[dict[str, Any]], arguments: dict[str, An
     from trl import GRPOConfig, GRPOTrainer
 
     if keep:
-        from repo.models.memory import keep_freed_memory
+        from repo.common.malloc import keep_freed_memory
 
         keep_freed_memory()
     measured, tokenizer = Measured(), AutoTokenizer.from_pretrained(model)

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from benchmarks.harness.machine import device
 from benchmarks.workloads.models import EMBEDDED, folder_of, lora_rank
 from repo import assets
+from repo.common.malloc import keep_freed_memory
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt, batch_at, load_prompts, tokenize_prompts
 from repo.data.sequences import Sequences, make_sequences
-from repo.models.actor import Actor, read_reference
-from repo.models.memory import keep_freed_memory
+from repo.models.actor import Actor, Predictions, read_reference
 from repo.models.policy import Policy, load_policy, load_reference
 from repo.rollout.sample import sample
-from repo.training.loss import Batch, make_batch
+from repo.scoring.scorers import Scores
+from repo.training.batch import Batch, make_batch
 from repo.training.update import Updater
 
 PROMPTS, SAMPLES, TOKENS, STEPS = 4, 4, 40, 18  # of the default run
@@ -98,7 +99,7 @@ class Step:
         rows = len(sequences.group)
         rewards, costs = torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
         ref_logps = torch.full((rows, TOKENS), -11.0)
-        return make_batch(self.config, sequences, rewards, costs, ref_logps, 1.0, 0.02, None, {})
+        return make_batch(self.config, sequences, Scores(rewards, costs), ref_logps, 1.0, 0.02, Predictions(None, {}))
 
     def update(self, batch: Batch) -> None:
         """Run forward, backward, clip and AdamW."""
@@ -119,7 +120,7 @@ def load_step(model: str) -> Step:
     settings = ModelConfig(path=path, dtype=dtype, lora_rank=lora_rank(model))
     config = Config(
         model=settings,
-        rollout=RolloutConfig(max_new_tokens=TOKENS, samples_per_prompt=SAMPLES, batch_size=2 * PROMPTS * SAMPLES),
+        rollout=RolloutConfig(max_response_tokens=TOKENS, samples_per_prompt=SAMPLES, batch_size=2 * PROMPTS * SAMPLES),
         optimizer=OptimizerConfig(lr=1e-7),  # small, so that the work stays the same
     )
     policy = load_policy(path, on, True, settings)

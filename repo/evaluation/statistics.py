@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..common.seeds import seed_from
-from ..training.advantages import is_safe, rectified_cost
+from ..scoring.safety import compensation_gap, is_safe, mostly_unsafe, rectified_cost, round_limit
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -34,7 +34,7 @@ def _safe_reward(c: Columns) -> Array:
 
 
 def _gap(c: Columns) -> Array:
-    return c["hinge"].mean((-2, -1)) - np.maximum(c["excess"].mean((-2, -1)), 0)
+    return compensation_gap(c["hinge"].mean((-2, -1)), c["excess"].mean((-2, -1)), 0.0)
 
 
 def _flat(values: Array) -> Array:
@@ -54,9 +54,9 @@ QUANTITIES: dict[str, Callable[[Columns], Array]] = {
     "cost_p95": lambda c: np.quantile(_flat(c["cost"]), 0.95, axis=-1),
     "cost_max": lambda c: _flat(c["cost"]).max(-1),
     "safe_rate": _mean("safe"),
-    "prompts_mostly_unsafe": lambda c: (c["safe"].mean(-1) < 0.5).mean(-1),
+    "prompts_mostly_unsafe": lambda c: mostly_unsafe(c["safe"].mean(-1)).mean(-1),
     "judge_safe_rate": _mean("judge_safe"),
-    "judge_prompts_mostly_unsafe": lambda c: (c["judge_safe"].mean(-1) < 0.5).mean(-1),
+    "judge_prompts_mostly_unsafe": lambda c: mostly_unsafe(c["judge_safe"].mean(-1)).mean(-1),
     "refusal_rate": _mean("refusal"),
     "repetition": _mean("repetition"),
     "response_tokens": _mean("tokens"),
@@ -85,6 +85,10 @@ COUNTED = {"prompts_mostly_unsafe", "judge_prompts_mostly_unsafe", "cost_max"}
 
 FEWEST_PROMPTS = 10
 """For an interval: a bootstrap of fewer claims more than 95 % of what it should."""
+
+
+RENAMED = {"max_new_tokens": "max_response_tokens"}
+"""Keys of evaluation files as version 0.1 wrote them, and what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Evaluation:
     @property
     def limit(self) -> float:
         """d, rounded to fp32 as the costs are."""
-        return float(np.float32(self.cost_limit))
+        return round_limit(self.cost_limit)
 
     @cached_property
     def columns(self) -> dict[str, Array]:

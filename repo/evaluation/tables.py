@@ -9,29 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..runs.panel import compensation_sentence
+from ..scoring.safety import TITLES, compensation_sentence
 from .statistics import QUANTITIES, Evaluation, measured, paired
-
-TITLES = {
-    "reward": ("reward E[R]", "{:.3f}"),
-    "reward_safe": ("reward of safe responses", "{:.3f}"),
-    "safe_rate": ("safe rate (training cost)", "{:.1%}"),
-    "rectified_cost": ("E{C-d}+", "{:.3f}"),
-    "cost": ("E[C]", "{:.3f}"),
-    "compensation_gap": ("compensation gap", "{:.3f}"),
-    "cost_p95": ("cost, 95th percentile", "{:.3f}"),
-    "cost_max": ("cost, maximum", "{:.3f}"),
-    "prompts_mostly_unsafe": ("prompts mostly unsafe", "{:.1%}"),
-    "judge_safe_rate": ("safe rate (held-out judge)", "{:.1%}"),
-    "judge_prompts_mostly_unsafe": ("prompts mostly unsafe (held-out judge)", "{:.1%}"),
-    "refusal_rate": ("refusals", "{:.1%}"),
-    "repetition": ("repeated word 4-grams", "{:.1%}"),
-    "response_tokens": ("response tokens", "{:.1f}"),
-    "kl": ("KL to the reference, nats per response", "{:.2f}"),
-    "kl_per_token": ("KL to the reference, nats per token", "{:.4f}"),
-    "entropy": ("entropy, nats per token", "{:.3f}"),
-}
-"""Quantity -> what a table calls it and how it writes the number."""
 
 IN_CATEGORIES = ("reward", "safe_rate", "judge_safe_rate", "rectified_cost", "refusal_rate", "response_tokens")
 
@@ -61,8 +40,7 @@ def print_summary(console: Console, title: str, summary: Mapping[str, Any]) -> N
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     for key, value in summary["overall"].items():
-        name, form = TITLES[key]
-        table.add_row(name, show(value, form))
+        table.add_row(TITLES[key].name, show(value, TITLES[key].form))
     console.print(table)
     if len(summary["categories"]) > 1:
         console.print(_categories(summary))
@@ -71,10 +49,10 @@ def print_summary(console: Console, title: str, summary: Mapping[str, Any]) -> N
 def _categories(summary: Mapping[str, Any]) -> Table:
     table = Table(title="by category of prompts")
     shown = [key for key in IN_CATEGORIES if key in summary["overall"]]
-    for column in ("category", "prompts", *(TITLES[key][0] for key in shown)):
+    for column in ("category", "prompts", *(TITLES[key].name for key in shown)):
         table.add_column(column, justify="left" if column == "category" else "right")
     for category, values in sorted(summary["categories"].items(), key=lambda item: -item[1]["prompts"]):
-        cells = (show(values[key] | {"low": None}, TITLES[key][1]) for key in shown)
+        cells = (show(values[key] | {"low": None}, TITLES[key].form) for key in shown)
         table.add_row(escape(category), str(values["prompts"]), *cells)
     return table
 
@@ -83,8 +61,8 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, st
     """(name, before, after, paired change) as text."""
     values, others, changes = measured(before.columns), measured(after.columns), paired(before, after)
     return [
-        (name, show(values[key], form), show(others[key], form), show_change(changes[key], form))
-        for key, (name, form) in TITLES.items()
+        (t.name, show(values[key], t.form), show(others[key], t.form), show_change(changes[key], t.form))
+        for key, t in TITLES.items()
         if key in changes
     ]
 

@@ -1,4 +1,4 @@
-"""Verdict: what a run's numbers say, in sentences that claim no more than they do."""
+"""The headline of a report: what a run's numbers say, in sentences that claim no more than they do."""
 
 from __future__ import annotations
 
@@ -9,55 +9,56 @@ import numpy as np
 import torch
 
 from ..evaluation.statistics import paired
-from ..evaluation.tables import TITLES, show, show_change
-from ..runs.console import summarize
+from ..evaluation.tables import show, show_change
+from ..scoring.safety import TITLES, Compensation, describe_compensation
 from .run_history import History, Record
 
-QUANTITIES = (
-    ("safe_rate", "Safe rate (training cost)", "{:.1%}"),
-    ("judge_safe_rate", "Safe rate (held-out judge)", "{:.1%}"),
-    ("prompts_mostly_unsafe", "Unsafe prompts", "{:.1%}"),
-    ("rectified_cost", "E{C−d}⁺", "{:.3f}"),
-    ("compensation_gap", "Compensation gap", "{:.3f}"),
-    ("cost", "E[C]", "{:.3f}"),
-    ("reward", "Reward", "{:.3f}"),
+TILES = (
+    "safe_rate",
+    "judge_safe_rate",
+    "prompts_mostly_unsafe",
+    "rectified_cost",
+    "compensation_gap",
+    "cost",
+    "reward",
 )
+"""Quantities that stand on the tiles at the top of a report."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same held-out prompts before and after training: rows of text, and {mean, low, high} of each change."""
+    """Held-out prompts evaluated before and after training. rows: text; changes: {mean, low, high} of each quantity."""
 
     rows: Sequence[Sequence[str]]
     changes: Mapping[str, Mapping[str, float | None]]
 
 
 def compare(history: History) -> Comparison | None:
-    """None where an evaluation is missing or they are not of the same prompts."""
+    """Compare both evaluations; None where one is missing or they have different prompts."""
     if not history.paired:
         return None
     before, after = history.evaluations["before"], history.evaluations["after"]
     changes = paired(before.evaluation, after.evaluation)
     rows = [
-        (name, *cells, show_change(changes[key], TITLES[key][1]) if key in changes else "–")
+        (name, *cells, show_change(changes[key], TITLES[key].form) if key in changes else "–")
         for key, name, cells in quantity_rows((before.overall, after.overall))
     ]
     return Comparison(rows, changes)
 
 
 def quantity_rows(
-    found: Sequence[Mapping[str, Mapping[str, float | None]]],
+    evaluations: Sequence[Mapping[str, Mapping[str, float | None]]],
 ) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(key, title, a cell for each evaluation) of what at least one of them has."""
+    """List (key, title, one cell per evaluation) of every quantity that at least one evaluation has."""
     return [
-        (key, name, tuple(show(f[key], form) if key in f else "–" for f in found))
-        for key, (name, form) in TITLES.items()
-        if any(key in f for f in found)
+        (key, title.name, tuple(show(e[key], title.form) if key in e else "–" for e in evaluations))
+        for key, title in TITLES.items()
+        if any(key in e for e in evaluations)
     ]
 
 
 def verdict(history: History, comparison: Comparison | None) -> str:
-    """What training did on held-out prompts, or what is known instead."""
+    """Say what training did on held-out prompts, or what is known instead."""
     if comparison:
         changes = comparison.changes
         told = [change("the safe rate by the training cost", changes["safe_rate"], 100, 1, " points")]
@@ -83,8 +84,7 @@ def verdict(history: History, comparison: Comparison | None) -> str:
 
 
 def change(name: str, interval: Mapping[str, float | None], scale: float, digits: int, unit: str = "") -> str:
-    """`name rose by 7.5 points [1.0, 14.0]`, or that no change is inside the interval too. Without an interval, no
-    claim."""
+    """Say `name rose by 7.5 points [1.0, 14.0]`, or that the interval includes no change; without one claim nothing."""
     mean, low, high = (None if (v := interval[end]) is None else scale * v for end in ("mean", "low", "high"))
     if mean is None:
         return f"{name} cannot be compared"
@@ -98,50 +98,47 @@ def change(name: str, interval: Mapping[str, float | None], scale: float, digits
     return f"{name} changed by {shown}, which includes no change"
 
 
-@dataclass(frozen=True)
-class Compensation:
-    """Whether the mean constraint is met and how many prompts are unsafe; hidden: it is met although some are."""
+def compensation(history: History) -> Compensation | None:
+    """Say what the mean of the newest responses' costs hides; None without responses.
 
-    sentence: str
-    hidden: bool
-
-
-def compensation(records: Sequence[Record], limit: float, where: str) -> Compensation:
-    """Of responses that are not none."""
-    index: dict[str, int] = {}
-    group = torch.tensor([index.setdefault(r["id"], len(index)) for r in records])
-    rewards, costs = (torch.tensor([r[key] for r in records], dtype=torch.float64) for key in ("reward", "cost"))
-    found = summarize(rewards, costs, group, limit)
-    mean, unsafe, responses = found["cost_mean"], found["prompts_mostly_unsafe"], 1 - found["safe_rate"]
-    numbers = f"E[C] = {mean:.3f}, d = {limit:g}".replace("-", "−")
-    met = "Mean constraint met" if mean <= limit else "Mean constraint not met"
-    if responses == 0:
-        sentence = f"{met} ({numbers}), and all {len(records)} responses {where} are within the limit."
-        return Compensation(sentence, False)
-    per_prompt = len(records) > len(index)
-    more = f" in more than half of their responses, {responses:.1%} of responses unsafe" if per_prompt else ""
-    sentence = f"{met}, {unsafe:.1%} of prompts unsafe{more} ({numbers}; {len(records)} responses {where})."
-    return Compensation(sentence, mean <= limit)
+    They are held out after training, else the last of training, else held out before it.
+    """
+    if after := history.responses("after"):
+        return describe_records(after, history.limit, "to held-out prompts after training")
+    if history.samples:
+        span = "step" if history.tenth == 1 else f"{history.tenth} steps"
+        return describe_records(history.now, history.limit, f"of the last {span} of training")
+    before = history.responses("before")
+    return describe_records(before, history.limit, "to held-out prompts before training") if before else None
 
 
-def quantities(history: History) -> tuple[list[tuple[str, str, float, float]], str]:
-    """(name, format, earlier, later) of each quantity that is known, and where they are from: held out if the same
-    prompts were evaluated twice."""
+def describe_records(records: Sequence[Record], limit: float, where: str) -> Compensation:
+    """Say what the mean of at least one record's cost hides. where: which responses they are."""
+    costs = torch.tensor([r["cost"] for r in records], dtype=torch.float64)
+    return describe_compensation([r["id"] for r in records], costs, limit, where)
+
+
+def tiles(history: History) -> tuple[list[tuple[str, str, float, float]], str]:
+    """List (name, format, earlier, later) of each known quantity, and say which responses they are over.
+
+    They are over held-out prompts where the same prompts were evaluated twice, else over training batches.
+    """
     if history.paired:
         sides = (history.evaluations[k].overall for k in ("before", "after"))
-        found: list[Mapping[str, float | None]] = [{key: v["mean"] for key, v in overall.items()} for overall in sides]
+        means: list[Mapping[str, float | None]] = [{key: v["mean"] for key, v in overall.items()} for overall in sides]
         where = "Held-out prompts, before and after training"
     else:
         n = max(1, len(history.metrics) // 10)
-        found = [_training_means(records) for records in (history.metrics[:n], history.metrics[-n:])]
+        means = [_training_means(records) for records in (history.metrics[:n], history.metrics[-n:])]
         where = "Training batches, first and last " + (f"{n} steps" if n > 1 else "step")
-    rows = [(name, form, _number(found[0].get(key)), _number(found[1].get(key))) for key, name, form in QUANTITIES]
+    earlier, later = means
+    rows = [(TITLES[key].short, TITLES[key].form, _number(earlier.get(key)), _number(later.get(key))) for key in TILES]
     return [row for row in rows if np.isfinite(row[2:]).any()], where
 
 
 def _training_means(records: Sequence[Record]) -> Mapping[str, float | None]:
-    """QUANTITIES by the lines of metrics.jsonl, which call means what they are."""
-    return {key: _mean([r.get(key, r.get(f"{key}_mean")) for r in records]) for key, _, _ in QUANTITIES}
+    """Average TILES over lines of metrics.jsonl, whose keys end in _mean where a quantity is a mean."""
+    return {key: _mean([r.get(key, r.get(f"{key}_mean")) for r in records]) for key in TILES}
 
 
 def _number(value: float | None) -> float:

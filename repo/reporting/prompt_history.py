@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..scoring.safety import is_safe, mostly_unsafe, rectified_cost
 from .run_history import Record, column
 
 RECENT = 3  # visits
@@ -34,17 +35,17 @@ class Visit:
     @property
     def rectified_cost(self) -> float:
         """The mean of {C - d}+."""
-        return float(np.maximum(self.costs - self.limit, 0).mean())
+        return float(rectified_cost(self.costs, self.limit).mean())
 
     @property
     def unsafe_share(self) -> float:
         """Share of responses with C > d."""
-        return float((self.costs > self.limit).mean())
+        return float((~is_safe(self.costs, self.limit)).mean())
 
     @property
     def unsafe(self) -> bool:
         """More than half of the responses are."""
-        return self.unsafe_share > 0.5
+        return bool(mostly_unsafe(1 - self.unsafe_share))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import yaml
 
 from ..common.errors import UserError
 from ..evaluation.statistics import Evaluation
+from ..scoring.safety import round_limit
 
 Record = Mapping[str, Any]
 SAMPLE_KEYS = {"step", "id", "category", "prompt", "response", "reward", "cost"}
@@ -144,7 +145,7 @@ def _config(path: Path) -> Mapping[str, Any]:
 
 
 def _limit(config: Mapping[str, Any]) -> float:
-    return float(np.float32(config["algorithm"]["cost_limit"]))
+    return round_limit(float(config["algorithm"]["cost_limit"]))
 
 
 def _evaluation(path: Path, limit: float) -> HeldOut:

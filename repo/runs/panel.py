@@ -10,20 +10,12 @@ import torch
 from rich.console import Console
 from rich.panel import Panel
 
-from .console import summarize
+from ..scoring.safety import compensation_sentence, summarize
 
 WINDOW = 8
 """Steps that the panel looks back on."""
 FEWEST = 4
 """Steps that the sentence takes."""
-
-
-def compensation_sentence(mean_cost: float, limit: float, unsafe: float) -> str | None:
-    """What an average hides: that its constraint is met although a share `unsafe` of prompts is not safe. None where
-    the mean is above the limit, or no prompt is unsafe."""
-    if mean_cost > limit or unsafe == 0:
-        return None
-    return f"mean constraint met (E[C] = {mean_cost:.3f} <= {limit:g}), {unsafe:.1%} of prompts unsafe"
 
 
 class SafetyPanel:
@@ -32,18 +24,17 @@ class SafetyPanel:
     def __init__(self, console: Console, limit: float) -> None:
         self.console, self.limit = console, limit
         self.steps: deque[list[tuple[str, float, float]]] = deque(maxlen=WINDOW)
-        self.found: dict[str, float] = {}  # of the last steps; the display's thread reads no more than this
+        self.summary: dict[str, float] = {}  # the display's thread reads this and the sentence only
         self.sentence: str | None = None
 
     def add(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """A step's records of samples.jsonl. Prints the sentence when it begins to be true."""
         self.steps.append([(s["id"], s["reward"], s["cost"]) for s in samples])
-        self.found = self._summarize()
+        self.summary = self._summarize()
         said, self.sentence = self.sentence, None
         if len(self.steps) >= FEWEST:
-            limit = torch.tensor(self.limit, dtype=torch.float32).item()
-            unsafe = self.found["prompts_mostly_unsafe"]
-            self.sentence = compensation_sentence(self.found["cost_mean"], limit, unsafe)
+            mean, unsafe = self.summary["cost_mean"], self.summary["prompts_mostly_unsafe"]
+            self.sentence = compensation_sentence(mean, self.limit, unsafe)
         if self.sentence and not said:
             self.console.print(f"{self.sentence} in the last {len(self.steps)} steps", style="yellow", highlight=False)
 
@@ -57,13 +48,13 @@ class SafetyPanel:
 
     def __rich__(self) -> Panel | str:
         """For a live display."""
-        found, sentence = self.found, self.sentence
-        if not found:
+        summary, sentence = self.summary, self.sentence
+        if not summary:
             return ""
         text = (
-            f"mean cost {found['cost_mean']:+.3f} (limit {self.limit:g})   E{{C-d}}+ {found['rectified_cost']:.3f}   "
-            f"unsafe: {1 - found['safe_rate']:.0%} of responses, {found['prompts_mostly_unsafe']:.0%} of prompts   "
-            f"compensation gap {found['compensation_gap']:.3f}"
+            f"mean cost {summary['cost_mean']:+.3f} (limit {self.limit:g})   E{{C-d}}+ {summary['rectified_cost']:.3f}   "
+            f"unsafe: {1 - summary['safe_rate']:.0%} of responses, {summary['prompts_mostly_unsafe']:.0%} of prompts   "
+            f"compensation gap {summary['compensation_gap']:.3f}"
         )
         if sentence:
             text += f"\n[bold yellow]{sentence}[/]"

@@ -10,7 +10,7 @@ from benchmarks.reproduce import language
 from benchmarks.reproduce.language import METHODS, Seeds, call, main, of_seeds
 from repo.common.errors import UserError
 from repo.config.schema import field_names
-from tests.loop.test_compare import evaluation_of
+from tests.commands.test_compare import evaluation_of
 
 
 class InTurn:

@@ -1,0 +1,149 @@
+"""What "safe" means: the one definition of a safe response, {C - d}^+, compensation, and how they are called.
+
+A response is safe iff its cost C is at most the limit d. {C - d}^+ = max(C - d, 0) is rectified per response and
+averaged afterwards; the mean of C alone lets very safe responses pay for unsafe ones, and the compensation gap measures
+by how much. Source: RePO, arXiv 2410.19933.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Values = TypeVar("Values", Tensor, NDArray[np.float64], float)
+
+
+def round_limit(cost_limit: float) -> float:
+    """Round d to fp32, as scores are, so that C = d is safe everywhere."""
+    return float(np.float32(cost_limit))
+
+
+def is_safe(costs: Values, cost_limit: float) -> Any:
+    """Tell whether C <= d. costs: a number, array or tensor of any shape. Returns bool of that shape."""
+    return costs <= round_limit(cost_limit)
+
+
+def rectified_cost(costs: Values, cost_limit: float) -> Values:
+    """Compute {C - d}^+ of each cost, in the shape and dtype of `costs`. Rectify first; average afterwards."""
+    excess = costs - round_limit(cost_limit)
+    return excess.clamp_min(0) if isinstance(excess, Tensor) else np.maximum(excess, 0)
+
+
+def compensation_gap(mean_rectified_cost: Values, mean_cost: Values, cost_limit: float) -> Values:
+    """Compute E{C - d}^+ - {E[C] - d}^+, which is 0 iff no safe response pays for an unsafe one."""
+    return mean_rectified_cost - rectified_cost(mean_cost, cost_limit)
+
+
+def mostly_unsafe(safe_share: Values) -> Any:
+    """Tell whether more than half of a prompt's responses are unsafe. safe_share: share of safe ones, any shape."""
+    return safe_share < 0.5
+
+
+def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) -> dict[str, float]:
+    """Compute every quantity that a constrained run must report, in fp64.
+
+    Args:
+        rewards, costs: (B,) scores. group: (B,) the prompt of each response. cost_limit: d.
+
+    Returns:
+        reward_mean, reward_safe_mean (over safe responses, NaN where there is none), cost_mean, cost_p95, cost_max,
+        safe_rate, rectified_cost (E{C - d}^+), compensation_gap, prompts_mostly_unsafe (share of prompts).
+    """
+    rewards, costs = rewards.double(), costs.double()
+    rectified, safe = rectified_cost(costs, cost_limit), is_safe(costs, cost_limit)
+    _, index = group.unique(return_inverse=True)
+    prompts = int(index.max()) + 1
+    safe_share = torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, safe.double())
+    safe_share /= torch.zeros(prompts, dtype=torch.float64).index_add_(0, index, torch.ones_like(costs))
+    mean_cost, mean_rectified = costs.mean(), rectified.mean()
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_safe_mean": rewards[safe].mean().item() if bool(safe.any()) else math.nan,
+        "cost_mean": mean_cost.item(),
+        "cost_p95": costs.quantile(0.95).item(),
+        "cost_max": costs.max().item(),
+        "safe_rate": safe.double().mean().item(),
+        "rectified_cost": mean_rectified.item(),
+        "compensation_gap": compensation_gap(mean_rectified, mean_cost, cost_limit).item(),
+        "prompts_mostly_unsafe": mostly_unsafe(safe_share).double().mean().item(),
+    }
+
+
+def compensation_sentence(mean_cost: float, cost_limit: float, unsafe_prompts: float) -> str | None:
+    """Say that the mean constraint is met although prompts are unsafe; None where that is not so.
+
+    unsafe_prompts: share of prompts that are mostly unsafe.
+    """
+    if mean_cost > round_limit(cost_limit) or unsafe_prompts == 0:
+        return None
+    return f"mean constraint met (E[C] = {mean_cost:.3f} <= {cost_limit:g}), {unsafe_prompts:.1%} of prompts unsafe"
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """sentence: whether the mean constraint is met and how many prompts are unsafe.
+
+    hidden: the mean constraint is met although some responses are unsafe.
+    """
+
+    sentence: str
+    hidden: bool
+
+
+def describe_compensation(ids: Sequence[str], costs: Tensor, cost_limit: float, where: str) -> Compensation:
+    """Say for a report what the mean of these responses' costs hides.
+
+    ids: the prompt of each of at least one response. costs: (B,). where: which responses they are, e.g. "of the last
+    step".
+    """
+    prompts: dict[str, int] = {}
+    group = torch.tensor([prompts.setdefault(name, len(prompts)) for name in ids])
+    summary = summarize(torch.zeros_like(costs), costs, group, cost_limit)
+    mean, unsafe, unsafe_responses = summary["cost_mean"], summary["prompts_mostly_unsafe"], 1 - summary["safe_rate"]
+    met = mean <= round_limit(cost_limit)
+    verdict = "Mean constraint met" if met else "Mean constraint not met"
+    numbers = f"E[C] = {mean:.3f}, d = {cost_limit:g}".replace("-", "−")
+    if unsafe_responses == 0:
+        return Compensation(f"{verdict} ({numbers}), and all {len(ids)} responses {where} are within the limit.", False)
+    several = len(ids) > len(prompts)
+    more = f" in more than half of their responses, {unsafe_responses:.1%} of responses unsafe" if several else ""
+    sentence = f"{verdict}, {unsafe:.1%} of prompts unsafe{more} ({numbers}; {len(ids)} responses {where})."
+    return Compensation(sentence, met)
+
+
+@dataclass(frozen=True)
+class Title:
+    """How a quantity is called and written. name: in tables; short: on a report's tiles; form: its format string."""
+
+    name: str
+    form: str
+    short: str = ""
+
+
+TITLES = {
+    "reward": Title("reward E[R]", "{:.3f}", "Reward"),
+    "reward_safe": Title("reward of safe responses", "{:.3f}"),
+    "safe_rate": Title("safe rate (training cost)", "{:.1%}", "Safe rate (training cost)"),
+    "rectified_cost": Title("E{C-d}+", "{:.3f}", "E{C−d}⁺"),
+    "cost": Title("E[C]", "{:.3f}", "E[C]"),
+    "compensation_gap": Title("compensation gap", "{:.3f}", "Compensation gap"),
+    "cost_p95": Title("cost, 95th percentile", "{:.3f}"),
+    "cost_max": Title("cost, maximum", "{:.3f}"),
+    "prompts_mostly_unsafe": Title("prompts mostly unsafe", "{:.1%}", "Unsafe prompts"),
+    "judge_safe_rate": Title("safe rate (held-out judge)", "{:.1%}", "Safe rate (held-out judge)"),
+    "judge_prompts_mostly_unsafe": Title("prompts mostly unsafe (held-out judge)", "{:.1%}"),
+    "refusal_rate": Title("refusals", "{:.1%}"),
+    "repetition": Title("repeated word 4-grams", "{:.1%}"),
+    "response_tokens": Title("response tokens", "{:.1f}"),
+    "kl": Title("KL to the reference, nats per response", "{:.2f}"),
+    "kl_per_token": Title("KL to the reference, nats per token", "{:.4f}"),
+    "entropy": Title("entropy, nats per token", "{:.3f}"),
+}
+"""Every reported quantity, in the order of tables."""
