@@ -270,7 +270,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
                 axes.errorbar(
                     x["mean"], y["mean"], *errors, fmt="o", color=colour, capsize=3, elinewidth=1, label=label
                 )
-            axes.set(xlabel=TITLES[across][0], ylabel=TITLES[up][0])
+            axes.set(xlabel=TITLES[across].name, ylabel=TITLES[up].name)
             if up == "cost":
                 axes.axhline(results["cost_limit"], color="#1c2024", lw=1, ls=":")
             else:
