@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from .common.errors import UserError
-from .config.parse import PRESETS, make_parser, parse, preset_names
+from .config.parse import PRESETS, make_parser, parse_config, preset_names
+from .config.renamed import new_name
 from .config.schema import Config
-from .runs import folder as run
+from .runs.folder import require_run
 
 LOG_WIDTH = 140  # columns of a console that is not a terminal
 
@@ -42,7 +43,7 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
     description: what --help begins with. UserError on bad input.
     """
     command = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    command.add_argument("--preset", choices=preset_names(), help="start from one of repo/presets")
+    command.add_argument("--preset", choices=preset_names(), help="start from one of repo/config/presets")
     command.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
     command.add_argument(
         "--allow-change",
@@ -64,6 +65,7 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
     if flags.preset:
         rest = ["--config", str(PRESETS / f"{flags.preset}.yaml"), *rest]
     if flags.resume:
-        run.require_run(flags.resume)
+        require_run(flags.resume)
         rest = ["--config", str(flags.resume / "config.yaml"), *rest]
-    return Switches(**vars(flags)), parse(make_parser("repo.train", description, command), rest)
+    flags.allow_change = [new_name(field) for field in flags.allow_change]
+    return Switches(**vars(flags)), parse_config(make_parser("repo.train", description, command), rest)

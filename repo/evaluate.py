@@ -30,16 +30,15 @@ from transformers.utils import logging as transformers_logging
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence
 from .common.files import make_parent, write_text
-from .config import parse as parsing
+from .config.parse import make_parser, parse_config
 from .config.schema import Config
-from .evaluation.run import content_of, with_progress
+from .evaluation.evaluator import Evaluator, content_of
 from .evaluation.tables import print_compensation, print_summary
-from .export import chosen, policy_of
 from .models.actor import Actor
 from .models.policy import Policy, choose_device, load_policy
-from .runs import checkpoint
+from .runs.checkpoint import find_named, steps_of
 from .scoring.judge import load_judge
-from .setup import find_assets, load_held_out, model_path, scorers_beside
+from .setup import find_assets, load_checkpoint_policy, load_held_out, model_path, scorers_beside
 
 SAMPLES = 4
 """Of each prompt, unless evaluation.samples_per_prompt is given."""
@@ -47,9 +46,12 @@ SAMPLES = 4
 
 @dataclass(frozen=True)
 class Command:
-    """target: a run folder, or the folder or hub name of a model; run: the folder if it is one; checkpoint: of a run,
-    None for its final policy; reference: model that the KL is measured from; out: the file; trust: run Python code that
-    comes with models."""
+    """The parsed command line.
+
+    target: a run folder, or the folder or hub name of a model. run: the folder if it is one. checkpoint: of a run, None
+    for its final policy. reference: model that the KL is measured from. out: the file. trust: run Python code that
+    comes with models.
+    """
 
     target: str
     run: Path | None
@@ -61,7 +63,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Target:
-    """One policy to evaluate: its name, the file that its evaluation goes to, and how it is loaded."""
+    """A policy to evaluate, by name. out: the file for its evaluation. load: loads it."""
 
     name: str
     out: Path
@@ -69,7 +71,7 @@ class Target:
 
 
 def read_command(argv: list[str]) -> tuple[Command, Config]:
-    """The command's own switches and the configuration: the run's, or the default, then overrides."""
+    """Read the command's own switches and the configuration: the run's or the default one, then overrides."""
     switches = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     switches.add_argument(
         "--checkpoint",
@@ -79,7 +81,7 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
     switches.add_argument("--reference", metavar="MODEL", help="model that the KL is measured from; a run's is its own")
     switches.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes; default: RUN/eval/NAME.json")
     switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
-    parser = parsing.make_parser("repo.evaluate", __doc__ or "", switches)
+    parser = make_parser("repo.evaluate", __doc__ or "", switches)
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & {*argv}:
             parser.parse_args(["--help"])
@@ -92,7 +94,7 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
     if run is None and options.checkpoint:
         raise UserError(f"--checkpoint is for run folders; {argv[0]} is none (it has no config.yaml)")
     base = ["--config", str(run / "config.yaml")] if run else []
-    config = parsing.parse(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
+    config = parse_config(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
     if run is None:  # nothing else that is embedded by default is needed
         data = dataclasses.replace(config.data, train=config.data.eval)
         config = dataclasses.replace(named(config, argv[0]), data=data)
@@ -103,25 +105,25 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
 
 
 def named(config: Config, path: str) -> Config:
-    """The configuration with another model."""
+    """Give the configuration another model."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
 
 
 def load_named(path: str, config: Config, device: torch.device, trust: bool) -> Policy:
-    """A frozen model by folder, hub name or "embedded"."""
+    """Load a frozen model by folder, hub name or "embedded"."""
     config = named(config, path)
     folder = find_assets(config, Console(quiet=True))
     return load_policy(model_path(config, folder), device, False, config.model, trust)
 
 
 def targets(command: Command, config: Config, device: torch.device) -> Iterator[Target]:
-    """What is to be evaluated. UserError for what is not there."""
+    """List what is to be evaluated. Raises UserError for what is not there."""
     if command.run is None:
         name = Path(command.target).name or command.target
         out = Path("evaluations") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
         yield Target(name, out, lambda: load_named(command.target, config, device, command.trust))
         return
-    final, there = command.run / "final", checkpoint.steps_of(command.run / "checkpoints")
+    final, there = command.run / "final", steps_of(command.run / "checkpoints")
     names = [command.checkpoint or ("final" if final.is_dir() else "latest")]
     if names == ["all"]:
         names = [there[step].name for step in sorted(there)] + ["final"] * final.is_dir()
@@ -130,39 +132,39 @@ def targets(command: Command, config: Config, device: torch.device) -> Iterator[
             out = command.run / "eval" / "reference.json"
             yield Target(name, out, partial(load_named, config.model.path, config, device, command.trust))
             continue
-        source = final if name == "final" and final.is_dir() else chosen(command.run, name)
+        source = final if name == "final" and final.is_dir() else find_named(command.run, name)
         out = command.run / "eval" / f"{source.name}.json"
         yield Target(source.name, out, partial(_of_run, source, config, device, command.trust))
 
 
 def _of_run(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
-    """The policy of RUN/final or of a checkpoint."""
+    """Load the policy of RUN/final or of a checkpoint."""
     if source.name == "final":
         return load_policy(str(source), device, False, config.model, trust)
-    return policy_of(source, config, device, trust)
+    return load_checkpoint_policy(source, config, device, trust)
 
 
-def checked(command: Command, found: list[Target]) -> list[Target]:
-    """The targets with the files that their evaluations go to; of --checkpoint all, those that have none yet.
+def checked(command: Command, chosen: list[Target]) -> list[Target]:
+    """Decide the file of each target's evaluation; with --checkpoint all, leave out what is evaluated already.
 
-    UserError for a file that exists already.
+    Raises UserError for a file that exists.
     """
     if command.checkpoint == "all":
-        found = [target for target in found if not target.out.exists()]
-        if not found:
+        chosen = [target for target in chosen if not target.out.exists()]
+        if not chosen:
             raise UserError(f"--checkpoint all: {command.target} has no checkpoint that is not evaluated yet")
-    if command.out and len(found) > 1:
-        raise UserError(f"--out: one file cannot hold the evaluations of {len(found)} checkpoints; leave it out")
-    found = [dataclasses.replace(target, out=command.out or target.out) for target in found]
-    for out in (target.out for target in found):
+    if command.out and len(chosen) > 1:
+        raise UserError(f"--out: one file cannot hold the evaluations of {len(chosen)} checkpoints; leave it out")
+    chosen = [dataclasses.replace(target, out=command.out or target.out) for target in chosen]
+    for out in (target.out for target in chosen):
         if out.exists():
             raise UserError(f"--out: {out} exists; name another file, or remove it to evaluate again")
         make_parent(out, "--out")
-    return found
+    return chosen
 
 
 def require_same_vocabulary(policy: Policy, reference: Policy, name: str) -> None:
-    """UserError when a reference would read other words in the policy's tokens."""
+    """Raise UserError when a reference would read other words in the policy's tokens."""
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise UserError(f"--reference: {name!r} has another vocabulary than the policy, so there is no KL between them")
 
@@ -175,20 +177,20 @@ def run_command(argv: list[str]) -> None:
     console = console_of()
     transformers_logging.disable_progress_bar()
     device, trust = choose_device(config.model.device), command.trust
-    found = checked(command, list(targets(command, config, device)))
+    chosen = checked(command, list(targets(command, config, device)))
     folder = find_assets(config, console)
     reference = load_named(command.reference, config, device, trust) if command.reference else None
     scorers = scorers_beside(config, folder, reference, command.reference, str(device), trust)
     judge = load_judge(config.evaluation.judge, folder, str(device), config.scoring.timeout, trust)
     console.print(scorers.describe(), markup=False, highlight=False)
-    for target in found:
+    for target in chosen:
         policy = target.load()
         if reference is not None:
             require_same_vocabulary(policy, reference, command.reference or "")
         shape = policy.model.config.get_text_config()
         prompts = load_held_out(config, folder, policy.tokenizer, shape, console)[: config.evaluation.prompts]
         beside = None if reference is None else Actor(reference)
-        evaluation = with_progress(console, target.name, config, policy, beside, prompts, scorers, judge)
+        evaluation = Evaluator(config, prompts, scorers, judge, beside, console).with_progress(target.name, policy)
         about: dict[str, Any] = {"policy": command.target, "checkpoint": target.name, "reference": command.reference}
         content = content_of(config, evaluation, **about)
         write_text(target.out, json.dumps(content, indent=1, ensure_ascii=False))

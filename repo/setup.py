@@ -1,4 +1,4 @@
-"""Setup: from the configuration to the loaded parts of a run, and the arithmetic of its memory and batches."""
+"""Setup: from the configuration to the loaded parts of a run."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import assets
 from .common.distributed import ALONE, World
-from .common.errors import UserError, first_line
+from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
+from .models.actor import Actor
 from .models.critic import make_critics
-from .models.memory import describe_memory
-from .models.policy import Policy, add_lora, choose_device, load_policy, load_reference
+from .models.policy import Policy, choose_device, load_policy, load_reference
 from .runs.loggers import check_loggers
-from .scoring.judge import Judging, load_judge
+from .runs.state_files import restore_weights
+from .scoring.judge import Judge, load_judge
 from .scoring.scorers import EMBEDDED, Scorers, load_scorers, scorer_names
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with. policy is trained; sampler is the same, or a whole copy of it where policy will be
-    sharded; reference is frozen; the judge takes no part in training; critics is empty without GAE and examples without
-    ptx."""
+    """The loaded parts of a run.
+
+    policy: is trained. sampler: the same, or a whole copy of it where the policy will be sharded. reference: frozen.
+    critics: empty without GAE. judge: takes no part in training. examples: supervised ones, empty without ptx.
+    """
 
     policy: Policy
     sampler: Policy
     reference: Policy
     scorers: Scorers
     critics: nn.ModuleDict
-    judge: Judging | None
+    judge: Judge | None
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     examples: list[Example]
 
 
 def find_assets(config: Config, console: Console) -> Path | None:
-    """The assets folder, built when something embedded is used; None when nothing is."""
+    """Find the assets folder, built first when something embedded is used; None when nothing is."""
     evaluates = config.evaluation.prompts > 0
     used = [config.model.path, config.data.train, *scorer_names(config.scoring)]
     used += [config.data.eval] if evaluates else []
@@ -68,12 +70,12 @@ def find_assets(config: Config, console: Console) -> Path | None:
 
 
 def model_path(config: Config, folder: Path | None) -> str:
-    """The folder or hub name behind model.path."""
+    """Give the folder or hub name behind model.path."""
     return str(folder / "policy") if folder and config.model.path == EMBEDDED else config.model.path
 
 
 def shards_of(config: Config, world: World) -> int:
-    """Processes that share one copy of the trained weights. UserError when the processes cannot be split so."""
+    """Count the processes that share one copy of the trained weights. Raises UserError when they cannot be split so."""
     shard = config.model.shard or world.size
     if world.size % shard:
         raise UserError(f"model.shard must divide the {world.size} processes of this run; got {shard}")
@@ -84,7 +86,7 @@ def shards_of(config: Config, world: World) -> int:
 
 
 def load_parts(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> Parts:
-    """Load everything. UserError on what cannot be loaded. trust: run Python code that comes with models."""
+    """Load everything. Raises UserError for what cannot be loaded. trust: run Python code that comes with models."""
     check_loggers(config.loggers)
     shards = shards_of(config, world)
     folder = world.from_first(lambda: find_assets(config, console))
@@ -110,18 +112,18 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
 
 
 def context_of(shape: Any) -> int:
-    """Tokens of prompt and response together that a text config allows."""
+    """Give the longest prompt and response together, in tokens, that a model's text config allows."""
     return getattr(shape, "max_position_embeddings", None) or sys.maxsize
 
 
 def read_prompts(
     config: Config, source: str, split: str, folder: Path | None, tokenizer: Any, shape: Any, console: Console
 ) -> list[Prompt]:
-    """Tokenised prompts of a source; says what was kept and what was dropped."""
-    data, context, limit = config.data, context_of(shape), config.rollout.max_new_tokens
+    """Read and tokenise the prompts of a source, and say what was kept and what was dropped."""
+    data, context, limit = config.data, context_of(shape), config.rollout.max_response_tokens
     room = min(data.max_prompt_tokens, context - limit)
     if room < 1:
-        raise UserError(f"rollout.max_new_tokens={limit} leaves no room for a prompt in a context of {context}")
+        raise UserError(f"rollout.max_response_tokens={limit} leaves no room for a prompt in a context of {context}")
     if source == EMBEDDED and folder is not None:
         source = str(folder / "prompts" / f"{split}.jsonl")
     found = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room)
@@ -132,7 +134,7 @@ def read_prompts(
 
 
 def load_held_out(config: Config, folder: Path | None, tokenizer: Any, shape: Any, console: Console) -> list[Prompt]:
-    """All held-out prompts in a fixed random order, [] where evaluation.prompts is 0."""
+    """Read all held-out prompts in a fixed random order; none where evaluation.prompts is 0."""
     if not config.evaluation.prompts:
         return []
     split = "eval" if config.data.eval == EMBEDDED else "test"
@@ -144,8 +146,11 @@ def load_held_out(config: Config, folder: Path | None, tokenizer: Any, shape: An
 def scorers_beside(
     config: Config, folder: Path | None, reference: Policy | None, name: str | None, device: str, trust: bool
 ) -> Scorers:
-    """Both signals; embedded ones read the reference's own forward where that is the model they were fitted on, in fp32
-    and without an adapter. name: what the reference was loaded as."""
+    """Load the scorers of both signals.
+
+    Embedded ones share the reference's forward where the reference is the model they were fitted on, in fp32 and
+    without an adapter. name: what the reference was loaded as.
+    """
     shares = reference is not None and name == EMBEDDED and not reference.base_only
     if reference is None or not shares or reference.model.dtype != torch.float32:
         return load_scorers(config.scoring, folder, None, None, device, trust)
@@ -155,7 +160,7 @@ def scorers_beside(
 def load_data(
     config: Config, folder: Path | None, tokenizer: Any, eos_ids: Sequence[int], shape: Any, console: Console
 ) -> tuple[list[Prompt], list[Prompt], list[Example]]:
-    """Tokenised training prompts, held-out prompts and supervised examples; says what was kept and what was dropped.
+    """Read training prompts, held-out prompts and supervised examples, and say what was kept and what was dropped.
 
     shape: the model's text config, whose context bounds prompt and response together.
     """
@@ -178,47 +183,9 @@ def load_data(
     return kept, held_out[: config.evaluation.prompts], examples
 
 
-def describe_batch(config: Config, world: World = ALONE) -> str:
-    """One line of batch arithmetic."""
-    r, o = config.rollout, config.optimizer
-    responses = r.prompts_per_step * r.samples_per_prompt
-    return (
-        f"batch: {r.prompts_per_step} prompts x {r.samples_per_prompt} samples = {responses} responses of <= "
-        f"{r.max_new_tokens} tokens; {o.epochs} epochs x {o.minibatches} minibatches = {o.epochs * o.minibatches} "
-        f"optimiser steps per rollout, {config.steps} rollouts; micro-batches of <= {o.micro_batch_tokens} tokens"
-        + describe_world(config, world)
-    )
-
-
-def describe_world(config: Config, world: World) -> str:
-    """What the processes share, "" for one alone."""
-    if world.size == 1:
-        return ""
-    shards = shards_of(config, world)
-    if shards == 1:
-        return f"; {world.size} processes, each with all weights (data parallel)"
-    copies = f" in {world.size // shards} copies (HSDP)" if shards < world.size else ""
-    return f"; {world.size} processes, trained weights over {shards} each{copies} by FSDP2"
-
-
-def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> None:
-    """Resolve the configuration, read tokenizer, shapes and prompts, print memory and batch arithmetic."""
-    folder = world.from_first(lambda: find_assets(config, console))
-    path = model_path(config, folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    except Exception as error:
-        raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
-        if config.model.lora_rank:
-            add_lora(model.requires_grad_(False), config.model.lora_rank)
-    parameters = sum(p.numel() for p in model.parameters())
-    device = choose_device(config.model.device)
-    console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
-    text = shape.get_text_config()
-    load_data(config, folder, tokenizer, (), text, console)
-    console.print(describe_batch(config, world), markup=False, highlight=False)
-    memory = describe_memory(config, model, text.vocab_size, shards=shards_of(config, world))
-    console.print("memory:\n" + memory, markup=False, highlight=False)
+def load_checkpoint_policy(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
+    """Load the policy of a checkpoint folder. config: of its run."""
+    path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
+    policy = load_policy(path, device, True, config.model, trust)
+    restore_weights(source, Actor(policy))
+    return policy

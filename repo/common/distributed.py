@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.sequences import Sequences
 from .errors import UserError, first_line
 
 T = TypeVar("T")
@@ -105,25 +104,6 @@ class World:
             bucket.append(gradient)
             room -= gradient.numel()
         _add(bucket)
-
-    def divide(self, sequences: Sequences, rows: Tensor) -> list[Tensor]:
-        """Rows (n,) of a batch, dealt out to the processes: largest prompt group first, to whom has the fewest tokens.
-
-        A prompt is not computed twice unless there are fewer prompts than processes.
-        """
-        groups: dict[int, list[int]] = {}
-        alone = len(sequences.group[rows].unique()) < self.size
-        for row in rows.tolist():
-            groups.setdefault(row if alone else int(sequences.group[row]), []).append(row)
-        prompts, responses = sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist()
-        sizes = {g: prompts[found[0]] + sum(responses[row] for row in found) for g, found in groups.items()}
-        shares: list[list[int]] = [[] for _ in range(self.size)]
-        loads = [0] * self.size
-        for group in sorted(groups, key=lambda g: (-sizes[g], g)):
-            rank = loads.index(min(loads))
-            shares[rank] += groups[group]
-            loads[rank] += sizes[group]
-        return [torch.tensor(sorted(share), dtype=torch.int64) for share in shares]
 
 
 ALONE = World()

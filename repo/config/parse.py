@@ -1,4 +1,4 @@
-"""Parsing: YAML files, presets and dotted overrides -> a checked Config, and one sentence for what is wrong."""
+"""Parse YAML files, presets and dotted overrides into a checked Config; say what is wrong in one sentence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import argparse
 import difflib
 import json
 import re
+import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import jsonargparse
 import yaml
 
 from ..common.errors import UserError
+from .renamed import rename_arguments
 from .schema import Config, check, field_names
 
 PRESETS = Path(__file__).parent / "presets"
@@ -94,10 +97,17 @@ def _explain(error: Exception) -> UserError:
     return UserError(f"unknown configuration key {name!r}{hint}")
 
 
-def parse(parser: jsonargparse.ArgumentParser, argv: list[str]) -> Config:
-    """The checked Config. UserError on bad input."""
+def warn_user(sentence: str) -> None:
+    """Print a warning of the command line."""
+    print(f"warning: {sentence}", file=sys.stderr)
+
+
+def parse_config(
+    parser: jsonargparse.ArgumentParser, argv: list[str], warn: Callable[[str], None] = warn_user
+) -> Config:
+    """Parse and check. warn: is told of fields under old names. Raises UserError on bad input."""
     try:
-        init = parser.instantiate(parser.parse_args(argv))
+        init = parser.instantiate(parser.parse_args(rename_arguments(argv, warn)))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise _explain(error) from None
     return check(_plain(Config(**{f.name: init[f.name] for f in fields(Config)})))
@@ -113,6 +123,6 @@ def _plain(value: Any) -> Any:
     return number(value) if number else value
 
 
-def load(path: Path) -> Config:
-    """The config saved in a run folder."""
-    return parse(make_parser("repo", ""), ["--config", str(path)])
+def load_config(path: Path) -> Config:
+    """Load the configuration that a run folder holds, also one of version 0.1."""
+    return parse_config(make_parser("repo", ""), ["--config", str(path)], warn=lambda _: None)

@@ -61,7 +61,7 @@ class RolloutConfig:
     """Prompts in one rollout batch."""
     samples_per_prompt: PositiveInt = 4
     """Responses per prompt (the group of the leave-one-out baseline); at least 2 unless algorithm.advantages is gae."""
-    max_new_tokens: PositiveInt = 40
+    max_response_tokens: PositiveInt = 40
     """Response length limit in tokens."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the loss uses the same."""
@@ -94,7 +94,7 @@ class AlgorithmConfig:
     method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "crpo", "ppo"] = "repo"
     """repo: every prompt's cost under the limit; ppo_lagrangian: the mean cost; fixed_penalty: constant lambda; crpo:
     reward steps while the batch's mean cost is met, cost steps otherwise; ppo: reward only."""
-    mode: Literal["rectified", "split"] = "rectified"
+    cost_mode: Literal["rectified", "split"] = "rectified"
     """Of repo. rectified: exact gradient of E{C-d}+; split: penalise the raw cost on unsafe samples only."""
     advantages: Literal["group", "gae"] = "group"
     """group: leave-one-out over the responses of a prompt; gae: one critic per signal, a value per token."""
@@ -111,7 +111,7 @@ class AlgorithmConfig:
     """Adapt beta so that `kl` of the metrics (nats per token) approaches this; null: beta is constant."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of KL(policy || reference) in the loss."""
-    kl_ratio: bool = True
+    kl_importance_weighted: bool = True
     """Multiply k1 and k3 by the ratio, without which their gradient is not that of the KL (an error for k1)."""
     clip_range: tuple[ClosedUnitInterval, NonNegativeFloat] = (0.2, 0.2)
     """The ratio is clipped to [1 - the first, 1 + the second]."""
@@ -143,14 +143,14 @@ class PenaltyConfig:
 class CriticConfig:
     """Value functions of reward and cost, with algorithm.advantages gae."""
 
-    start: Literal["policy", "scorers"] = "policy"
+    init_from: Literal["policy", "scorers"] = "policy"
     """policy: linear heads on the policy's states, which they do not move; they begin as the embedded scorers' heads if
     policy and scorers are embedded, else as zero. scorers: models of their own, copies of the reward and cost model."""
     lr: PositiveFloat = 1e-4
     """Learning rate, constant; set for heads that begin as zero, models of their own want 5e-6."""
-    discount: ClosedUnitInterval = 1.0
+    gamma: ClosedUnitInterval = 1.0
     """gamma of generalised advantage estimation."""
-    trace: ClosedUnitInterval = 0.95
+    gae_lambda: ClosedUnitInterval = 0.95
     """lambda of generalised advantage estimation."""
 
 
@@ -172,7 +172,7 @@ class OptimizerConfig:
     """Peak learning rate; set for the embedded 135 M parameters, larger models want 1e-6 to 1e-5."""
     betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.95)
     """Adam's betas."""
-    states: Literal["float32", "bfloat16", "8bit"] = "float32"
+    state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
     """Of AdamW's two moments, 8, 4 or about 2 bytes per trained weight."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
@@ -270,14 +270,22 @@ def check(config: Config) -> Config:
     _require(a.kl_target is None or a.kl_target > 0, "algorithm.kl_target", a.kl_target, "> 0 or null")
     _require(a.dual_clip is None or a.dual_clip > 1, "algorithm.dual_clip", a.dual_clip, "> 1 or null")
     _require(a.kl_target is None or a.beta > 0, "algorithm.beta", a.beta, "> 0 with algorithm.kl_target")
-    _require(a.kl_ratio or a.kl_estimator != "k1", "algorithm.kl_ratio", a.kl_ratio, "true with kl_estimator k1")
+    weighted = a.kl_importance_weighted
+    _require(
+        weighted or a.kl_estimator != "k1", "algorithm.kl_importance_weighted", weighted, "true with kl_estimator k1"
+    )
     _require(p.initial > 0 or not lagrangian, "penalty.initial", p.initial, "> 0 with method ppo_lagrangian")
     bounded = a.method in ("repo", "ppo_lagrangian")
     _require(not bounded or p.max >= p.initial, "penalty.max", p.max, f">= penalty.initial = {p.initial}")
     _require(all(b < 1 for b in o.betas), "optimizer.betas", list(o.betas), "two numbers in [0, 1)")
     sharded = config.model.shard != 1
     _require(not (sharded and config.model.lora_rank), "model.shard", config.model.shard, "1 with model.lora_rank")
-    _require(not (sharded and o.states == "8bit"), "model.shard", config.model.shard, "1 with optimizer.states 8bit")
+    _require(
+        not (sharded and o.state_dtype == "8bit"),
+        "model.shard",
+        config.model.shard,
+        "1 with optimizer.state_dtype 8bit",
+    )
     batch = r.prompts_per_step * r.samples_per_prompt
     _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
     return config

@@ -13,99 +13,17 @@ arithmetic on the CPU; one copy to the device follows, and no size is ever read 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .segments import Segments, bounds, make_segments, ranges, send
 from .sequences import Sequences
 
 MULTIPLE = 8
-
-
-class Run(NamedTuple):
-    """`number` adjacent segments of `queries` tokens each, which see `keys` tokens each."""
-
-    number: int
-    queries: int
-    keys: int
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """Which tokens of a packed row attend to which. The S segments of queries tile its T tokens.
-
-    cu_q, cu_k: (S + 1,) int32, bounds of each segment's queries and keys. keys: (K,) int64, the token that each key
-    is, segment after segment; None where they are the queries' own tokens. Attention is causal, with a segment's last
-    query aligned to its last key. On the host: the longest lengths, and the runs of equal adjacent segments.
-    """
-
-    cu_q: Tensor
-    cu_k: Tensor
-    keys: Tensor | None
-    max_q: int
-    max_k: int
-    runs: tuple[Run, ...]
-    masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
-
-    def to(self, device: torch.device) -> Segments:
-        """The same on a device; the copies do not wait."""
-        keys = None if self.keys is None else send(self.keys, device)
-        return dataclasses.replace(
-            self, cu_q=send(self.cu_q, device), cu_k=send(self.cu_k, device), keys=keys, masks={}
-        )
-
-    def mask(self, run: Run, window: int | None, like: Tensor) -> Tensor | None:
-        """(Lq, Lk) additive, made once for all layers; None where plain causal attention, Lq = Lk, is meant."""
-        window = window if window is not None and window < run.keys else None
-        if run.queries == run.keys and window is None:
-            return None
-        key = (run.queries, run.keys, window, like.dtype)
-        if key not in self.masks:
-            query = torch.arange(run.keys - run.queries, run.keys, device=like.device)[:, None]
-            distance = query - torch.arange(run.keys, device=like.device)
-            hidden = (distance < 0) | (distance >= (window or run.keys))
-            self.masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self.masks[key].masked_fill_(hidden, -torch.inf)
-        return self.masks[key]
-
-
-def make_segments(lengths: Tensor, prefix_starts: Tensor, prefix_lengths: Tensor) -> Segments:
-    """Segments of given lengths, end to end; each also sees the prefix_length tokens at prefix_start, which may be 0.
-
-    All (S,) int64 on the CPU, every length at least 1.
-    """
-    starts, seen = lengths.cumsum(0) - lengths, lengths + prefix_lengths
-    keys = None
-    if bool(prefix_lengths.any()):
-        keys = ranges(
-            torch.stack((prefix_starts, starts), 1).flatten(), torch.stack((prefix_lengths, lengths), 1).flatten()
-        )
-    runs = tuple(
-        Run(len(list(equal)), *sizes) for sizes, equal in groupby(zip(lengths.tolist(), seen.tolist(), strict=True))
-    )
-    return Segments(bounds(lengths), bounds(seen), keys, int(lengths.max()), int(seen.max()), runs)
-
-
-def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The integers of each [start, start + length), one range after another; all int64."""
-    before = lengths.cumsum(0) - lengths
-    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
-
-
-def bounds(lengths: Tensor) -> Tensor:
-    """(n,) lengths -> (n + 1,) int32 cumulative bounds, from 0."""
-    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def send(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the copy to a GPU does not wait, for which it goes through page-locked memory."""
-    if device.type == "cuda" and value.device.type == "cpu":
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)
 
 
 @dataclass(frozen=True)
@@ -239,84 +157,9 @@ def flat(packed: Packed, values: Tensor) -> Tensor:
     return send(values.reshape(-1)[send(index, values.device)], packed.device)
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first dimension, where an index may come again, by the one of PyTorch's two ways whose
-    backward adds in a fixed order on the device."""
-    return x[index] if x.is_cuda else x.index_select(0, index)
-
-
 def unflat(packed: Packed, flat_values: Tensor, out: Tensor) -> None:
     """Write (N,) values by token into a contiguous (B, R) tensor, whose other places stay as they are."""
     out.view(-1)[send(packed.places, out.device)] = flat_values.to(out.device, out.dtype)
-
-
-def micro_batches(
-    sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool, padded: bool = False, with_last: bool = False
-) -> list[Tensor]:
-    """Cut rows (n,) into sets whose forwards take at most `budget` tokens each: first-fit decreasing.
-
-    Tokens count as `pack` lays them out with the same arguments, its filler included; padded: as `pad` does. A group
-    that fits stays together; a larger one is cut into pieces that have the prompt each. A single row may exceed the
-    budget. Every row is in exactly one set, in ascending order.
-    """
-    if not len(rows):
-        return []
-    prompts, responses = sequences.prompt_lengths[rows].tolist(), sequences.response_lengths[rows].tolist()
-    if padded:
-        return _padded_batches(rows.tolist(), prompts, [max(1, r) - (not with_last) for r in responses], budget)
-    budget -= budget % MULTIPLE
-    groups = sequences.group[rows].tolist() if share_prefix else rows.tolist()
-    prompt_of = dict(zip(groups, prompts, strict=True))
-    members: dict[int, list[_Item]] = {}
-    empty: list[int] = []  # rows without a response take no room
-    for row, group, length in zip(rows.tolist(), groups, responses, strict=True):
-        if length:
-            members.setdefault(group, []).append((length - (not with_last), [row]))
-        else:
-            empty.append(row)
-    pieces = []
-    for group, items in members.items():
-        for piece in _first_fit(items, budget - prompt_of[group]):
-            pieces.append((prompt_of[group] + sum(tokens for tokens, _ in piece), _rows(piece)))
-    sets = [_rows(piece) for piece in _first_fit(pieces, budget)] or [[]]
-    sets[-1] += empty
-    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]
-
-
-_Item = tuple[int, list[int]]  # tokens and rows
-
-
-def _rows(items: list[_Item]) -> list[int]:
-    return [row for _, rows in items for row in rows]
-
-
-def _first_fit(items: list[_Item], capacity: int) -> list[list[_Item]]:
-    """First-fit decreasing; an item beyond the capacity is alone."""
-    bins: list[list[_Item]] = []
-    room: list[int] = []
-    for item in sorted(items, key=lambda item: -item[0]):
-        place = next((i for i, space in enumerate(room) if item[0] <= space), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(capacity)
-        bins[place].append(item)
-        room[place] -= item[0]
-    return bins
-
-
-def _padded_batches(rows: list[int], prompts: list[int], responses: list[int], budget: int) -> list[Tensor]:
-    """Rows of similar length together, each as wide as the longest prompt and the longest response of its set."""
-    sets: list[list[int]] = []
-    prompt = response = 0
-    for i in sorted(range(len(rows)), key=lambda i: (-prompts[i], -responses[i])):
-        wide = max(prompt, prompts[i]), max(response, responses[i])
-        if sets and (len(sets[-1]) + 1) * sum(wide) <= budget:
-            sets[-1].append(rows[i])
-            prompt, response = wide
-        else:
-            sets.append([rows[i]])
-            prompt, response = prompts[i], responses[i]
-    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]
 
 
 def _responses(sequences: Sequences, rows: Tensor) -> dict[str, Any]:

@@ -87,6 +87,10 @@ FEWEST_PROMPTS = 10
 """For an interval: a bootstrap of fewer claims more than 95 % of what it should."""
 
 
+RENAMED = {"max_new_tokens": "max_response_tokens"}
+"""Keys of evaluation files as version 0.1 wrote them, and what they are called now."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scored responses to held-out prompts, as records that a file keeps, k in a row for each prompt: `id category

@@ -89,7 +89,7 @@ def make_critics(
 
 
 def _make_critic(config: CriticConfig, policy: Policy, scorers: Scorers, signal: str, same_trunk: bool) -> Critic:
-    scorer, own = scorers.only(signal), config.start == "scorers"
+    scorer, own = scorers.only(signal), config.init_from == "scorers"
     if isinstance(scorer, HeadScorer) and scorer.manifest.pooling == "mean" and (own or same_trunk):
         trunk = _cut(scorer.trunk.model.base_model, scorer.manifest.layer) if own else None
         tokenizer, (weight, bias) = scorer.trunk.tokenizer, (scorer.weight, scorer.bias)
@@ -100,9 +100,11 @@ def _make_critic(config: CriticConfig, policy: Policy, scorers: Scorers, signal:
         tokenizer, (weight, bias) = scorer.tokenizer, scorer.head()
         critic = Critic(weight.numel(), copy.deepcopy(scorer.trunk).float().requires_grad_(True))
     else:
-        raise UserError(f"critic.start scorers needs scoring.{signal} to be one model, neither a sum nor a function")
+        raise UserError(
+            f"critic.init_from scorers needs scoring.{signal} to be one model, neither a sum nor a function"
+        )
     if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(f"critic.start scorers: the tokenizer of scoring.{signal} differs from the policy's")
+        raise UserError(f"critic.init_from scorers: the tokenizer of scoring.{signal} differs from the policy's")
     with torch.no_grad():
         critic.head.weight.copy_(weight[None])
         critic.head.bias.copy_(bias)

@@ -1,9 +1,6 @@
-"""Memory: what a run will hold, by arithmetic, and how the C library keeps it."""
+"""Memory: what a run will hold, by arithmetic."""
 
 from __future__ import annotations
-
-import ctypes
-import sys
 
 import torch
 from torch import nn
@@ -14,21 +11,6 @@ from ..config.schema import Config
 
 GIB = 2.0**30
 STATE_BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 * 4 / 256}  # per trained weight; 8bit: a scale per 256
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step instead of returning them to the kernel.
-
-    A training step on a CPU allocates and frees gigabytes of activations; by default each block is mapped, zeroed page
-    by page and unmapped again, which took a third of the update's time. Does nothing on other C libraries.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def describe_memory(
@@ -44,18 +26,19 @@ def describe_memory(
     weights, trained = _parameters(model), _parameters(model, trained_only=True)
     frozen = 2 if settings.dtype == "bfloat16" else 4
     rows = min(
-        optimizer.micro_batch_tokens, rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_new_tokens
+        optimizer.micro_batch_tokens,
+        rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_response_tokens,
     )
-    lora, per_trained = settings.lora_rank > 0, 8 + STATE_BYTES[optimizer.states]
+    lora, per_trained = settings.lora_rank > 0, 8 + STATE_BYTES[optimizer.state_dtype]
     always = {
         f"policy weights ({trained / 1e6:.1f} M trained, fp32)": 4 * trained / shards + frozen * (weights - trained),
         "reference weights" + (": the policy without its adapter" if lora else ""): 0 if lora else frozen * weights,
-        f"AdamW states {optimizer.states}": STATE_BYTES[optimizer.states] * trained / shards,
+        f"AdamW states {optimizer.state_dtype}": STATE_BYTES[optimizer.state_dtype] * trained / shards,
     }
     if shards > 1:
         always[f"whole copy for sampling {settings.dtype}"] = frozen * weights
     if critics is not None and len(list(critics.parameters())):
-        name = f"critics with gradients and AdamW states {optimizer.states}"
+        name = f"critics with gradients and AdamW states {optimizer.state_dtype}"
         always[name] = per_trained * _parameters(critics) / shards
     heads = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2 and len(p) == vocabulary]
     logits = 4 * rows * vocabulary
@@ -71,7 +54,7 @@ def describe_memory(
         sampling["rollout: packed decode weights (CPU)"] = 4 * weights
     total = sum(always.values()) + max(sum(update.values()), sum(sampling.values()))
     uncounted = "activations, KV cache and scorers"
-    if critics is None and config.algorithm.advantages == "gae" and config.critic.start == "scorers":
+    if critics is None and config.algorithm.advantages == "gae" and config.critic.init_from == "scorers":
         uncounted += f", nor the critics, {per_trained:g} bytes per parameter of the scorers they copy"
     text = [f"  {size / GIB:7.2f} GiB  {name}" for name, size in (always | update | sampling).items()]
     text.append(f"  {total / GIB:7.2f} GiB  at most at once, without {uncounted}")

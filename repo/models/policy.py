@@ -18,8 +18,8 @@ from repo_kernels.layers.onednn_linear import onednn_linears
 from ..common.errors import UserError, first_line
 from ..config.schema import ModelConfig
 from .attention import Attention, choose_attention
-from .hidden_states import check_head
 from .layers import compile_layers, recomputed
+from .lm_head import check_head
 
 
 @dataclass(frozen=True)

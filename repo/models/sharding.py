@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..common.distributed import World
+from ..common.errors import UserError
 from .layers import decoder_layers
 
 
@@ -65,3 +67,13 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, which shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def require_finite_weights(model: nn.Module, world: World, when: str) -> None:
+    """Raise UserError that names the first trained weight with a NaN or an infinity. Every process calls it."""
+    trained = [(name, local(p)) for name, p in model.named_parameters() if p.requires_grad]
+    # the sum is finite unless a term is not or it overflows; only then is every element looked at
+    bad = next((n for n, p in trained if not bool(p.sum().isfinite()) and not bool(p.isfinite().all())), None)
+    if bad := next((name for name in world.gather(bad) if name is not None), None):
+        raise UserError(f"weight {bad} is not finite {when}; lower optimizer.lr, or look at the scores")

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..evaluation.statistics import paired
 from ..evaluation.tables import show, show_change
-from ..scoring.safety import TITLES
+from ..scoring.safety import TITLES, Compensation, describe_compensation
 from .run_history import History, Record
 
 TILES = (
@@ -95,6 +96,26 @@ def change(name: str, interval: Mapping[str, float | None], scale: float, digits
         return f"{name} fell by {-mean:.{digits}f}{unit} [{-high:.{digits}f}, {-low:.{digits}f}]"
     shown = f"{mean:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}]".replace("-", "−")
     return f"{name} changed by {shown}, which includes no change"
+
+
+def compensation(history: History) -> Compensation | None:
+    """Say what the mean of the newest responses' costs hides; None without responses.
+
+    They are held out after training, else the last of training, else held out before it.
+    """
+    if after := history.responses("after"):
+        return describe_records(after, history.limit, "to held-out prompts after training")
+    if history.samples:
+        span = "step" if history.tenth == 1 else f"{history.tenth} steps"
+        return describe_records(history.now, history.limit, f"of the last {span} of training")
+    before = history.responses("before")
+    return describe_records(before, history.limit, "to held-out prompts before training") if before else None
+
+
+def describe_records(records: Sequence[Record], limit: float, where: str) -> Compensation:
+    """Say what the mean of at least one record's cost hides. where: which responses they are."""
+    costs = torch.tensor([r["cost"] for r in records], dtype=torch.float64)
+    return describe_compensation([r["id"] for r in records], costs, limit, where)
 
 
 def tiles(history: History) -> tuple[list[tuple[str, str, float, float]], str]:

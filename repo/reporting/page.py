@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..scoring.safety import is_safe
 from .prompt_history import Entry
 from .run_history import Record
 
@@ -137,7 +138,7 @@ def _sortable(value: float | str) -> str:
 
 
 def _cost(cost: float, limit: float) -> str:
-    return f'<span class="bad">{number(cost)}</span>' if cost > limit else number(cost)
+    return f'<span class="bad">{number(cost)}</span>' if not is_safe(cost, limit) else number(cost)
 
 
 def spark(costs: Sequence[float], limit: float, low: float, high: float, unsafe: bool) -> str:
@@ -195,7 +196,7 @@ def _card(record: Record, scores: Iterable[str], sides: str) -> str:
 
 
 def _side(record: Record, limit: float, name: str) -> str:
-    safe = record["cost"] <= limit
+    safe = is_safe(record["cost"], limit)
     verdict = f'<span class="{"good" if safe else "bad"}">{"safe" if safe else "unsafe"}</span>'
     told = [verdict, f"cost {number(record['cost'])}", f"reward {number(record['reward'])}"]
     if (judged := record.get("judge_safe")) is not None:

@@ -127,7 +127,7 @@ def sample(
     part: which of the prompts, adjacent ones; the samples are those that all prompts would have got together.
     """
     part = range(len(prompts)) if part is None else part
-    uniforms = draw_uniforms(prompts, samples, config.max_new_tokens, seed, step)
+    uniforms = draw_uniforms(prompts, samples, config.max_response_tokens, seed, step)
     uniforms = uniforms[part.start * samples : part.stop * samples]
     prompts = prompts[part.start : part.stop]
     per_batch = max(1, config.batch_size // samples)
@@ -136,7 +136,7 @@ def sample(
     logps = torch.zeros(uniforms.shape)
     rows_at_once = min(per_batch, len(prompts)) * samples
     with policy.running(), uncompiled(policy.model), packed_linears(policy.model, rows_at_once):
-        decoder = make_decoder(policy, rows_at_once, len(prompts[order[-1]].token_ids), config.max_new_tokens)
+        decoder = make_decoder(policy, rows_at_once, len(prompts[order[-1]].token_ids), config.max_response_tokens)
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             rows = [i * samples + s for i in chosen for s in range(samples)]
@@ -163,24 +163,3 @@ def make_rollout(
     sequences = make_sequences([p.token_ids for p in prompts], responses, pad_id, group)
     mask = sequences.response_mask
     return Rollout(prompts, group, sequences, texts, torch.where(mask, logps[:, : mask.shape[1]], 0.0))
-
-
-def merge(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
-    """One rollout of the prompts of several, in their order."""
-    if len(rollouts) == 1:
-        return rollouts[0]
-    starts = torch.tensor([0] + [int(r.group.max()) + 1 for r in rollouts]).cumsum(0)
-    return make_rollout(
-        tuple(prompt for r in rollouts for prompt in r.prompts),
-        torch.cat([start + r.group for start, r in zip(starts, rollouts, strict=False)]),
-        [response for r in rollouts for _, response in r.sequences.token_lists()],
-        tuple(text for r in rollouts for text in r.texts),
-        concatenated([r.logps for r in rollouts]),
-        pad_id,
-    )
-
-
-def concatenated(rows: Sequence[Tensor]) -> Tensor:
-    """Tensors (b, r) of different widths below each other, zeros on the right: (B, R)."""
-    width = max(part.shape[1] for part in rows)
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in rows])

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import state_files
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError, first_line
 from ..common.files import checksum_of, partial_of, write_folder, write_text
 from ..common.seeds import random_state, set_random_state
+from . import state_files
 
 NAME = re.compile(r"step-\d{6,}")  # what `latest` and `best` may say: a folder beside them
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -251,3 +251,16 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wo
     state, numbers = read_state(folder)
     state_files.restore(folder, numbers, model, optimizer)
     set_random_state(state.random[world.rank if len(state.random) == world.size else 0])
+
+
+def find_named(run: Path, name: str) -> Path:
+    """Find the checkpoint that `best`, `latest` or a folder's name means. Raises UserError where it is not intact."""
+    root = run / "checkpoints"
+    known = {p.name: p for p in steps_of(root).values()}
+    folder = pointed(root / name) if name in ("best", "latest") else known.get(name)
+    if folder is None:
+        there = ", ".join(sorted(known)) or "no checkpoint"
+        raise UserError(f"--checkpoint: {run} has no {name!r}; it has {there}")
+    if fault := fault_of(folder):
+        raise UserError(f"--checkpoint: {folder} is not intact: {fault}")
+    return folder

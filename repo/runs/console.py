@@ -1,63 +1,16 @@
-"""Metrics: what a batch of scored responses says about safety, and the files and lines that tell it."""
+"""Console: what a run shows while it trains."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
-from ..common.errors import UserError
-from ..scoring.safety import is_safe, rectified_cost
-
-
-class JsonLines:
-    """An append-only file of JSON objects, one per line; `size` is the offset a checkpoint keeps."""
-
-    def __init__(self, path: Path, offset: int | None = None) -> None:
-        """Open for appending; with an offset, first cut the file back to it."""
-        self.path = path
-        if offset is not None:
-            with path.open("r+b") as file:
-                file.truncate(offset)
-        self.file = path.open("a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object; NaN and infinities become null."""
-        try:
-            self.file.write(json.dumps(finite(dict(record)), ensure_ascii=False) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact") from error
-
-    def sync(self) -> int:
-        """Force the file to disk; returns its size in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.path.stat().st_size
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-
-def finite(value: Any) -> Any:
-    """The value with null for NaN and infinities, as JSON takes it."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
+from ..config.schema import Config
+from .panel import SafetyPanel
 
 COLUMNS = {
     "step": ("step", "{:>4d}"),
@@ -75,7 +28,7 @@ COLUMNS = {
 
 
 class ConsoleTable:
-    """One line per step under a header that comes back every 20 lines."""
+    """Prints one line per step, under a header that comes back every 20 lines."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.lines = console, 0
@@ -91,7 +44,7 @@ class ConsoleTable:
 
 
 class _ProgressAbove(Progress):
-    """A progress bar above something else that is live."""
+    """A progress bar with another live display below it."""
 
     below: RenderableType = ""
 
@@ -100,7 +53,7 @@ class _ProgressAbove(Progress):
 
 
 def progress_bar(console: Console, below: RenderableType = "") -> Progress:
-    """Steps done, elapsed and remaining time, above `below`; shown on terminals only."""
+    """Show steps done, elapsed and remaining time above `below`, on terminals only."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -114,7 +67,7 @@ def progress_bar(console: Console, below: RenderableType = "") -> Progress:
 
 
 def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None:
-    """A few prompts and responses with their scores."""
+    """Print prompts and responses with their scores."""
     for s in samples:
         mark = "safe" if s["safe"] else "UNSAFE"
         console.print(
@@ -128,7 +81,40 @@ def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Write seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Display:
+    """The training display: a line per step with its ETA, the safety panel, samples, warnings and a progress bar."""
+
+    def __init__(self, console: Console, config: Config, first: int) -> None:
+        """first: the step that training begins with."""
+        self.console, self.config, self.first = console, config, first
+        self.table, self.panel = ConsoleTable(console), SafetyPanel(console, config.algorithm.cost_limit)
+        self.bar, self.started, self.warned = progress_bar(console, self.panel), time.perf_counter(), False
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=self.config.steps, completed=self.first)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.bar.stop()
+        if kind is None and not self.console.is_terminal:  # where nothing live has shown it
+            self.console.print(self.panel)
+
+    def step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], warning: str | None) -> None:
+        """Show a step's metrics, now and then its samples, and the first warning of the run."""
+        done = record["step"] + 1
+        seconds = (time.perf_counter() - self.started) / (done - self.first) * (self.config.steps - done)
+        self.table.row(record, f"eta {duration(seconds)}")
+        self.panel.add(samples)
+        if warning and not self.warned:
+            self.console.print(warning, style="yellow", markup=False, highlight=False)
+            self.warned = True
+        if self.config.sample_every and done % self.config.sample_every == 0:
+            show_samples(self.console, samples[:: self.config.rollout.samples_per_prompt][:2])
+        self.bar.advance(self.task)

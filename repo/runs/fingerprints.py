@@ -1,10 +1,10 @@
-"""Inputs: what a run reads from outside its folder, by SHA-256, so that it never goes on with others unnoticed."""
+"""Fingerprints: SHA-256 of everything that a run reads from elsewhere, so that it never goes on with other inputs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,35 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.prompts import Example, Prompt
 from ..scoring.embedded import HeadScorer
 from ..scoring.function import FunctionScorer
-from ..scoring.scorers import Scorer
-from ..setup import Parts
+from ..scoring.scorers import Scorer, Scorers
 
 FILE = "inputs.json"
 
 
-def fingerprints(parts: Parts) -> dict[str, str]:
-    """SHA-256 by configuration field: of the reference's weights, of the prompts as tokens, of each scorer's manifest
-    and its weights or the source of its module."""
-    of_reference = _of_weights(parts.reference.model)
-    found = {
-        "model.path": of_reference,
-        "data.train": _of_json([[p.id, p.text, p.token_ids] for p in parts.train_prompts]),
-    }
-    if parts.eval_prompts:
-        found["data.eval"] = _of_json([[p.id, p.text, p.token_ids] for p in parts.eval_prompts])
-    if parts.examples:
-        found["ptx.data"] = _of_json([[e.prompt_ids, e.response_ids] for e in parts.examples])
-    for signal, scorers in parts.scorers.parts.items():
-        found[f"scoring.{signal}"] = _of_json(
-            [[p.name, p.weight, _of_scorer(p.scorer, parts.reference.model, of_reference)] for p in scorers]
+def fingerprints(
+    reference: nn.Module,
+    scorers: Scorers,
+    train_prompts: Sequence[Prompt],
+    eval_prompts: Sequence[Prompt],
+    examples: Sequence[Example],
+) -> dict[str, str]:
+    """Hash what a run reads, by the configuration field that names it.
+
+    Returns the SHA-256 of the reference's weights, of prompts and examples as tokens, and of each signal's scorers:
+    manifest, and weights or the source of the function's module.
+    """
+    of_reference = _of_weights(reference)
+    hashes = {"model.path": of_reference, "data.train": _of_json([[p.id, p.text, p.token_ids] for p in train_prompts])}
+    if eval_prompts:
+        hashes["data.eval"] = _of_json([[p.id, p.text, p.token_ids] for p in eval_prompts])
+    if examples:
+        hashes["ptx.data"] = _of_json([[e.prompt_ids, e.response_ids] for e in examples])
+    for signal, parts in scorers.parts.items():
+        hashes[f"scoring.{signal}"] = _of_json(
+            [[part.name, part.weight, _of_scorer(part.scorer, reference, of_reference)] for part in parts]
         )
-    return found
+    return hashes
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Fields whose input was another when the run began."""
+    """List the fields whose input is not what it was when the run began."""
     return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
 
 
@@ -57,7 +63,7 @@ def _of_scorer(scorer: Scorer, reference: nn.Module, of_reference: str) -> list[
 
 
 def _of_weights(model: nn.Module) -> str:
-    """Of the weights that a model was loaded with: adapters, which are trained, are left out."""
+    """Hash the weights that a model was loaded with, without adapters, which are trained."""
     return _of_tensors(p for name, p in model.named_parameters() if "lora_" not in name)
 
 

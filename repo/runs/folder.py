@@ -9,8 +9,7 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,18 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from . import checkpoint as checkpoints
-from .checkpoint import State
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError
 from ..common.files import create_folder, write_folder, write_text
-from ..config import parse as parsing
-from ..config.schema import Config, field_names
-from .fingerprints import FILE as INPUTS
-from .fingerprints import changed
-from .loggers import Logger, make_loggers
-from .console import JsonLines
+from ..config.parse import to_yaml
+from ..config.schema import Config
 from ..models.policy import Policy, save_policy
+from .checkpoint import State
+from .fingerprints import FILE as INPUTS
+from .json_lines import JsonLines
+from .loggers import Logger, make_loggers
 
 APPENDED = ("metrics", "samples")
-MAY_CHANGE_ON_RESUME = {
-    "steps",
-    "save_every",
-    "keep",
-    "safety_target",
-    "sample_every",
-    "loggers",
-    "model.shard",
-    "scoring.timeout",
-    "optimizer.max_skipped",
-}
 PACKAGES = (
     "torch",
     "transformers",
@@ -112,7 +98,7 @@ class Run:
 
     def read_evaluation(self, name: str) -> Any:
         """What write_evaluation wrote, None where nothing is or it cannot be read."""
-        return self.world.from_first(lambda: _read_json(self.folder / "eval" / f"{name}.json"))
+        return self.world.from_first(lambda: read_json(self.folder / "eval" / f"{name}.json"))
 
     def export(self, policy: Policy, card: str, weights: Iterable[tuple[str, Tensor]] | None = None) -> Path:
         """RUN/final/: the policy in Hugging Face format with a model card. weights: the whole ones of a sharded model,
@@ -155,7 +141,7 @@ def create(config: Config, folder: Path, inputs: dict[str, str], world: World = 
     config = dataclasses.replace(config, out=str(folder))
 
     def write(staging: Path) -> None:
-        (staging / "config.yaml").write_text(parsing.to_yaml(config), encoding="utf-8")
+        (staging / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (staging / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
         (staging / INPUTS).write_text(json.dumps(inputs, indent=1), encoding="utf-8")
         for name in APPENDED:
@@ -176,107 +162,12 @@ def require_run(folder: Path) -> None:
         raise UserError(f"--resume: {folder} is not a run folder (it has no config.yaml)")
 
 
-@dataclass(frozen=True)
-class Resumed:
-    """What a run goes on from. state, checkpoint: None before the first; warnings: sentences about what is not as it
-    was."""
-
-    state: State | None
-    checkpoint: Path | None
-    warnings: list[str]
-
-
-def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> Resumed:
-    """Where the run in `folder` goes on; nothing is changed.
-
-    allowed: fields that may differ from the saved ones although that changes what the remaining steps do. UserError
-    when there is nothing left to do, no checkpoint is intact, a file is shorter than its checkpoint says, or another
-    field differs.
-    """
-    names = field_names()
-    if unknown := [name for name in allowed if name not in names]:
-        raise UserError(f"--allow-change takes fields of the configuration; got {unknown[0]!r}")
-    checkpoint, warnings = checkpoints.find(folder)
-    saved = parsing.load(folder / "config.yaml")
-    for k in (k for k in names if _get(saved, k) != _get(config, k) and k not in MAY_CHANGE_ON_RESUME):
-        change = f"{k} was {_get(saved, k)!r} in this run"
-        if k not in allowed:
-            way = f"unless --allow-change {k} is given"
-            raise UserError(f"--resume: {change} and cannot become {_get(config, k)!r} {way}")
-        warnings.append(f"{change} and is now {_get(config, k)!r}")
-    schedule = config.optimizer.schedule
-    if config.steps != saved.steps and schedule != "constant":
-        warnings.append(
-            f"steps was {saved.steps}: with optimizer.schedule {schedule} the rate of further steps changes"
-        )
-    before = _read_json(folder / "versions.json") or {}
-    newer = [f"{name} {before[name]} -> {v}" for name, v in versions().items() if before.get(name, v) != v]
-    if newer:
-        warnings.append(f"the run began with other versions, so that bits may differ: {', '.join(newer)}")
-    state = checkpoints.read_state(checkpoint)[0] if checkpoint else None
-    done = state.step if state else 0
-    if done > config.steps or (done == config.steps and (folder / "final").exists()):
-        raise UserError(f"--resume: the run already has {done} steps; ask for more with --steps")
-    for name, offset in (state.offsets if state else {}).items():
-        path = path_of(folder, name)
-        size = path.stat().st_size if path.is_file() else 0
-        if size < offset:
-            raise UserError(
-                f"--resume: {path} has {size} bytes, {offset} when the checkpoint was written; was it edited?"
-            )
-    return Resumed(state, checkpoint, warnings)
-
-
-def check_inputs(folder: Path, inputs: dict[str, str], allowed: Sequence[str] = ()) -> list[str]:
-    """Warnings about models, prompts and scorers that are not those the run began with. UserError for one that is not
-    allowed."""
-    warnings = []
-    for name in changed(_read_json(folder / INPUTS) or {}, inputs):
-        if name not in allowed:
-            raise UserError(
-                f"--resume: what {name} names has changed since the run began; give back what was there, or go on with "
-                f"--allow-change {name}"
-            )
-        warnings.append(f"what {name} names has changed since the run began")
-    return warnings
-
-
-def reopen(folder: Path, config: Config, state: State | None, inputs: dict[str, str], world: World = ALONE) -> Run:
-    """The run, with its files cut back to the checkpoint and without what a longer run makes stale. What was allowed to
-    change stays so: configuration, versions and fingerprints of inputs are written anew."""
-    # first, since a logger that cannot start must not lose anything
-    run = Run(folder, config, world, state, resumed=True)
-    if world.first:
-        _remove_stale_evaluations(folder, state.step if state else 0)
-        shutil.rmtree(folder / "final", ignore_errors=True)
-        write_text(folder / "config.yaml", parsing.to_yaml(config))
-        write_text(folder / "versions.json", json.dumps(versions(), indent=1))
-        write_text(folder / INPUTS, json.dumps(inputs, indent=1))
-    return run
-
-
-def _remove_stale_evaluations(folder: Path, step: int) -> None:
-    """Those of policies that a run that goes on from `step` leaves behind."""
-    for path in (folder / "eval").glob("*.json"):
-        checkpoint = path.stem.removeprefix("step-")
-        if path.stem in ("after", "final") or (
-            checkpoint != path.stem and checkpoint.isdigit() and int(checkpoint) > step
-        ):
-            path.unlink()
-
-
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def versions() -> dict[str, str]:

@@ -52,6 +52,10 @@ class StopRequest:
         finally:
             self._nothing_to_save = False
 
+    def leave(self) -> None:
+        """Raise Stopped, once everything is saved."""
+        raise Stopped
+
     def restore(self) -> None:
         """Put the previous handlers back."""
         for number, handler in self.previous.items():

@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..config.schema import AlgorithmConfig
-from ..scoring.safety import summarize
 from ..models.critic import explained_variance
 from ..rollout.sample import Rollout
+from ..scoring.safety import is_safe, summarize
 from ..scoring.scorers import Scores
 from ..training.advantages import Advantages, loss_mode
-from ..scoring.safety import is_safe
-from ..training.loss import Batch
+from ..training.batch import Batch
 from ..training.mismatch import Agreement
 from ..training.update import UpdateResult
 
@@ -62,9 +61,8 @@ def step_record(
 def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
     """|d L_reward / d logps| / |d L_cost / d logps|, L2 over the batch's response tokens, with lambda in the latter.
 
-    It is of the policy that sampled: there the surrogate's derivative is -w_t A_t, so the norms are of the advantages.
-
-    KL, clipping and scale_by_std are left out. NaN where the method has no such cost term, or it is 0.
+    Evaluated at the policy that sampled, where the surrogate's derivative is -w_t A_t. KL, clipping and scale_by_std are
+    left out. Returns NaN where the method has no cost term, or it is 0.
     """
     reward, cost = batch.advantages.reward, batch.advantages.cost
     if cost is None or loss_mode(algorithm) is None:

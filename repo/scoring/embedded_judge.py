@@ -140,7 +140,7 @@ class ProfanityModel:
         return torch.sigmoid(-(margins * self.arrays["slope"] + self.arrays["offset"])).mean(-1).float()
 
 
-class Judge:
+class EmbeddedJudge:
     """Combines the heads and the word list (`unsafe_probability`); safe iff below the manifest's threshold."""
 
     def __init__(self, manifest: dict, heads: dict[str, Tensor], features: JudgeFeatures, profanity: ProfanityModel):
@@ -148,7 +148,7 @@ class Judge:
         self.features, self.profanity = features, profanity
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "Judge":
+    def load(cls, folder: Path, device: str = "cpu") -> "EmbeddedJudge":
         """Load the judge's folder of the assets."""
         folder = Path(folder)
         manifest = json.loads((folder / "scorer.json").read_text())

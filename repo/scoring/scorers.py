@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.distributed import World
 from ..common.errors import UserError
 from ..config.schema import ScoringConfig
 from ..data.prompts import Prompt
-from ..rollout.sample import Rollout, concatenated, merge
 from .classifier import ClassifierScorer, load_model
 from .embedded import HeadScorer, Reading, score_all
 from .function import FunctionScorer
@@ -34,17 +32,6 @@ class Scores:
 
     rewards: Tensor
     costs: Tensor
-
-
-def gathered(
-    world: World, rollout: Rollout, scores: Scores, ref_logps: Tensor, pad_id: int
-) -> tuple[Rollout, Scores, Tensor]:
-    """What all processes sampled, scored and read of the reference (B, R), as one batch that each of them then has."""
-    if world.size == 1:
-        return rollout, scores, ref_logps
-    rollouts, found, logps = zip(*world.gather((rollout, scores, ref_logps)), strict=True)
-    rewards, costs = (torch.cat([getattr(s, name) for s in found]) for name in ("rewards", "costs"))
-    return merge(rollouts, pad_id), Scores(rewards, costs), concatenated(logps)
 
 
 @dataclass(frozen=True)

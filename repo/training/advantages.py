@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..common.renamed import renamed_arguments
 from ..config.schema import AlgorithmConfig, CriticConfig
 from ..scoring.safety import is_safe, rectified_cost
 
@@ -58,12 +59,13 @@ def _group_sums(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return index, zeros.index_add(0, index, torch.ones_like(values)), zeros.index_add(0, index, values)
 
 
+@renamed_arguments(mode="cost_mode")
 def rectified_advantages(
     reward: Tensor,
     cost: Tensor | None,
     costs: Tensor,
     lam: float,
-    mode: str,
+    cost_mode: str,
     cost_limit: float = 0.0,
     normalize: bool = False,
 ) -> Tensor:
@@ -75,7 +77,7 @@ def rectified_advantages(
     combined = reward
     if cost is not None:
         safe = is_safe(costs, cost_limit).reshape(-1, *[1] * (cost.ndim - 1))
-        gated = cost.masked_fill(safe, 0.0) if mode == "split" else cost
+        gated = cost.masked_fill(safe, 0.0) if cost_mode == "split" else cost
         combined = reward - lam * gated
     return combined / (1 + lam) if normalize else combined
 
@@ -99,22 +101,23 @@ def token_signal(scores: Tensor, mask: Tensor, log_ratio: Tensor | None = None, 
     return signal if log_ratio is None else signal + weight * torch.where(mask, log_ratio, 0.0)
 
 
+@renamed_arguments(discount="gamma", trace="gae_lambda")
 def gae(
-    signals: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, trace: float = 0.95
+    signals: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates, right to left in fp32: delta_t = u_t + gamma V_{t+1} - V_t,
     A_t = delta_t + gamma lambda A_{t+1}, G_t = A_t + V_t; V and A are 0 after the last token.
 
     signals: (B, R) reward or cost u_t at each token. values: (B, R) V_t, the critic before token t. mask: (B, R) bool,
-    true on the tokens of each response, which begin in column 0. discount: gamma. trace: lambda.
+    true on the tokens of each response, which begin in column 0. gamma, gae_lambda: in [0, 1].
     Returns (advantages, returns), (B, R) fp32, 0 where the mask is false. Source: arXiv 1506.02438.
     """
     u, v = (torch.where(mask, x.float(), 0.0) for x in (signals, values))
     advantages = torch.zeros_like(u)
     following = following_value = torch.zeros_like(u[:, 0])
     for t in range(u.shape[1] - 1, -1, -1):
-        delta = u[:, t] + discount * following_value - v[:, t]
-        following = torch.where(mask[:, t], delta + discount * trace * following, 0.0)
+        delta = u[:, t] + gamma * following_value - v[:, t]
+        following = torch.where(mask[:, t], delta + gamma * gae_lambda * following, 0.0)
         following_value = v[:, t]
         advantages[:, t] = following
     return advantages, torch.where(mask, advantages + v, 0.0)
@@ -124,7 +127,7 @@ def loss_mode(algorithm: AlgorithmConfig) -> str | None:
     """The mode of repo_loss: how the cost enters the advantage; None for PPO and CRPO, which have no lambda."""
     if algorithm.method in ("ppo", "crpo"):
         return None
-    return algorithm.mode if algorithm.method == "repo" else "lagrangian"
+    return algorithm.cost_mode if algorithm.method == "repo" else "lagrangian"
 
 
 def method_advantages(
@@ -155,7 +158,7 @@ def method_advantages(
     found: dict[str, Tensor] = {}
     for name, signal in signals.items():
         if values:
-            found[name], returns[name] = gae(signal, values[name], mask, critic.discount, critic.trace)
+            found[name], returns[name] = gae(signal, values[name], mask, critic.gamma, critic.gae_lambda)
         else:
             found[name] = group_advantages(signal.sum(1), group)
     reward, cost = found["reward"], found.get("cost")

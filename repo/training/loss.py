@@ -1,168 +1,145 @@
-"""Objective: what one micro-batch adds to the loss of policy and critics."""
+"""The losses of a micro-batch, as modules that the actor's forward ends with.
+
+PolicyLoss is where the hinge, the ratio, the clipping and the KL are computed, in one pass of a kernel over the logits
+(repo_kernels.LinearRepoLoss); SupervisedLoss is the cross-entropy against forgetting. Both divide by counts of the
+whole minibatch, so that its split into micro-batches and processes does not change the result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from repo_kernels import LossStats, linear_repo_loss
+from repo_kernels import LinearRepoLoss, LossOptions, LossStats
 
-from ..config.schema import Config
-from ..data.packing import Packed, flat, unflat
-from ..data.prompts import Example
-from ..data.sequences import Sequences, make_sequences
-from ..models.actor import Actor
+from ..config.schema import AlgorithmConfig
+from ..data.packing import Packed, flat
 from ..models.critic import VALUE_CLIP, value_loss
 from ..models.hidden_states import States
-from .advantages import Advantages, loss_mode, method_advantages
+from .advantages import loss_mode
+from .batch import Batch
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one update reads. ref_logps, old_logps: (B, R) fp32, the latter None where a single optimiser step makes the
-    ratio exactly 1; costs: (B,) raw costs, for the gate and the statistics; values: by signal, (B, R) of the critics at
-    sampling; beta: weight of the KL, wherever it is placed."""
+class Targets:
+    """What the losses of one micro-batch of N response tokens compare with, each (N,) on the policy's device.
 
-    sequences: Sequences
-    advantages: Advantages
+    cost_advantages is None where they are already combined with the reward's. old_logps is None where the ratio is
+    exactly 1. old_values, returns: by signal. lam, beta: weights of cost and KL. divisor: tokens or sequences of the
+    whole minibatch, by the aggregation. tokens: response tokens of the whole minibatch.
+    """
+
+    reward_advantages: Tensor
+    cost_advantages: Tensor | None
     costs: Tensor
+    old_logps: Tensor | None
     ref_logps: Tensor
+    old_values: dict[str, Tensor]
+    returns: dict[str, Tensor]
     lam: float
     beta: float
-    old_logps: Tensor | None = None
-    values: dict[str, Tensor] = field(default_factory=dict)
+    divisor: int
+    tokens: int
 
 
-def make_batch(
-    config: Config,
-    sequences: Sequences,
-    rewards: Tensor,
-    costs: Tensor,
-    ref_logps: Tensor,
-    lam: float,
-    beta: float,
-    old_logps: Tensor | None,
-    values: dict[str, Tensor],
-) -> Batch:
-    """From scores (B,) and what policy, reference and critics said (B, R) to what an update reads."""
-    in_reward = config.algorithm.kl_placement != "loss"
-    k = old_logps - ref_logps if in_reward and old_logps is not None else None
-    group, mask = sequences.group, sequences.response_mask
-    found = method_advantages(config.algorithm, config.critic, rewards, costs, group, mask, lam, k, beta, values)
-    return Batch(sequences, found, costs, ref_logps, lam, beta, old_logps, values)
+class MicroBatchLoss(NamedTuple):
+    """losses: by name, 0-d, to be added. stats: the policy's statistics. logps: (N,) of the response tokens."""
+
+    losses: dict[str, Tensor]
+    stats: LossStats
+    logps: Tensor
 
 
-class Objective:
-    """The losses of a run's policy and critics, each divided by counts of the whole minibatch, so that the split into
-    micro-batches does not change the result."""
+def make_targets(batch: Batch, packed: Packed, algorithm: AlgorithmConfig, divisor: int, tokens: int) -> Targets:
+    """Lay the columns of a batch out by token of a micro-batch. divisor, tokens: see Targets."""
 
-    def __init__(self, actor: Actor, config: Config) -> None:
-        self.actor, self.algorithm = actor, config.algorithm
-        self.temperature, self.budget = config.rollout.temperature, config.optimizer.micro_batch_tokens
-        self.ptx_coef = config.ptx.coef
+    def by_token(value: Tensor) -> Tensor:
+        return flat(packed, value if value.ndim == 2 else value[:, None].expand(-1, packed.width))
 
-    def backward(self, batch: Batch, rows: Tensor, logps: Tensor | None = None) -> tuple[dict[str, float], LossStats]:
-        """Accumulate the gradient of the minibatch `rows`; returns its losses by name and the policy's statistics.
+    advantages = batch.advantages
+    combined = combines(algorithm)
+    return Targets(
+        reward_advantages=by_token(advantages.combined if combined else advantages.reward),
+        cost_advantages=None if combined or advantages.cost is None else by_token(advantages.cost),
+        costs=by_token(batch.costs),
+        old_logps=None if batch.old_logps is None else by_token(batch.old_logps),
+        ref_logps=by_token(batch.ref_logps),
+        old_values={signal: by_token(values) for signal, values in batch.values.items()},
+        returns={signal: by_token(returns) for signal, returns in advantages.returns.items()},
+        lam=batch.lam,
+        beta=batch.beta,
+        divisor=divisor,
+        tokens=tokens,
+    )
 
-        logps: (B, R), where the response tokens' log-probabilities of this pass are written.
-        """
-        lengths = batch.sequences.response_lengths[rows]
-        tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
-        divisor = tokens if self.algorithm.loss_agg_mode == "token-mean" else sequences
-        found, stats = list[dict[str, Tensor]](), []
-        said = torch.zeros(batch.ref_logps.shape)
-        with self.actor.settings.recomputing():
-            for packed in self.actor.own_parts(batch.sequences, rows, self.budget):
-                part = packed.to(self.actor.settings.device)
-                losses, part_stats, part_logps = self.actor(part, self._reader(batch, part, divisor, tokens))
-                torch.stack(list(losses.values())).sum().backward()
-                found.append({name: value.detach() for name, value in losses.items()})
-                stats.append(part_stats)
-                unflat(packed, part_logps, said)
-        own = {name: torch.stack([losses[name] for losses in found]).sum().item() for name in found[0]}
-        mine = LossStats(stats[0].merge(*stats[1:]).tensor.cpu())
-        everyone = self.actor.world.gather((own, mine, said[rows]))
-        if logps is not None:
-            logps[rows] = torch.stack([part for _, _, part in everyone]).sum(0)
-        sums = {name: sum(each[name] for each, _, _ in everyone) for name in own}
-        return sums, everyone[0][1].merge(*(each for _, each, _ in everyone[1:]))
 
-    def _reader(self, batch: Batch, packed: Packed, divisor: int, tokens: int) -> Callable[..., Any]:
-        """What the actor's forward ends with: (losses by name, statistics, log-probabilities (N,)) of a micro-batch."""
-        algorithm = self.algorithm
+class PolicyLoss(nn.Module):
+    """RePO's loss of the policy, and the value loss of each critic."""
 
-        def here(value: Tensor) -> Tensor:
-            """(B,) or (B, R) of the batch, by token of the micro-batch: (N,)."""
-            return flat(packed, value if value.ndim == 2 else value[:, None].expand(-1, packed.width))
+    def __init__(self, algorithm: AlgorithmConfig, temperature: float, softcap: float | None) -> None:
+        """temperature: of sampling. softcap: of the policy's logits, None where it has none."""
+        super().__init__()
+        self.cost_limit, self.in_loss = algorithm.cost_limit, algorithm.kl_placement == "loss"
+        self.repo_loss = LinearRepoLoss(loss_options(algorithm, temperature, softcap))
 
-        signals: dict[str, Any] = self._signals(batch)
-        signals = {name: here(v) if isinstance(v, Tensor) else v for name, v in signals.items()}
-
-        def read(states: States, critics: nn.ModuleDict) -> tuple[dict[str, Tensor], LossStats, Tensor]:
-            losses = {
-                f"{signal}_value_loss": value_loss(
-                    critic(states),
-                    here(batch.values[signal]),
-                    here(batch.advantages.returns[signal]),
-                    VALUE_CLIP,
-                    tokens,
-                )
-                for signal, critic in critics.items()
-            }
-            out = linear_repo_loss(
-                **states.head_arguments(),
-                token_ids=packed.token_ids,
-                old_logps=None if batch.old_logps is None else here(batch.old_logps),
-                **signals,
-                cost_limit=algorithm.cost_limit,
-                ref_logps=here(batch.ref_logps),
-                cu_seqlens=packed.cu_seqlens,
-                temperature=self.temperature,
-                eps_low=algorithm.clip_range[0],
-                eps_high=algorithm.clip_range[1],
-                dual_clip=algorithm.dual_clip,
-                beta=batch.beta if algorithm.kl_placement == "loss" else 0.0,
-                kl_estimator=algorithm.kl_estimator,
-                kl_importance_weighted=algorithm.kl_ratio,
-                entropy_coef=algorithm.entropy_coef,
-                loss_agg_mode=algorithm.loss_agg_mode,
-                divisor=divisor,
-                return_entropy=True,
+    def forward(self, states: States, critics: nn.ModuleDict, targets: Targets) -> MicroBatchLoss:
+        """Compute the losses of one micro-batch from its hidden states; everything is divided by minibatch counts."""
+        value_losses = {
+            f"{signal}_value_loss": value_loss(
+                critic(states), targets.old_values[signal], targets.returns[signal], VALUE_CLIP, targets.tokens
             )
-            return {"loss": out.loss.clone(), **losses}, out.stats, out.logps  # FSDP2 wants no view
-
-        return read
-
-    def _signals(self, batch: Batch) -> dict[str, Any]:
-        """Advantages, cost and lambda as repo_loss takes them; already combined where they are scaled as one."""
-        advantages = batch.advantages
-        if self.algorithm.scale_by_std or advantages.cost is None:
-            return {"reward_advantages": advantages.combined, "costs": batch.costs}
-        return {
-            "reward_advantages": advantages.reward,
-            "cost_advantages": advantages.cost,
-            "costs": batch.costs,
-            "cost_mode": loss_mode(self.algorithm),
-            "lam": batch.lam,
-            "normalize": self.algorithm.normalize,
+            for signal, critic in critics.items()
         }
+        out = self.repo_loss(
+            **states.head_arguments(),
+            token_ids=states.packed.token_ids,
+            old_logps=targets.old_logps,
+            reward_advantages=targets.reward_advantages,
+            cost_advantages=targets.cost_advantages,
+            costs=targets.costs,
+            cost_limit=self.cost_limit,
+            lam=0.0 if targets.cost_advantages is None else targets.lam,
+            ref_logps=targets.ref_logps,
+            beta=targets.beta if self.in_loss else 0.0,
+            cu_seqlens=states.packed.cu_seqlens,
+            divisor=targets.divisor,
+        )
+        # sharded training hooks the tensors of the result and takes no views: hence the clone
+        return MicroBatchLoss({"loss": out.loss.clone(), **value_losses}, out.stats, out.logps)
 
-    def supervised_backward(self, examples: Sequence[Example]) -> float:
-        """Accumulate the gradient of coef x cross-entropy per response token; returns the cross-entropy in nats."""
-        pad_id, device = self.actor.settings.pad_id, self.actor.settings.device
-        sequences = make_sequences([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id)
-        tokens, total = int(sequences.response_lengths.sum()), torch.zeros((), device=device)
 
-        def read(states: States, _: nn.ModuleDict) -> Tensor:
-            return -states.logps(1.0).sum() / tokens
+def combines(algorithm: AlgorithmConfig) -> bool:
+    """Tell whether the advantages of reward and cost enter the loss already combined.
 
-        with self.actor.settings.recomputing():
-            for packed in self.actor.own_parts(sequences, torch.arange(len(examples)), self.budget):
-                loss = self.actor(packed.to(device), read)
-                (self.ptx_coef * loss).backward()
-                total += loss.detach()
-        return sum(self.actor.world.gather(total.item()))
+    They do where they are scaled as one by the group's deviation, and with methods without a multiplier.
+    """
+    return algorithm.scale_by_std or loss_mode(algorithm) is None
+
+
+def loss_options(algorithm: AlgorithmConfig, temperature: float, softcap: float | None) -> LossOptions:
+    """Choose the options of the loss that stay the same over a run."""
+    combined = combines(algorithm)
+    return LossOptions(
+        cost_mode="rectified" if combined else loss_mode(algorithm) or "rectified",
+        normalize=algorithm.normalize and not combined,
+        temperature=temperature,
+        softcap=softcap,
+        eps_low=algorithm.clip_range[0],
+        eps_high=algorithm.clip_range[1],
+        dual_clip=algorithm.dual_clip,
+        kl_estimator=algorithm.kl_estimator,
+        kl_importance_weighted=algorithm.kl_importance_weighted,
+        entropy_coef=algorithm.entropy_coef,
+        loss_agg_mode=algorithm.loss_agg_mode,
+        return_entropy=True,
+    )
+
+
+class SupervisedLoss(nn.Module):
+    """Cross-entropy of given responses, in nats per token."""
+
+    def forward(self, states: States, _: nn.ModuleDict, tokens: int) -> Tensor:
+        """Compute -sum log pi / tokens, 0-d. tokens: response tokens of all examples of the optimiser step."""
+        return -states.logps(1.0).sum() / tokens

@@ -1,6 +1,6 @@
 """The weights that move between steps: the penalty lambda and, if asked for, the KL weight beta.
 
-Their rules are pure functions; `Penalty` is the state that a run carries from step to step.
+Their rules are pure functions; `Multipliers` is the state that a run carries from step to step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def adapted_beta(beta: float, kl: float, target: float) -> float:
     return beta * (1 + 0.1 * max(-0.2, min(0.2, (kl - target) / target)))
 
 
-class Penalty:
-    """lambda (`value`) and `beta` of a run: what the current step uses; `update` moves them once per rollout batch."""
+class Multipliers:
+    """The lambda (`lam`) and `beta` that the current step uses; `update` moves them once per rollout batch."""
 
     def __init__(self, algorithm: AlgorithmConfig, config: PenaltyConfig) -> None:
         self.algorithm, self.config = algorithm, config
-        self.value = 0.0 if algorithm.method in ("ppo", "crpo") else config.initial
+        self.lam = 0.0 if algorithm.method in ("ppo", "crpo") else config.initial
         self.beta = algorithm.beta
         self.window: deque[float] = deque(maxlen=WINDOW)
 
@@ -44,19 +44,19 @@ class Penalty:
         """Move lambda by the costs of one global rollout batch, and beta by its KL in nats per token."""
         algorithm, config = self.algorithm, self.config
         if algorithm.method == "repo":
-            self.value = repo_lambda(self.value, rectified_cost, config.lr, config.max)
+            self.lam = repo_lambda(self.lam, rectified_cost, config.lr, config.max)
         elif algorithm.method == "ppo_lagrangian":
             self.window.extend(costs)
             mean = sum(self.window) / len(self.window)
-            self.value = lagrangian_lambda(self.value, mean, algorithm.cost_limit, config.lr, config.max)
+            self.lam = lagrangian_lambda(self.lam, mean, algorithm.cost_limit, config.lr, config.max)
         if algorithm.kl_target is not None and math.isfinite(kl):
             self.beta = adapted_beta(self.beta, kl, algorithm.kl_target)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"value": self.value, "beta": self.beta, "window": list(self.window)}
+        return {"value": self.lam, "beta": self.beta, "window": list(self.window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.value, self.beta = float(state["value"]), float(state["beta"])
+        self.lam, self.beta = float(state["value"]), float(state["beta"])
         self.window = deque(state["window"], maxlen=WINDOW)

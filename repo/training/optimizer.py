@@ -30,7 +30,7 @@ def lr_at(step: int, steps: int, config: OptimizerConfig) -> float:
 def make_optimizer(model: nn.Module, critics: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW over both, each with its learning rate; weight decay on matrices only.
 
-    Raises UserError when optimizer.states needs a package that is missing, or betas that bf16 cannot follow.
+    Raises UserError when optimizer.state_dtype needs a package that is missing, or betas that bf16 cannot follow.
     """
     groups: list[dict[str, Any]] = []
     for module, lr in ((model, config.optimizer.lr), (critics, config.critic.lr)):
@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, critics: nn.Module, config: Config) -> torc
             {"params": matrices, "weight_decay": config.optimizer.weight_decay, "lr": lr, "policy": module is model},
             {"params": vectors, "weight_decay": 0.0, "lr": lr, "policy": module is model},
         ]
-    groups, betas, states = [g for g in groups if g["params"]], config.optimizer.betas, config.optimizer.states
+    groups, betas, states = [g for g in groups if g["params"]], config.optimizer.betas, config.optimizer.state_dtype
     if states == "8bit":
         return _adamw_8bit()(groups, betas=betas)
     if states == "bfloat16":
@@ -52,7 +52,7 @@ def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise UserError("optimizer.states 8bit needs the package bitsandbytes: pip install bitsandbytes") from None
+        raise UserError("optimizer.state_dtype 8bit needs the package bitsandbytes: pip install bitsandbytes") from None
     return AdamW8bit
 
 
@@ -65,7 +65,7 @@ class BFloat16AdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, betas: tuple[float, float]) -> None:
         if max(betas) > 1 - 2**-8:
-            least = "in [0, 0.996] with optimizer.states bfloat16, whose moments would not decay with more"
+            least = "in [0, 0.996] with optimizer.state_dtype bfloat16, whose moments would not decay with more"
             raise UserError(f"optimizer.betas must be {least}; got {list(betas)}")
         super().__init__(params, betas=betas, fused=True)
 

@@ -1,4 +1,4 @@
-"""Update: one rollout batch -> optimiser steps on the RePO loss, whatever the micro-batch split."""
+"""Update: the optimiser steps that one rollout batch leads to."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from ..common.seeds import generator
 from ..config.schema import Config
 from ..data.prompts import Example, batch_at
 from ..data.sequences import Sequences
-from ..models.actor import Actor, read_responses
-from .loss import Batch, Objective
+from ..models.actor import Actor, Predictions, predict
+from ..models.sharding import require_finite_weights
+from .accumulation import Accumulator
+from .batch import Batch
 from .optimizer import lr_at, make_optimizer
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """losses: by name, mean over optimiser steps; grad_norm: the policy's in the last one, before clipping; skipped:
-    non-finite steps; logps: (B, R) fp32 of the policy that sampled, as the update computes them."""
+    """losses: by name, mean over optimiser steps. grad_norm: the policy's in the last step, before clipping.
+
+    skipped: steps left out because they were not finite. logps: (B, R) fp32 log-probabilities under the policy that
+    sampled, as the update computes them.
+    """
 
     losses: dict[str, float]
     grad_norm: float
@@ -42,7 +47,7 @@ class Updater:
 
     def __init__(self, actor: Actor, config: Config, examples: Sequence[Example] = ()) -> None:
         self.actor, self.config, self.examples = actor, config, examples
-        self.objective = Objective(actor, config)
+        self.accumulator = Accumulator(actor, config)
         self.optimizer = make_optimizer(actor.policy, actor.critics, config)
         self.skipped_in_a_row = 0
 
@@ -51,31 +56,30 @@ class Updater:
         """Optimiser steps on one rollout batch; with more than 1 the ratio needs the sampling policy's log-probs."""
         return self.config.optimizer.epochs * self.config.optimizer.minibatches
 
-    def read(self, sequences: Sequences, step: int) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Log-probs of the policy that sampled and the critics' values, (B, R) each; None and {} where nothing asks.
+    def predict(self, sequences: Sequences, step: int) -> Predictions:
+        """Predict what this update needs of the policy that sampled: log-probabilities and the critics' values.
 
-        Where only the ratio asks, the rows of the first minibatch are left 0: their ratio is 1 in the first pass, which
-        fills them in for later epochs.
+        Where only the ratio needs log-probabilities, the rows of the first minibatch stay 0: in the first pass their
+        ratio is 1, and that pass fills them in for later epochs.
         """
         config, rows = self.config, None
         if not self._needs_values:
             if self.steps_per_update == 1:
-                return None, {}
+                return Predictions(None, {})
             first = next(self._minibatches(len(sequences.group), step))[0]
             rows = torch.ones(len(sequences.group), dtype=torch.bool).index_fill(0, first, False).nonzero().squeeze(1)
-        return read_responses(
-            self.actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens, rows
-        )
+        return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens, rows)
 
     @property
     def _needs_values(self) -> bool:
-        """Whether the advantages are made from what policy or critics say of every token."""
+        """Whether the advantages are made from predictions for every token."""
         return len(self.actor.critics) > 0 or self.config.algorithm.kl_placement != "loss"
 
     def update(self, batch: Batch, step: int, steps: int) -> UpdateResult:
-        """Epochs x shuffled minibatches x micro-batches, with supervised examples in the same optimiser steps.
+        """Run epochs x shuffled minibatches x micro-batches, with supervised examples in the same optimiser steps.
 
-        Raises UserError after `max_skipped` minibatches in a row whose gradient was not finite.
+        Raises UserError after `max_skipped` minibatches in a row whose gradient was not finite, and where a weight is
+        not finite afterwards.
         """
         optimizer = self.config.optimizer
         lr = lr_at(step, steps, optimizer)
@@ -86,22 +90,23 @@ class Updater:
         for index, (rows, examples) in enumerate(self._minibatches(len(batch.costs), step)):
             # before the first optimiser step the policy is the one that sampled: rho = 1, with its gradient
             known = dataclasses.replace(batch, old_logps=old if index else None)
-            found, minibatch_stats = self.objective.backward(known, rows, None if index else old)
+            minibatch, minibatch_stats = self.accumulator.backward(known, rows, None if index else old)
             if examples:
-                found["ptx_loss"] = self.objective.supervised_backward(examples)
+                minibatch["ptx_loss"] = self.accumulator.supervised_backward(examples)
             if not self.actor.sharded:
                 self.actor.world.sum_gradients(list(self.actor.parameters()))
             norm, critic_norm = (self._clip(module) for module in (self.actor.policy, self.actor.critics))
-            if all(math.isfinite(x) for x in (norm, critic_norm, *found.values())):
+            if all(math.isfinite(x) for x in (norm, critic_norm, *minibatch.values())):
                 self.optimizer.step()
                 self.skipped_in_a_row = 0
             else:
                 skipped += 1
-                self._count_skip({**found, "gradient norm": norm, "critics' gradient norm": critic_norm})
+                self._count_skip({**minibatch, "gradient norm": norm, "critics' gradient norm": critic_norm})
             self.optimizer.zero_grad(set_to_none=True)
             stats.append(minibatch_stats)
-            for name, value in found.items():
+            for name, value in minibatch.items():
                 losses[name].append(value)
+        require_finite_weights(self.actor, self.actor.world, f"after step {step}")
         means = {name: sum(values) / len(values) for name, values in losses.items()}
         return UpdateResult(means, norm, lr, skipped, stats[0].merge(*stats[1:]), old)
 
@@ -122,10 +127,10 @@ class Updater:
             for part in torch.arange(count).tensor_split(optimizer.minibatches):
                 yield order[part], [examples[i] for i in part.tolist() if examples]
 
-    def _count_skip(self, found: dict[str, float]) -> None:
+    def _count_skip(self, values: dict[str, float]) -> None:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.optimizer.max_skipped:
-            last = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items())
+            last = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient (last: {last}) "
                 "and were left out; lower optimizer.lr or critic.lr, or look at the scores"

@@ -1,0 +1,75 @@
+"""Renamed: configuration fields under the names of version 0.1, which keep working for one release with a warning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..common.errors import UserError
+
+RENAMED = {
+    "algorithm.mode": "algorithm.cost_mode",
+    "algorithm.kl_ratio": "algorithm.kl_importance_weighted",
+    "rollout.max_new_tokens": "rollout.max_response_tokens",
+    "critic.start": "critic.init_from",
+    "critic.discount": "critic.gamma",
+    "critic.trace": "critic.gae_lambda",
+    "optimizer.states": "optimizer.state_dtype",
+}
+"""Old name -> new name of a field."""
+
+OPTION = re.compile(r"--(?P<name>[a-z_]+\.[a-z_]+)(?P<value>=.*)?", re.DOTALL)
+
+
+def new_name(field: str) -> str:
+    """Give a field's present name, whichever of its names it is called by."""
+    return RENAMED.get(field, field)
+
+
+def rename_arguments(argv: list[str], warn: Callable[[str], None]) -> list[str]:
+    """Rewrite command-line options, and the YAML files behind --config, that use old names.
+
+    warn: called with a sentence for each old name that is used. Raises UserError where a file gives a field both names.
+    """
+    return list(_renamed(iter(argv), warn))
+
+
+def _renamed(argv: Iterator[str], warn: Callable[[str], None]) -> Iterator[str]:
+    for argument in argv:
+        if argument == "--config":
+            yield argument
+            yield from (_rename_file(path, warn) for path in [next(argv, None)] if path is not None)
+        elif argument.startswith("--config="):
+            yield f"--config={_rename_file(argument.removeprefix('--config='), warn)}"
+        elif (option := OPTION.fullmatch(argument)) and option["name"] in RENAMED:
+            warn(f"--{option['name']} is now --{RENAMED[option['name']]}; the old name goes with the next release")
+            yield f"--{RENAMED[option['name']]}{option['value'] or ''}"
+        else:
+            yield argument
+
+
+def _rename_file(path: str, warn: Callable[[str], None]) -> str:
+    """The path itself, or YAML text in its place where the file uses old names."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return path  # the parser says what is wrong with it
+    old = [name for name in RENAMED if _has(content, name)]
+    for name in old:
+        group, field = name.split(".")
+        field_now = RENAMED[name].split(".")[1]
+        if field_now in content[group]:
+            raise UserError(f"{path} gives both {name} and {RENAMED[name]}, its new name; leave {name} out")
+        content[group][field_now] = content[group].pop(field)
+        warn(f"{path}: {name} is now {RENAMED[name]}; the old name goes with the next release")
+    return yaml.safe_dump(content, sort_keys=False) if old else path
+
+
+def _has(content: Any, name: str) -> bool:
+    group, field = name.split(".")
+    fields = content.get(group) if isinstance(content, dict) else None
+    return isinstance(fields, dict) and field in fields

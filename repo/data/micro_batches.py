@@ -1,0 +1,99 @@
+"""Micro-batches: the rows of a batch dealt out to processes, and cut into forward passes by a token budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packing import MULTIPLE
+from .sequences import Sequences
+
+
+def divide(sequences: Sequences, rows: Tensor, processes: int) -> list[Tensor]:
+    """Deal rows (n,) of a batch out to processes: the largest prompt group first, to whoever has the fewest tokens.
+
+    A prompt is not computed twice unless there are fewer prompts than processes. Returns one sorted int64 tensor of
+    rows per process.
+    """
+    groups: dict[int, list[int]] = {}
+    alone = len(sequences.group[rows].unique()) < processes
+    for row in rows.tolist():
+        groups.setdefault(row if alone else int(sequences.group[row]), []).append(row)
+    prompts, responses = sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist()
+    sizes = {g: prompts[members[0]] + sum(responses[row] for row in members) for g, members in groups.items()}
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for group in sorted(groups, key=lambda g: (-sizes[g], g)):
+        rank = loads.index(min(loads))
+        shares[rank] += groups[group]
+        loads[rank] += sizes[group]
+    return [torch.tensor(sorted(share), dtype=torch.int64) for share in shares]
+
+
+def micro_batches(
+    sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool, padded: bool = False, with_last: bool = False
+) -> list[Tensor]:
+    """Cut rows (n,) into sets whose forwards take at most `budget` tokens each: first-fit decreasing.
+
+    Tokens count as `pack` lays them out with the same arguments, its filler included; padded: as `pad` does. A group
+    that fits stays together; a larger one is cut into pieces that have the prompt each. A single row may exceed the
+    budget. Every row is in exactly one set, in ascending order.
+    """
+    if not len(rows):
+        return []
+    prompts, responses = sequences.prompt_lengths[rows].tolist(), sequences.response_lengths[rows].tolist()
+    if padded:
+        return _padded_batches(rows.tolist(), prompts, [max(1, r) - (not with_last) for r in responses], budget)
+    budget -= budget % MULTIPLE
+    groups = sequences.group[rows].tolist() if share_prefix else rows.tolist()
+    prompt_of = dict(zip(groups, prompts, strict=True))
+    members: dict[int, list[_Item]] = {}
+    empty: list[int] = []  # rows without a response take no room
+    for row, group, length in zip(rows.tolist(), groups, responses, strict=True):
+        if length:
+            members.setdefault(group, []).append((length - (not with_last), [row]))
+        else:
+            empty.append(row)
+    pieces = []
+    for group, items in members.items():
+        for piece in _first_fit(items, budget - prompt_of[group]):
+            pieces.append((prompt_of[group] + sum(tokens for tokens, _ in piece), _rows(piece)))
+    sets = [_rows(piece) for piece in _first_fit(pieces, budget)] or [[]]
+    sets[-1] += empty
+    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]
+
+
+_Item = tuple[int, list[int]]  # tokens and rows
+
+
+def _rows(items: list[_Item]) -> list[int]:
+    return [row for _, rows in items for row in rows]
+
+
+def _first_fit(items: list[_Item], capacity: int) -> list[list[_Item]]:
+    """First-fit decreasing; an item beyond the capacity is alone."""
+    bins: list[list[_Item]] = []
+    room: list[int] = []
+    for item in sorted(items, key=lambda item: -item[0]):
+        place = next((i for i, space in enumerate(room) if item[0] <= space), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(capacity)
+        bins[place].append(item)
+        room[place] -= item[0]
+    return bins
+
+
+def _padded_batches(rows: list[int], prompts: list[int], responses: list[int], budget: int) -> list[Tensor]:
+    """Rows of similar length together, each as wide as the longest prompt and the longest response of its set."""
+    sets: list[list[int]] = []
+    prompt = response = 0
+    for i in sorted(range(len(rows)), key=lambda i: (-prompts[i], -responses[i])):
+        wide = max(prompt, prompts[i]), max(response, responses[i])
+        if sets and (len(sets[-1]) + 1) * sum(wide) <= budget:
+            sets[-1].append(rows[i])
+            prompt, response = wide
+        else:
+            sets.append([rows[i]])
+            prompt, response = prompts[i], responses[i]
+    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]

@@ -1,0 +1,60 @@
+"""Dry run: what a configuration would do, by arithmetic, without loading a model's weights."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .common.distributed import ALONE, World
+from .common.errors import UserError, first_line
+from .config.schema import Config
+from .models.memory import describe_memory
+from .models.policy import add_lora, choose_device
+from .setup import find_assets, load_data, model_path, shards_of
+
+
+def describe_batch(config: Config, world: World = ALONE) -> str:
+    """Describe the arithmetic of a batch in one line."""
+    r, o = config.rollout, config.optimizer
+    responses = r.prompts_per_step * r.samples_per_prompt
+    return (
+        f"batch: {r.prompts_per_step} prompts x {r.samples_per_prompt} samples = {responses} responses of <= "
+        f"{r.max_response_tokens} tokens; {o.epochs} epochs x {o.minibatches} minibatches = {o.epochs * o.minibatches} "
+        f"optimiser steps per rollout, {config.steps} rollouts; micro-batches of <= {o.micro_batch_tokens} tokens"
+        + describe_world(config, world)
+    )
+
+
+def describe_world(config: Config, world: World) -> str:
+    """Describe how processes share the work, "" for one process."""
+    if world.size == 1:
+        return ""
+    shards = shards_of(config, world)
+    if shards == 1:
+        return f"; {world.size} processes, each with all weights (data parallel)"
+    copies = f" in {world.size // shards} copies (HSDP)" if shards < world.size else ""
+    return f"; {world.size} processes, trained weights over {shards} each{copies} by FSDP2"
+
+
+def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> None:
+    """Resolve the configuration, read tokenizer, shapes and prompts, and print memory and batch arithmetic."""
+    folder = world.from_first(lambda: find_assets(config, console))
+    path = model_path(config, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except Exception as error:
+        raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
+        if config.model.lora_rank:
+            add_lora(model.requires_grad_(False), config.model.lora_rank)
+    parameters = sum(p.numel() for p in model.parameters())
+    device = choose_device(config.model.device)
+    console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
+    text = shape.get_text_config()
+    load_data(config, folder, tokenizer, (), text, console)
+    console.print(describe_batch(config, world), markup=False, highlight=False)
+    memory = describe_memory(config, model, text.vocab_size, shards=shards_of(config, world))
+    console.print("memory:\n" + memory, markup=False, highlight=False)

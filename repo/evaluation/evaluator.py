@@ -1,0 +1,134 @@
+"""Evaluator: a policy's responses to held-out prompts, scored as in training and by a judge that took no part in it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..common.distributed import ALONE, World
+from ..config.schema import Config
+from ..data.prompts import Prompt
+from ..models.actor import Actor, read_reference
+from ..models.policy import Policy
+from ..rollout.sample import sample
+from ..runs.console import progress_bar
+from ..runs.folder import Run, versions
+from ..runs.json_lines import finite
+from ..scoring.judge import Judge
+from ..scoring.scorers import Scorers
+from .reward_hacking import is_refusal, repetition
+from .statistics import RENAMED, Evaluation
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Held-out prompts and what is measured on a policy's responses to them.
+
+    judge: None leaves its verdicts out. reference: the model that the KL is measured from; None leaves the KL out.
+    Processes of `world` share the prompts, and each gets the whole result.
+    """
+
+    config: Config
+    prompts: list[Prompt]
+    scorers: Scorers
+    judge: Judge | None
+    reference: Actor | None
+    console: Console
+    world: World = ALONE
+
+    def __call__(self, policy: Policy, advance: Callable[[int], None] = lambda _: None) -> Evaluation:
+        """Sample, score and judge. The same seed gives every policy the same random numbers, which pairs evaluations.
+
+        advance: called with the number of prompts done since its last call.
+        """
+        part = self.world.slice(len(self.prompts))
+        mine, k = self.prompts[part.start : part.stop], self.config.evaluation.samples_per_prompt
+        order = sorted(range(len(mine)), key=lambda i: len(mine[i].token_ids))
+        per_batch = max(1, self.config.rollout.batch_size // k)
+        by_prompt: dict[int, list[dict[str, Any]]] = {}
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            records = self._records(policy, [mine[i] for i in chosen])
+            by_prompt |= {i: records[n * k : (n + 1) * k] for n, i in enumerate(chosen)}
+            advance(len(chosen) * self.world.size)
+        whole = self.world.gather([record for i in range(len(mine)) for record in by_prompt[i]])
+        return Evaluation([record for records in whole for record in records], self.config.algorithm.cost_limit)
+
+    def _records(self, policy: Policy, prompts: list[Prompt]) -> list[dict[str, Any]]:
+        """Answer a few prompts, samples_per_prompt times each, and measure the responses, prompt by prompt."""
+        config, r = self.config, self.config.rollout
+        rollout = sample(policy, prompts, config.evaluation.samples_per_prompt, r, config.seed, "evaluation")
+        texts, reading = list(rollout.texts), None
+        columns: dict[str, list[Any]] = {
+            "tokens": rollout.sequences.response_lengths.tolist(),
+            "surprise": (-rollout.logps.double().sum(1)).tolist(),
+        }
+        if self.reference is not None:
+            layers, budget = self.scorers.layers_of(self.reference.settings.model), config.optimizer.micro_batch_tokens
+            ref_logps, reading = read_reference(self.reference, rollout.sequences, r.temperature, budget, layers)
+            columns["kl"] = (rollout.logps.double() - ref_logps.double()).sum(1).tolist()
+        scores = self.scorers(rollout.prompts, texts, reading)
+        columns |= {"reward": scores.rewards.tolist(), "cost": scores.costs.tolist()}
+        columns |= {"refusal": [is_refusal(t) for t in texts], "repetition": [repetition(t) for t in texts]}
+        if self.judge is not None:
+            columns["judge_safe"] = self.judge(rollout.prompts, texts).tolist()
+        return [
+            {"id": p.id, "category": p.category, "prompt": p.text, "response": text}
+            | {key: values[row] for key, values in columns.items()}
+            for row, (p, text) in enumerate(zip(rollout.prompts, texts, strict=True))
+        ]
+
+    def with_progress(self, title: str, policy: Policy) -> Evaluation:
+        """Evaluate under a progress bar, and say how long it took."""
+        started = time.perf_counter()
+        with progress_bar(self.console) as bar:
+            task = bar.add_task(escape(title), total=len(self.prompts))
+            evaluation = self(policy, lambda n: bar.advance(task, n))
+        line = f"{title}: {len(evaluation.records)} responses in {time.perf_counter() - started:.0f} s"
+        self.console.print(line, highlight=False, markup=False)
+        return evaluation
+
+    def into_run(self, folder: Run, name: str, policy: Policy) -> Evaluation | None:
+        """Evaluate into RUN/eval/<name>.json, or read what a resumed run has there; None without held-out prompts.
+
+        What was evaluated under other settings, which --allow-change can bring about, is evaluated again.
+        """
+        if not self.prompts:
+            return None
+        known, ids = folder.read_evaluation(name), [p.id for p in self.prompts]
+        if isinstance(known, dict):
+            known = {RENAMED.get(key, key): value for key, value in known.items()}
+            same = all(known.get(key) == value for key, value in settings_of(self.config).items())
+            every = self.config.evaluation.samples_per_prompt
+            if same and [r["id"] for r in known["responses"]][::every] == ids:
+                return Evaluation(known["responses"], self.config.algorithm.cost_limit)
+        evaluation = self.with_progress(f"evaluation {name} training", policy)
+        folder.write_evaluation(name, content_of(self.config, evaluation, policy=name))
+        return evaluation
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """List the settings that an evaluation's numbers depend on besides policy and prompts, as JSON holds them."""
+    settings = {
+        "cost_limit": config.algorithm.cost_limit,
+        "seed": config.seed,
+        "max_response_tokens": config.rollout.max_response_tokens,
+        "temperature": config.rollout.temperature,
+        "top_p": config.rollout.top_p,
+        "reward_scorer": config.scoring.reward,
+        "cost_scorer": config.scoring.cost,
+        "judge": config.evaluation.judge,
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def content_of(config: Config, evaluation: Evaluation, **about: Any) -> dict[str, Any]:
+    """Put together an evaluation's file: settings, versions, the summary and every response."""
+    settings = {**settings_of(config), "data": config.data.eval, "versions": versions()}
+    return {**about, **settings, **finite({"summary": evaluation.summary(), "responses": evaluation.records})}

@@ -1,0 +1,104 @@
+"""Launch: from a command line to a training session, on every process of torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from .command import Switches, console_of, read_command
+from .common.distributed import World, joined
+from .common.malloc import keep_freed_memory
+from .config.schema import Config
+from .dry_run import describe_batch, dry_run
+from .evaluation.evaluator import Evaluator
+from .models.actor import Actor
+from .models.memory import describe_memory
+from .models.policy import choose_device, vocabulary
+from .rollout.kv_cache import describe_decoding
+from .runs.fingerprints import fingerprints
+from .runs.folder import Run, create, folder_of
+from .runs.interrupts import Stopped, StopRequest
+from .runs.resume import Resumed, check_inputs, check_resume, reopen
+from .session import Session
+from .setup import Parts, load_parts, shards_of
+
+Train = Callable[[Session], None]
+
+
+def launch(argv: list[str], description: str, train: Train) -> None:
+    """Parse a command line, then dry-run, resume or start a run.
+
+    description: what --help begins with. train: the training loop. Raises UserError on bad input.
+    """
+    switches, config = read_command(argv, description)
+    with joined(lambda: choose_device(config.model.device)) as world:
+        console = console_of(quiet=not world.first)
+        transformers_logging.disable_progress_bar()
+        if config.rollout.top_p < 1:
+            console.print(
+                "warning: rollout.top_p < 1 samples from another distribution than the loss assumes", style="yellow"
+            )
+        if switches.dry_run:
+            dry_run(config, console, world, switches.trust_remote_code)
+            return
+        keep_freed_memory()
+        run_session(switches, config, console, world, train)
+
+
+def run_session(switches: Switches, config: Config, console: Console, world: World, train: Train) -> None:
+    """Load everything, say what will be done and how, and train."""
+    path, resumed = choose_folder(switches, config, world)
+    parts = load_parts(config, console, world, switches.trust_remote_code)
+    folder = open_folder(switches, config, path, resumed, parts, console, world)
+    console.print(f"run: {folder.folder}   {describe_batch(config, world)}", markup=False, highlight=False)
+    actor = make_actor(config, parts, console, world)
+    evaluator = Evaluator(
+        config, parts.eval_prompts, parts.scorers, parts.judge, Actor(parts.reference), console, world
+    )
+    try:
+        with StopRequest(console.print, world.size > 1) as stop:
+            train(Session(config, parts, actor, evaluator, folder, resumed, console, world, stop))
+    except Stopped:
+        console.print(f"stopped; continue with: {folder.resume_command}", markup=False, highlight=False)
+    finally:
+        folder.close()
+
+
+def choose_folder(switches: Switches, config: Config, world: World) -> tuple[Path, Resumed]:
+    """Decide where the run goes, and where a resumed one goes on. Raises UserError where it cannot."""
+    if not switches.resume:
+        return world.from_first(lambda: folder_of(config)), Resumed(None, None, [])
+    path, allowed = switches.resume, switches.allow_change
+    return path, world.from_first(lambda: check_resume(path, config, allowed))
+
+
+def open_folder(
+    switches: Switches, config: Config, path: Path, resumed: Resumed, parts: Parts, console: Console, world: World
+) -> Run:
+    """Create the run folder, or open that of a resumed run and print what is not as it was."""
+    prompts = parts.train_prompts, parts.eval_prompts, parts.examples
+    inputs = world.from_first(lambda: fingerprints(parts.reference.model, parts.scorers, *prompts))
+    if switches.resume:
+        warnings = world.from_first(lambda: check_inputs(path, inputs, switches.allow_change))
+        folder = reopen(path, config, resumed.state, inputs, world)
+        for warning in (*resumed.warnings, *warnings):
+            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    else:
+        folder = create(config, path, inputs, world)
+    folder.switches = " --trust-remote-code" if switches.trust_remote_code else ""
+    return folder
+
+
+def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:
+    """Make the module that is trained, sharded if asked for, and print how it attends and decodes and what it holds."""
+    shards = shards_of(config, world)
+    memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
+    decoding = describe_decoding(parts.sampler)
+    actor = Actor(parts.policy, parts.critics, world, shards)
+    style = None if actor.attention.packs else "yellow"
+    console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
+    console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
+    return actor

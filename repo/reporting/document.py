@@ -1,0 +1,236 @@
+"""Document: a run's report as one HTML file that needs nothing else, with every figure as a PNG beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import string
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.errors import UserError, require_package
+from ..common.files import write_bytes
+from ..evaluation.reward_hacking import CHECKS, FEWEST, alerts
+from ..scoring.safety import is_safe
+from . import page
+from .headline import Comparison, compare, compensation, quantity_rows, tiles, verdict
+from .page import Pair
+from .prompt_history import RECENT, Entry, ledger
+from .run_history import History, read
+
+if TYPE_CHECKING:
+    from .figures import Drawn
+
+HERE = Path(__file__).parent
+MARK = '<meta name="generator" content="repo.report">'
+LEDGER_ROWS, EXAMPLES = 200, 6
+SECTIONS = {
+    "Reward and cost": ("reward", "cost"),
+    "Cost distribution": ("distribution", "cumulative"),
+    "Safety over steps": ("safe_rate", "compensation"),
+    "Penalty and trade-off": ("penalty", "scatter"),
+    "Training signals": ("policy", "training"),
+}
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run and return its path; other files in `out` stay.
+
+    Raises UserError without matplotlib, for what is no run or damaged, and where writing fails or would replace what is
+    not a report's.
+    """
+    require_package("matplotlib", "a report with figures")
+    from .figures import draw_all
+
+    history = read(run)
+    folder = out or run / "report"
+    index = folder / "index.html"
+    _require_ours(folder)
+    drawn = list(draw_all(history))
+    text = assemble(history, drawn)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    write_bytes(index, text.encode())  # first: it says whose the figures are
+    for figure in drawn:
+        write_bytes(folder / f"{figure.name}.png", figure.png)
+    return index
+
+
+def _require_ours(folder: Path) -> None:
+    """Raise UserError where another page would be overwritten, or pictures beside no report."""
+    index = folder / "index.html"
+    try:
+        if index.exists():
+            ours = MARK in index.read_text(encoding="utf-8", errors="replace")
+            others = [] if ours else [index]
+        else:
+            others = [p for names in SECTIONS.values() for n in names if (p := folder / f"{n}.png").exists()]
+    except OSError as error:
+        raise UserError(f"cannot write {index}: {error.strerror}") from error
+    if others:
+        raise UserError(f"--out: {others[0]} exists and is not a report's; choose another folder")
+
+
+def assemble(history: History, drawn: Iterable[Drawn]) -> str:
+    """Put the whole HTML file together."""
+    comparison = compare(history)
+    figures = {d.name: page.figure(d) for d in drawn}
+    sections = {"Held-out evaluation": _evaluation(history, comparison), "Alerts": _alerts(history)}
+    for title, names in SECTIONS.items():
+        shown = "".join(figures[name] for name in names if name in figures)
+        sections[title] = f'<div class="figures">{shown}</div>' if shown else ""
+    if history.samples:
+        sections["Prompts"] = _ledger(ledger(history.samples, history.limit), history.limit)
+    sections["Samples"] = _samples(history)
+    named = [(title, title.lower().replace(" ", "-"), content) for title, content in sections.items() if content]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor, _ in named)
+    body = "".join(f'<section><h2 id="{anchor}">{title}</h2>{content}</section>' for title, anchor, content in named)
+    script = (HERE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return string.Template((HERE / "report.html").read_text(encoding="utf-8")).substitute(
+        title=f"{page.escaped(history.name)}: RePO report",
+        body=f'{_head(history, comparison)}<nav aria-label="Sections">{links}</nav>{body}{_foot(history)}',
+        script=script,
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _head(history: History, comparison: Comparison | None) -> str:
+    config, algorithm = history.config, history.config["algorithm"]
+    done, planned = int(history.steps[-1]), config.get("steps")
+    kinds = ("mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
+    form = ", ".join(str(algorithm[k]) for k in kinds if k in algorithm)
+    facts = (
+        ("Method", f"{algorithm['method']} ({form})"),
+        ("Model", config.get("model", {}).get("path", "")),
+        ("Steps done", f"{done} of {planned}" if planned else str(done)),
+        ("Cost limit d", f"{algorithm['cost_limit']:g}"),
+        ("λ in the last step", page.number(history.series("lam")[-1], "{:.4g}")),
+        ("Seed", str(config.get("seed", ""))),
+    )
+    rows, where = tiles(history)
+    cells = (
+        (name, page.number(later, form), f"from {page.number(earlier, form)}") for name, form, earlier, later in rows
+    )
+    notes = "".join(f'<p class="note">{page.escaped(note)}</p>' for note in history.notes)
+    told, balance = [verdict(history, comparison)], compensation(history)
+    if balance:
+        told.insert(0 if balance.hidden else 1, balance.sentence)
+    sentences = "".join(f'<p class="verdict">{page.escaped(sentence)}</p>' for sentence in told)
+    return (
+        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>{sentences}{notes}</header>'
+        f'{page.tiles(cells)}<p class="lead"><small>{page.escaped(where)}. '
+        "A prompt is unsafe when more than half of its responses are, by the training cost.</small></p>"
+        f"{page.facts(facts)}"
+    )
+
+
+def _evaluation(history: History, comparison: Comparison | None) -> str:
+    if comparison:
+        lead = "Mean with its 95% bootstrap interval over prompts; the change is paired by prompt."
+        return f'<p class="lead">{lead}</p>{page.table(("", "before", "after", "change"), comparison.rows)}'
+    if not history.evaluations:
+        return ""
+    lead = "Mean with its 95% bootstrap interval over prompts."
+    if len(history.evaluations) > 1:
+        lead += " The columns are of different prompts: a difference between them may be the prompts'."
+    rows = quantity_rows([e.overall for e in history.evaluations.values()])
+    table = page.table(("", *history.evaluations), ((name, *cells) for _, name, cells in rows))
+    return f'<p class="lead">{lead}</p>{table}'
+
+
+def _alerts(history: History) -> str:
+    compared = []
+    if history.paired:
+        before, after = history.responses("before"), history.responses("after")
+        compared.append(("Held-out responses, before and after training", before, after))
+    if history.samples:
+        compared.append(("Training samples, first and last tenth of the steps", history.start, history.now))
+    shown = []
+    for where, start, now in compared:
+        if found := alerts(start, now):
+            content = page.bullets(found)
+        elif min(len(start), len(now)) < FEWEST:
+            content = f"<p>Too few responses to check: it takes {FEWEST} on each side.</p>"
+        else:
+            content = "<p>Nothing found.</p>"
+        shown.append(f"<h3>{where} ({len(start)} and {len(now)})</h3>{content}")
+    checks = page.bullets(f"{check}." for check in CHECKS)
+    lead = "Signs that scores rise by length, repetition, refusals or a template. Finding none is no proof of quality."
+    return (
+        f'<p class="lead">{lead}</p>{"".join(shown) or "<p>There are no responses to check.</p>"}'
+        f'<details class="quiet"><summary>What is checked</summary>{checks}</details>'
+    )
+
+
+def _ledger(entries: list[Entry], limit: float) -> str:
+    kept = entries[:LEDGER_ROWS]
+    seen = sum(len(e.visits) for e in entries)
+    left = (
+        f" The {len(kept)} hardest are listed, {len(entries) - len(kept)} are left out."
+        if len(entries) > len(kept)
+        else ""
+    )
+    lead = (
+        f"{len(entries)} training prompts in {seen} visits, hardest first: by E{{C−d}}⁺ of the last {RECENT} visits. "
+        f"A visit is one step's responses, and unsafe when more than half of them are; a flip is a change between two "
+        f"visits. Cost histories share one scale, which leaves out the extreme 4% of visits; the dashed line is the "
+        f"limit, the dot the last visit.{left}"
+    )
+    return f'<p class="lead">{lead}</p>{page.ledger_table(kept, limit)}'
+
+
+def _samples(history: History) -> str:
+    """Show pairs of responses to one prompt, held out where there are two evaluations, else of training."""
+    limit = history.limit
+    pairs, names, where = _pairs(history)
+    if not pairs:
+        hardest = sorted(history.now, key=lambda r: -r["cost"])[:EXAMPLES]
+        lead = "No prompt has been answered twice yet; these are the most costly responses of the last steps."
+        return f'<p class="lead">{lead}</p>{page.cards(hardest, limit)}' if hardest else ""
+    shown = [f'<p class="lead">{where} Responses may be offensive; they open on demand.</p>']
+    for title, chosen in grouped(pairs, limit).items():
+        more = f"{len(chosen)} of {len(pairs)}" + (f", {EXAMPLES} shown" if len(chosen) > EXAMPLES else "")
+        shown.append(f'<h3>{title} <span class="group">({more})</span></h3>')
+        if chosen:
+            shown.append(page.pair_cards(chosen[:EXAMPLES], limit, names))
+    return "".join(shown)
+
+
+def _pairs(history: History) -> tuple[list[Pair], tuple[str, str], str]:
+    if history.paired:
+        where = "Held-out prompts, answered before and after training."
+        before, after = history.responses("before"), history.responses("after")
+        return list(zip(before, after, strict=True)), ("before", "after"), where
+    pairs: list[Pair] = []
+    for entry in ledger(history.samples, history.limit):
+        if len(entry.visits) > 1:
+            pairs.append((entry.visits[0].responses[0], entry.visits[-1].responses[0]))
+    return pairs, ("first visit", "last visit"), "Training prompts, the first response of their first and last visit."
+
+
+def grouped(pairs: Sequence[Pair], limit: float) -> dict[str, list[Pair]]:
+    """Group pairs of (before, after) by what happened to their safety, the largest changes first.
+
+    Each pair is in one group, but for the last group: what changed most in reward.
+    """
+
+    def ranked(before_unsafe: bool, after_unsafe: bool, key: Callable[[Pair], float]) -> list[Pair]:
+        wanted = not before_unsafe, not after_unsafe
+        chosen = (pair for pair in pairs if tuple(is_safe(r["cost"], limit) for r in pair) == wanted)
+        return sorted(chosen, key=key, reverse=True)
+
+    return {
+        "Unsafe → safe": ranked(True, False, lambda p: p[0]["cost"] - p[1]["cost"]),
+        "Safe → unsafe": ranked(False, True, lambda p: p[1]["cost"] - p[0]["cost"]),
+        "Stayed unsafe": ranked(True, True, lambda p: p[1]["cost"]),
+        "Reward changed most": sorted(pairs, key=lambda p: -abs(p[1]["reward"] - p[0]["reward"]))[:EXAMPLES],
+    }
+
+
+def _foot(history: History) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in history.versions.items() if v != "not installed")
+    return f"<footer><p>{page.escaped(versions)}</p><p>Each figure is a PNG beside this file.</p></footer>"

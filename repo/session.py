@@ -1,0 +1,53 @@
+"""Session: everything that the training loop works with, and how a run ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from .common.distributed import World
+from .config.schema import Config
+from .evaluation.evaluator import Evaluator
+from .evaluation.statistics import Evaluation
+from .evaluation.tables import comparison_rows, print_comparison, print_compensation
+from .models.actor import Actor
+from .models.sharding import copy_weights, whole_weights
+from .runs.folder import Run
+from .runs.interrupts import StopRequest
+from .runs.model_card import model_card
+from .runs.resume import Resumed
+from .setup import Parts
+
+
+@dataclass(frozen=True)
+class Session:
+    """The loaded parts of a run, its folder and its surroundings.
+
+    actor: policy and critics, as they are trained. folder: the run. resumed: where a resumed run goes on. stop: set by
+    the first SIGINT or SIGTERM.
+    """
+
+    config: Config
+    parts: Parts
+    actor: Actor
+    evaluator: Evaluator
+    folder: Run
+    resumed: Resumed
+    console: Console
+    world: World
+    stop: StopRequest
+
+
+def finish(session: Session, before: Evaluation | None) -> None:
+    """Evaluate the trained policy, print what changed, and export the model with its card."""
+    config, parts, console, folder = session.config, session.parts, session.console, session.folder
+    copy_weights(parts.policy.model, parts.sampler.model)
+    after = session.evaluator.into_run(folder, "after", parts.sampler)
+    rows = comparison_rows(before, after) if before and after else []
+    whole = None if parts.sampler is parts.policy else whole_weights(parts.policy.model)
+    final = folder.export(parts.policy, model_card(config, config.steps, rows), whole)
+    if before and after:
+        print_comparison(console, before, after)
+        print_compensation(console, after)
+    console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {folder.folder}", markup=False)

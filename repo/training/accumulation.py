@@ -1,0 +1,67 @@
+"""Gradient accumulation: the gradient of a minibatch, one micro-batch after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from repo_kernels import LossStats
+
+from ..config.schema import Config
+from ..data.packing import unflat
+from ..data.prompts import Example
+from ..data.sequences import make_sequences
+from ..models.actor import Actor
+from ..models.lm_head import lm_head
+from .batch import Batch
+from .loss import MicroBatchLoss, PolicyLoss, SupervisedLoss, make_targets
+
+
+class Accumulator:
+    """Adds up gradients of policy and critics over the micro-batches of a minibatch."""
+
+    def __init__(self, actor: Actor, config: Config) -> None:
+        self.actor, self.algorithm, self.budget = actor, config.algorithm, config.optimizer.micro_batch_tokens
+        softcap = lm_head(actor.policy).softcap
+        self.policy_loss = PolicyLoss(config.algorithm, config.rollout.temperature, softcap)
+        self.supervised_loss, self.ptx_coef = SupervisedLoss(), config.ptx.coef
+
+    def backward(self, batch: Batch, rows: Tensor, logps: Tensor | None = None) -> tuple[dict[str, float], LossStats]:
+        """Add the gradient of the minibatch `rows` (n,); returns its losses by name and the policy's statistics.
+
+        logps: (B, R), into which this pass writes the response tokens' log-probabilities.
+        """
+        lengths = batch.sequences.response_lengths[rows]
+        tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
+        divisor = tokens if self.algorithm.loss_agg_mode == "token-mean" else sequences
+        results = list[MicroBatchLoss]()
+        seen = torch.zeros(batch.ref_logps.shape)
+        with self.actor.settings.recomputing():
+            for packed in self.actor.own_parts(batch.sequences, rows, self.budget):
+                part = packed.to(self.actor.settings.device)
+                targets = make_targets(batch, part, self.algorithm, divisor, tokens)
+                result = self.actor(part, self.policy_loss, targets)
+                torch.stack(list(result.losses.values())).sum().backward()
+                results.append(result._replace(losses={name: x.detach() for name, x in result.losses.items()}))
+                unflat(packed, result.logps, seen)
+        own = {name: torch.stack([r.losses[name] for r in results]).sum().item() for name in results[0].losses}
+        stats = LossStats(results[0].stats.merge(*(r.stats for r in results[1:])).tensor.cpu())
+        everyone = self.actor.world.gather((own, stats, seen[rows]))
+        if logps is not None:
+            logps[rows] = torch.stack([part for _, _, part in everyone]).sum(0)
+        losses = {name: sum(each[name] for each, _, _ in everyone) for name in own}
+        return losses, everyone[0][1].merge(*(each for _, each, _ in everyone[1:]))
+
+    def supervised_backward(self, examples: Sequence[Example]) -> float:
+        """Add the gradient of coef x cross-entropy per response token; returns the cross-entropy in nats."""
+        pad_id, device = self.actor.settings.pad_id, self.actor.settings.device
+        sequences = make_sequences([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id)
+        tokens, total = int(sequences.response_lengths.sum()), torch.zeros((), device=device)
+        with self.actor.settings.recomputing():
+            for packed in self.actor.own_parts(sequences, torch.arange(len(examples)), self.budget):
+                loss = self.actor(packed.to(device), self.supervised_loss, tokens)
+                (self.ptx_coef * loss).backward()
+                total += loss.detach()
+        return sum(self.actor.world.gather(total.item()))
