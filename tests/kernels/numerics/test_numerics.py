@@ -244,16 +244,7 @@ def test_case_5_the_upstream_gradient_may_have_any_values_and_strides(kind: str)
 @pytest.mark.parametrize("poison", [math.nan, INF, -INF])
 @pytest.mark.parametrize(
     "name",
-    [
-        "logits",
-        "ref_logits",
-        "old_logps",
-        "ref_logps",
-        "reward_advantages",
-        "cost_advantages",
-        "costs",
-        "importance_weights",
-    ],
+    "logits ref_logits old_logps ref_logps reward_advantages cost_advantages costs importance_weights".split(),
 )
 def test_case_6_poison_in_a_masked_position_reaches_nothing(name: str, poison: float) -> None:
     batch = alive(8, (2, 6))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repo_kernels import LinearRepoLoss, LossOptions, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss
 from repo_kernels.losses import options as options_module
 
-from .cases import loss_arguments, make_batch
+from tests.support.kernels.cases import loss_arguments, make_batch
 
 NAMES = [field.name for field in fields(LossOptions)]
 
