@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from repo_kernels import LinearRepoLoss, LossOptions, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss
 from repo_kernels.losses import options as options_module
-
 from tests.support.kernels.cases import loss_arguments, make_batch
 
 NAMES = [field.name for field in fields(LossOptions)]
