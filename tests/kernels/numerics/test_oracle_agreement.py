@@ -1,4 +1,4 @@
-"""Every option, shape and dtype against the float64 oracle, at the tolerances of the kernels' contract.
+"""Every option, shape and dtype against the float64 oracle, at the tolerances below.
 
 Relative L2 against the oracle on the same rounded inputs: outputs 1e-6; gradients 5e-6 in fp32, one rounding of the
 storage type in bf16 (4e-3) and fp16 (5e-4 with a suitable grad_scale).
@@ -34,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 OUTPUT = 1e-6
 RATIO = 5e-6  # what carries exp(logp - base): as the gradients, of which rho is a factor
-FLOOR = 0.1  # per-token values below this are held to the absolute error that 0.1 would be, 2^-23: section 3, case 4
+FLOOR = 0.1  # per-token values below this are held to the absolute error that 0.1 would be, 2^-23
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> None:
