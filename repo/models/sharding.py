@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,11 @@ def shard(
     for critic in critics:
         for module in (*decoder_layers(critic), critic):
             fully_shard(module, mesh=mesh, mp_policy=exact)
-    for module in (*(layer for layer in decoder_layers(actor) if not isinstance(layer, FSDPModule)), actor):
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+    for layer in decoder_layers(actor):
+        if not isinstance(layer, FSDPModule):
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # the inputs of the root are token ids and what its losses compare with, which stays fp32
+    fully_shard(actor, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False))
     for module in actor.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
