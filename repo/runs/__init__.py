@@ -1,0 +1,1 @@
+"""The run folder: records, checkpoints, loggers, the console, interrupts."""

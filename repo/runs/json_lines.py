@@ -1,0 +1,53 @@
+"""JSON lines: the append-only files of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import UserError
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one per line."""
+
+    def __init__(self, path: Path, offset: int | None = None) -> None:
+        """Open for appending; with an offset, first cut the file back to it."""
+        self.path = path
+        if offset is not None:
+            with path.open("r+b") as file:
+                file.truncate(offset)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object; NaN and infinities become null."""
+        try:
+            self.file.write(json.dumps(finite(dict(record)), ensure_ascii=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact") from error
+
+    def sync(self) -> int:
+        """Force the file to disk and return its size in bytes, which a checkpoint keeps."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinities by null, which is all that JSON has for them."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,129 @@
+"""Resume: whether and where a run goes on, and what must be as it was when it began."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.distributed import ALONE, World
+from ..common.errors import UserError
+from ..common.files import write_text
+from ..config.parse import load_config, to_yaml
+from ..config.schema import Config, field_names
+from . import checkpoint as checkpoints
+from .checkpoint import State
+from .fingerprints import FILE as INPUTS
+from .fingerprints import changed
+from .folder import Run, path_of, read_json, versions
+
+MAY_CHANGE_ON_RESUME = {
+    "steps",
+    "save_every",
+    "keep",
+    "safety_target",
+    "sample_every",
+    "loggers",
+    "model.shard",
+    "scoring.timeout",
+    "optimizer.max_skipped",
+}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from. state, checkpoint: None before the first; warnings: sentences about what is not as it
+    was."""
+
+    state: State | None
+    checkpoint: Path | None
+    warnings: list[str]
+
+
+def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> Resumed:
+    """Where the run in `folder` goes on; nothing is changed.
+
+    allowed: fields that may differ from the saved ones although that changes what the remaining steps do. UserError
+    when there is nothing left to do, no checkpoint is intact, a file is shorter than its checkpoint says, or another
+    field differs.
+    """
+    names = field_names()
+    if unknown := [name for name in allowed if name not in names]:
+        raise UserError(f"--allow-change takes fields of the configuration; got {unknown[0]!r}")
+    checkpoint, warnings = checkpoints.find(folder)
+    saved = load_config(folder / "config.yaml")
+    for k in (k for k in names if _get(saved, k) != _get(config, k) and k not in MAY_CHANGE_ON_RESUME):
+        change = f"{k} was {_get(saved, k)!r} in this run"
+        if k not in allowed:
+            way = f"unless --allow-change {k} is given"
+            raise UserError(f"--resume: {change} and cannot become {_get(config, k)!r} {way}")
+        warnings.append(f"{change} and is now {_get(config, k)!r}")
+    schedule = config.optimizer.schedule
+    if config.steps != saved.steps and schedule != "constant":
+        warnings.append(
+            f"steps was {saved.steps}: with optimizer.schedule {schedule} the rate of further steps changes"
+        )
+    before = read_json(folder / "versions.json") or {}
+    newer = [f"{name} {before[name]} -> {v}" for name, v in versions().items() if before.get(name, v) != v]
+    if newer:
+        warnings.append(f"the run began with other versions, so that bits may differ: {', '.join(newer)}")
+    state = checkpoints.read_state(checkpoint)[0] if checkpoint else None
+    done = state.step if state else 0
+    if done > config.steps or (done == config.steps and (folder / "final").exists()):
+        raise UserError(f"--resume: the run already has {done} steps; ask for more with --steps")
+    for name, offset in (state.offsets if state else {}).items():
+        path = path_of(folder, name)
+        size = path.stat().st_size if path.is_file() else 0
+        if size < offset:
+            raise UserError(
+                f"--resume: {path} has {size} bytes, {offset} when the checkpoint was written; was it edited?"
+            )
+    return Resumed(state, checkpoint, warnings)
+
+
+def check_inputs(folder: Path, inputs: dict[str, str], allowed: Sequence[str] = ()) -> list[str]:
+    """Warnings about models, prompts and scorers that are not those the run began with. UserError for one that is not
+    allowed."""
+    warnings = []
+    for name in changed(read_json(folder / INPUTS) or {}, inputs):
+        if name not in allowed:
+            raise UserError(
+                f"--resume: what {name} names has changed since the run began; give back what was there, or go on with "
+                f"--allow-change {name}"
+            )
+        warnings.append(f"what {name} names has changed since the run began")
+    return warnings
+
+
+def reopen(folder: Path, config: Config, state: State | None, inputs: dict[str, str], world: World = ALONE) -> Run:
+    """The run, with its files cut back to the checkpoint and without what a longer run makes stale. What was allowed to
+    change stays so: configuration, versions and fingerprints of inputs are written anew."""
+    # first, since a logger that cannot start must not lose anything
+    run = Run(folder, config, world, state, resumed=True)
+    if world.first:
+        _remove_stale_evaluations(folder, state.step if state else 0)
+        shutil.rmtree(folder / "final", ignore_errors=True)
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_text(folder / "versions.json", json.dumps(versions(), indent=1))
+        write_text(folder / INPUTS, json.dumps(inputs, indent=1))
+    return run
+
+
+def _remove_stale_evaluations(folder: Path, step: int) -> None:
+    """Those of policies that a run that goes on from `step` leaves behind."""
+    for path in (folder / "eval").glob("*.json"):
+        checkpoint = path.stem.removeprefix("step-")
+        if path.stem in ("after", "final") or (
+            checkpoint != path.stem and checkpoint.isdigit() and int(checkpoint) > step
+        ):
+            path.unlink()
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
