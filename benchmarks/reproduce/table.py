@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.machine import machine
+from benchmarks.harness.machine import machine
 from repo.reporting.style import STYLE
 from repo.training.multipliers import lagrangian_lambda, repo_lambda
 from repo_kernels import repo_loss
@@ -63,7 +63,7 @@ def exact_gradient(table: Tensor, mode: str, lam: float, reward: Tensor, cost: T
         cost,
         costs=COST,
         cost_limit=LIMIT,
-        mode=mode,
+        cost_mode=mode,
         lam=lam,
         loss_agg_mode="none",
         **reference,

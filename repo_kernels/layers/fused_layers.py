@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..backends import cpu
+from ..backends.cpu import layers as cpu
 
 ROTARY = "apply_rotary_pos_emb"  # the global that attention layers of transformers call
 SILU = ("SiLU", "SiLUActivation")  # of PyTorch and of transformers

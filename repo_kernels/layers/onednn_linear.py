@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..backends import cpu
+from ..backends.cpu import layers as cpu
 from .packed_linear import available
 
 

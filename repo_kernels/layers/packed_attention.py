@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import cpu
+from ..backends.cpu import layers as cpu
 
 COLUMNS = 16  # a head has a multiple of these
 

@@ -189,7 +189,7 @@ def fused(
         if rows.entropy != ENTROPY_NONE:
             entropy = row_entropy(probs)
         logps, inputs = target_logps(probs, ids), token_inputs(rows.values[:, index], rows.scalars, code)
-        terms = token_terms(inputs, logps, entropy, kl, coef, KL_NAMES[code.kl], code.kl_ratio)
+        terms = token_terms(inputs, logps, entropy, kl, coef, KL_NAMES[code.kl], code.kl_importance_weighted)
         losses[index] = terms.loss
         tokens[:, index] = token_rows(terms, inputs.unsafe, logps, entropy)
         if grad is not None:

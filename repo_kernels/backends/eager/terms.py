@@ -44,7 +44,7 @@ class TokenInputs:
     unsafe: Tensor
     old_logps: Tensor | None
     ref_logps: Tensor | None
-    is_weights: Tensor
+    importance_weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def token_inputs(values: Tensor, scalars: Tensor, code: Code) -> TokenInputs:
         unsafe=unsafe,
         old_logps=None if code.on_policy else by_name["old_logps"],
         ref_logps=by_name["ref_logps"] if code.kl in (KL_K1, KL_K2, KL_K3) else None,
-        is_weights=by_name["is_weights"],
+        importance_weights=by_name["importance_weights"],
     )
 
 
@@ -144,13 +144,18 @@ def kl_estimate(delta: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
 
 
 def kl_terms(
-    inputs: TokenInputs, logps: Tensor, ratio: Tensor, ratio_inside: Tensor, estimator: str, kl_ratio: bool
+    inputs: TokenInputs,
+    logps: Tensor,
+    ratio: Tensor,
+    ratio_inside: Tensor,
+    estimator: str,
+    kl_importance_weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(KL without rho, kappa = what the loss adds, d kappa / d log pi) for a sampled estimator."""
     assert inputs.ref_logps is not None
     delta, inside = clamp_log_ratio(log_difference(logps, inputs.ref_logps))
     kl, slope = kl_estimate(delta, estimator)
-    if not kl_ratio or estimator == "k2":
+    if not kl_importance_weighted or estimator == "k2":
         return kl, kl, slope * inside
     # d(rho KL)/d log pi = rho KL + rho KL'; for k3 the exponentials cancel exactly and rho delta is left. It is kept,
     # with delta clamped, where delta's clamp acts: there rho KL alone is 1e8 and points away from the reference.
@@ -167,7 +172,7 @@ def token_terms(
     full_kl: Tensor | None,
     coef: Coefficients,
     kl_estimator: str,
-    kl_ratio: bool,
+    kl_importance_weighted: bool,
 ) -> TokenTerms:
     """w (is surrogate + beta kappa - alpha H) per token and its derivatives in log pi(y), H and the full KL.
 
@@ -182,7 +187,7 @@ def token_terms(
     surrogate, active = clipped_surrogate(ratio, inputs.advantages, low, high, coef.dual_clip)
     # d(-rho A)/d log pi = -rho A on the branch that is the minimum
     g_logp = -ratio * inputs.advantages * active * inside
-    surrogate, g_logp = inputs.is_weights * surrogate, inputs.is_weights * g_logp
+    surrogate, g_logp = inputs.importance_weights * surrogate, inputs.importance_weights * g_logp
 
     kl = g_kl = torch.zeros_like(logps)
     loss = surrogate
@@ -191,7 +196,7 @@ def token_terms(
         loss = loss + coef.beta * kl
         g_kl = inputs.weights * coef.beta
     elif inputs.ref_logps is not None:
-        kl, kappa, derivative = kl_terms(inputs, logps, ratio, inside, kl_estimator, kl_ratio)
+        kl, kappa, derivative = kl_terms(inputs, logps, ratio, inside, kl_estimator, kl_importance_weighted)
         loss = loss + coef.beta * kappa
         g_logp = g_logp + coef.beta * derivative
     g_entropy = torch.zeros_like(logps)

@@ -29,7 +29,7 @@ COST_LIMITS = tl.constexpr(interface.VALUES.index("cost_limits"))
 COST_BASELINES = tl.constexpr(interface.VALUES.index("cost_baselines"))
 OLD_LOGPS = tl.constexpr(interface.VALUES.index("old_logps"))
 REF_LOGPS = tl.constexpr(interface.VALUES.index("ref_logps"))
-IS_WEIGHTS = tl.constexpr(interface.VALUES.index("is_weights"))
+IMPORTANCE_WEIGHTS = tl.constexpr(interface.VALUES.index("importance_weights"))
 WEIGHTS = tl.constexpr(interface.VALUES.index("weights"))
 
 LAM = tl.constexpr(interface.SCALARS.index("lam"))
@@ -46,7 +46,7 @@ TOKENS = tl.constexpr(len(interface.TOKENS))
 
 @triton.jit
 def row_inputs(values, scalars, row, count, code):
-    """(advantage, unsafe, old_logp, ref_logp, is_weight, weight) of one row of the (9, N) values.
+    """(advantage, unsafe, old_logp, ref_logp, importance_weight, weight) of one row of the (9, N) values.
 
     A = A_R - lam A_C, over 1 + lam if normalized; A_C is 0, given, given where C > d, or {C - d}^+ - baseline.
     """
@@ -61,7 +61,7 @@ def row_inputs(values, scalars, row, count, code):
     baseline = tl.load(values + COST_BASELINES * count)
     old_logp = tl.load(values + OLD_LOGPS * count, mask=on_policy == 0, other=0.0)
     ref_logp = tl.load(values + REF_LOGPS * count, mask=sampled, other=0.0)
-    is_weight = tl.load(values + IS_WEIGHTS * count)
+    importance_weight = tl.load(values + IMPORTANCE_WEIGHTS * count)
     weight = tl.load(values + WEIGHTS * count)
     lam = tl.load(scalars + LAM)
     unsafe = cost_value > limit
@@ -70,7 +70,7 @@ def row_inputs(values, scalars, row, count, code):
     cost_advantage = tl.where(cost == COST_HINGE, tl.where(excess < 0, 0.0, excess) - baseline, cost_advantage)
     advantage = tl.where(cost == COST_NONE, reward_advantage, reward_advantage - lam * cost_advantage)
     advantage = tl.where((code >> 6) & 1 != 0, advantage / (1 + lam), advantage)
-    return advantage, unsafe, old_logp, ref_logp, is_weight, weight
+    return advantage, unsafe, old_logp, ref_logp, importance_weight, weight
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def clipped_surrogate(ratio, advantage, low, high, dual_clip):
 
 
 @triton.jit
-def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_ratio):
+def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_importance_weighted):
     """(KL without rho, kappa = what the loss adds, d kappa / d log pi) of a sampled estimator; 0 without one.
 
     With rho, d(rho KL)/d log pi = rho (KL + KL'); for k3 the exponentials cancel and rho delta is left.
@@ -108,7 +108,7 @@ def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_ratio):
     weighted_slope = ratio * (kl * ratio_inside + slope)
     k3_slope = tl.where(ratio_inside > 0, ratio * delta, ratio * slope)
     weighted_slope = tl.where(kl_code == KL_K3, k3_slope, weighted_slope)
-    with_ratio = (kl_ratio != 0) & (kl_code != KL_K2)
+    with_ratio = (kl_importance_weighted != 0) & (kl_code != KL_K2)
     kappa = tl.where(with_ratio, ratio * kl, kl)
     derivative = tl.where(with_ratio, weighted_slope, slope)
     sampled = k1 | k2 | (kl_code == KL_K3)
@@ -118,7 +118,7 @@ def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_ratio):
 @triton.jit
 def token_terms(inputs, logp, entropy, full_kl, scalars, code, entropy_mode, losses, tokens, row, count):
     """Stores the row's loss and its 13 token values; gives (g_logp, g_entropy, g_kl), grad_scale multiplied in."""
-    advantage, unsafe, old_logp, ref_logp, is_weight, weight = inputs
+    advantage, unsafe, old_logp, ref_logp, importance_weight, weight = inputs
     beta = tl.load(scalars + BETA)
     low, high = 1 - tl.load(scalars + EPS_LOW), 1 + tl.load(scalars + EPS_HIGH)
     entropy_coef = tl.load(scalars + ENTROPY_COEF)
@@ -130,13 +130,13 @@ def token_terms(inputs, logp, entropy, full_kl, scalars, code, entropy_mode, los
     ratio = exp(log_ratio)
     surrogate, active = clipped_surrogate(ratio, advantage, low, high, tl.load(scalars + DUAL_CLIP))
     # d(-rho A)/d log pi = -rho A on the branch that is the minimum
-    g_logp = is_weight * (-ratio * advantage * active * inside)
+    g_logp = importance_weight * (-ratio * advantage * active * inside)
 
     kl, kappa, derivative = kl_terms(logp, ref_logp, ratio, inside, kl_code, (code >> 5) & 1)
     full = kl_code == KL_FULL
     kl, kappa = tl.where(full, full_kl, kl), tl.where(full, full_kl, kappa)
     entropy = tl.where(entropy_mode != ENTROPY_NONE, entropy, 0.0)
-    loss = is_weight * surrogate + beta * kappa - entropy_coef * entropy
+    loss = importance_weight * surrogate + beta * kappa - entropy_coef * entropy
     g_logp = (g_logp + beta * derivative) * weight
     g_entropy = tl.where(entropy_mode == ENTROPY_GRADIENT, -weight * entropy_coef, 0.0)
     g_kl = tl.where(full, weight * beta, 0.0)
