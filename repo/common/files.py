@@ -1,4 +1,4 @@
-"""Atomic files and folders: write beside the target, flush to disk, rename. A crash leaves the old or the new content."""
+"""Atomic files and folders: write beside the target, flush to disk, rename. A crash leaves old or new content whole."""
 
 from __future__ import annotations
 

@@ -40,18 +40,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts, from a JSON lines or parquet file or a Hugging Face dataset (folder or hub name, with #split or
-    #config/split). A record has `prompt` (a text, or a conversation as a list of role and content) or `messages`, and
-    optionally `id` and `category`."""
+    """The prompts of training and evaluation."""
 
     train: str = "embedded"
-    """Training prompts: a file, a folder or a hub name, whose split "train" is read if none is named. "embedded": those
-    of the assets folder."""
+    """Training prompts: a JSON lines or parquet file, or a Hugging Face dataset (folder or hub name, with #split or
+    #config/split; else the split "train"). "embedded": the prompts of the assets folder. A record has `prompt` (a text,
+    or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`."""
     eval: str = "embedded"
-    """Held-out prompts, given like data.train; the split "test" is read if none is named. Training prompts with the
-    text of a held-out one are dropped."""
+    """Held-out prompts, given like data.train; without #split the split "test" is read. Training prompts that are held
+    out too are dropped."""
     column: str = "prompt"
-    """Name of the column that holds the prompt; where it is empty, `messages` is read."""
+    """Name of the column that holds the prompt; in records where it is null or missing, `messages` is read."""
     system_prompt: str | None = None
     """System message to put before every prompt that has none. null: add none; the chat template may add its own."""
     max_prompt_tokens: PositiveInt = 256
