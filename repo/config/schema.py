@@ -74,7 +74,7 @@ class RolloutConfig:
     """Sample from the most likely tokens that together have this probability; > 0. 1: from all. Below 1 responses are
     not drawn from the policy's own distribution, which biases the ratio."""
     batch_size: PositiveInt = 64
-    """Most responses to decode together; the samples of one prompt always stay together."""
+    """Largest number of responses to decode together; the samples of one prompt always stay together."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class OptimizerConfig:
     minibatches: PositiveInt = 1
     """Number of optimiser steps per pass. Each takes an equal share of the responses, in random order."""
     micro_batch_tokens: PositiveInt = 2048
-    """Most tokens in one forward and backward pass, padding included. Changes memory and speed, the result by rounding
-    only."""
+    """Largest number of tokens in one forward and backward pass, padding included; a longer prompt and response get a
+    pass of their own. Affects memory and speed, and the result by rounding only."""
     max_skipped: PositiveInt = 3
     """Stop the run after this many optimiser steps in a row with a loss or gradient that is not finite. Each such step
     is skipped."""
@@ -221,7 +221,7 @@ class EvaluationConfig:
     """The evaluation on held-out prompts, before and after training."""
 
     prompts: NonNegativeInt = 200
-    """Most held-out prompts to use. 0: no evaluation."""
+    """Largest number of held-out prompts to use. 0: no evaluation."""
     samples_per_prompt: PositiveInt = 1
     """Number of responses to each held-out prompt."""
     judge: str = "embedded"
@@ -250,8 +250,8 @@ class Config:
     sample_every: NonNegativeInt = 5
     """Number of steps between samples shown in the console. 0: show none. samples.jsonl always holds all of them."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Services to send metrics to besides metrics.jsonl; each needs its package. $WANDB_PROJECT and $TRACKIO_PROJECT
-    name the project."""
+    """Loggers that get the metrics besides metrics.jsonl; each needs its package. $WANDB_PROJECT and $TRACKIO_PROJECT
+    name the project. []: none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
