@@ -34,7 +34,7 @@ def divide(sequences: Sequences, rows: Tensor, processes: int) -> list[Tensor]:
 def micro_batches(
     sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool, padded: bool = False, with_last: bool = False
 ) -> list[Tensor]:
-    """Cut rows (n,) of a batch into sets, by first-fit decreasing, so that a forward pass takes at most `budget` tokens.
+    """Cut rows (n,) of a batch into sets for forward passes of at most `budget` tokens, by first-fit decreasing.
 
     A prompt group that fits stays together; a larger one is cut into pieces, each with its own copy of the prompt. A
     row that exceeds the budget by itself gets a set of its own.

@@ -161,7 +161,7 @@ def pad(sequences: Sequences, rows: Tensor, with_last: bool = False) -> Packed:
 
 
 def flat(packed: Packed, values: Tensor) -> Tensor:
-    """Gather a batch's values in packed order, on packed's device: (B, R) -> (N,) by token, (B,) -> (n,) by response."""
+    """Gather a batch's values in packed order on packed's device: (B, R) -> (N,) by token, (B,) -> (n,) by response."""
     if values.ndim == 2 and values.shape[1] != packed.width:
         raise ValueError(f"values must have the {packed.width} columns of the batch; got shape {tuple(values.shape)}")
     index = packed.order if values.ndim == 1 else packed.places
