@@ -129,7 +129,7 @@ class ClassifierScorer:
 
 
 class ScoreModelScorer(ClassifierScorer):
-    """A scorer with a score model of safe-rlhf, normalised as its config says; `path#index` names one of several scores.
+    """A scorer with a score model of safe-rlhf, normalised as its config says; path#index picks one of several scores.
 
     A tokenizer without a chat template gets safe-rlhf's text format of a conversation.
     """

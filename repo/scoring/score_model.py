@@ -50,6 +50,6 @@ class ScoreModel(PreTrainedModel):
 
 
 def format_conversation(messages: list[dict[str, str]], end: str) -> str:
-    """Write a conversation in safe-rlhf's text format. end: text after each turn of the assistant, e.g. the EOS token."""
+    """Write a conversation in safe-rlhf's text format. end: text after each turn of the assistant, the EOS token."""
     forms = {"system": "{} ", "user": "USER: {} ", "assistant": "ASSISTANT:{}" + end}
     return "BEGINNING OF CONVERSATION: " + "".join(forms[m["role"]].format(m["content"]) for m in messages)
