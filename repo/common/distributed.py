@@ -161,7 +161,7 @@ def joined(device_of: Callable[[], torch.device]) -> Iterator[World]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes cannot find each other: {first_line(error)}") from error
+        raise UserError(f"the processes cannot connect to each other: {first_line(error)}") from error
     world = World(dist.get_rank(), size)
     try:
         yield world

@@ -1,4 +1,4 @@
-"""UserError: a mistake in the user's input, reported in one sentence without a traceback."""
+"""Errors: mistakes in the user's input, reported in one sentence without a traceback."""
 
 from __future__ import annotations
 

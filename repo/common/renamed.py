@@ -25,7 +25,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]
                 if old in kwargs:
                     if new in kwargs:
                         raise TypeError(f"{function.__name__}: got both {old} and {new}, its new name")
-                    message = f"{function.__name__}: {old} is now {new}; the old name goes with the next release"
+                    message = f"{function.__name__}: {old} is now {new}; the next release removes the old name"
                     warnings.warn(message, DeprecationWarning, stacklevel=2)
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)

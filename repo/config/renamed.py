@@ -48,7 +48,7 @@ def _renamed(argv: Iterator[str], warn: Callable[[str], None]) -> Iterator[str]:
         elif argument.startswith("--config="):
             yield f"--config={_rename_file(argument.removeprefix('--config='), warn)}"
         elif (option := OPTION.fullmatch(argument)) and option["name"] in RENAMED:
-            warn(f"--{option['name']} is now --{RENAMED[option['name']]}; the old name goes with the next release")
+            warn(f"--{option['name']} is now --{RENAMED[option['name']]}; the next release removes the old name")
             yield f"--{RENAMED[option['name']]}{option['value'] or ''}"
         else:
             yield argument
@@ -67,7 +67,7 @@ def _rename_file(path: str, warn: Callable[[str], None]) -> str:
         if field_now in content[group]:
             raise UserError(f"{path} gives both {name} and {RENAMED[name]}, its new name; leave {name} out")
         content[group][field_now] = content[group].pop(field)
-        warn(f"{path}: {name} is now {RENAMED[name]}; the old name goes with the next release")
+        warn(f"{path}: {name} is now {RENAMED[name]}; the next release removes the old name")
     return yaml.safe_dump(content, sort_keys=False) if old else path
 
 

@@ -136,7 +136,7 @@ def _table(source: str, name: str, part: str, split: str) -> Any:
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config or None)
-    except Exception as error:  # each format raises its own type; DatasetGenerationError's cause says more than itself
+    except Exception as error:  # formats raise many types; the cause of a DatasetGenerationError is the real reason
         reason = " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())
         raise UserError(f"cannot read {source} as name, name#split or name#config/split: {reason:.300}") from error
     splits = loaded if isinstance(loaded, dict) else {} if part else {split: loaded}
@@ -155,7 +155,7 @@ def _parse(record: Any, column: str, where: str) -> Prompt:
     if turns[-1]["role"] == "assistant" and not response:
         response = turns.pop()["content"]
     if not turns or turns[-1]["role"] != "user":
-        raise UserError(f"{where}: `{name}` must end with a user's turn, or without `response` with one answer to it")
+        raise UserError(f"{where}: `{name}` must end with a user's turn, or if there is no `response` with one answer")
     text = _transcript(turns) if turns[1:] else turns[0]["content"]
     identity = hashlib.sha256(text.encode()).hexdigest()[:16] if identity is None else str(identity)
     messages = tuple(turns) if turns[1:] else ()
@@ -238,8 +238,8 @@ def tokenize_examples(
 def _encode_example(tokenizer: Any, prompt: Prompt, system_prompt: str | None, ends: tuple[int, ...]) -> Example:
     """Encode a prompt and its response.
 
-    The response is what the chat template puts after the prompt. Where the template changes the prompt once an answer
-    follows, it is the encoding of the response's bare text.
+    The response's tokens are those that the chat template puts after the prompt. If the template renders the prompt
+    otherwise once a response follows, they are those of the response's bare text.
     """
     if prompt.response is None:
         raise UserError(f"prompt {prompt.id!r} has no `response`, which a supervised example needs")

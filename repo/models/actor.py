@@ -116,7 +116,7 @@ def predict(
 ) -> Predictions:
     """Compute log-probabilities and values of the response tokens. Processes share the work; each gets all results.
 
-    temperature: divides the logits. budget: most tokens of one forward pass. rows: (n,) rows of the batch to compute;
+    temperature: divides the logits. budget: token limit of one forward pass. rows: (n,) rows of the batch to compute;
     None: all.
     """
     shape = sequences.response_ids.shape
@@ -148,7 +148,7 @@ def read_reference(
 ) -> tuple[Tensor, Reading | None]:
     """Compute the reference's log-probabilities, and keep its states for scorers that read `layers` of it.
 
-    temperature: divides the logits. budget: most tokens of one forward pass. layers: indices into hidden_states.
+    temperature: divides the logits. budget: token limit of one forward pass. layers: indices into hidden_states.
     Returns the log-probabilities (B, R) fp32 in nats, and the Reading for scorers, None if `layers` is empty.
     """
     if not layers:

@@ -56,9 +56,9 @@ def packed_attention(
         ValueError: segments are missing, or dropout is not 0.
     """
     if segments is None:
-        raise ValueError("segments: packed attention takes packing.Segments through the model's arguments, got None")
+        raise ValueError("segments must be given to packed attention through the model's arguments; got None")
     if dropout:
-        raise ValueError(f"dropout: packed attention has none, got {dropout}; put the model in eval mode")
+        raise ValueError(f"dropout must be 0 in packed attention; got {dropout}; put the model in eval mode")
     if windows is not None:
         windows[getattr(module, "layer_idx", len(windows))] = sliding_window
     device = query.device.type
@@ -164,7 +164,7 @@ def _obstacle(trunk: Any, device: torch.device, dtype: torch.dtype) -> str | Non
     if other := set(kinds or ()) - {"full_attention", "sliding_attention"}:
         return f"{name} has layers of {', '.join(sorted(other))}"
     if not getattr(trunk, "_supports_attention_backend", False):
-        return f"{name} does not take attention functions of others"
+        return f"{name} does not accept a custom attention function"
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         return f"{name} takes no position_ids"
     ids = torch.randint(0, text.vocab_size, (4, 9), generator=generator("packing probe")).tolist()
@@ -180,7 +180,7 @@ def _obstacle(trunk: Any, device: torch.device, dtype: torch.dtype) -> str | Non
     kinds = kinds or ["sliding_attention"] * len(windows)  # without layer_types the window holds for every layer
     expected = {layer: window if kinds[layer] == "sliding_attention" else None for layer in windows}
     if windows != expected:
-        return f"{name} does not tell its attention function the windows of its layers"
+        return f"{name} does not pass the windows of its layers to its attention function"
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     return None if difference < tolerance else f"packed rows change the states of {name} by {difference:.1e}"
 

@@ -31,7 +31,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     """
     layers = decoder_layers(model)
     if not layers:
-        raise UserError(f"model.compile must be false: {type(model).__name__} has no layers that it could compile")
+        raise UserError(f"model.compile must be false: {type(model).__name__} has no decoder layers to compile")
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
     return len(layers)

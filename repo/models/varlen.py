@@ -106,7 +106,7 @@ def cpu_kernel(
 ) -> Tensor:
     """Compute attention by repo_kernels' C++ kernel, as a Kernel. Raises ValueError if a softcap is given."""
     if softcap is not None:
-        raise ValueError(f"softcap: the C++ attention has none, got {softcap}")
+        raise ValueError(f"softcap must be None for the C++ attention; got {softcap}")
     return cpu_attention.attention(q, k, v, segments.cu_q, segments.cu_k, scale, window)
 
 
@@ -142,7 +142,7 @@ def torch_kernel(function: Callable[..., Any]) -> Kernel:
         q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         if softcap is not None:
-            raise ValueError(f"softcap: varlen_attn has none, got {softcap}")
+            raise ValueError(f"softcap must be None for varlen_attn; got {softcap}")
         lengths = segments.cu_q, segments.cu_k, segments.max_q, segments.max_k
         left = -1 if window is None else window - 1
         return function(q, k, v, *lengths, scale=scale, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])

@@ -106,11 +106,11 @@ class GrowingDecoder:
     """A decoder whose cache grows by one token per step and which can drop finished rows. It serves every model."""
 
     def __init__(self, model: Any, limit: int) -> None:
-        """limit: most tokens of a response."""
+        """limit: largest number of tokens of a response."""
         self.model, self.limit = model, limit
 
     def start(self, prefix: Sequences, samples: int) -> Tensor:
-        """See Decoder."""
+        """Begin a batch and return the logits of the first token; see Decoder."""
         self.cache = make_cache(self.model, self.limit)
         logits = prefill(self.model, prefix, self.cache)
         if samples > 1:
@@ -121,7 +121,7 @@ class GrowingDecoder:
         return logits.repeat_interleave(samples, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See Decoder."""
+        """Append a token to each row and return the logits of the next one; see Decoder."""
         self.length += 1
         out = self.model(
             input_ids=tokens[:, None],
@@ -135,7 +135,7 @@ class GrowingDecoder:
         return out.logits[:, -1]
 
     def keep(self, rows: Tensor) -> bool:
-        """See Decoder."""
+        """Drop all rows but `rows`; return False if a layer's cache cannot shrink."""
         if not all(isinstance(layer, DynamicLayer) for layer in self.cache.layers):
             return False
         self.cache.batch_select_indices(rows)
@@ -170,7 +170,7 @@ class StaticDecoder:
     def __init__(self, model: Any, rows: int, length: int, captures: bool) -> None:
         """Allocate the inputs and the mask.
 
-        rows: most rows of a batch. length: most tokens of a prompt and its response together.
+        rows: largest number of rows of a batch. length: largest number of tokens of a prompt and its response together.
         captures: record the step as a CUDA graph at the first start, and replay it for every batch. The weights must
         then stay at their addresses while the decoder is in use, so that each rollout makes a new decoder.
         """
@@ -185,7 +185,7 @@ class StaticDecoder:
         self.mask = torch.zeros((rows, 1, 1, self.length), dtype=self.dtype, device=device)
 
     def start(self, prefix: Sequences, samples: int) -> Tensor:
-        """See Decoder."""
+        """Begin a batch and return the logits of the first token; see Decoder."""
         prompts = DynamicCache(config=self.model.config)
         logits = prefill(self.model, prefix, prompts)
         if self.cache is None:
@@ -206,7 +206,7 @@ class StaticDecoder:
         return logits.repeat_interleave(samples, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See Decoder."""
+        """Append a token to each row and return the logits of the next one; see Decoder."""
         self.tokens[: self.count] = tokens
         if self.graph is None:
             self._step()

@@ -63,7 +63,7 @@ class ClassifierScorer:
             path, config=config, dtype=dtype, output_loading_info=True, **trust
         )
         if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
-            raise ValueError(f"it has no weights {', '.join(missing[:3])}")
+            raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
         return model
 
     @property
@@ -167,7 +167,7 @@ def load_model(name: str, signal: str, device: str, trust: bool = False) -> Clas
             raise UserError(f"{field_of(signal)}: cannot load {path!r} as a model: {first_line(error)}") from error
         raise UserError(
             f"{field_of(signal)} must be 'embedded', a model (folder or hub name) or 'module:function'; got {name!r}, "
-            f"which is no folder and cannot be loaded by name: {first_line(error)}"
+            f"which is not a folder and cannot be loaded by name: {first_line(error)}"
         ) from error
     is_score_model = any(kind.endswith("ForScore") for kind in architectures)
     return (ScoreModelScorer if is_score_model else ClassifierScorer)(name, signal, device, trust)

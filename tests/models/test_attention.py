@@ -82,7 +82,7 @@ def test_every_family_is_packed(family):
         ("position bias", "does not take attention functions"),
         ("local layers", "does not take attention functions"),
         ("sinks", "packed rows change the states"),
-        ("window not told", "does not tell its attention function the windows"),
+        ("window not told", "does not pass the windows of its layers to its attention function"),
     ],
 )
 def test_a_model_that_cannot_be_packed_is_recognised(kind, why):
