@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.products import reduce_products
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: backend="triton" then takes CPU tensors
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their subprocesses, have one core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = reduce_products(items)
 
 
 @pytest.fixture(scope="session")

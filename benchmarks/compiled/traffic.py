@@ -132,14 +132,19 @@ class Recorder:
 def loss_rows(count: int, entropy: int, kl: int = KL_K3) -> LossRows:
     """Make the rows of a loss with a KL."""
     values = torch.zeros(len(VALUES), count)
-    for name, value in (("reward_advantages", 1.0), ("costs", -torch.inf), ("is_weights", 1.0), ("weights", 1.0)):
+    for name, value in (
+        ("reward_advantages", 1.0),
+        ("costs", -torch.inf),
+        ("importance_weights", 1.0),
+        ("weights", 1.0),
+    ):
         values[VALUES.index(name)] = value
     scalars = dict.fromkeys(SCALARS, 1.0) | {"eps_low": 0.2, "eps_high": 0.2, "dual_clip": torch.inf}
     return LossRows(
         ids=torch.ones(count, dtype=torch.int64),
         values=values,
         scalars=torch.tensor(list(scalars.values())),
-        code=Code(COST_NONE, kl, kl_ratio=True, normalize=False, on_policy=False).pack(),
+        code=Code(COST_NONE, kl, kl_importance_weighted=True, normalize=False, on_policy=False).pack(),
         softcap=0.0,
         entropy=entropy,
     )

@@ -14,14 +14,14 @@ namespace {
 
 using Work = void (*)(void*);
 
-// Threads of one call, joined at its end.
+// Starts threads for one call and joins them.
 void on_new_threads(int threads, Work work, void* context) {
     std::vector<std::thread> helpers;
     try {
         helpers.reserve(threads);
         while (int(helpers.size()) + 1 < threads) helpers.emplace_back(work, context);
     } catch (const std::system_error&) {
-        // no more threads to be had: those there are do the work
+        // the system grants no more threads: those that exist do the work
     }
     work(context);
     for (std::thread& helper : helpers) helper.join();
@@ -29,8 +29,8 @@ void on_new_threads(int threads, Work work, void* context) {
 
 using OpenMp = void (*)(Work work, void* context, unsigned threads, unsigned flags);
 
-// The entry of the OpenMP runtime that PyTorch has loaded, if it has one. Its threads wait for work awake for a while:
-// other threads would have to share the cores with them, and starting those takes longer.
+// Returns the entry of the OpenMP runtime that PyTorch has loaded, or null. Its threads spin for a while when they wait
+// for work: threads of our own would share the cores with them, and take longer to start.
 OpenMp find_open_mp() {
 #if defined(__unix__)
     return reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -39,7 +39,7 @@ OpenMp find_open_mp() {
 #endif
 }
 
-// The runtime's threads do not exist in a child after fork, and it would wait for them.
+// Whether this process is not a child of fork, in which the runtime would wait for threads that do not exist.
 bool is_first_process() {
 #if defined(__unix__)
     static const pid_t first = getpid();

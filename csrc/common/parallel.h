@@ -1,4 +1,4 @@
-// Rows over threads, handed out a few at a time, so that masked rows do not unbalance.
+// Distributes rows over threads, a few at a time, so that masked rows do not unbalance the load.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +7,14 @@
 
 namespace repo {
 
-constexpr int64_t kElementsPerThread = 1 << 17;  // less is done sooner than a thread is woken
+constexpr int64_t kElementsPerThread = 1 << 17;  // fewer are done before another thread is awake
 constexpr int64_t kElementsPerTurn = 1 << 15;
 
 // Calls work(context) on up to `threads` threads at once, this one included, and returns when all are done.
 void on_threads(int threads, void (*work)(void*), void* context);
 
 // Calls body(first, last) for consecutive ranges of [0, rows), and finish() at the end of each thread. Neither may
-// throw. busy_elements: the work in all.
+// throw. busy_elements: elements to work on in all, which bounds the number of threads.
 template <class Body, class Finish>
 void parallel_rows(int64_t rows, int64_t columns, int64_t busy_elements, int threads, Body body, Finish finish) {
     struct Job {

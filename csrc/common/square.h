@@ -1,11 +1,11 @@
-// The transposed copy of four by four floats.
+// Transposes squares of four by four floats.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace repo {
-namespace {  // each instruction set has its own
+namespace {  // a copy for each instruction set
 
 typedef float Four __attribute__((vector_size(16)));
 

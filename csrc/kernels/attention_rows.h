@@ -7,10 +7,11 @@
 
 namespace repo::REPO_ISA {
 
-constexpr int kSums = kWidth == 16 ? 16 : 8;       // vectors of sums that fit in the registers beside the factors
+constexpr int kSums = kWidth == 16 ? 16 : 8;       // vectors of sums that fit into registers beside the factors
 constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
 
-// C (M, N vectors) = or += A (M, k) B (k, N vectors). A's element (i, p) is at i * a_row + p * a_column.
+// Computes C (M, N vectors) = A (M, k) B (k, N vectors), or adds to C. Element (i, p) of A is at
+// i * a_row + p * a_column.
 template <int M, int N>
 inline void multiply_tile(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                           int64_t c_row, int64_t k, bool add) {
@@ -29,7 +30,7 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_column, const
         for (int j = 0; j < N; ++j) store_bits(c + i * c_row + j * kWidth, sums[i][j]);
 }
 
-// The rows from i on, M at a time and the last ones half as many.
+// Multiplies the rows from i on, M at a time, and fewer at the end.
 template <int M, int N>
 inline void multiply_rows(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                           int64_t c_row, int64_t i, int64_t m, int64_t k, bool add) {
@@ -40,7 +41,7 @@ inline void multiply_rows(const float* a, int64_t a_row, int64_t a_column, const
     }
 }
 
-// C (m, n) = or += A (m, k) B (k, n), n a multiple of kWidth.
+// Computes C (m, n) = A (m, k) B (k, n), or adds to C; n is a multiple of kWidth.
 template <int N = kTileVectors>
 inline void multiply(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                      int64_t c_row, int64_t m, int64_t n, int64_t k, bool add) {
@@ -54,7 +55,7 @@ inline void multiply(const float* a, int64_t a_row, int64_t a_column, const floa
 
 inline int64_t rounded_up(int64_t count) { return (count + kWidth - 1) / kWidth * kWidth; }
 
-// to (columns, width) from (rows, columns), zeros beyond `rows`; columns a multiple of 4.
+// Transposes (rows, columns) into `to` (columns, width), with zeros beyond `rows`; columns is a multiple of 4.
 inline void transpose_into(const float* from, int64_t row, int64_t rows, int64_t columns, float* to, int64_t width) {
     const int64_t whole = rows / 4 * 4;
     for (int64_t r = 0; r < whole; r += 4)
@@ -66,10 +67,10 @@ inline void transpose_into(const float* from, int64_t row, int64_t rows, int64_t
     }
 }
 
-// Of scores in units of log 2.
+// Returns the factor from products to scores in units of log 2.
 inline float to_log2(const AttentionTask& task) { return task.scale * 1.4426950408889634f; }
 
-// The keys [low, high) that some of the queries [first, first + count) see, as vectors.
+// The keys [low, high) that any of the queries [first, first + count) sees; low and width are whole vectors.
 struct Seen {
     int64_t low, high, width;
 
@@ -81,14 +82,15 @@ struct Seen {
     }
 };
 
-// Scores that a query does not see become -inf.
+// Sets the scores of keys that a query does not see to -inf.
 inline void hide(const AttentionTask& task, const Seen& seen, int64_t query, float* scores) {
     const int64_t last = query + task.keys - task.queries, start = last - task.window + 1 - seen.low;
     for (int64_t j = 0; j < start; ++j) scores[j] = -__builtin_inff();
     for (int64_t j = last + 1 - seen.low; j < seen.width; ++j) scores[j] = -__builtin_inff();
 }
 
-// scores <- 2^(c scores - max), c = scale log2(e); returns their sum and the logarithm to base 2 of the sum of all.
+// Replaces scores by 2^(c scores - max) with c = scale log2(e) and returns their sum; log2_sum: log2 of the softmax
+// denominator.
 inline float exponentials(float* scores, int64_t width, float c, float* log2_sum) {
     Vec largest = broadcast(-__builtin_inff());
     for (int64_t j = 0; j < width; j += kWidth) largest = larger(load_bits<Vec>(scores + j), largest);
@@ -134,7 +136,7 @@ inline void attend(const AttentionTask& task, float* scratch) {
     }
 }
 
-// scores -> p, products (dL/dp) -> dL/dscores = p (dL/dp - sum p dL/dp) scale
+// Replaces scores by p, and products, which hold dL/dp, by dL/dscores = p (dL/dp - sum p dL/dp) scale.
 inline void softmax_gradient(float* scores, float* products, int64_t width, float c, float log2_sum, float scale) {
     const Power<5> power(1.0f);
     Vec sums = {};

@@ -6,7 +6,7 @@
 namespace repo {
 
 constexpr int64_t kQueryBlock = 32;      // queries whose scores are held at once
-constexpr int64_t kColumnMultiple = 16;  // of a head's columns: whole vectors
+constexpr int64_t kColumnMultiple = 16;  // a head has a multiple of so many columns: whole vectors
 
 // (tokens, heads, columns) with consecutive columns; strides in elements.
 template <class T>
@@ -17,9 +17,9 @@ struct TokenHeads {
     T* row(int64_t token, int64_t head) const { return data + token * by_token + head * by_head; }
 };
 
-// One segment, one key head and the query heads that share it, at which the pointers stand. Keys that are `window` or
-// more before a query are not seen. log2_sums: (heads, tokens) logarithms of each softmax's denominator, to base 2,
-// which the forward writes and the gradient reads. The gradient writes dq, dk and dv.
+// One segment, one key head and the query heads that share it; the pointers stand at their first elements. A query does
+// not see keys that are `window` or more before it. log2_sums: (heads, tokens), base-2 logarithms of the softmax
+// denominators, which the forward writes and the gradient reads. The gradient writes dq, dk and dv.
 struct AttentionTask {
     int64_t queries, keys, heads, columns, tokens, window;
     float scale;

@@ -1,6 +1,6 @@
-// Logits in memory <-> pairs of float vectors. Conversions to 16 bits round to nearest even unless they say otherwise.
+// Converts between logits in memory and pairs of float vectors, rounding to nearest even unless stated otherwise.
 //
-// The two vectors of a pair hold 2 kWidth elements in the order that is cheapest for the type; element_of says which.
+// The two vectors of a pair hold 2 kWidth elements in the order that is cheapest for the type; see element_of.
 #pragma once
 
 #include "kernels/simd.h"
@@ -32,7 +32,7 @@ inline void store_pair(float* to, Pair x) {
     store_bits(to + kWidth, x.second);
 }
 
-// bfloat16 is the upper half of a float: even elements in the first vector, odd ones in the second.
+// bfloat16 is the upper half of a float: even elements go into the first vector, odd ones into the second.
 inline Pair load_pair(const BFloat16* from) {
     const UIntVec bits = load_bits<UIntVec>(from);
     return {bit_cast<Vec>(bits << 16), bit_cast<Vec>(bits & 0xffff0000u)};
@@ -47,12 +47,13 @@ inline UIntVec to_bfloat16(Pair x) {
     return round_to_upper_half(x.first) >> 16 | (round_to_upper_half(x.second) & 0xffff0000u);
 }
 
-// A NaN with the lower half full would overflow into -0. Those that come from bfloat16 logits have it empty.
+// Replaces NaN by one without a payload: a full lower half would round up and overflow into -0. A NaN from bfloat16
+// logits has an empty lower half.
 inline Vec plain_nan(Vec x) { return x == x ? x : broadcast(__builtin_nanf("")); }
 
 inline void store_pair(BFloat16* to, Pair x) { store_bits(to, to_bfloat16(x)); }
 
-// To nearest too, but ties away from 0: a third of the instructions, for values that are rounded already.
+// Rounds to nearest with ties away from 0: a third of the instructions, for values that carry rounding errors already.
 inline UIntVec to_nearby_bfloat16(Pair x) {
     const UIntVec first = bit_cast<UIntVec>(x.first) + 0x8000, second = bit_cast<UIntVec>(x.second) + 0x8000;
     return first >> 16 | (second & 0xffff0000u);
@@ -78,7 +79,7 @@ inline Vec from_float16(const Float16* from) {
 inline HalfVec to_float16(Vec x) {
     const UIntVec bits = bit_cast<UIntVec>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     const UIntVec normal = (magnitude - (112u << 23) + ((magnitude >> 13 & 1) + 0xfff)) >> 13;
-    // below 2^-14 the spacing is 2^-24: adding 1/2, whose spacing that is, rounds to it
+    // below 2^-14 the spacing is 2^-24, as that of floats at 1/2: adding 1/2 rounds to it
     const UIntVec subnormal = bit_cast<UIntVec>(bit_cast<Vec>(magnitude) + 0.5f) - 0x3f000000u;
     UIntVec half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude >= 0x477ff000u ? UIntVec{} + 0x7c00 : half;
@@ -94,7 +95,7 @@ inline void store_pair(Float16* to, Pair x) {
     store_bits(to + kWidth, to_float16(x.second));
 }
 
-// Computed values to memory that is aligned to a vector, past the caches with kStream.
+// Stores computed values to memory that is aligned to a vector; past the caches with kStream.
 template <bool kStream>
 inline void put_pair(float* to, Pair x) {
     if (!kStream) return store_pair(to, x);
@@ -116,7 +117,7 @@ inline void put_pair(Float16* to, Pair x) {
     stream(&to[kWidth].bits, to_float16(x.second));
 }
 
-// Element of a pair that is in `lane` of its first (0) or second (1) vector.
+// Returns which element of a pair is in `lane` of its first (0) or second (1) vector.
 inline int64_t element_of(const BFloat16*, int vector, int lane) { return 2 * lane + vector; }
 
 template <class T>
@@ -124,7 +125,7 @@ inline int64_t element_of(const T*, int vector, int lane) {
     return vector * kWidth + lane;
 }
 
-// The first `count` <= kPair elements; the others are 0.
+// Loads the first `count` <= kPair elements; the others are 0.
 template <class T>
 inline Pair load_first(const T* from, int64_t count) {
     T elements[kPair] = {};

@@ -10,17 +10,17 @@ std::atomic<const RowKernels*> selected{nullptr};
 }  // namespace
 
 std::vector<const RowKernels*> available_kernels() {
-    std::vector<const RowKernels*> found;
+    std::vector<const RowKernels*> sets;
 #if defined(REPO_X86_KERNELS)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back(&avx512_kernels);
-    if (avx2) found.push_back(&avx2_kernels);
+        sets.push_back(&avx512_kernels);
+    if (avx2) sets.push_back(&avx2_kernels);
 #endif
-    found.push_back(&generic_kernels);
-    return found;
+    sets.push_back(&generic_kernels);
+    return sets;
 }
 
 const RowKernels& kernels() {

@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets runs.
+// Chooses among the compiled instruction sets.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace repo {
 
-// Those this machine has, the best one first.
+// Returns the kernels of the instruction sets that this machine has, the best one first.
 std::vector<const RowKernels*> available_kernels();
 
-// The best one, unless select_kernels chose another.
+// Returns the best ones, unless select_kernels chose others.
 const RowKernels& kernels();
 
-// False where there is none of that name.
+// Chooses by name; returns false if this machine has no such instruction set.
 bool select_kernels(const std::string& name);
 
 }  // namespace repo

@@ -1,4 +1,4 @@
-// The layers of a transformer between its matrix products, a row at a time: RMSNorm, SwiGLU, rotary embedding.
+// RMSNorm, SwiGLU and rotary embedding, one row at a time.
 #pragma once
 
 #include "kernels/exponential.h"
@@ -6,7 +6,7 @@
 
 namespace repo::REPO_ISA {
 
-// A whole vector of a row, and what remains at its end with zeros beyond.
+// A whole vector of a row, and the rest at its end, with zeros beyond.
 struct Whole {
     int64_t at;
 
@@ -36,7 +36,7 @@ inline void by_vectors(int64_t columns, Body body) {
     if (whole < columns) body(Rest{whole, columns - whole});
 }
 
-// y = w x r, r = (mean x^2 + epsilon)^(-1/2), which it returns.
+// Writes y = w x r and returns r = (mean x^2 + epsilon)^(-1/2).
 inline float norm_row(const float* x, const float* weight, float* y, int64_t columns, float epsilon) {
     Vec squares = {};
     by_vectors(columns, [&](auto part) {
@@ -48,7 +48,7 @@ inline float norm_row(const float* x, const float* weight, float* y, int64_t col
     return r;
 }
 
-// With n = x r, the row before its weight: dx = r (w dy - n mean(w dy n)); dw += dy n unless it is null.
+// With n = x r, the normalised row: writes dx = r (w dy - n mean(w dy n)) and adds dy n to dw unless that is null.
 inline void norm_gradient_row(const float* x, const float* weight, float r, const float* dy, float* dx, float* dw,
                               int64_t columns) {
     Vec products = {};
@@ -64,7 +64,7 @@ inline void norm_gradient_row(const float* x, const float* weight, float r, cons
     });
 }
 
-// 1 / (1 + e^-x) by the exponential of -|x|, which cannot overflow.
+// Returns 1 / (1 + e^-x), computed from e^-|x|, which cannot overflow.
 inline Vec sigmoid(Vec x, const Power<5>& power) {
     constexpr float kMinusLog2E = -1.4426950408889634f;
     const Vec magnitude = bit_cast<Vec>(bit_cast<UIntVec>(x) & 0x7fffffffu);
@@ -72,7 +72,7 @@ inline Vec sigmoid(Vec x, const Power<5>& power) {
     return (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 
-// g s u, s = sigmoid(g)
+// Writes g s u with s = sigmoid(g).
 inline void swiglu_row(const float* gate, const float* up, float* out, int64_t columns) {
     const Power<5> power(1.0f);
     by_vectors(columns, [&](auto part) {
@@ -81,7 +81,7 @@ inline void swiglu_row(const float* gate, const float* up, float* out, int64_t c
     });
 }
 
-// dg = d u s (1 + g (1 - s)), du = d g s
+// Writes dg = d u s (1 + g (1 - s)) and du = d g s.
 inline void swiglu_gradient_row(const float* gate, const float* up, const float* grad, float* of_gate, float* of_up,
                                 int64_t columns) {
     const Power<5> power(1.0f);
@@ -92,8 +92,8 @@ inline void swiglu_gradient_row(const float* gate, const float* up, const float*
     });
 }
 
-// With halves (a, b) of a head: (a cos - b sin, b cos' + a sin'), where cos, sin have halves too. back: its transposed,
-// (a cos + b sin', b cos' - a sin).
+// Writes (a cos - b sin, b cos' + a sin') for the halves (a, b) of a head; cos' and sin' are the second halves. back:
+// the transposed map, (a cos + b sin', b cos' - a sin).
 inline void rotate_row(const float* x, const float* cos, const float* sin, float* y, int64_t half, bool back) {
     by_vectors(half, [&](auto part) {
         const Vec a = part.load(x), b = part.load(x + half);

@@ -1,4 +1,4 @@
-// The second pass over a row: its gradient, written past the caches unless it goes over the logits.
+// The second pass over a row: its gradient.
 #pragma once
 
 #include "kernels/convert.h"
@@ -7,19 +7,19 @@
 
 namespace repo::REPO_ISA {
 
-// The degree whose error is far below the rounding of the gradient's type.
+// The degree of the polynomial, whose error is far below the rounding of the gradient's type.
 constexpr int power_degree(const float*) { return 5; }
 constexpr int power_degree(const Float16*) { return 4; }
 constexpr int power_degree(const BFloat16*) { return 3; }
 
-// dL/dz of one row, see GradientWeights.
+// dL/dz of one row; the formula is at GradientWeights.
 template <class T, bool kCapped, GradientKind kKind>
 struct RowGradient {
     static constexpr int kDegree = power_degree(static_cast<const T*>(nullptr));
 
     float cap;
     Vec c, max2, ref_max2, base, by_log, by_difference;
-    Power<kDegree> power;  // times `base` where that is all
+    Power<kDegree> power;  // times `base` if there is no other weight
 
     RowGradient(Scaling scaling, const GradientWeights& w)
         : cap(scaling.cap),
@@ -44,7 +44,7 @@ struct RowGradient {
         if (kKind == kReferenceGradient) {
             const Vec gap = t - exact_multiply_subtract(y, c, ref_max2);
             const Vec weight = multiply_add(gap, by_difference, multiply_add(t, by_log, base));
-            grad = grad == 0.0f ? Vec{} : grad * weight;  // where the reference is -inf too
+            grad = grad == 0.0f ? Vec{} : grad * weight;  // 0 also where the reference is -inf
         }
         return kCapped ? grad * slope : grad;
     }
@@ -52,7 +52,7 @@ struct RowGradient {
     Pair operator()(Pair x, Pair y) const { return {(*this)(x.first, y.first), (*this)(x.second, y.second)}; }
 };
 
-// Elements before the first 64-byte line of `row`, at most `count`.
+// Returns the number of elements before the first 64-byte line of `row`, at most `count`.
 template <class T>
 inline int64_t to_line(const T* row, int64_t count) {
     const int64_t head = (64 - reinterpret_cast<uintptr_t>(row) % 64) % 64 / sizeof(T);
@@ -64,7 +64,7 @@ void gradient_row(const T* logits, const T* reference, T* grad, int64_t columns,
                   const GradientWeights& weights, bool past_caches) {
     const RowGradient<T, kCapped, kKind> gradient(scaling, weights);
     if (kKind != kReferenceGradient) reference = logits;
-    // through memory of a whole pair, so that these elements round as the others do
+    // through memory of a whole pair, so that these elements are rounded like the others
     const auto partial = [&](int64_t first, int64_t count) {
         T elements[kPair];
         put_pair<false>(elements, gradient(load_first(logits + first, count), load_first(reference + first, count)));

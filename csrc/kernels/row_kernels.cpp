@@ -1,4 +1,4 @@
-// The kernels of one instruction set: compiled once with each REPO_ISA.
+// The kernels of one instruction set. This file is compiled once for each REPO_ISA.
 #include "kernels/row_kernels.h"
 
 #include "kernels/attention_rows.h"
@@ -25,7 +25,7 @@ void gradient_of(const void* logits, const void* reference, void* grad, int64_t 
         weights, past_caches);
 }
 
-// By the same code as the kernels, so that the target's logit has the kernels' bits.
+// Uses the code of the kernels, so that the target's logit has the same bits as there.
 template <class T>
 float logit(const void* logits, int64_t column, Scaling scaling, float* slope) {
     const Vec x = load_first(static_cast<const T*>(logits) + column, 1).first;
@@ -46,7 +46,7 @@ void scale(void* row, int64_t columns, float factor) {
     scale_row(static_cast<T*>(row), columns, factor);
 }
 
-// For the tests of the approximations.
+// The two below serve tests of the approximations.
 void exp2_of(const float* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i += kPair) {
         const int64_t n = count - i < kPair ? count - i : kPair;

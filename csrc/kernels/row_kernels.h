@@ -1,4 +1,4 @@
-// What a row kernel takes and gives, and the table of the kernels of one instruction set.
+// The arguments and results of row kernels, and the table of the kernels of one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,30 +9,31 @@ namespace repo {
 
 enum DType { kFloat32, kBFloat16, kFloat16, kDTypes };
 
-// c = log2(e) / temperature; cap > 0: logits are cap tanh(z / cap) first.
+// c = log2(e) / temperature. With cap > 0, logits become cap tanh(z / cap) first.
 struct Scaling {
     float c;
     float cap;
 };
 
-// Logits below this (times c) have probability 0 even where nothing larger has been seen, so that a leading block of
-// -inf or -1e30 has t = -inf and not NaN. Down to it, and up to its negative, |fl(max2) - max2| <= 64.
+// The maximum that a row starts with: logits that are lower (times c) have probability 0 even before a larger one is
+// seen, so that a leading block of -inf or -1e30 has t = -inf and not NaN. Between it and its negative,
+// |fl(max2) - max2| <= 64.
 constexpr float kLowestMax = -2147483648.0f;
 
-// Sums over a row of e_v = 2^t_v, t_v = fma(z_v, c, -max2), max2 = fl(c max z), with the entry of the maximum kept
-// apart: what is left of 1 when it has nearly all the probability is then not lost.
+// Sums over a row of e_v = 2^t_v, t_v = fma(z_v, c, -max2), max2 = fl(c max z). The term of the maximum is kept apart,
+// so that the others are not lost when it has nearly all the probability.
 struct RowSums {
     float max2 = kLowestMax;
-    double top = 0;         // t of the maximum, which is the rounding of max2
+    double top = 0;         // t of the maximum: the rounding error of max2
     double largest = 0;     // 2^top
     double rest = 0;        // sum of the other e_v
     double weighted = 0;    // sum e_v t_v, for the entropy
     double difference = 0;  // sum e_v (t_v - t'_v), t' of the reference, for the full KL
 
-    // in one place per instruction set: a shared copy could be the one that this machine cannot run
+    // inlined, since a copy shared between instruction sets could be one that this machine cannot run
     __attribute__((always_inline)) double total() const { return rest + largest; }
 
-    // The kernels may have 2^-125 for 0.
+    // Removes sums that are 0 but for the 2^-125 that kernels may take for 0.
     void drop_dust() {
         if (rest < 1e-30 * largest) rest = 0, weighted = largest * top;
     }
@@ -48,9 +49,13 @@ struct GradientWeights {
 
 enum GradientKind { kLogpGradient, kEntropyGradient, kReferenceGradient, kGradientKinds };
 
-// Rows are `columns` consecutive elements. statistics: reference and ref_sums only for kReferenceSums, which has the
-// entropy sums too. gradient: grad may be the logits, or is written past the caches; reference only for
-// kReferenceGradient. logit: one capped logit.
+// Kernels over rows of `columns` consecutive elements.
+//   statistics  reads reference and writes ref_sums with kReferenceSums alone, which includes the entropy sums
+//   gradient    grad may be the logits; past_caches: write it past the caches; reads reference with kReferenceGradient
+//   logit       returns one capped logit and the slope of the cap
+//   put         writes one rounded value
+//   fence       orders streamed stores before what the thread does next
+//   exp2, soft_cap  the approximations, for tests
 struct RowKernels {
     const char* name;
     void (*statistics[kDTypes][kSumKinds])(
@@ -65,7 +70,7 @@ struct RowKernels {
     void (*fence)();
     void (*exp2)(const float* from, float* to, int64_t count);
     void (*soft_cap)(const float* from, float* value, float* slope, int64_t count, float cap);
-    // layer_rows.h
+    // see layer_rows.h
     float (*norm)(const float* x, const float* weight, float* y, int64_t columns, float epsilon);
     void (*norm_gradient)(const float* x, const float* weight, float r, const float* dy, float* dx, float* dw,
                           int64_t columns);
@@ -73,7 +78,7 @@ struct RowKernels {
     void (*swiglu_gradient)(const float* gate, const float* up, const float* grad, float* of_gate, float* of_up,
                             int64_t columns);
     void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half, bool back);
-    // attention_rows.h
+    // see attention_rows.h
     void (*attend)(const AttentionTask&, float* scratch);
     void (*attend_gradient)(const AttentionTask&, float* scratch);
 };

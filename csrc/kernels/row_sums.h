@@ -1,4 +1,4 @@
-// The first pass over a row: blocks that stay in L1, each with a look for a new maximum and then the sums.
+// The first pass over a row, in blocks that stay in L1: each is searched for a new maximum and then summed.
 #pragma once
 
 #include "kernels/convert.h"
@@ -10,16 +10,16 @@ extern "C" double exp2(double);
 namespace repo::REPO_ISA {
 
 constexpr int kStep = 2 * kPair;  // elements
-constexpr int64_t kBlock = kWidth > 4 ? 2048 : 1024;  // elements: 32 to 64 terms are summed in float in one lane
+constexpr int64_t kBlock = kWidth > 4 ? 2048 : 1024;  // elements: a lane sums 32 to 64 terms in float
 
-// `count` logits, a multiple of kStep; what is beyond the row's end is -inf.
+// `count` logits, a multiple of kStep; those beyond the row's end are -inf.
 template <class T>
 struct Block {
     const T* x;
     int64_t count;
 };
 
-// A whole block is read where it is, the row's tail from a padded copy.
+// Returns a whole block where it is, and the row's tail as a padded copy.
 template <class T>
 inline Block<T> block_of(const T* from, int64_t count, float, T* buffer) {
     if (count == kBlock) return {from, kBlock};
@@ -29,7 +29,7 @@ inline Block<T> block_of(const T* from, int64_t count, float, T* buffer) {
     return {buffer, padded};
 }
 
-// cap tanh(z / cap) of the block
+// Returns cap tanh(z / cap) of the block, in the buffer.
 template <class T>
 inline Block<float> capped_block_of(const T* from, int64_t count, float cap, float* buffer) {
     const int64_t padded = (count + kStep - 1) / kStep * kStep;
@@ -38,7 +38,7 @@ inline Block<float> capped_block_of(const T* from, int64_t count, float cap, flo
         const Pair z = left >= kPair ? load_pair(from + i) : load_first(from + i, left > 0 ? left : 0);
         store_pair(buffer + i, {soft_cap(z.first, cap).value, soft_cap(z.second, cap).value});
     }
-    // each element where element_of found it: the padding is in the last pairs
+    // the padding is in the last pairs, whose elements are in the order of element_of
     for (int64_t i = count / kPair * kPair; i < padded; ++i) {
         const int64_t lane = i % kPair, base = i - lane;
         if (base + element_of(from, lane / kWidth, lane % kWidth) >= count) buffer[i] = -__builtin_inff();
@@ -60,7 +60,7 @@ inline float block_max(Block<T> block) {
     return max_lanes(larger(larger(m[0], m[1]), larger(m[2], m[3])));
 }
 
-// Index of an element equal to `value`, which there is.
+// Returns the last index of an element equal to `value`, which must exist.
 template <class T>
 inline int64_t find(Block<T> block, float value) {
     const Vec wanted = broadcast(value);
@@ -82,16 +82,16 @@ inline int64_t find(Block<T> block, float value) {
     return last;
 }
 
-// t moves by `shift` when the maximum does: e_v by 2^shift, e_v t_v by 2^shift and e_v shift.
+// Moves the sums to a new maximum: t grows by `shift` <= 0, e_v by the factor 2^shift.
 inline void shift_sums(RowSums& sums, double shift) {
     const double scale = shift < -149 ? 0 : exp2(shift), total = sums.total();
     sums.rest = scale * total;
     sums.weighted = scale * (sums.weighted + total * shift);
-    // what has no probability in fp32 counts nothing, even where the reference is -inf
+    // terms without probability in fp32 count nothing, even if the reference is -inf
     sums.difference = scale == 0 ? 0 : scale * (sums.difference + total * shift);
 }
 
-// Takes the block's maximum into the sums when it is a new one; its index in the block, or -1.
+// Moves the sums to the block's maximum if it is a new one; returns its index in the block, or -1.
 template <class T>
 inline int64_t raise_max(RowSums& sums, Block<T> block, float c) {
     const float m = block_max(block), max2 = m * c;
@@ -104,7 +104,7 @@ inline int64_t raise_max(RowSums& sums, Block<T> block, float c) {
     return find(block, m);
 }
 
-// What a vector of terms needs besides the logits.
+// The constants of all terms.
 struct Centre {
     Vec c, max2, ref_max2;
     Power<5> power{1.0f};
@@ -114,7 +114,7 @@ template <SumKind kKind>
 struct Lanes {
     Vec e = {}, weighted = {}, difference = {};
 
-    // x, y: logits and, for kReferenceSums, the reference's
+    // x: logits; y: the reference's, read with kReferenceSums alone
     void add(Vec x, Vec y, const Centre& centre) {
         Vec t = exact_multiply_subtract(x, centre.c, centre.max2), term;
         if (kKind == kReferenceSums) {
@@ -147,8 +147,8 @@ inline void add_step(Lanes<kKind> (&lanes)[4], const T* x, const T* y, const Cen
     }
 }
 
-// Adds a block to the sums but for the element `left_out` (-1: none). ahead: what the next block will read, fetched
-// while this one is summed.
+// Adds a block to the sums, without the element `left_out` (-1: none). ahead: the memory of the next block, which is
+// fetched while this one is summed.
 template <SumKind kKind, class T>
 inline void add_block(RowSums& sums, Block<T> block, const T* reference, float ref_max2, float c, int64_t left_out,
                       const char* ahead, int64_t ahead_bytes) {
@@ -166,7 +166,7 @@ inline void add_block(RowSums& sums, Block<T> block, const T* reference, float r
     if (left_out < 0) {
         add(0, block.count);
     } else {
-        // the step with the maximum apart, with -inf in its place
+        // the step with the maximum is taken from a copy with -inf in its place
         const int64_t step = left_out / kStep * kStep;
         T patched[kStep];
         std::memcpy(patched, block.x + step, sizeof(patched));
@@ -190,7 +190,7 @@ inline double value_at(Block<T> block, int64_t index) {
     return load_first(block.x + index, 1).first[0];
 }
 
-// take: block_of or capped_block_of. T: as in memory; S: as summed, float where capped.
+// Sums a row. take: block_of or capped_block_of. T: type in memory; S: type that is summed, float if capped.
 template <SumKind kKind, class S, class T, class Take>
 inline void sum_blocks(const T* logits, const T* reference, int64_t columns, Scaling scaling, RowSums& sums,
                        RowSums& ref_sums, Take take) {
@@ -207,7 +207,7 @@ inline void sum_blocks(const T* logits, const T* reference, int64_t columns, Sca
             other = take(reference + start, count, scaling.cap, ref_buffer);
             const double before = ref_sums.max2;
             const int64_t ref_top = raise_max(ref_sums, other, c);
-            // t' moves by before - max2
+            // t' grows by before - max2
             if (ref_top >= 0) sums.difference -= sums.total() * (before - ref_sums.max2);
             add_block<kLogpSums, S>(ref_sums, other, nullptr, 0.0f, c, ref_top, ahead(reference + start), kAheadBytes);
         }

@@ -1,8 +1,8 @@
 // Vectors of the widest float registers of one instruction set.
 //
-// The row kernels are compiled once per instruction set, each time with another REPO_ISA, the namespace of everything
-// they use. No inline function of the standard library may be called from them: the linker keeps one copy of those, and
-// it could be the one with instructions that this machine does not have.
+// The row kernels are compiled once per instruction set, each time with another REPO_ISA as the namespace of everything
+// they use. They must not call inline functions of the standard library: the linker keeps one copy of those, and it
+// could be one with instructions that this machine does not have.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,7 @@ inline Vec vec_fma(Vec a, Vec b, Vec c) {
 }
 #endif
 
-// a where a > b, else b; b where either is NaN.
+// Returns a where a > b, else b; b where either is NaN.
 inline Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
@@ -70,7 +70,7 @@ inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// a b + c where one rounding or two is the same to the caller.
+// Returns a b + c with one rounding or two, whichever is cheaper.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
     return _mm512_fmadd_ps(a, b, c);
@@ -83,7 +83,8 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// a b - c with one rounding. Without the instruction in double: the product of two floats is exact there.
+// Returns a b - c with one rounding. Without such an instruction it is computed in double, where the product of two
+// floats is exact.
 inline Vec exact_multiply_subtract(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
     return _mm512_fmsub_ps(a, b, c);
@@ -97,7 +98,7 @@ inline Vec exact_multiply_subtract(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Lanes of a vector combined pairwise, in an order that is the same for every row.
+// The two below combine the lanes of a vector pairwise, in an order that is the same for every row.
 inline float sum_lanes(Vec v) {
     float lanes[kWidth];
     store_bits(lanes, v);
@@ -115,7 +116,7 @@ inline float max_lanes(Vec v) {
 }
 
 // Stores past the caches, for lines that are written whole and not read again soon; `to` is aligned to the vector.
-// An instruction set without such a store takes the ordinary one.
+// An instruction set without such a store uses an ordinary one.
 inline void stream(float* to, Vec v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, v);

@@ -28,7 +28,7 @@ AttentionTask task_of(const AttentionBatch& batch, int64_t segment, int64_t head
     return task;
 }
 
-// A segment's keys and values, transposed, and its block of scores and their gradients.
+// Returns the floats that a task needs: a segment's keys and values, transposed, a block of scores and their gradients.
 int64_t scratch_size(const AttentionBatch& batch) {
     int64_t longest = 0;
     for (int64_t s = 0; s < batch.segments; ++s)

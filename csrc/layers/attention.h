@@ -1,4 +1,4 @@
-// Causal attention over packed rows in fp32: each segment of queries sees its own keys, aligned at their ends.
+// Causal attention over packed rows in fp32: a segment of queries sees the keys of that segment, aligned at their ends.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,17 @@
 
 namespace repo {
 
-// All segments: bounds (segments + 1,) of their queries and keys; `of` is the task of the first one, of all heads.
+// All segments and heads. query_bounds, key_bounds: (segments + 1,). `of`: the task of the first segment and key head.
 struct AttentionBatch {
     AttentionTask of;
     int64_t segments, key_heads;
     const int32_t *query_bounds, *key_bounds;
 };
 
+// Writes out and log2_sums.
 void attention(const AttentionBatch& batch, int threads);
 
+// Writes dq, dk and dv.
 void attention_gradient(const AttentionBatch& batch, int threads);
 
 }  // namespace repo

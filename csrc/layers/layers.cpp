@@ -9,10 +9,10 @@
 namespace repo {
 namespace {
 
-constexpr int64_t kBlockRows = 32;  // whose part of a weight's gradient is summed before it is added to the others'
-constexpr int64_t kSpan = 1 << 12;   // elements of an operation without rows that a kernel takes at once
+constexpr int64_t kBlockRows = 32;  // rows whose part of a weight's gradient is summed first
+constexpr int64_t kSpan = 1 << 12;  // elements that a kernel without rows takes at once
 
-// body(first, count) for the spans of [0, count).
+// Calls body(first, count) for the spans of [0, count).
 template <class Body>
 void over_spans(int64_t count, int threads, Body body) {
     const auto range = [&](int64_t first, int64_t last) {

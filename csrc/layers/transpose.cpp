@@ -9,20 +9,20 @@
 namespace repo {
 namespace {
 
-constexpr int64_t kTall = 16;         // rows at once: a whole line of each row of the result
-constexpr int64_t kWide = 64;         // columns at once
-constexpr int64_t kNear = kWide + 4;  // between the rows of their copy
+constexpr int64_t kTall = 16;         // rows of a piece: they fill a whole cache line of the result
+constexpr int64_t kWide = 64;         // columns of a piece
+constexpr int64_t kNear = kWide + 4;  // row stride of the copy of a piece
 constexpr int64_t kPanel = 1024;      // columns that a thread takes at once: a page of each row, read in order
 constexpr int64_t kPerLine = 16;      // floats
 
-// height <= kTall rows and width <= kWide columns.
+// Transposes height <= kTall rows and width <= kWide columns.
 void transpose_edge(const float* from, int64_t stride, float* to, int64_t rows, int64_t height, int64_t width) {
     for (int64_t c = 0; c < width; ++c)
         for (int64_t r = 0; r < height; ++r) to[c * rows + r] = from[r * stride + c];
 }
 
-// kTall rows and kWide columns, by way of a copy: lines of rows that are a multiple of 4096 bytes apart put each other
-// out of the first cache. What follows them in their rows is fetched meanwhile.
+// Transposes kTall rows and kWide columns from a copy: rows that are a multiple of 4096 bytes apart would evict each
+// other from the L1 cache. The next columns of each row are fetched meanwhile.
 void transpose_piece(const float* from, int64_t stride, float* to, int64_t rows) {
     alignas(64) float near[kTall * kNear];
     for (int64_t r = 0; r < kTall; ++r) {

@@ -16,14 +16,14 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// One row's STATE and what more the gradient needs.
+// The STATE of one row.
 struct RowState {
     float logp = 0, entropy = 0, kl = 0, max2 = 0, log2_sum = 0, ref_max2 = 0, ref_log2_sum = 0;
 };
 
 Scaling scaling_of(const Scalars& scalars, float softcap) { return {float(kLog2E / scalars.temperature), softcap}; }
 
-// NaN where no logit was above the lowest maximum, as in a row of -inf.
+// Returns log2 of the row's sum; NaN if no logit was above the lowest maximum, as in a row of -inf.
 double log2_total(const RowSums& sums) {
     if (!(sums.largest > 0)) return std::numeric_limits<double>::quiet_NaN();
     return sums.top + std::log1p(sums.rest / sums.largest) * kLog2E;
@@ -43,7 +43,7 @@ RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r
     float slope;
     const double t = double(kernels.logit[logits.dtype](row, id, scaling, &slope)) * scaling.c - sums.max2;
     RowState state;
-    // t - top is exactly 0 at the maximum: with log1p nothing is lost where p -> 1
+    // t - top is exactly 0 at the maximum, and log1p keeps the rest, so that the digits of 1 - p survive where p -> 1
     state.logp = float((t - sums.top - (log2_sum - sums.top)) * kLn2);
     state.max2 = sums.max2;
     state.log2_sum = float(log2_sum);
@@ -59,7 +59,7 @@ RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r
     return state;
 }
 
-// Before the row is written over: dL/dz_y, with 1 - p_y = -expm1(log p_y), which does not cancel where p_y -> 1.
+// Computes dL/dz_y, before the row is written over; 1 - p_y = -expm1(log p_y) does not cancel where p_y -> 1.
 float target_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, const RowState& state,
                       const Slopes& slopes, Scaling scaling, float temperature) {
     float slope, ref_slope;
@@ -76,8 +76,8 @@ float target_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t
     return float(grad / temperature * slope);
 }
 
-// p_v (-g_logp - g_H (log p_v + H) + g_kl (log p_v - log q_v - KL)) / temperature, in terms of e_v = p_v 2^log2_sum
-// and t_v = log2 p_v + log2_sum
+// Writes p_v (-g_logp - g_H (log p_v + H) + g_kl (log p_v - log q_v - KL)) / temperature in terms of
+// e_v = p_v 2^log2_sum and t_v = log2 p_v + log2_sum.
 GradientWeights gradient_weights(const RowState& state, const Slopes& slopes, float temperature, bool with_reference) {
     const double scale = std::exp2(-double(state.log2_sum)) / temperature;
     double base = -double(slopes.logp);
@@ -88,7 +88,7 @@ GradientWeights gradient_weights(const RowState& state, const Slopes& slopes, fl
         weights.by_difference = float(scale * slopes.kl * kLn2);
     }
     weights.base = float(scale * base);
-    // NaN without a payload, which could overflow in the rounding to bfloat16
+    // a NaN with a payload could overflow in the rounding to bfloat16
     for (float* weight : {&weights.base, &weights.by_log, &weights.by_difference})
         if (std::isnan(*weight)) *weight = std::numeric_limits<float>::quiet_NaN();
     return weights;
@@ -109,7 +109,8 @@ void write_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r
     kernels.put[logits.dtype](grad, id, target);
 }
 
-// A gradient is often memory that the system has not handed out yet: in pages of 2 MB it does so several times faster.
+// Asks for pages of 2 MB: the system has often not handed out the memory of a gradient yet, and does so several times
+// faster in such pages.
 void ask_for_large_pages(const Rows& rows) {
 #if defined(__linux__)
     constexpr uintptr_t kPage = 2 << 20;
@@ -125,7 +126,7 @@ int64_t count_live(const int64_t* ids, int64_t rows) {
     return std::count_if(ids, ids + rows, [](int64_t id) { return id != kIgnored; });
 }
 
-// body(r) for live rows; zeros into the gradient of the others.
+// Calls body(r) for live rows and fills the gradient of the others with zeros.
 template <class Body>
 void over_rows(const RowKernels& kernels, const Tensors& tensors, const int64_t* ids, int threads, Body body) {
     const Rows& logits = tensors.logits;
@@ -177,9 +178,9 @@ void statistics(const Tensors& tensors, const int64_t* ids, const Scalars& scala
     const Scaling scaling = scaling_of(scalars, softcap);
     std::fill_n(state, kStates * rows, 0.0f);
     over_rows(chosen, tensors, ids, threads, [&](int64_t r) {
-        const RowState found = find_state(chosen, tensors, r, ids[r], scaling, with_entropy);
-        const float by_row[kStates] = {found.logp,     found.entropy,  found.kl,          found.max2,
-                                       found.log2_sum, found.ref_max2, found.ref_log2_sum};
+        const RowState row = find_state(chosen, tensors, r, ids[r], scaling, with_entropy);
+        const float by_row[kStates] = {row.logp,     row.entropy,  row.kl,          row.max2,
+                                       row.log2_sum, row.ref_max2, row.ref_log2_sum};
         for (int i = 0; i < kStates; ++i) state[i * rows + r] = by_row[i];
     });
 }
@@ -191,10 +192,10 @@ void apply(const Tensors& tensors, const int64_t* ids, const float* state, const
     const Scaling scaling = scaling_of(scalars, softcap);
     over_rows(chosen, tensors, ids, threads, [&](int64_t r) {
         const auto at = [&](int i) { return state[i * rows + r]; };
-        const RowState found = {at(kStateLogp), at(kStateEntropy), at(kStateKl),    at(kMax2),
-                                at(kLog2Sum),   at(kRefMax2),      at(kRefLog2Sum)};
+        const RowState row_state = {at(kStateLogp), at(kStateEntropy), at(kStateKl),    at(kMax2),
+                                    at(kLog2Sum),   at(kRefMax2),      at(kRefLog2Sum)};
         const Slopes by_row = {slopes[r], slopes[rows + r], slopes[2 * rows + r]};
-        write_gradient(chosen, tensors, r, ids[r], found, by_row, scaling, scalars.temperature);
+        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, scalars.temperature);
     });
 }
 

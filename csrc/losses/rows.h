@@ -1,4 +1,4 @@
-// Rows of a (T, V) or (B, L, V) tensor by their flat index.
+// The rows of a (T, V) or (B, L, V) tensor by flat index.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct Rows {
     char* base;
     DType dtype;
     int64_t count, columns;               // N, V
-    int64_t length;                       // L: flat row r is b = r / L, t = r % L; T for (T, V)
+    int64_t length;                       // L, or T for (T, V): flat row r is b = r / L, t = r % L
     int64_t batch_stride, length_stride;  // bytes
 
     int64_t item_bytes() const { return dtype == kFloat32 ? 4 : 2; }

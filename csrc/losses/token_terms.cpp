@@ -7,11 +7,11 @@ namespace {
 
 constexpr float kLogRatioClamp = 20.0f;
 
-// logp - base, and 0 where both are the same infinity: a token impossible under both has ratio 1.
+// logp - base; 0 for two equal infinities: a token impossible under both policies has ratio 1.
 float log_difference(float logp, float base) { return logp == base ? 0.0f : logp - base; }
 
 struct Clamped {
-    float value, inside;  // inside: 1 where the gradient passes, 0 where the clamp acts
+    float value, inside;  // inside: the slope, 1 inside and 0 where the clamp acts
 };
 
 Clamped clamp_log_ratio(float x) {
@@ -34,10 +34,10 @@ float combined_advantage(const TokenInputs& in, const Scalars& scalars, const Co
 }
 
 struct Surrogate {
-    float value, active;  // active: 1 where the unclipped branch carries the gradient, as it does at a tie
+    float value, active;  // active: 1 if the unclipped branch carries the gradient, as it does at a tie
 };
 
-// -min(rho A, clip(rho) A), for A < 0 bounded by -c A
+// -min(rho A, clip(rho) A), for A < 0 at most -c A
 Surrogate clipped_surrogate(float ratio, float advantage, float low, float high, float dual_clip) {
     const float unclipped = ratio * advantage;
     const float clipped = (ratio < low ? low : ratio > high ? high : ratio) * advantage;
@@ -52,7 +52,7 @@ Surrogate clipped_surrogate(float ratio, float advantage, float low, float high,
 }
 
 struct KlTerm {
-    float kl, kappa, slope;  // KL without rho, what the loss adds, d kappa / d log pi
+    float kl, kappa, slope;  // KL without rho, kappa (the loss adds beta kappa), d kappa / d log pi
 };
 
 KlTerm kl_term(const TokenInputs& in, float ratio, float ratio_inside, const Code& code) {
@@ -67,7 +67,7 @@ KlTerm kl_term(const TokenInputs& in, float ratio, float ratio_inside, const Cod
         slope = -expm1;
     }
     if (!code.kl_importance_weighted || code.kl == kK2) return {kl, kl, slope * delta.inside};
-    // d(rho KL)/d log pi = rho KL + rho KL'. For k3 that is rho delta, kept where delta's clamp acts.
+    // d(rho KL)/d log pi = rho KL + rho KL'. For k3 that is rho delta, a form used also where delta is clamped.
     float derivative = ratio * (kl * ratio_inside + slope * delta.inside);
     if (code.kl == kK3) derivative = ratio_inside > 0 ? ratio * delta.value : ratio * slope * delta.inside;
     return {kl, ratio * kl, derivative};

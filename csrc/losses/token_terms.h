@@ -1,11 +1,11 @@
-// The per-token mathematics: repo_kernels/terms.py for one row, in float as there.
+// The mathematics of one token, in float: repo_kernels/backends/eager/terms.py for one row.
 #pragma once
 
 #include <cstdint>
 
 namespace repo {
 
-// repo_kernels/rows.py: VALUES, rows of a (9, N) matrix.
+// Rows of the values (9, N): VALUES of repo_kernels/backends/interface.py, where the names below are explained.
 enum Value {
     kRewardAdvantage,
     kCostAdvantage,
@@ -19,14 +19,14 @@ enum Value {
     kValues,
 };
 
-// SCALARS, in their order there.
+// SCALARS, in that order.
 struct Scalars {
     float lam, beta, eps_low, eps_high, entropy_coef, temperature, grad_scale, dual_clip;
 };
 
 constexpr int kScalars = 8;
 
-// TOKENS, rows of a (13, N) matrix.
+// TOKENS: rows of the token values (13, N).
 enum Token {
     kLogp,
     kEntropy,
@@ -55,14 +55,14 @@ struct Code {
     static Code unpack(int64_t code);
 };
 
-// What is known of the row: its STATE, and whether its entropy is part of the loss.
+// The inputs of one row: its values, the first part of its STATE, and whether its entropy is part of the loss.
 struct TokenInputs {
     float value[kValues];
     float logp, entropy, kl;
     bool with_entropy;
 };
 
-// SLOPES; grad_scale is multiplied in.
+// SLOPES, with grad_scale multiplied in.
 struct Slopes {
     float logp, entropy, kl;
 };

@@ -120,7 +120,7 @@ class LossRows:
 
 
 class Backend(Protocol):
-    """What `choice.load` returns: a module with these functions.
+    """A backend: a module with these functions, which `choice.load` returns.
 
     logits, ref_logits: (T, V) or (B, L, V) with any row strides and unit column stride; ids: (N,) with N = T or B * L.
     """

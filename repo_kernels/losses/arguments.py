@@ -1,4 +1,4 @@
-"""From the arguments of a loss to the flat rows that the backends take.
+"""Check the arguments of a call and lay them out by row, as the backends take them.
 
 A row is live when it is unmasked and its token id is not -100. Dead rows get the id -100 and no backend reads their
 values, so that infinities and NaN there reach no result. Nothing here reads a value of a tensor on a device, and no

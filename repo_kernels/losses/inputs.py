@@ -62,11 +62,11 @@ class HiddenStates:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LossInputs:
-    """What both losses take at every call beside logits or hidden states, all on their device.
+    """The arguments of one call that both losses take, on the device of the logits or hidden states.
 
-    "Leading shape" is (T,) or (B, L). A token is live if `response_mask` is True there and its id is not -100. Values
-    of other tokens are not read; their loss and gradient are 0. Scalars are floats or 0-d tensors, whose values are not
-    checked.
+    "Leading shape" is (T,) or (B, L). A scalar is a float or a 0-d tensor, whose value is not checked. A token is live
+    if `response_mask` is True there and its id is not -100. Values of other tokens are never read; their loss and
+    gradient are 0.
 
     Args:
         token_ids: leading shape, int64 or int32; live ids are in [0, V).

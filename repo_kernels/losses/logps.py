@@ -1,4 +1,4 @@
-"""selective_log_softmax and its linear form: log-probabilities of given tokens, differentiable, with the entropy."""
+"""Log-probabilities of given tokens and the entropy, differentiable, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ from torch import Tensor
 
 from ..backends.choice import choose_backend
 from ..backends.interface import ENTROPY_NONE, ENTROPY_VALUE
-from ..checks import Scalar, check_chunk_tokens, check_head, check_matrix, check_temperature, describe
+from ..checks import Scalar, check_bool, check_chunk_tokens, check_head, check_matrix, check_temperature
 from .arguments import Layout, make_layout, scalar_vector
 from .linear_ops import gradients_wanted, linear_statistics
 from .ops import row_statistics
 
 
-def _check_tail(temperature: Scalar, softcap: float | None, return_entropy: bool) -> None:
-    check_temperature(temperature, softcap)
-    if not isinstance(return_entropy, bool):
-        raise TypeError(f"return_entropy must be a bool; got {describe(return_entropy)}")
-
-
 def _outputs(state: Tensor, layout: Layout, return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """logps, or (logps, entropy), in the leading shape from the STATE (7, N)."""
-    # copies, which may be overwritten: the backward reads the state
+    """Take logps, or (logps, entropy), in the leading shape from the STATE (7, N)."""
+    # copies, which the caller may overwrite: backward reads the state
     logps, entropy = state[0].clone().view(layout.leading), state[1].clone().view(layout.leading)
     return (logps, entropy) if return_entropy else logps
 
@@ -34,24 +28,30 @@ def selective_log_softmax(
     return_entropy: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(softcap(logits) / temperature)[token_ids], and the entropy, without keeping the (T, V) log-probs.
+    """Compute log softmax(softcap(logits) / temperature) at token_ids without keeping all (T, V) log-probabilities.
 
     Args:
-        logits: (T, V) or (B, L, V); fp32, bf16, fp16 or fp64; any row stride, unit column stride.
-        token_ids: leading shape, int64 or int32; rows with -100 give 0 and gradient 0.
-        temperature: float > 0 or 0-d tensor. softcap: float > 0 or None.
-        return_entropy: also return H in nats.
-        backend: None (by device: Triton on a GPU, C++ on the CPU, PyTorch for fp64), "triton", "cpu" or "eager".
+        logits: (T, V) of packed tokens or (B, L, V); fp32, bf16, fp16 or fp64; any row strides, unit column stride.
+        token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
+        temperature: a float > 0 or a 0-d tensor, whose value is not checked.
+        softcap: a float > 0 in units of the logits, or None: logits become softcap * tanh(logits / softcap).
+        return_entropy: return the entropy of each row too.
+        backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
+            PyTorch for fp64.
 
     Returns:
-        logps, or (logps, entropy): leading shape, fp32 (fp64 for fp64 logits), both differentiable in the logits.
+        logps, or (logps, entropy), in nats: leading shape, fp32 (fp64 for fp64 logits), differentiable in the logits.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. IndexError: a live id outside [0, V) (Triton: that row is NaN).
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
+        IndexError: an id is outside [0, V) and not -100. The Triton backend, which does not wait for the device to
+            look, gives NaN in that row instead.
+        RuntimeError: create_graph=True.
     """
     check_matrix("logits", logits)
     backend = choose_backend(backend, logits)
-    _check_tail(temperature, softcap, return_entropy)
+    check_temperature(temperature, softcap)
+    check_bool("return_entropy", return_entropy)
     layout = make_layout(tuple(logits.shape[:-1]), token_ids, None, None, logits)
     scalars = scalar_vector(logits, temperature=temperature)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
@@ -71,20 +71,29 @@ def linear_selective_log_softmax(
     chunk_tokens: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """selective_log_softmax of logits = hidden @ weight^T + bias, which exist only one chunk of live tokens at a time.
+    """Compute `selective_log_softmax` of logits = hidden @ weight^T + bias, one chunk of live tokens at a time.
 
-    One GEMM forward; the backward forms the logits again (three GEMMs, two with a frozen head). Types, memory and the
-    one wait for the device are those of linear_repo_loss.
+    Forward takes one GEMM. Backward forms the logits again and takes three, or two with a frozen head. Dtypes, memory
+    and the one wait for the device are those of `linear_repo_loss`.
 
     Args:
-        hidden: (T, H) or (B, L, H). weight: (V, H), bias: (V,), each of hidden's dtype, or fp32 for bf16 and fp16.
-        chunk_tokens: live tokens per chunk; None: even chunks of at most 64 MB of logits.
-        The other arguments, the result and the errors are those of selective_log_softmax; differentiable in hidden,
-        weight and bias.
+        hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride.
+        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states.
+        token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
+        bias: (V,), same choice of dtypes, or None.
+        temperature, softcap, return_entropy, backend: as `selective_log_softmax`.
+        chunk_tokens: live tokens per chunk, >= 1. None: even chunks of at most 64 MB of logits.
+
+    Returns:
+        logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `selective_log_softmax`.
     """
     check_head("", hidden, weight, bias)
     backend = choose_backend(backend, hidden)
-    _check_tail(temperature, softcap, return_entropy)
+    check_temperature(temperature, softcap)
+    check_bool("return_entropy", return_entropy)
     check_chunk_tokens(chunk_tokens)
     layout = make_layout(tuple(hidden.shape[:-1]), token_ids, None, None, hidden)
     state = linear_statistics(

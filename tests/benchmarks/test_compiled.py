@@ -47,6 +47,7 @@ def check(kernels: list[CompiledKernel]) -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_no_spills_and_full_width_accesses(quick: list[CompiledKernel]) -> None:
     check(quick)
     assert {kernel.kind for kernel in quick} == KINDS
@@ -62,6 +63,7 @@ def test_no_spills_and_full_width_accesses_in_every_type(target: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_swept_rows_are_loaded_in_loops_and_held_rows_outside(quick: list[CompiledKernel]) -> None:
     for kernel in quick:
         if kernel.kind in ("fused-swept", "statistics"):
@@ -78,11 +80,13 @@ def test_at_most_48_different_variants_for_each_target() -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_wave64_variants_never_have_32_warps(quick: list[CompiledKernel]) -> None:
     assert not [kernel.name for kernel in quick if kernel.target == "gfx942" and kernel.num_warps >= 32]
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_command_prints_a_row_for_every_kernel(quick: list[CompiledKernel], monkeypatch, capsys) -> None:
     monkeypatch.setattr(
         command, "compile_all", lambda targets, dtypes: [k for k in quick if k.target in targets and k.dtype in dtypes]

@@ -1,17 +1,46 @@
 """The comparison of methods as `make reproduce` makes it, on the tiny model; its statistics."""
 
+import importlib
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks.reproduce.language import METHODS, Seeds, main, of_seeds
+from benchmarks.reproduce import language
+from benchmarks.reproduce.language import METHODS, Seeds, call, main, of_seeds
 from repo.common.errors import UserError
 from repo.config.schema import field_names
 from tests.commands.test_compare import evaluation_of
 
 
+class InTurn:
+    """A pool that runs everything in this thread, which a training needs for its signal handlers."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    map = staticmethod(map)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Commands of the package run in this process, without the seconds that each needs to import it."""
+
+    def run(arguments, threads, log):
+        importlib.import_module(arguments[0]).run_command(list(arguments[1:]))
+
+    monkeypatch.setattr(language, "call", run)
+    monkeypatch.setattr(language, "ThreadPoolExecutor", InTurn)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_methods_are_trained_evaluated_and_compared(tiny_arguments, tmp_path):
     overrides = [*tiny_arguments, "--steps=2", "--evaluation.prompts=2", "--model.device=cpu"]
     places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -42,6 +71,18 @@ def test_methods_differ_in_the_method_alone():
             assert "normalize" not in name
 
 
+def test_a_command_runs_in_a_process_of_its_own_with_its_threads_and_its_log(tmp_path, monkeypatch):
+    (tmp_path / "shows_threads.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    log = tmp_path / "log"
+    call(["shows_threads"], 3, log)
+    assert log.read_text() == "3\n"
+    with pytest.raises(RuntimeError, match="no_such_module failed; the end of .*log: 3\n"):
+        call(["no_such_module"], None, log)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_a_folder_of_another_configuration_is_refused(tiny_arguments, tmp_path):
     places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     command = ["--methods", "ppo", "--seeds", "0", *places, "--", *tiny_arguments, "--evaluation.prompts=2"]
@@ -67,6 +108,6 @@ def test_methods_that_do_not_differ_are_rarely_told_apart(seeds):
     generator, apart = np.random.default_rng(seeds), 0
     for _ in range(400):
         a, b = (Seeds(v, v[:, None] + np.zeros((seeds, 2000))) for v in generator.normal(0, 1, (2, seeds)))
-        found = a.minus(b)
-        apart += not found["low"] <= 0 <= found["high"]
+        difference = a.minus(b)
+        apart += not difference["low"] <= 0 <= difference["high"]
     assert apart <= 30

@@ -1,7 +1,7 @@
-"""Token terms: advantage, ratio, clip, KL and the scalars of the gradient of one row (terms.py, in Triton).
+"""The token terms of one row: advantage, ratio, clip, KL and the scalars of the gradient, as in eager/terms.py.
 
-Options are bits of `code` (rows.py), read once per row. Comparisons are written so that NaN comes out as NaN, and
-fp32 arithmetic is not contracted, so that rho = 1 +- eps and C = d fall on the same side as in terms.py.
+Options are bits of `code` (interface.py), read once per row. Comparisons let NaN through, and fp32 arithmetic is not
+contracted, so that rho = 1 +- eps and C = d fall on the same side as in eager/terms.py.
 """
 
 import triton
@@ -46,9 +46,10 @@ TOKENS = tl.constexpr(len(interface.TOKENS))
 
 @triton.jit
 def row_inputs(values, scalars, row, count, code):
-    """(advantage, unsafe, old_logp, ref_logp, importance_weight, weight) of one row of the (9, N) values.
+    """Load (advantage, unsafe, old_logp, ref_logp, importance_weight, weight) of one row of the values (9, N).
 
-    A = A_R - lam A_C, over 1 + lam if normalized; A_C is 0, given, given where C > d, or {C - d}^+ - baseline.
+    The advantage is A_R - lam A_C, divided by 1 + lam if normalized. A_C is 0, given, given where C > d, or the hinge
+    {C - d}^+ - baseline.
     """
     values += row
     cost, kl, on_policy = code & 3, (code >> 2) & 7, (code >> 7) & 1
@@ -75,7 +76,7 @@ def row_inputs(values, scalars, row, count, code):
 
 @triton.jit
 def clamped_log_ratio(logp, base):
-    """(logp - base within +-20, whether its gradient passes); 0 where both are the same infinity."""
+    """Compute (logp - base clamped to +-20, 1 where its gradient passes, else 0); 0 for two equal infinities."""
     x = tl.where(logp == base, 0.0, logp - base)
     low, high = x < -LOG_RATIO_CLAMP, x > LOG_RATIO_CLAMP
     inside = tl.where(low | high, 0.0, 1.0)
@@ -84,7 +85,7 @@ def clamped_log_ratio(logp, base):
 
 @triton.jit
 def clipped_surrogate(ratio, advantage, low, high, dual_clip):
-    """(-min(rho A, clip(rho) A), for A < 0 bounded by -c A; 1 where the unclipped branch carries the gradient)."""
+    """Compute (-min(rho A, clip(rho) A), for A < 0 at most -c A; 1 if the unclipped branch carries the gradient)."""
     unclipped = ratio * advantage
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
     active = unclipped <= clipped
@@ -96,9 +97,10 @@ def clipped_surrogate(ratio, advantage, low, high, dual_clip):
 
 @triton.jit
 def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_importance_weighted):
-    """(KL without rho, kappa = what the loss adds, d kappa / d log pi) of a sampled estimator; 0 without one.
+    """Compute (KL without rho, kappa, d kappa / d log pi) of a sampled estimator, zeros without one.
 
-    With rho, d(rho KL)/d log pi = rho (KL + KL'); for k3 the exponentials cancel and rho delta is left.
+    The loss adds beta kappa. With rho, d(rho KL)/d log pi = rho (KL + KL'); for k3 the exponentials cancel and rho
+    delta is left.
     """
     delta, inside = clamped_log_ratio(logp, ref_logp)
     change = expm1(-delta)
@@ -117,7 +119,7 @@ def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_importance_weighte
 
 @triton.jit
 def token_terms(inputs, logp, entropy, full_kl, scalars, code, entropy_mode, losses, tokens, row, count):
-    """Stores the row's loss and its 13 token values; gives (g_logp, g_entropy, g_kl), grad_scale multiplied in."""
+    """Store the row's loss and its 13 token values; return (g_logp, g_entropy, g_kl) times grad_scale."""
     advantage, unsafe, old_logp, ref_logp, importance_weight, weight = inputs
     beta = tl.load(scalars + BETA)
     low, high = 1 - tl.load(scalars + EPS_LOW), 1 + tl.load(scalars + EPS_HIGH)

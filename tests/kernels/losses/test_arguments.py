@@ -11,6 +11,8 @@ from torch import Tensor
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 
+pytestmark = pytest.mark.pairwise
+
 LEADING, VOCABULARY, WIDTH = (2, 3), 5, 4
 
 

@@ -21,6 +21,8 @@ from repo_kernels.losses import gemm, linear
 from tests.support.kernels.cases import Batch, loss_arguments, make_batch
 from tests.support.kernels.oracle import oracle_gradient, oracle_loss
 
+pytestmark = pytest.mark.pairwise
+
 VOCABULARY, WIDTH = 19, 6
 FORMS: dict[str, dict[str, Any]] = {
     "k3": {"reference": "k3", "beta": 0.3, "lam": 1.0, "entropy_coef": 0.1, "softcap": 8.0},
@@ -252,11 +254,11 @@ def test_chunks_fill_the_budget_evenly(live: int, row: int, chunk_tokens: int | 
 
 
 def test_the_reference_and_the_gradient_share_the_budget() -> None:
-    head = linear.Head(torch.empty(50_257, 8), None)
+    head = linear.LinearHead(torch.empty(50_257, 8), None)
     one = 4 * linear.row_stride(50_257)
     assert linear.row_bytes(head, torch.float32, 2, with_gradient=False) == 2 * one
     assert linear.row_bytes(head, torch.float32, 1, with_gradient=True) == one + 4 * 8
-    half = linear.Head(torch.empty(50_257, 8, dtype=torch.bfloat16), None)
+    half = linear.LinearHead(torch.empty(50_257, 8, dtype=torch.bfloat16), None)
     assert linear.row_bytes(half, torch.float32, 1, with_gradient=True) == one + 2 * 50_257 + 4 * 8
 
 
@@ -281,7 +283,7 @@ def test_one_value_of_the_device_is_read_per_call(monkeypatch: pytest.MonkeyPatc
 
     stub = SimpleNamespace(fused=fused, scale_rows=lambda grad, upstream: None)
     monkeypatch.setattr(choice, "load", lambda backend: stub)
-    ids, head = torch.tensor([1, -100, 2, 3]), linear.Head(torch.randn(VOCABULARY, WIDTH), None)
+    ids, head = torch.tensor([1, -100, 2, 3]), linear.LinearHead(torch.randn(VOCABULARY, WIDTH), None)
     rows = LossRows(ids, torch.ones(len(VALUES), 4), torch.ones(len(SCALARS)), 0, 0.0, 0)
     with Operations() as operations:
         linear.loss_chunks(torch.randn(4, WIDTH), head, None, rows, (True,) * 3, torch.ones(4), 2, "stub")

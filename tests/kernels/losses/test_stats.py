@@ -14,7 +14,7 @@ from repo_kernels import LossStats, repo_loss
 from tests.support.kernels.cases import Batch, batches, loss_arguments, make_batch, options
 from tests.support.kernels.oracle import oracle_loss
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.pairwise]
 
 EXACT = (
     "tokens",

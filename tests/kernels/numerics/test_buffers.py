@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 from tests.support.kernels.cases import AGGREGATIONS, loss_arguments, make_batch
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.pairwise]
 
 
 @pytest.fixture(params=[1, 2])
@@ -251,14 +251,14 @@ def gradients_of(logits: Tensor, arguments: dict) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("reference", ["k3", "full"])
 @pytest.mark.parametrize("vocabulary", [3, 17, 257, 4099, 50_257])
+# the interpreter has one thread and is slow
+@pytest.mark.leave_out(lambda backend, threads, vocabulary: backend == "triton" and (threads > 1 or vocabulary > 257))
 def test_case_14_a_row_does_not_depend_on_the_batch_around_it(
     threads: int, vocabulary: int, reference: str, backend: str
 ) -> None:
     count = 40 if vocabulary == 50_257 else 90
     bounds = [(0, 1), (count - 1, count), (3, 5), (7, 20), (1, count)]
     if backend == "triton":
-        if threads > 1 or vocabulary > 257:
-            pytest.skip("the interpreter has one thread and is slow")
         # its sums are grouped from a row's first 16-byte boundary: the rows compared lie to it as they did
         count, bounds = 14, [(0, 1), (12, 13), (4, 6), (8, 14)]
     batch = make_batch(31, (count,), vocabulary, dtype=torch.float32, dead=0.1)
@@ -275,10 +275,9 @@ def test_case_14_a_row_does_not_depend_on_the_batch_around_it(
             assert torch.equal(mine, full[start:stop])
 
 
+@pytest.mark.leave_out(lambda backend: backend == "triton")  # a row per program: there are no chunks
 def test_case_14_rows_are_the_same_bits_however_the_internal_chunks_fall(threads: int, backend: str) -> None:
     """400 rows of 50 257 entries are worked through in several pieces."""
-    if backend == "triton":
-        pytest.skip("a row per program: there are no chunks")
     logits = torch.randn(20, 50_257).repeat(20, 1)
     ids = torch.arange(20).repeat(20)
     logps, entropy = selective_log_softmax(logits, ids, return_entropy=True)

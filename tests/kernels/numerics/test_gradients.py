@@ -16,6 +16,8 @@ from torch.autograd import gradcheck
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 from tests.support.kernels.cases import AGGREGATIONS, Batch, loss_arguments, make_batch
 
+pytestmark = pytest.mark.pairwise
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "reward only": {"cost_form": "none"},
     "hinge in the loss": {"lam": 1.5},

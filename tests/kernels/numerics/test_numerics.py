@@ -16,7 +16,7 @@ from repo_kernels import linear_repo_loss, repo_loss, selective_log_softmax
 from tests.support.kernels.cases import AGGREGATIONS, Batch, loss_arguments, make_batch
 from tests.support.kernels.oracle import oracle_gradient, oracle_loss
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.pairwise]
 
 INF = math.inf
 

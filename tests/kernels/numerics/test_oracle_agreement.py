@@ -21,7 +21,7 @@ from tests.support.kernels.backends import served_by
 from tests.support.kernels.cases import AGGREGATIONS, Batch, batches, loss_arguments, make_batch, options
 from tests.support.kernels.oracle import OracleOutput, log_probs, oracle_gradient, oracle_loss
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.pairwise]
 
 
 @pytest.fixture(params=["eager", "cpu"], scope="module")

@@ -18,12 +18,16 @@ from repo_kernels.backends.interface import (
     KL_FULL,
     Code,
 )
+from tests.support.kernels.cpu_rows import DTYPES, OPTIONS
 from tests.support.kernels.row_cases import Case, make_case
+
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built"),
+    pytest.mark.pairwise,
+]
 
 if cpu.available():
     from repo_kernels import _cpu
-
-from tests.support.kernels.cpu_rows import DTYPES, OPTIONS
 
 INF = math.inf
 

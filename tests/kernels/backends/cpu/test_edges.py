@@ -25,6 +25,11 @@ from repo_kernels.backends.interface import (
 from tests.support.kernels.cpu_rows import DTYPES, OPTIONS, check
 from tests.support.kernels.row_cases import Case, make_case, relative
 
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built"),
+    pytest.mark.pairwise,
+]
+
 INF = math.inf
 
 

@@ -31,6 +31,11 @@ from repo_kernels.backends.interface import (
 from tests.support.kernels.cpu_rows import DTYPES, GRADIENT_TOLERANCE, OPTIONS, check
 from tests.support.kernels.row_cases import flat, make_case, oracle, relative
 
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built"),
+    pytest.mark.pairwise,
+]
+
 INF = math.inf
 CODES = [
     Code(cost, kl, kl_importance_weighted, normalize, on_policy)
