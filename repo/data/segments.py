@@ -29,7 +29,7 @@ class Segments:
     cu_q, cu_k: (S + 1,) int32, bounds of each segment's queries and keys.
     keys: (K,) int64, the index of each key's token, segment after segment; None where each segment attends to its own
     tokens alone.
-    max_q, max_k: largest number of queries and of keys of a segment. runs: runs of equal adjacent segments, on the host.
+    max_q, max_k: largest number of queries and of keys of a segment. runs: the runs of equal adjacent segments.
     masks: masks that `mask` has made, for reuse.
     """
 
