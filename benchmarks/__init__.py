@@ -1,1 +1,9 @@
-"""Benchmarks: how fast, how large and how exact ours and the peers are. `make bench`; README.md says more."""
+"""Measure how fast, how large and how exact ours and the peers are. `make bench`; docs/benchmarks.md has the results.
+
+bench_*.py     the suites, one question each: `pytest benchmarks/bench_loss.py`
+harness/       cases, timing, memory, the machine and its limits, results on disk
+workloads/     models, the parts of a training step, TRL's trainer, the packages ours is compared with
+reporting/     Markdown tables and figures; report.py is the command that writes them
+compiled/      registers, spills, access widths, bytes and launches of the Triton kernels, counted without a GPU
+reproduce/     the paper's claim on a table of answers and on a language model: `make reproduce`
+"""

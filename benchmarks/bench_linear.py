@@ -1,11 +1,11 @@
-"""How much beyond its three matrix products does the loss from hidden states cost, beside PyTorch and its peers?
+"""How much more than its three matrix products does the loss from hidden states cost, beside PyTorch and its peers?
 
     pytest benchmarks/bench_linear.py               # table; --quick, --save, --compare OLD.json
 
-The yardstick is three GEMMs (logits, dhidden, dweight: 3 x 2 N H V operations) that allocate what they return, as a
-caller without these kernels would; that they could write over old memory is a row of its own. Predicted for N = 1024,
-H = 576, V = 49 152: 174 GFLOP, 0.89 s at 196 GFLOP/s; what forms the logits twice has four GEMMs, 1.33 times that, a
-frozen head two, 0.67; the pass over the logits adds 2 NVe, 0.4 GB or 15 ms.
+The yardstick is three GEMMs (logits, dhidden, dweight: 3 x 2 N H V operations) that allocate their outputs, as a caller
+without these kernels would; GEMMs that write into given memory are a row of their own. Predicted for N = 1024,
+H = 576, V = 49 152: 174 GFLOP, 0.89 s at 196 GFLOP/s; a way that forms the logits twice has four GEMMs and takes 1.33
+times that, a frozen head has two and takes 0.67; the pass over the logits adds 2 NVe, 0.4 GB or 15 ms.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.bench_loss import BETA
-from benchmarks.cases import Outputs, Setup, Way
-from benchmarks.machine import device
-from benchmarks.peers import NEEDS_GPU, missing
-from benchmarks.results import LIMIT, OURS
+from benchmarks.harness.cases import Outputs, Setup, Way
+from benchmarks.harness.machine import device
+from benchmarks.harness.results import LIMIT, OURS
+from benchmarks.workloads.peers import NEEDS_GPU, missing
 from repo_kernels import linear_repo_loss
 from repo_kernels.layers import onednn_linear
 
@@ -34,18 +34,21 @@ Loss = Callable[["Problem", Tensor], Tensor]
 
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
-    """The head of the embedded model, in fp32; on a GPU a larger one in bf16."""
+    """Return the head of the embedded model, in fp32; on a GPU a larger one in bf16."""
     if torch.cuda.is_available() and not quick:
         return {"bf16, N = 8192": {"tokens": 8192, "hidden": 4096, "vocabulary": 151_936}}
     one = {"tokens": 128 if quick else 1024, "hidden": HIDDEN, "vocabulary": VOCABULARY}
-    found = {f"fp32, N = {one['tokens']}": one}
-    return found if quick else found | {"fp32, glibc's default allocator": {**one, "allocator": "default"}}
+    fp32 = {f"fp32, N = {one['tokens']}": one}
+    return fp32 if quick else fp32 | {"fp32, glibc's default allocator": {**one, "allocator": "default"}}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """hidden (N, H) and weight (V, H) that require grad; ids, old log-probs (those of the reference too), advantages
-    (N,), of 4 equal sequences."""
+    """The inputs of the loss, of SEQUENCES sequences of equal length.
+
+    hidden (N, H) and weight (V, H) require grad; ids, old (old log-probs, also those of the reference) and advantages
+    are (N,).
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -54,20 +57,20 @@ class Problem:
     advantages: Tensor
 
     def in_fp64(self) -> Problem:
-        """The same numbers."""
+        """Return the same numbers in fp64."""
         cast = {k: v.detach().double() if v.is_floating_point() else v for k, v in vars(self).items()}
         return Problem(**{**cast, "hidden": cast["hidden"].requires_grad_(), "weight": cast["weight"].requires_grad_()})
 
 
 def make_problem(tokens: int, hidden: int, vocabulary: int) -> Problem:
-    """Random hidden states and head; an advantage per sequence, and log-probs near those of the head."""
+    """Draw hidden states and a head, an advantage per sequence, and old log-probs near those of the head."""
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=draw)
     weight = torch.randn(vocabulary, hidden, generator=draw) * hidden**-0.5
     ids = torch.randint(0, vocabulary, (tokens,), generator=draw)
-    # the other logits are N(0, 1), so that their log-sum is about log V + 1/2
+    # The other logits are N(0, 1), so that their log-sum is about log V + 1/2.
     old = (states * weight[ids]).sum(-1) - torch.log(torch.tensor(float(vocabulary))) - 0.5
-    # ratios on both sides of the clip, none so near that rounding decides
+    # Ratios lie on both sides of the clip, none so near that rounding decides.
     old += torch.tensor([-0.4, -0.1, 0.1, 0.4])[torch.randint(0, 4, (tokens,), generator=draw)]
     advantages = torch.randn(SEQUENCES, generator=draw).repeat_interleave(tokens // SEQUENCES)
     on = device()
@@ -77,7 +80,7 @@ def make_problem(tokens: int, hidden: int, vocabulary: int) -> Problem:
 
 
 def of_logps(logps: Tensor, p: Problem) -> Tensor:
-    """The loss in PyTorch."""
+    """Compute the loss in PyTorch from log-probabilities (N,)."""
     delta = logps - p.old
     ratio = delta.exp()
     surrogate = -torch.minimum(ratio * p.advantages, ratio.clamp(0.8, 1.2) * p.advantages)
@@ -85,19 +88,19 @@ def of_logps(logps: Tensor, p: Problem) -> Tensor:
 
 
 def materialised(p: Problem, weight: Tensor) -> Tensor:
-    """PyTorch: all logits, log_softmax, autograd."""
+    """Compute the loss in PyTorch from all logits at once."""
     logits = p.hidden @ weight.t()
-    logprobs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-    return of_logps(logprobs.gather(-1, p.ids[:, None])[:, 0], p)
+    all_logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return of_logps(all_logps.gather(-1, p.ids[:, None])[:, 0], p)
 
 
 def ours(p: Problem, weight: Tensor) -> Tensor:
-    """Chunks of logits, on the backend of the device."""
+    """Compute linear_repo_loss on the backend of the device."""
     return linear_repo_loss(p.hidden, weight, p.ids, p.old, p.advantages, ref_logps=p.old, beta=BETA).loss
 
 
 def liger(p: Problem, weight: Tensor, compiled: bool = False) -> Tensor:
-    """Liger's chunked GRPO loss, a sequence per chunk as by default; its bias-corrected KL is k3 times rho."""
+    """Compute Liger's chunked GRPO loss, a sequence per chunk (its default); its bias-corrected KL is k3 times rho."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     module = LigerFusedLinearGRPOLoss(beta=BETA, compiled=compiled, use_bias_correction_kl=True)
@@ -114,7 +117,7 @@ def liger(p: Problem, weight: Tensor, compiled: bool = False) -> Tensor:
 
 
 def trl(p: Problem, weight: Tensor) -> Tensor:
-    """TRL's chunked log-probabilities at the chunk size of its trainers."""
+    """Compute the loss from TRL's chunked log-probabilities, at the chunk size of its trainers."""
     from trl.kernels import ChunkedLogProbFunction
 
     logps, *_ = ChunkedLogProbFunction.apply(p.hidden, weight, None, p.ids, 1.0, 32_768, None, 1.0, ())
@@ -122,13 +125,13 @@ def trl(p: Problem, weight: Tensor) -> Tensor:
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """PyTorch's linear_cross_entropy per token, its options at their defaults."""
+    """Compute PyTorch's linear_cross_entropy per token with its default options."""
     options = torch.nn.LinearCrossEntropyOptions()
     return functional.linear_cross_entropy(hidden, weight, ids, reduction="none", options=options).float()
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, kind: str) -> Tensor:
-    """cut-cross-entropy per token, without leaving out small gradients, which the others do not."""
+    """Compute cut-cross-entropy per token; small gradients are not left out, as in the other ways."""
     from cut_cross_entropy import linear_cross_entropy
 
     options = {"filter_eps": None} if kind == "cce" else {}
@@ -136,24 +139,24 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, kind: str) ->
 
 
 def torch_chunked(p: Problem, weight: Tensor) -> Tensor:
-    """The loss of PyTorch's linear_cross_entropy."""
+    """Compute the loss from PyTorch's linear_cross_entropy."""
     return of_logps(-cross_entropy(p.hidden, weight, p.ids), p)
 
 
 def cut(p: Problem, weight: Tensor, kind: str) -> Tensor:
-    """The loss of cut-cross-entropy."""
+    """Compute the loss from cut-cross-entropy."""
     return of_logps(-cut_cross_entropy(p.hidden, weight, p.ids, kind), p)
 
 
 def gradients(loss: Loss, p: Problem, frozen: bool = False) -> Outputs:
-    """(loss, dhidden, dweight): forward and backward of one call; without dweight where the head is frozen."""
+    """Run forward and backward: return (loss, dhidden, dweight), or (loss, dhidden) with a frozen head."""
     weight = p.weight.detach() if frozen else p.weight
     value = loss(p, weight)
     return value.detach(), *torch.autograd.grad(value, (p.hidden,) if frozen else (p.hidden, weight))
 
 
 def peers(way: Callable[..., Way]) -> tuple[dict[str, Way], dict[str, str]]:
-    """What others offer, and what of it cannot run here."""
+    """Return the ways of PyTorch and other packages, and those that cannot run here with the reason."""
     ways = {
         "PyTorch, all logits": way(materialised),
         "PyTorch, all logits, compiled": way(torch.compile(materialised, dynamic=False), compiled=True),
@@ -181,7 +184,7 @@ def peers(way: Callable[..., Way]) -> tuple[dict[str, Way], dict[str, str]]:
 
 
 def products(p: Problem) -> dict[str, Callable[[], object]]:
-    """The three GEMMs alone."""
+    """Return ways to compute the three GEMMs alone."""
     x, w = p.hidden.detach(), p.weight.detach()
     grad = torch.randn(x.shape[0], w.shape[0], device=x.device).to(x.dtype)
     out = torch.empty_like(grad), torch.empty_like(x), torch.empty_like(w)
@@ -204,7 +207,7 @@ def products(p: Problem) -> dict[str, Callable[[], object]]:
 
 
 def setup(tokens: int, hidden: int, vocabulary: int) -> Setup:
-    """All ways to the loss and its gradients, and the products alone."""
+    """Set up all ways to compute the loss and its gradients, and the GEMMs alone."""
     p = make_problem(tokens, hidden, vocabulary)
     work, tolerance = 6.0 * tokens * hidden * vocabulary, TOLERANCE[p.hidden.dtype]
 
@@ -222,5 +225,5 @@ def setup(tokens: int, hidden: int, vocabulary: int) -> Setup:
 
 
 def test_linear(measure, case) -> None:
-    """Forward and backward of one call."""
+    """Measure forward and backward of one call."""
     measure(case, rounds=5)

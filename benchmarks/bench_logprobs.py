@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_logprobs.py             # table; --quick, --save, --compare OLD.json
 
-From logits the bytes are 1 NVe (one pass over N x V logits) for the values and 2 NVe with the gradient; a copy moves 2.
-From hidden states 2 N H V operations for the values and three times that with gradients. Predicted: half a copy's
+From logits the work is 1 NVe (one pass over N x V logits) for the values and 2 NVe with the gradient; a copy moves 2.
+From hidden states it is 2 N H V operations for the values and three times that with gradients. Predicted: half a copy's
 time for the values, a copy's with the gradient; the GEMM's time for the values from hidden states.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_linear, bench_loss
-from benchmarks.cases import Outputs, Setup, Way
-from benchmarks.limits import copy
-from benchmarks.peers import NEEDS_GPU, missing
-from benchmarks.results import LIMIT, OURS
+from benchmarks.harness.cases import Outputs, Setup, Way
+from benchmarks.harness.limits import copy
+from benchmarks.harness.results import LIMIT, OURS
+from benchmarks.workloads.peers import NEEDS_GPU, missing
 from repo_kernels import linear_selective_log_softmax, selective_log_softmax
 from repo_kernels.layers import onednn_linear
 
@@ -29,42 +29,42 @@ Values = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
-    """Values alone, with the gradient, and with the entropy."""
+    """Return cases of values alone, with the gradient, and with the entropy."""
     logits = {"tokens": 128 if quick else 1024, "vocabulary": 50_257}
     if torch.cuda.is_available() and not quick:
         logits = {"tokens": 8192, "vocabulary": 151_936}
     hidden = next(iter(bench_linear.cases(quick).values()))
-    found = {
+    chosen = {
         "fp32 logits, values": {"dtype": "fp32", "gradient": False, **logits},
         "fp32 logits, with gradient": {"dtype": "fp32", "gradient": True, **logits},
         "hidden states, values": {"gradient": False, **hidden},
     }
     if not quick:
-        found["bf16 logits, values"] = {"dtype": "bf16", "gradient": False, **logits}
-        found["bf16 logits, with gradient"] = {"dtype": "bf16", "gradient": True, **logits}
-        found["fp32 logits, values and entropy"] = {**found["fp32 logits, values"], "entropy": True}
-        found["hidden states, with gradients"] = {"gradient": True, **hidden}
-    return found
+        chosen["bf16 logits, values"] = {"dtype": "bf16", "gradient": False, **logits}
+        chosen["bf16 logits, with gradient"] = {"dtype": "bf16", "gradient": True, **logits}
+        chosen["fp32 logits, values and entropy"] = {**chosen["fp32 logits, values"], "entropy": True}
+        chosen["hidden states, with gradients"] = {"gradient": True, **hidden}
+    return chosen
 
 
 def setup(
     vocabulary: int, tokens: int, gradient: bool, dtype: str = "", hidden: int = 0, entropy: bool = False
 ) -> Setup:
-    """From logits where a dtype is given, else from hidden states."""
+    """Set up a case from hidden states if `hidden` is given, else from logits."""
     if hidden:
         return _from_hidden(tokens, hidden, vocabulary, gradient)
     return _from_logits(dtype, tokens, vocabulary, gradient, entropy)
 
 
 def plain(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    """log_softmax, gather, and the sum of -p log p."""
-    logprobs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-    logps = logprobs.gather(-1, ids[:, None])[:, 0]
-    return (logps, -(logprobs.exp() * logprobs).sum(-1)) if entropy else (logps,)
+    """Compute log-probabilities, and the entropy if asked for, in PyTorch."""
+    all_logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    logps = all_logps.gather(-1, ids[:, None])[:, 0]
+    return (logps, -(all_logps.exp() * all_logps).sum(-1)) if entropy else (logps,)
 
 
 def trl(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    """TRL's, by its Triton kernel on a GPU; elsewhere by its loop, on a copy in fp32 (see bench_loss)."""
+    """Compute them by TRL: by its Triton kernel on a GPU, elsewhere by its loop on a copy in fp32 (see bench_loss)."""
     from trl.trainer.utils import selective_log_softmax as values
     from trl.trainer.utils import selective_log_softmax_and_entropy as both
 
@@ -73,9 +73,9 @@ def trl(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
 
 
 def ours(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    """One pass, on the backend of the device."""
-    found = selective_log_softmax(logits, ids, return_entropy=entropy)
-    return tuple(found) if entropy else (found,)
+    """Compute them by selective_log_softmax on the backend of the device."""
+    values = selective_log_softmax(logits, ids, return_entropy=entropy)
+    return tuple(values) if entropy else (values,)
 
 
 def _from_logits(dtype: str, tokens: int, vocabulary: int, gradient: bool, entropy: bool) -> Setup:
@@ -86,10 +86,11 @@ def _from_logits(dtype: str, tokens: int, vocabulary: int, gradient: bool, entro
 
     def outputs(values: Callable[..., tuple[Tensor, ...]], logits: Tensor = p.logits) -> Outputs:
         with torch.set_grad_enabled(gradient):
-            found = values(logits, p.ids, entropy)
+            computed = values(logits, p.ids, entropy)
         if not gradient:
-            return found
-        return found[0].detach(), torch.autograd.grad(found[0], logits, p.advantages.to(found[0].dtype))[0]
+            return computed
+        logps = computed[0]
+        return logps.detach(), torch.autograd.grad(logps, logits, p.advantages.to(logps.dtype))[0]
 
     def way(values: Callable[..., tuple[Tensor, ...]], **more: Any) -> Way:
         return Way(functools.partial(outputs, values), work=passes * size, tolerance=tolerance, **more)
@@ -118,11 +119,11 @@ def _from_hidden(tokens: int, hidden: int, vocabulary: int, gradient: bool) -> S
 
     def outputs(values: Values, q: bench_linear.Problem = p) -> Outputs:
         with torch.set_grad_enabled(gradient):
-            found = values(q.hidden, q.weight)[0]
+            logps = values(q.hidden, q.weight)[0]
         if not gradient:
-            return (found,)
-        upstream = q.advantages.to(found.dtype)
-        return found.detach(), *torch.autograd.grad(found, (q.hidden, q.weight), upstream)
+            return (logps,)
+        upstream = q.advantages.to(logps.dtype)
+        return logps.detach(), *torch.autograd.grad(logps, (q.hidden, q.weight), upstream)
 
     def way(values: Values, **more: Any) -> Way:
         tolerance = bench_linear.TOLERANCE[p.hidden.dtype]
@@ -175,5 +176,5 @@ def _from_hidden(tokens: int, hidden: int, vocabulary: int, gradient: bool) -> S
 
 
 def test_logprobs(measure, case) -> None:
-    """The values, with their gradient where the case says so."""
+    """Measure the values, with their gradient if the case asks for it."""
     measure(case, rounds=5 if "hidden" in case[1] else 9)

@@ -2,10 +2,10 @@
 
     pytest benchmarks/bench_loss.py                 # table; --quick, --save, --compare OLD.json
 
-Traffic is counted in NVe: one pass over the logits, N x V x element size. Two are the lower bound (read the logits,
-write the gradient), and what a copy moves; the rate is 2 NVe / time for every way, whatever it moves (with full KL
-3 NVe, as the reference's logits are read too). Predicted: the time of the copy where exponentials keep up, which on
-two AVX-512 cores they do in fp32 (10 operations a logit); for PyTorch, which makes 18 to 20 passes, 10 times that.
+Work is counted in NVe: one pass over the logits, N x V x element size. Two passes are the lower bound (read the logits,
+write the gradient) and what a copy moves. The rate is 2 NVe / time for every way, whatever it really moves (with full
+KL 3 NVe, as the reference's logits are read too). Predicted: the time of the copy where the exponentials keep up, as
+they do in fp32 on two AVX-512 cores (10 operations a logit); 10 times that for PyTorch, which makes 18 to 20 passes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Outputs, Setup, Way
-from benchmarks.limits import copy
-from benchmarks.machine import device
-from benchmarks.peers import NEEDS_GPU, missing
-from benchmarks.results import OURS, PEER
+from benchmarks.harness.cases import Outputs, Setup, Way
+from benchmarks.harness.limits import copy
+from benchmarks.harness.machine import device
+from benchmarks.harness.results import OURS, PEER
+from benchmarks.workloads.peers import NEEDS_GPU, missing
 from repo_kernels import repo_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,22 +32,24 @@ SMALL = {"tokens": 16}
 
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
-    """Types, and the options that change the arithmetic."""
+    """Return a case per type, and those of the options that change the arithmetic."""
     sizes = {"tokens": 128 if quick else 1024, "vocabulary": 50_257}
     if torch.cuda.is_available() and not quick:
         sizes = {"tokens": 8192, "vocabulary": 151_936}
-    found = {name: {"dtype": name, **sizes} for name in DTYPES}
+    chosen = {name: {"dtype": name, **sizes} for name in DTYPES}
     if not quick:
-        found["fp32, entropy with gradient"] = {**found["fp32"], "entropy_coef": 0.01}
-        found["fp32, glibc's default allocator"] = {**found["fp32"], "allocator": "default"}
-        found["bf16, full KL"] = {**found["bf16"], "full_kl": True}
-    return found
+        chosen["fp32, entropy with gradient"] = {**chosen["fp32"], "entropy_coef": 0.01}
+        chosen["fp32, glibc's default allocator"] = {**chosen["fp32"], "allocator": "default"}
+        chosen["bf16, full KL"] = {**chosen["bf16"], "full_kl": True}
+    return chosen
 
 
 @dataclass(frozen=True)
 class Problem:
-    """logits (N, V) that require grad; ids, old and ref log-probs, advantages (N,), of 4 equal sequences; ref_logits
-    (N, V) or None."""
+    """The inputs of the loss, of SEQUENCES sequences of equal length.
+
+    logits (N, V) require grad; ids, old and ref (log-probs) and advantages are (N,); ref_logits (N, V) or None.
+    """
 
     logits: Tensor
     ids: Tensor
@@ -58,19 +60,19 @@ class Problem:
     entropy_coef: float
 
     def in_fp64(self) -> Problem:
-        """The same numbers."""
+        """Return the same numbers in fp64."""
         values = {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v
                   for k, v in vars(self).items()}  # fmt: skip
         return Problem(**{**values, "logits": values["logits"].requires_grad_()})
 
 
 def make_problem(dtype: str, tokens: int, vocabulary: int, entropy_coef: float, full_kl: bool) -> Problem:
-    """Random logits of a standard deviation of 3, log-probs near theirs."""
+    """Draw logits with a standard deviation of 3, and old and reference log-probs near theirs."""
     draw = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(tokens, vocabulary, generator=draw)).to(DTYPES[dtype])
     ids = torch.randint(0, vocabulary, (tokens,), generator=draw)
     logps = (logits.float().gather(-1, ids[:, None]) - logits.float().logsumexp(-1, keepdim=True))[:, 0]
-    # ratios on both sides of the clip, none so near that rounding decides
+    # Ratios lie on both sides of the clip, none so near that rounding decides.
     near = torch.tensor([-0.4, -0.1, 0.1, 0.4])
     old, ref = (logps + near[torch.randint(0, 4, (tokens,), generator=draw)] for _ in range(2))
     on, advantages = device(), torch.randn(SEQUENCES, generator=draw).repeat_interleave(tokens // SEQUENCES)
@@ -81,7 +83,7 @@ def make_problem(dtype: str, tokens: int, vocabulary: int, entropy_coef: float, 
 
 
 def of_logps(logps: Tensor, p: Problem) -> Tensor:
-    """Surrogate per token, and rho x k3 to the reference, as most training scripts write them."""
+    """Compute surrogate + beta x rho x k3 per token in PyTorch, as most training scripts write it."""
     ratio = (logps - p.old).exp()
     surrogate = -torch.minimum(ratio * p.advantages, ratio.clamp(0.8, 1.2) * p.advantages)
     delta = logps - p.ref
@@ -89,23 +91,23 @@ def of_logps(logps: Tensor, p: Problem) -> Tensor:
 
 
 def plain(p: Problem, logits: Tensor) -> Tensor:
-    """PyTorch: log_softmax, gather, autograd."""
-    logprobs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-    logps = logprobs.gather(-1, p.ids[:, None])[:, 0]
+    """Compute the loss in PyTorch: log_softmax, gather, autograd."""
+    all_logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    logps = all_logps.gather(-1, p.ids[:, None])[:, 0]
     if p.ref_logits is None:
         loss = of_logps(logps, p)
     else:
         ratio = (logps - p.old).exp()
         loss = -torch.minimum(ratio * p.advantages, ratio.clamp(0.8, 1.2) * p.advantages)
-        reference = torch.log_softmax(p.ref_logits.to(logprobs.dtype), -1)
-        loss = loss + BETA * (logprobs.exp() * (logprobs - reference)).sum(-1)
+        reference = torch.log_softmax(p.ref_logits.to(all_logps.dtype), -1)
+        loss = loss + BETA * (all_logps.exp() * (all_logps - reference)).sum(-1)
     if p.entropy_coef:
-        loss = loss + p.entropy_coef * (logprobs.exp() * logprobs).sum(-1)
+        loss = loss + p.entropy_coef * (all_logps.exp() * all_logps).sum(-1)
     return loss.mean()
 
 
 def fused(p: Problem, logits: Tensor, inplace: bool = False, masked: bool = False) -> Tensor:
-    """repo_loss on the backend of the device."""
+    """Compute repo_loss on the backend of the device."""
     options: dict[str, Any] = {"ref_logps": p.ref}
     if p.ref_logits is not None:
         options = {"ref_logits": p.ref_logits, "kl_estimator": "full"}
@@ -116,9 +118,9 @@ def fused(p: Problem, logits: Tensor, inplace: bool = False, masked: bool = Fals
 
 
 def trl(p: Problem, logits: Tensor) -> Tensor:
-    """TRL's log-probabilities (its Triton kernel on a GPU, its loop over rows elsewhere), then the loss in PyTorch.
+    """Compute the loss in PyTorch from TRL's log-probabilities (its Triton kernel on a GPU, its loop elsewhere).
 
-    The loop computes in the type of the logits, 17 % off in bf16; it is given a copy in fp32.
+    The loop computes in the type of the logits and is 17 % off in bf16, so it is given a copy in fp32.
     """
     from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
 
@@ -130,8 +132,11 @@ def trl(p: Problem, logits: Tensor) -> Tensor:
 
 
 def of_liger(p: Problem, inplace: bool) -> Callable[[], Outputs]:
-    """Liger's Triton kernel on SEQUENCES equal sequences. It takes (B, L + 1, V) and leaves the last position of each
-    out, so that the logits are laid out for it beforehand; an advantage counts for a whole sequence."""
+    """Return a call of Liger's Triton kernel.
+
+    It takes (B, L + 1, V) and ignores the last position of each sequence, so the logits are laid out for it
+    beforehand; an advantage counts for a whole sequence.
+    """
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     by_sequence = (SEQUENCES, -1)
@@ -150,20 +155,20 @@ def of_liger(p: Problem, inplace: bool) -> Callable[[], Outputs]:
 
 
 def gradient(loss: Callable[[Problem, Tensor], Tensor], p: Problem) -> Outputs:
-    """(loss, gradient of the logits): forward and backward of one call."""
+    """Run forward and backward: return (loss, gradient of the logits)."""
     value = loss(p, p.logits)
     return value.detach(), torch.autograd.grad(value, p.logits)[0]
 
 
 def setup(dtype: str, tokens: int, vocabulary: int, entropy_coef: float = 0.0, full_kl: bool = False) -> Setup:
-    """All ways to the loss and its gradient."""
+    """Set up all ways to compute the loss and its gradient."""
     p = make_problem(dtype, tokens, vocabulary, entropy_coef, full_kl)
     size = p.logits.numel() * p.logits.element_size()
     work, passes = (3 if full_kl else 2) * size, 3 if full_kl else 2
     again = p.logits.detach().clone()
 
     def in_place() -> Outputs:
-        # each call takes the gradient of the one before for logits: other numbers, the same work
+        # Each call takes the gradient of the last one for its logits: other numbers, the same work.
         return gradient(
             functools.partial(fused, inplace=True), Problem(**{**vars(p), "logits": again.requires_grad_()})
         )
@@ -191,5 +196,5 @@ def setup(dtype: str, tokens: int, vocabulary: int, entropy_coef: float = 0.0, f
 
 
 def test_loss(measure, case) -> None:
-    """Forward and backward of one call."""
+    """Measure forward and backward of one call."""
     measure(case, rounds=15)

@@ -1,10 +1,10 @@
-"""How much memory does a loss with its gradients take at its peak, beyond what was there?
+"""How much extra memory does a loss with its gradients take at its peak?
 
     pytest benchmarks/bench_memory.py               # table; --quick, --save, --compare OLD.json
 
-The peak of a process that makes one call (on CUDA the allocator's), gradients included. Predicted from hidden states:
-dweight and dhidden, 4 H (V + N) bytes, which no way that returns them can do without, plus 64 MB for a chunk of logits;
-for a peer that holds all logits 3 to 4 times 4 N V. From logits: the gradient, 4 N V, and nothing beside it; in place
+Measured is the peak of a process that makes one call (on CUDA the allocator's), gradients included. Predicted from
+hidden states: dweight and dhidden, 4 H (V + N) bytes, which every way must return, plus 64 MB for a chunk of logits;
+for a peer that holds all logits 3 to 4 times 4 N V. From logits: the gradient, 4 N V, and nothing else; in place
 nothing at all.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, memory
 from benchmarks.bench_linear import HIDDEN, VOCABULARY
-from benchmarks.results import LIMIT, OURS, PEER, Case, Row
+from benchmarks.harness import machine, memory
+from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
 
 TOKENS = (1024, 4096, 16_384)
-# Bytes at the peak over those of all logits, about, as measured at N = 4096: what would not fit is not tried.
+# Approximate bytes at the peak over those of all logits, measured at N = 4096: ways that would not fit are not tried.
 FACTOR = {
     "TRL ChunkedLogProbFunction + PyTorch": 6.0,
     "F.linear_cross_entropy + PyTorch": 0.5,
@@ -32,38 +32,40 @@ FACTOR = {
 
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
-    """Suite whose ways are measured, and sizes."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the suite whose ways are measured, and the sizes."""
+    chosen: dict[str, dict[str, Any]] = {}
     for n in TOKENS[:1] if quick else TOKENS:
         of_head = {"tokens": n, "hidden": HIDDEN, "vocabulary": VOCABULARY}
-        found[f"hidden states, N = {n}"] = {"suite": "linear", "arguments": of_head}
+        chosen[f"hidden states, N = {n}"] = {"suite": "linear", "arguments": of_head}
     for n in () if quick else TOKENS[:2]:
-        found[f"fp32 logits, N = {n}"] = {
+        chosen[f"fp32 logits, N = {n}"] = {
             "suite": "loss",
             "arguments": {"dtype": "fp32", "tokens": n, "vocabulary": 50_257},
         }
-    return found
+    return chosen
 
 
 def test_memory(request, record, case) -> None:
-    """The peak of every way, a process each."""
+    """Measure the peak of every way in a process of its own."""
     name, parameters = case
     suite, arguments = parameters["suite"], parameters["arguments"]
     module = importlib.import_module(f"benchmarks.bench_{suite}")
     setup = module.setup(**{**arguments, **module.SMALL})
     quick, rows = request.config.getoption("--quick"), []
     n, v = arguments["tokens"], arguments["vocabulary"]
-    for way, found in setup.ways.items():
-        if found.role == LIMIT or "masked" in way:
+    for name_of_way, way in setup.ways.items():
+        if way.role == LIMIT or "masked" in name_of_way:
             continue
-        expected = FACTOR.get(way, 3.0) * 4 * n * v if found.role == PEER else 0
-        if quick and (found.compiled or found.slow or found.role == PEER):
-            rows.append(Row(way, found.role, reason="left out by --quick"))
+        expected = FACTOR.get(name_of_way, 3.0) * 4 * n * v if way.role == PEER else 0
+        if quick and (way.compiled or way.slow or way.role == PEER):
+            rows.append(Row(name_of_way, way.role, reason="left out by --quick"))
         elif expected > 0.6 * memory.room():
-            rows.append(Row(way, found.role, reason=f"not tried: expected to take {expected / 1e9:.0f} GB"))
+            rows.append(Row(name_of_way, way.role, reason=f"not tried: expected to take {expected / 1e9:.0f} GB"))
         else:
-            peak = memory.in_process(module.__name__, arguments, way)
-            rows.append(Row(way, found.role, **({"reason": peak} if isinstance(peak, str) else {"extra_peak": peak})))
+            peak = memory.in_process(module.__name__, arguments, name_of_way)
+            rows.append(
+                Row(name_of_way, way.role, **({"reason": peak} if isinstance(peak, str) else {"extra_peak": peak}))
+            )
     each = 2 if suite == "linear" and torch.cuda.is_available() else 4  # bench_linear's type
     least = each * (HIDDEN * (v + n) if suite == "linear" else n * v)
     told = "dweight + dhidden, by arithmetic" if suite == "linear" else "the gradient, by arithmetic"

@@ -2,10 +2,10 @@
 
     pytest benchmarks/bench_scaling.py              # table; --quick, --save, --compare OLD.json
 
-Losses from logits over V and N beside PyTorch and a copy, the loss from hidden states over N beside its three GEMMs,
-the update over the batch and over the length of the prompts beside a large GEMM. Predicted: rates flat in all of them,
-but for small N, where a call's fixed cost (0.1 ms) and cold threads show, and for long prompts, whose attention grows
-with the square of the length (a tenth of the FLOPs at 256 tokens, half at 2000).
+The loss from logits over V and N beside PyTorch and a copy; the loss from hidden states over N beside its three GEMMs;
+the update over the batch and over the length of the prompts beside a large GEMM. Predicted: flat rates everywhere,
+except for small N, where a call's fixed cost (0.1 ms) and cold threads show, and for long prompts, whose attention
+grows with the square of the length (a tenth of the FLOPs at 256 tokens, half at 2000).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_linear, bench_loss, bench_step, memory
+from benchmarks import bench_linear, bench_loss, bench_step
 from benchmarks.bench_step import LARGEST
-from benchmarks.cases import Setup, Way
-from benchmarks.models import EMBEDDED
-from benchmarks.results import LIMIT, OURS
-from benchmarks.training_step import SAMPLES, load_step, passes, useful_work
+from benchmarks.harness import memory
+from benchmarks.harness.cases import Setup, Way
+from benchmarks.harness.results import LIMIT, OURS
+from benchmarks.workloads.models import EMBEDDED
+from benchmarks.workloads.training_step import SAMPLES, load_step, passes, useful_work
 
 SMALL = {"tokens": 64}
 VOCABULARIES = tuple(2**n for n in range(13, 19))
@@ -29,29 +30,29 @@ TOKENS = (256, 1024, 4096, 16_384, 65_536)
 NARROW = 8192  # vocabulary of the sweep over tokens, so that the logits of the last one fit
 PROMPTS = (1, 2, 4, 8, 16)  # of SAMPLES responses each
 CONTEXT = (32, 128, 512, 1024, 1800)  # tokens of a prompt; with its responses it fits a micro-batch and is read once
-YARDSTICK = 4096  # rows of the GEMMs that all sizes are put beside
+YARDSTICK = 4096  # rows of the GEMMs that all sizes are compared with
 
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
-    """Every point of every curve; two of each but the last with --quick."""
+    """Return every point of every curve; with --quick two points of the losses and one from hidden states."""
     scale = 16 if torch.cuda.is_available() else 1
 
     def some(values: tuple[int, ...]) -> tuple[int, ...]:
         return values[:2] if quick else values
 
-    found = {f"loss, V = {v}": {"kind": "loss", "tokens": 256 * scale, "size": v} for v in some(VOCABULARIES)}
-    found |= {f"loss, N = {n}": {"kind": "loss", "tokens": n, "size": NARROW} for n in some(TOKENS)}
-    found |= {
+    points = {f"loss, V = {v}": {"kind": "loss", "tokens": 256 * scale, "size": v} for v in some(VOCABULARIES)}
+    points |= {f"loss, N = {n}": {"kind": "loss", "tokens": n, "size": NARROW} for n in some(TOKENS)}
+    points |= {
         f"linear, N = {n}": {"kind": "linear", "tokens": n, "size": 49_152} for n in (TOKENS[:1] if quick else TOKENS)
     }
     if not quick:
-        found |= {f"update, batch {SAMPLES * b}": {"kind": "update", "tokens": 40, "size": b} for b in PROMPTS}
-        found |= {f"update, prompts of {c} tokens": {"kind": "context", "tokens": c, "size": 2} for c in CONTEXT}
-    return found
+        points |= {f"update, batch {SAMPLES * b}": {"kind": "update", "tokens": 40, "size": b} for b in PROMPTS}
+        points |= {f"update, prompts of {c} tokens": {"kind": "context", "tokens": c, "size": 2} for c in CONTEXT}
+    return points
 
 
 def setup(kind: str, tokens: int, size: int) -> Setup:
-    """A point of a curve. size: the vocabulary, or the number of prompts."""
+    """Set up one point of a curve. size: the vocabulary, or the number of prompts."""
     if kind == "loss":
         return _of_loss(tokens, size)
     return _of_linear(tokens, size) if kind == "linear" else _of_update(kind, tokens, size)
@@ -105,11 +106,11 @@ def _of_update(kind: str, tokens: int, prompts: int) -> Setup:
 
 
 def peak(parameters: dict[str, Any], way: str) -> str:
-    """Peaks over N are bench_memory's."""
+    """Measure no peaks: bench_memory does."""
     return ""
 
 
 def test_scaling(measure, case) -> None:
-    """One point; the largest, which take minutes, once."""
+    """Measure one point; the largest take minutes and are timed once."""
     large = case[1]["kind"] == "linear" and case[1]["tokens"] > 4 * YARDSTICK
     measure(case, rounds=1 if large else 3, warmups=0 if large else 1)

@@ -1,15 +1,15 @@
-"""How close to the machine's matrix products do the parts of a training step run, and what memory do they take?
+"""How close to the machine's matrix products do the parts of a training step run, and how much memory do they take?
 
     pytest benchmarks/bench_step.py                 # table; --quick, --save, --compare OLD.json
 
 The default run's model and prompts, responses of exactly 40 tokens; on a GPU also shapes of 0.5 to 8 B with random
-weights, in bf16 with FlashAttention. The work is that of live rows (training_step.py), the share of the best matrix
-product in the same run is the MFU. Decoding is bound by reading the weights: its case counts their bytes.
+weights, in bf16 with FlashAttention. The work is that of live rows (workloads/training_step.py); its share of the best
+matrix product in the same run is the MFU. Decoding is bound by reading the weights, so its case counts their bytes.
 
 Predicted for 4 prompts of 155 tokens in all and 16 responses, at 196 GFLOP/s: T = 779, N = 640; forward 204 GFLOP,
 1.04 s; update 613, of which the trunk is 496, the head 109 and attention 8, 3.13 s. AdamW and the clip move 40 bytes
 per parameter, 5.4 GB, some 0.3 s. A rollout of 32 is 412 GFLOP, 2.1 s or 610 tokens/s, if its decode steps, 44 ms each,
-are not bound by the 0.54 GB of weights that each of them reads. Peaks are beyond weights, reference, gradients and
+are not bound by the 0.54 GB of weights that each of them reads. Peaks do not include weights, reference, gradients and
 optimiser states.
 """
 
@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.cases import Setup, Way
-from benchmarks.limits import copy
-from benchmarks.machine import ROOT, device
-from benchmarks.memory import reset_peak, resident
-from benchmarks.models import EMBEDDED, GPU_MODELS
-from benchmarks.results import LIMIT, OURS
-from benchmarks.training_step import PROMPTS, SAMPLES, TOKENS, load_step, passes, useful_work
+from benchmarks.harness.cases import Setup, Way
+from benchmarks.harness.limits import copy
+from benchmarks.harness.machine import ROOT, device
+from benchmarks.harness.memory import reset_peak, resident
+from benchmarks.harness.results import LIMIT, OURS
+from benchmarks.workloads.models import EMBEDDED, GPU_MODELS
+from benchmarks.workloads.training_step import PROMPTS, SAMPLES, TOKENS, load_step, passes, useful_work
 from repo_kernels.layers import onednn_linear
 
 SMALL: dict[str, Any] = {}
@@ -41,35 +41,35 @@ LARGEST = 8192 if torch.cuda.is_available() else 4096  # side of the largest squ
 
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
-    """Parts of a step, and decoding, for each model that fits the machine."""
+    """Return the parts of a step, and decoding, for each model that fits the machine."""
     models = [EMBEDDED]
     if torch.cuda.is_available() and not quick:
         models += GPU_MODELS
-    found: dict[str, dict[str, Any]] = {
+    chosen: dict[str, dict[str, Any]] = {
         f"{model}": {"model": model, "decode": False, "quick": quick} for model in models
     }
     if not quick:
-        found |= {f"{model}, decode": {"model": model, "decode": True} for model in models}
-    return found
+        chosen |= {f"{model}, decode": {"model": model, "decode": True} for model in models}
+    return chosen
 
 
 def products(sizes: list[tuple[int, int, int]]) -> dict[str, tuple[Callable[[], object], float]]:
-    """Matrix products by name, with their FLOPs: by torch.mm, and by oneDNN where the loop uses it."""
-    on, found = device(), dict[str, tuple[Callable[[], object], float]]()
+    """Return matrix products by name, with their FLOPs: by torch.mm, and by oneDNN where the loop uses it."""
+    on, calls = device(), dict[str, tuple[Callable[[], object], float]]()
     dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     for rows, inner, columns in sizes:
         a = torch.randn(rows, inner, device=on, dtype=dtype)
         b = torch.randn(columns, inner, device=on, dtype=dtype).T
         out, name = torch.empty(rows, columns, device=on, dtype=dtype), f"{rows} x {inner} x {columns}"
-        found[f"torch.mm {name}"] = functools.partial(torch.mm, a, b, out=out), 2.0 * rows * inner * columns
+        calls[f"torch.mm {name}"] = functools.partial(torch.mm, a, b, out=out), 2.0 * rows * inner * columns
         if onednn_linear.multiplies(a.device, a.dtype):
             call = functools.partial(onednn_linear.product, a, b.T.contiguous())
-            found[f"oneDNN {name}"] = call, 2.0 * rows * inner * columns
-    return found
+            calls[f"oneDNN {name}"] = call, 2.0 * rows * inner * columns
+    return calls
 
 
 def setup(model: str, decode: bool, quick: bool = False) -> Setup:
-    """Parts of a step beside products of their sizes; or decoding beside a copy."""
+    """Set up the parts of a step beside matrix products of their sizes, or decoding beside a copy."""
     return _decoding(model) if decode else _parts(model, quick)
 
 
@@ -120,7 +120,7 @@ def _parts(model: str, quick: bool) -> Setup:
 
 def _decoding(model: str) -> Setup:
     step = load_step(model)
-    # of the matrices, in the type that decoding computes in; the embedding is looked up
+    # Bytes of the matrices in the type that decoding computes in; the embedding is only looked up.
     each = 2 if step.config.model.dtype == "bfloat16" else 4
     size = each * sum(m.weight.numel() for m in step.endless.model.modules() if isinstance(m, nn.Linear))
     ways = {}
@@ -135,7 +135,7 @@ def _decoding(model: str) -> Setup:
 
 
 def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The same function, which notes how long the host was in it."""
+    """Wrap a function so that it appends the host seconds of each call to `seconds`."""
 
     def noting(*arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
@@ -148,7 +148,7 @@ def timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 
 
 def peak(parameters: dict[str, Any], way: str) -> int | str:
-    """Bytes beyond weights, reference, gradients and optimiser states, of 3 calls in a process of its own."""
+    """Return the peak bytes of 3 calls in a process of its own, beyond weights, reference, gradients and moments."""
     if parameters["decode"] or way not in ("update", "rollout, reference and update"):
         return ""
     if torch.cuda.is_available():
@@ -159,9 +159,9 @@ def peak(parameters: dict[str, Any], way: str) -> int | str:
 
 
 def _beyond_states(model: str, way: str) -> int:
-    """To be called first of all in a process, but on CUDA."""
+    """Measure the peak of 3 calls. On a CPU this must be the first call in its process."""
     cuda = torch.cuda.is_available()
-    torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # the threads and the library's own buffers
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # starts the threads and allocates the library's own buffers
     before = 0 if cuda else resident("VmRSS")
     step = load_step(model)
     trained = sum(p.numel() for p in step.endless.model.parameters() if p.requires_grad)
@@ -179,7 +179,7 @@ def _beyond_states(model: str, way: str) -> int:
 
 
 def test_step(measure, case) -> None:
-    """Every part, in turn."""
+    """Measure every part in turn."""
     quick = case[1].get("quick", False)
     measure(case, rounds=1 if quick else 5, warmups=1)
 

@@ -6,11 +6,11 @@
 Both sides train all weights of the same model in fp32 on the same prompts in the same order with the same reward
 function, group size, response length, optimiser and KL weight: one optimiser step per rollout, no gradient
 checkpointing, no evaluation, no cost. In terms of GRPOTrainer: loss_type dapo (the mean over the batch's tokens, our
-token-mean), beta times ratio times k3 (use_bias_correction_kl, our kl_ratio), scale_rewards none, num_iterations 1. Its
-advantage is the reward minus the mean of the whole group, ours leaves the sample out and so is k / (k - 1) times that;
-its reward weight is k / (k - 1), and the two agree. Both log the mean k3 per response token. They differ in the sampler
-(so that at the same seed the samples differ), in padding and prefix sharing, and in that ours keeps freed memory
-(repo.models.memory); the side trl-kept gives TRL's process the same.
+token-mean), beta times ratio times k3 (use_bias_correction_kl, our kl_importance_weighted), scale_rewards none,
+num_iterations 1. Its advantage is the reward minus the mean of the whole group; ours leaves the sample itself out,
+which is k / (k - 1) times that, so its reward weight is set to k / (k - 1) and the two agree. Both log the mean k3 per
+response token. They differ in the sampler (the same seed gives other samples), in padding and prefix sharing, and in
+that ours keeps freed memory (repo.models.memory), which the side trl-kept gives to TRL's process too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conftest import free_memory
-from benchmarks.machine import ROOT, device, machine, provenance
-from benchmarks.models import EMBEDDED, folder_of
-from benchmarks.peers import missing
-from benchmarks.results import OURS, PEER, Case, Row
-from benchmarks.trainers import PARTS, Measured
-from benchmarks.training_step import load_step
+from benchmarks.harness.machine import ROOT, device, machine, provenance
+from benchmarks.harness.results import OURS, PEER, Case, Row
+from benchmarks.workloads.models import EMBEDDED, folder_of
+from benchmarks.workloads.peers import missing
+from benchmarks.workloads.trainers import PARTS, Measured
+from benchmarks.workloads.training_step import load_step
 
 SIDES = ("ours", "trl", "trl-kept")
 PROMPTS, SAMPLES, TOKENS, BETA = 4, 4, 40, 0.04
@@ -41,7 +41,7 @@ GIB = 2.0**30
 
 
 def our_command(options: argparse.Namespace, steps: int, seed: int, out: Path) -> list[str]:
-    """Arguments of repo.train."""
+    """Return the arguments of repo.train."""
     settings = {
         "out": out,
         "steps": steps,
@@ -54,8 +54,8 @@ def our_command(options: argparse.Namespace, steps: int, seed: int, out: Path) -
         "rollout.prompts_per_step": PROMPTS,
         "rollout.samples_per_prompt": SAMPLES,
         "rollout.max_response_tokens": TOKENS,
-        "scoring.reward": "benchmarks.trainers:echo",
-        "scoring.cost": "benchmarks.trainers:no_cost",
+        "scoring.reward": "benchmarks.workloads.trainers:echo",
+        "scoring.cost": "benchmarks.workloads.trainers:no_cost",
         "algorithm.method": "ppo",
         "algorithm.beta": BETA,
         "optimizer.lr": options.lr,
@@ -66,7 +66,7 @@ def our_command(options: argparse.Namespace, steps: int, seed: int, out: Path) -
 
 
 def trl_job(command: list[str]) -> dict[str, Any]:
-    """What train_trl takes, keep aside, for the run that this command of ours describes."""
+    """Return the arguments of train_trl (but `keep`) for the run that this command of ours describes."""
     from rich.console import Console
     from transformers import AutoConfig, AutoTokenizer
 
@@ -126,34 +126,34 @@ def trl_job(command: list[str]) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, side: str, steps: int, seed: int) -> Measured:
-    """One training in a fresh process."""
+    """Run one training in a fresh process."""
     with tempfile.TemporaryDirectory() as name:
         command, job = our_command(options, steps, seed, Path(name) / "run"), Path(name) / "job"
         trl = None if side == "ours" else trl_job(command)
         job.write_text(json.dumps({"command": command, "steps": steps, "trl": trl}))
-        arguments = [sys.executable, "-m", "benchmarks.trainers", side, str(job)]
+        arguments = [sys.executable, "-m", "benchmarks.workloads.trainers", side, str(job)]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{side} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-        found = Measured(**json.loads(job.with_suffix(".result").read_text()))
-    middle = statistics.median(found.seconds)
-    print(f"{side}, seed {seed}: {middle:.2f} s per step, {found.peak / GIB:.2f} GiB", file=sys.stderr, flush=True)
-    return found
+        measured = Measured(**json.loads(job.with_suffix(".result").read_text()))
+    seconds = statistics.median(measured.seconds)
+    print(f"{side}, seed {seed}: {seconds:.2f} s per step, {measured.peak / GIB:.2f} GiB", file=sys.stderr, flush=True)
+    return measured
 
 
 def middle(values: Sequence[float], form: str = ".2f") -> str:
-    """Median [least, most]."""
+    """Format median [least, most]."""
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
-    """The embedded model; a tiny one with --quick."""
+    """Return the embedded model, or a tiny one with --quick."""
     steps = {"steps": 3, "lr": 5e-5, "model": "tiny"} if quick else {"steps": 5, "lr": 5e-5, "model": EMBEDDED}
     return {steps["model"]: steps}
 
 
 def test_train_vs_trl(request, record, benchmark, case) -> None:
-    """Processes of both sides, in turn; pytest-benchmark shows the whole process, the table a step."""
+    """Run processes of both sides in turn. pytest-benchmark shows whole processes, the table shows steps."""
     name, parameters = case
     rounds = request.config.getoption("--rounds") or (1 if request.config.getoption("--quick") else 2)
     model = EMBEDDED if parameters["model"] == EMBEDDED else folder_of(parameters["model"])
@@ -163,11 +163,11 @@ def test_train_vs_trl(request, record, benchmark, case) -> None:
         sides.pop("trl-kept", None)
     load_step.cache_clear()
     free_memory()
-    found: dict[str, list[Measured]] = {side: [] for side in sides}
+    runs_of: dict[str, list[Measured]] = {side: [] for side in sides}
     where = provenance()
 
     def run(side: str) -> None:
-        found[side].append(measure(options, side, options.steps, len(found[side])))
+        runs_of[side].append(measure(options, side, options.steps, len(runs_of[side])))
 
     def others() -> None:
         for side in [s for s in sides if s != "ours"]:
@@ -178,16 +178,16 @@ def test_train_vs_trl(request, record, benchmark, case) -> None:
         Row(
             side,
             role,
-            seconds=[second for run in found[side] for second in run.seconds],
+            seconds=[second for run in runs_of[side] for second in run.seconds],
             work=BATCH,
-            extra_peak=statistics.median(run.peak for run in found[side]),
-            tokens=statistics.mean(t for run in found[side] for t in run.tokens[1:]),
+            extra_peak=statistics.median(run.peak for run in runs_of[side]),
+            tokens=statistics.mean(t for run in runs_of[side] for t in run.tokens[1:]),
         )
         for side, role in sides.items()
     ]
     if reason := missing("trl"):
         rows.append(Row("trl", PEER, reason=reason))
-    parts = {name: [s for run in found["ours"] for s in run.parts[name][1:]] for name in PARTS}
+    parts = {name: [s for run in runs_of["ours"] for s in run.parts[name][1:]] for name in PARTS}
     notes = {"Our step, median seconds": ", ".join(f"{n} {statistics.median(v):.2f}" for n, v in parts.items())}
     formula = (
         f"Seconds per step of {PROMPTS} prompts x {SAMPLES} samples x {TOKENS} tokens, beta {BETA}, fp32; the first "
@@ -196,17 +196,17 @@ def test_train_vs_trl(request, record, benchmark, case) -> None:
     record(Case("train_vs_trl", name, parameters, "samples", formula, "ours", rows, where, notes))
 
 
-def curve_table(found: dict[str, list[Measured]], steps: int) -> str:
-    """Markdown: KL and reward of both sides over the steps, with the spread over seeds."""
+def curve_table(runs_of: dict[str, list[Measured]], steps: int) -> str:
+    """Return Markdown with KL and reward of both sides over the steps, and their spread over seeds."""
     blocks = min(10, steps)
     bounds = [steps * i // blocks for i in range(blocks + 1)]
     rows = [(f"{a + 1}-{b}", a, b) for a, b in itertools.pairwise(bounds)]
     rows.append(("last third", steps - max(1, steps // 3), steps))
-    lines = [f"| steps | {' | '.join(f'{what} {side}' for what in ('KL', 'reward') for side in found)} |"]
-    lines.append("|---" * (1 + 2 * len(found)) + "|")
+    lines = [f"| steps | {' | '.join(f'{what} {side}' for what in ('KL', 'reward') for side in runs_of)} |"]
+    lines.append("|---" * (1 + 2 * len(runs_of)) + "|")
 
     def cells(values: Callable[[Measured], list[float]], a: int, b: int, form: str) -> list[str]:
-        return [middle([statistics.mean(values(run)[a:b]) for run in runs], form) for runs in found.values()]
+        return [middle([statistics.mean(values(run)[a:b]) for run in runs], form) for runs in runs_of.values()]
 
     for name, a, b in rows:
         told = cells(lambda run: run.kl, a, b, ".4f") + cells(lambda run: run.reward, a, b, ".2f")
@@ -215,13 +215,13 @@ def curve_table(found: dict[str, list[Measured]], steps: int) -> str:
 
 
 def main() -> None:
-    """Print KL and reward of both sides, and write them where asked to."""
+    """Print KL and reward of both sides over the steps; write them to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=int, default=30, metavar="STEPS", help="steps of each run")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each side")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "trl"], help="who is trained")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "trl"], help="sides to train")
     parser.add_argument("--model", default=EMBEDDED, help="folder of another model")
-    parser.add_argument("--prompts", default=EMBEDDED, help="JSON lines of other single questions")
+    parser.add_argument("--prompts", default=EMBEDDED, help="JSON lines with other single questions")
     parser.add_argument("--lr", type=float, default=5e-5, help="learning rate of both")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""pytest's side of the benchmarks: the options, and the fixture that checks, times and records a case."""
+"""Run the benchmarks in pytest: the options, and the fixtures that check, time and record a case."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import allocator, machine, memory, results
-from benchmarks.cases import Setup, error
-from benchmarks.models import GPU_MODELS
-from benchmarks.results import LIMIT, OURS, PEER, Case, Row
-from benchmarks.tables import case_table, changes_table
-from benchmarks.timing import Turns
+from benchmarks.harness import allocator, machine, memory, results
+from benchmarks.harness.cases import Setup, error
+from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
+from benchmarks.harness.timing import Turns
+from benchmarks.reporting.tables import case_table, changes_table
+from benchmarks.workloads.models import GPU_MODELS
 from repo.common.malloc import keep_freed_memory
 
 QUICK = "left out by --quick"
@@ -62,15 +62,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        found = metafunc.module.cases(metafunc.config.getoption("--quick"))
-        marks = {name: [pytest.mark.gpu] if values.get("model") in GPU_MODELS else [] for name, values in found.items()}
-        parameters = [pytest.param((name, values), id=name, marks=marks[name]) for name, values in found.items()]
+        cases = metafunc.module.cases(metafunc.config.getoption("--quick"))
+        marks = {name: [pytest.mark.gpu] if values.get("model") in GPU_MODELS else [] for name, values in cases.items()}
+        parameters = [pytest.param((name, values), id=name, marks=marks[name]) for name, values in cases.items()]
         metafunc.parametrize("case", parameters)
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[Case], None]:
-    """A function that keeps a case for the tables, and writes it where --save says."""
+    """Return a function that keeps a case for the tables and writes it to the folder of --save."""
     folder = request.config.getoption("--save")
 
     def keep(case: Case) -> None:
@@ -83,7 +83,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[Case], None]:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Case], None]) -> Callable[..., Case]:
-    """A function that measures a case of the test's module.
+    """Return a function that measures a case of the test's module.
 
     pytest-benchmark times the subject; before each of its rounds the other ways are timed in turn.
     """
@@ -97,20 +97,20 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
             keep_freed_memory()
         elif allocator.FRESH not in os.environ:
             asked = config.getoption("--rounds") or rounds
-            (found,) = benchmark.pedantic(in_fresh_process, args=(request.node.nodeid, asked), rounds=1)
-            record(found)
-            return found
+            (measured,) = benchmark.pedantic(in_fresh_process, args=(request.node.nodeid, asked), rounds=1)
+            record(measured)
+            return measured
         rounds = config.getoption("--rounds") or (min(rounds, 3) if quick else rounds)
         warmups = min(warmups, 1) if quick else warmups
         setup = module.setup(**arguments)
         absent = dict(setup.absent)
         if quick:
-            absent |= {way: QUICK for way, found in setup.ways.items() if found.compiled or found.slow}
+            absent |= {name: QUICK for name, way in setup.ways.items() if way.compiled or way.slow}
         torch._dynamo.reset()
         errors = checked(module, arguments, setup, absent)
-        torch._dynamo.reset()  # compiled for the sizes that are timed, not for any
+        torch._dynamo.reset()  # so that ways are compiled for the sizes that are timed, not for any
         where = machine.provenance()
-        calls = {way: found.call for way, found in setup.ways.items() if way not in absent}
+        calls = {name: way.call for name, way in setup.ways.items() if name not in absent}
         turns = Turns(calls, setup.subject)
         benchmark.pedantic(turns.time_subject, setup=turns.time_others, rounds=rounds, warmup_rounds=warmups)
         notes = setup.notes(rounds)
@@ -118,33 +118,33 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
             where["gpu after"] = machine.gpu_state()
         rows = [
             Row(
-                way=way,
-                role=found.role,
-                seconds=turns.seconds[way][warmups:] if way not in absent else [],
-                work=found.work,
-                error=errors.get(way),
-                tokens=found.tokens,
-                reason=absent.get(way),
+                way=name_of_way,
+                role=way.role,
+                seconds=turns.seconds[name_of_way][warmups:] if name_of_way not in absent else [],
+                work=way.work,
+                error=errors.get(name_of_way),
+                tokens=way.tokens,
+                reason=absent.get(name_of_way),
             )
-            for way, found in setup.ways.items()
+            for name_of_way, way in setup.ways.items()
         ]
         rows += [Row(way, PEER, reason=why) for way, why in absent.items() if way not in setup.ways]
         about = {"unit": setup.unit, "formula": setup.formula, "subject": setup.subject}
-        del setup, turns, calls  # the memory is the children's now
+        del setup, turns, calls  # the processes that measure peaks need the memory
         free_memory()
         if not (quick or config.getoption("--no-peaks") or "allocator" in parameters):
             rows = [with_peak(module, arguments, row) for row in rows]
         suite = module.__name__.rpartition("bench_")[2]
-        found = Case(suite, name, parameters, rows=rows, provenance=where, notes=notes, **about)
+        measured = Case(suite, name, parameters, rows=rows, provenance=where, notes=notes, **about)
         benchmark.extra_info["rows"] = [vars(row) for row in rows]
-        record(found)
-        return found
+        record(measured)
+        return measured
 
     return run
 
 
 def in_fresh_process(test: str, rounds: int) -> list[Case]:
-    """The cases of a test, measured by a pytest of its own."""
+    """Measure a test in a pytest process of its own and return its cases."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pytest", test, "--no-peaks", "--save", folder, "--rounds", str(rounds)]
         environment = {**os.environ, allocator.FRESH: "1"}
@@ -154,14 +154,17 @@ def in_fresh_process(test: str, rounds: int) -> list[Case]:
 
 
 def free_memory() -> None:
-    """Give back what the last case left."""
+    """Free what the last case left."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def checked(module: ModuleType, parameters: dict[str, Any], setup: Setup, absent: dict[str, str]) -> dict[str, float]:
-    """Errors of the ways against fp64, on a small problem of the same kind; wrong ones are not timed."""
+    """Return the errors of the ways against fp64 on a small problem of the same kind.
+
+    A peer that fails or is wrong is added to `absent` with the reason; ours being wrong raises AssertionError.
+    """
     if setup.expected is None:
         return {}
     small = module.setup(**{**parameters, **module.SMALL})
@@ -176,24 +179,24 @@ def checked(module: ModuleType, parameters: dict[str, Any], setup: Setup, absent
                 absent[name] = f"fails: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
                 continue
             if not errors[name] <= way.tolerance:
-                told = f"{name} differs from fp64 by {errors[name]:.1e}, more than {way.tolerance:.0e}"
-                assert way.role != OURS, told
-                absent[name] = told
+                reason = f"{name} differs from fp64 by {errors[name]:.1e}, more than {way.tolerance:.0e}"
+                assert way.role != OURS, reason
+                absent[name] = reason
     return errors
 
 
 def with_peak(module: ModuleType, parameters: dict[str, Any], row: Row) -> Row:
-    """The row with its extra peak memory, or with the reason why there is none."""
+    """Return the row with its extra peak memory, or with the reason why there is none."""
     if not row.seconds or row.role == LIMIT:
         return row
-    own = getattr(module, "peak", None)  # where "extra" means something else
+    own = getattr(module, "peak", None)  # a suite may define what "extra" is relative to
     peak = own(parameters, row.way) if own else memory.in_process(module.__name__, parameters, row.way)
     values = {"extra_peak": peak} if isinstance(peak, int) else {"reason": peak or None}
     return Row(**{**vars(row), **values})
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Compare: a run with a slower or larger case fails."""
+    """With --compare, fail a run in which a case became slower or larger."""
     config = session.config
     cases = config.stash.get(CASES, [])
     if config.getoption("--compare"):
@@ -204,7 +207,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The tables."""
+    """Print the tables."""
     cases = config.stash.get(CASES, [])
     if cases:
         terminalreporter.section("benchmarks")

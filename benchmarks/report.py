@@ -1,27 +1,25 @@
-"""Markdown and figures from committed results; the README's figures among them.
+"""Write reports and figures from committed results.
 
     python -m benchmarks.report                               # every machine in benchmarks/results
-    python -m benchmarks.report --readme README.md            # and the part of a file between the two markers
+    python -m benchmarks.report --docs docs/benchmarks.md     # and the part of that page between its two markers
 
-Writes report.md, bars.png, roofline.png and scaling.png beside the JSON of a machine, and gpu_static.png, which is
-modelled, beside that of gpu_static. Nothing is measured here, and nothing is told
-of a machine without results.
+Writes report.md, bars.png, roofline.png and scaling.png beside the JSON files of each machine. Measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import charts
-from benchmarks.machine import ROOT, told
-from benchmarks.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
-from benchmarks.tables import case_table, milliseconds
+from benchmarks.harness.machine import told
+from benchmarks.harness.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
+from benchmarks.reporting import charts
+from benchmarks.reporting.tables import case_table, milliseconds
 
-BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report --readme -->", "<!-- end of benchmarks -->"
+BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report --docs -->", "<!-- end of benchmarks -->"
 SUITES = ("loss", "logprobs", "linear", "memory", "step", "train_vs_trl", "checkpoint", "scaling")
 HEADLINES = (
     ("loss", "fp32", "loss and gradient from logits, fp32"),
@@ -42,34 +40,34 @@ HEADLINES = (
 
 
 def machines(folder: Path) -> dict[Path, list[Case]]:
-    """Folders with results, and those, in the order of the suites."""
-    found = {}
+    """Return the cases of every folder that holds results, in the order of SUITES."""
+    cases_of = {}
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         if not any(path.glob("*.json")):
             continue
         cases = read(path)
-        found[path] = sorted(cases, key=lambda c: SUITES.index(c.suite) if c.suite in SUITES else len(SUITES))
-    return found
+        cases_of[path] = sorted(cases, key=lambda c: SUITES.index(c.suite) if c.suite in SUITES else len(SUITES))
+    return cases_of
 
 
 def headline(case: Case, title: str) -> str:
-    """One row: our time, share of the limit, every peer's time over ours, error and peaks."""
+    """Return one row: our time, share of the limit, every peer's time over ours, error and extra peak memory."""
     row = case.row(case.subject)
     assert row is not None
     share = f"{row.rate / case.peak_rate:.0%}" if row.rate and case.peak_rate else ""
     peers = []
     for other in case.rows:
         same = other.role == PEER and other.work == row.work
-        found = ratio(case, other.way) if same else None
-        if found is not None:
-            peers.append(f"{other.way} {found.median:.2f}")
+        times = ratio(case, other.way) if same else None
+        if times is not None:
+            peers.append(f"{other.way} {times.median:.2f}")
     error = f"{row.error:.0e}" if row.error is not None else ""
     peak = f"{row.extra_peak / 1e6:.0f}" if row.extra_peak is not None else ""
     return f"| {title} | {milliseconds(row)} | {share} | {'; '.join(peers)} | {error} | {peak} |"
 
 
 def summary(cases: Sequence[Case]) -> str:
-    """The table of headlines."""
+    """Return the table of HEADLINES."""
     lines = [
         "| | ours, median [quartiles] | of the limit | time of a peer ÷ ours | error to fp64 | extra peak, MB |",
         "|---|---|---|---|---|---|",
@@ -82,7 +80,7 @@ def summary(cases: Sequence[Case]) -> str:
 
 
 def measured_on(cases: Sequence[Case]) -> str:
-    """Where, when and at which commits."""
+    """Say on which machine, when and at which commits the cases were measured."""
     loads = sorted({case.provenance["load"] for case in cases})
     commits = sorted({case.provenance["commit"] for case in cases})
     first = told(cases[0].provenance).split(", load")[0]
@@ -93,8 +91,8 @@ def measured_on(cases: Sequence[Case]) -> str:
     return f"{first}, {load}; {packages}; {when}, commits {', '.join(commits)}."
 
 
-def report(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> str:
-    """The whole report of a machine."""
+def report(cases: Sequence[Case], figures: Sequence[str]) -> str:
+    """Return the whole report of a machine."""
     parts = [f"# Benchmarks: {cases[0].provenance['processor']}", measured_on(cases)]
     parts.append(
         "Ways of a case take turns in one process (trainings: in processes of their own); times are medians with "
@@ -111,14 +109,14 @@ def report(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> str:
 
 
 def without_small_limits(case: Case) -> Case:
-    """The case with the two of its limits that have the most work."""
+    """Return the case with only the two of its limits that have the most work."""
     limits = sorted((row for row in case.rows if row.role == LIMIT), key=lambda row: row.work or 0.0)[-2:]
     return dataclasses.replace(case, rows=[row for row in case.rows if row.role != LIMIT or row in limits])
 
 
-def readme_part(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> str:
-    """What a README shows of a machine."""
-    where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+def docs_part(folder: Path, cases: Sequence[Case], figures: Sequence[str], page: Path) -> str:
+    """Return what the documentation shows of a machine; its links are relative to the page."""
+    where = Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
     alternatives = {
         "bars": "Share of the machine's limit that each way reaches.",
         "scaling": "Rates and memory over vocabulary, tokens, batch and prompt length.",
@@ -127,47 +125,58 @@ def readme_part(folder: Path, cases: Sequence[Case], figures: Sequence[str]) -> 
     step = charts.find(cases, "step", "embedded")
     parts = [case_table(without_small_limits(step))] if step is not None else []
     pictures = [f"![{alternatives[name]}]({where}/{name}.png)" for name in alternatives if name in figures]
-    return "\n\n".join([f"{measured_on(cases)} Everything: `{where}/report.md`.", summary(cases), *pictures, *parts])
+    return "\n\n".join(
+        [f"{measured_on(cases)} Every case: [report.md]({where}/report.md).", summary(cases), *pictures, *parts]
+    )
 
 
 def replaced(text: str, part: str) -> str:
-    """The text with another part between the markers. Raises ValueError where they are not there, once, in order."""
+    """Return the text with another part between the markers.
+
+    Raises:
+        ValueError: if the markers are not there, once each and in order.
+    """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"needs the lines {BEGIN!r} and {END!r}, once each and in this order")
     return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{part}\n\n{text[text.index(END) :]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write everything."""
+    """Write the reports and figures, and the part of the page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="with a folder of results per machine")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the two markers")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=FOLDER,
+        help="folder that holds a folder of results for each machine (default: benchmarks/results)",
+    )
+    parser.add_argument(
+        "--docs", type=Path, metavar="PAGE.md", help="Markdown page with the two markers, to update too"
+    )
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
         parser.error(f"{options.folder} is not a folder")
-    found, parts = machines(options.folder), []
-    if not found:
+    cases_of, parts = machines(options.folder), []
+    if not cases_of:
         parser.error(f"{options.folder} holds no results; `make bench` measures and saves them")
-    for folder, cases in found.items():
+    for folder, cases in cases_of.items():
         figures = charts.draw(cases)
         for name, content in figures.items():
             (folder / f"{name}.png").write_bytes(content)
-        (folder / "report.md").write_text(report(folder, cases, list(figures)), encoding="utf-8")
-        parts.append(readme_part(folder.resolve(), cases, list(figures)))
+        (folder / "report.md").write_text(report(cases, list(figures)), encoding="utf-8")
+        if options.docs:
+            parts.append(docs_part(folder, cases, list(figures), options.docs))
         ours = sum(row.role == OURS and bool(row.seconds) for case in cases for row in case.rows)
         print(f"{folder}: {len(cases)} cases, {ours} rows of ours; report.md, {', '.join(f'{n}.png' for n in figures)}")
-    static = options.folder / "gpu_static.json"
-    if static.exists():
-        document = json.loads(static.read_text(encoding="utf-8"))
-        static.with_suffix(".png").write_bytes(charts.modelled(document))
-    if options.readme:
-        text = options.readme.read_text(encoding="utf-8")
+    if options.docs:
         try:
-            options.readme.write_text(replaced(text, "\n\n".join(parts)), encoding="utf-8")
-        except ValueError as error:
-            parser.error(f"--readme {options.readme}: {error}")
+            text = options.docs.read_text(encoding="utf-8")
+            options.docs.write_text(replaced(text, "\n\n".join(parts)), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            parser.error(f"--docs {options.docs}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-// The extension module repo_kernels._cpu: checks of the memory it is given, and the operations without the GIL.
+// The extension module repo_kernels._cpu: checks the memory that it is given and computes without the GIL.
 //
-// Arguments are tensors of the CPU by the array protocol; repo_kernels/cpu/__init__.py is their only caller.
+// Arguments are CPU tensors passed by the array protocol. The callers are repo_kernels/backends/cpu/*.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -10,11 +10,11 @@
 #include <algorithm>
 #include <optional>
 
-#include "attention.h"
-#include "dispatch.h"
-#include "layers.h"
-#include "losses.h"
-#include "transpose.h"
+#include "layers/attention.h"
+#include "kernels/dispatch.h"
+#include "layers/layers.h"
+#include "losses/losses.h"
+#include "layers/transpose.h"
 
 namespace nb = nanobind;
 using namespace repo;
@@ -59,7 +59,7 @@ Rows rows_of(const Array& array) {
             n == 3 ? array.stride(0) * bytes : 0, array.stride(n - 2) * bytes};
 }
 
-// Keeps the optional rows that Tensors points to.
+// The logits, reference and gradient of a call; it owns the rows that Tensors points to.
 struct TensorArguments {
     std::optional<Rows> reference, grad;
     Tensors tensors;
@@ -204,7 +204,8 @@ void bind_rotate(const PerHead<const float>& x, const PerHead<const float>& cos,
     require(from.columns % 2 == 0, "a head must have an even number of columns");
     for (const size_t axis : {0, 1, 2, 3}) require(x.shape(axis) == y.shape(axis), "y must be like x");
     for (const size_t axis : {0, 2, 3})
-        require(x.shape(axis) == cos.shape(axis) && x.shape(axis) == sin.shape(axis), "cos and sin must be like a head");
+        require(x.shape(axis) == cos.shape(axis) && x.shape(axis) == sin.shape(axis),
+                "cos and sin must be like a head");
     nb::gil_scoped_release unlocked;
     rotate(from, by_cos, by_sin, to, back, threads);
 }
@@ -289,29 +290,32 @@ void bind_soft_cap(const ConstVector& from, const Vector& value, const Vector& s
 
 NB_MODULE(_cpu, m) {
     using namespace nb::literals;
-    m.def("fused", bind_fused, "logits"_a.noconvert(), "ref_logits"_a.noconvert().none(), "grad"_a.noconvert().none(), "zeroed"_a, "ids"_a.noconvert(), "values"_a.noconvert(),
-          "scalars"_a.noconvert(), "code"_a, "softcap"_a, "with_entropy"_a, "losses"_a.noconvert(), "tokens"_a.noconvert(), "threads"_a);
-    m.def("statistics", bind_statistics, "logits"_a.noconvert(), "ref_logits"_a.noconvert().none(), "ids"_a.noconvert(), "scalars"_a.noconvert(), "softcap"_a,
-          "with_entropy"_a, "state"_a.noconvert(), "threads"_a);
-    m.def("apply", bind_apply, "logits"_a.noconvert(), "ref_logits"_a.noconvert().none(), "grad"_a.noconvert(), "zeroed"_a, "ids"_a.noconvert(), "state"_a.noconvert(),
-          "slopes"_a.noconvert(), "scalars"_a.noconvert(), "softcap"_a, "threads"_a);
-    m.def("scale_rows", bind_scale_rows, "grad"_a.noconvert(), "factors"_a.noconvert(), "threads"_a);
-    m.def("transpose", bind_transpose, "source"_a.noconvert(), "to"_a.noconvert(), "threads"_a);
-    m.def("rms_norm", bind_rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "y"_a.noconvert(), "inverse"_a.noconvert(), "epsilon"_a, "threads"_a);
-    m.def("rms_norm_gradient", bind_rms_norm_gradient, "x"_a.noconvert(), "weight"_a.noconvert(), "inverse"_a.noconvert(), "dy"_a.noconvert(),
-          "dx"_a.noconvert(), "dweight"_a.noconvert().none(), "threads"_a);
-    m.def("swiglu", bind_swiglu, "gate"_a.noconvert(), "up"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
-    m.def("swiglu_gradient", bind_swiglu_gradient, "gate"_a.noconvert(), "up"_a.noconvert(), "grad"_a.noconvert(), "of_gate"_a.noconvert(),
-          "of_up"_a.noconvert(), "threads"_a);
-    m.def("rotate", bind_rotate, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "y"_a.noconvert(), "back"_a, "threads"_a);
-    m.def("attention", bind_attention, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "query_bounds"_a.noconvert(), "key_bounds"_a.noconvert(),
-          "scale"_a, "window"_a, "out"_a.noconvert(), "log2_sums"_a.noconvert(), "threads"_a);
-    m.def("attention_gradient", bind_attention_gradient, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "query_bounds"_a.noconvert(),
-          "key_bounds"_a.noconvert(), "scale"_a, "window"_a, "dout"_a.noconvert(), "log2_sums"_a.noconvert(), "dq"_a.noconvert(), "dk"_a.noconvert(),
-          "dv"_a.noconvert(), "threads"_a);
+    const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };  // takes no converted copy
+    m.def("fused", bind_fused, exact("logits"), exact("ref_logits").none(), exact("grad").none(), "zeroed"_a,
+          exact("ids"), exact("values"), exact("scalars"), "code"_a, "softcap"_a, "with_entropy"_a, exact("losses"),
+          exact("tokens"), "threads"_a);
+    m.def("statistics", bind_statistics, exact("logits"), exact("ref_logits").none(), exact("ids"), exact("scalars"),
+          "softcap"_a, "with_entropy"_a, exact("state"), "threads"_a);
+    m.def("apply", bind_apply, exact("logits"), exact("ref_logits").none(), exact("grad"), "zeroed"_a, exact("ids"),
+          exact("state"), exact("slopes"), exact("scalars"), "softcap"_a, "threads"_a);
+    m.def("scale_rows", bind_scale_rows, exact("grad"), exact("factors"), "threads"_a);
+    m.def("transpose", bind_transpose, exact("source"), exact("to"), "threads"_a);
+    m.def("rms_norm", bind_rms_norm, exact("x"), exact("weight"), exact("y"), exact("inverse"), "epsilon"_a,
+          "threads"_a);
+    m.def("rms_norm_gradient", bind_rms_norm_gradient, exact("x"), exact("weight"), exact("inverse"), exact("dy"),
+          exact("dx"), exact("dweight").none(), "threads"_a);
+    m.def("swiglu", bind_swiglu, exact("gate"), exact("up"), exact("out"), "threads"_a);
+    m.def("swiglu_gradient", bind_swiglu_gradient, exact("gate"), exact("up"), exact("grad"), exact("of_gate"),
+          exact("of_up"), "threads"_a);
+    m.def("rotate", bind_rotate, exact("x"), exact("cos"), exact("sin"), exact("y"), "back"_a, "threads"_a);
+    m.def("attention", bind_attention, exact("q"), exact("k"), exact("v"), exact("query_bounds"), exact("key_bounds"),
+          "scale"_a, "window"_a, exact("out"), exact("log2_sums"), "threads"_a);
+    m.def("attention_gradient", bind_attention_gradient, exact("q"), exact("k"), exact("v"), exact("query_bounds"),
+          exact("key_bounds"), "scale"_a, "window"_a, exact("dout"), exact("log2_sums"), exact("dq"), exact("dk"),
+          exact("dv"), "threads"_a);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("_isas", instruction_sets);
     m.def("_set_isa", set_isa, "name"_a);
-    m.def("_exp2", bind_exp2, "t"_a.noconvert(), "out"_a.noconvert());
-    m.def("_soft_cap", bind_soft_cap, "z"_a.noconvert(), "value"_a.noconvert(), "slope"_a.noconvert(), "cap"_a);
+    m.def("_exp2", bind_exp2, exact("t"), exact("out"));
+    m.def("_soft_cap", bind_soft_cap, exact("z"), exact("value"), exact("slope"), "cap"_a);
 }

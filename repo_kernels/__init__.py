@@ -1,16 +1,26 @@
-"""Fused losses for safe RLHF: log-prob ratio, clipped surrogate, KL, entropy and the rectified cost hinge.
+"""Fused losses for safe RLHF: clipped surrogate, rectified cost, KL and entropy in one pass over the logits.
 
-from repo_kernels import repo_loss
-out = repo_loss(logits, token_ids, old_logps, reward_advantages, costs=costs, lam=1.0)
-out.loss.backward()
+    from repo_kernels import repo_loss
+    out = repo_loss(logits, token_ids, old_logps, reward_advantages, costs=costs, lam=1.0)
+    out.loss.backward()
+
+or, with the options of a run set once:
+
+    from repo_kernels import LossOptions, RepoLoss
+    loss = RepoLoss(LossOptions(eps_high=0.28, kl_estimator="k3"))
+    out = loss(logits, token_ids, old_logps, reward_advantages, costs=costs, lam=1.0)
 """
 
-from .losses.logprobs import linear_selective_log_softmax, selective_log_softmax
-from .losses.loss import RepoLossOutput, linear_repo_loss, repo_loss
+from .losses.logps import linear_selective_log_softmax, selective_log_softmax
+from .losses.loss import LinearRepoLoss, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss
+from .losses.options import LossOptions
 from .losses.stats import LossStats
 
 __all__ = [
+    "LinearRepoLoss",
+    "LossOptions",
     "LossStats",
+    "RepoLoss",
     "RepoLossOutput",
     "linear_repo_loss",
     "linear_selective_log_softmax",

@@ -1,4 +1,4 @@
-"""The extension module of csrc/module.cpp."""
+"""Types of the extension module that `csrc/module.cpp` defines; tensors are on the CPU."""
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ def fused(
     tokens: Tensor,
     threads: int,
 ) -> None:
-    """Writes losses (N,), tokens (13, N) and grad, but for the dead rows of a zeroed one."""
+    """Write losses (N,), tokens (13, N) and grad; the dead rows of a zeroed grad are left alone."""
 
 def statistics(
     logits: Tensor,
@@ -29,7 +29,7 @@ def statistics(
     state: Tensor,
     threads: int,
 ) -> None:
-    """Writes state (7, N)."""
+    """Write state (7, N)."""
 
 def apply(
     logits: Tensor,
@@ -43,16 +43,16 @@ def apply(
     softcap: float,
     threads: int,
 ) -> None:
-    """Writes grad, but for the dead rows of a zeroed one."""
+    """Write grad; the dead rows of a zeroed grad are left alone."""
 
 def scale_rows(grad: Tensor, factors: Tensor, threads: int) -> None:
-    """Multiplies the rows of grad whose factor is not 1."""
+    """Multiply the rows of grad by factors (N,); a row whose factor is 1 is not touched."""
 
 def transpose(source: Tensor, to: Tensor, threads: int) -> None:
-    """Writes the transposed matrix of source (r, c) into to (c, r), contiguous; fp32."""
+    """Write the transpose of source (r, c) into `to` (c, r), contiguous; fp32."""
 
 def rms_norm(x: Tensor, weight: Tensor, y: Tensor, inverse: Tensor, epsilon: float, threads: int) -> None:
-    """Writes y (r, c) and inverse (r,); all are fp32 and contiguous, as in the four below unless they say otherwise."""
+    """Write y (r, c) and inverse (r,); contiguous fp32, as the arguments of the next three."""
 
 def rms_norm_gradient(
     x: Tensor,
@@ -63,16 +63,16 @@ def rms_norm_gradient(
     dweight: Tensor | None,
     threads: int,
 ) -> None:
-    """Writes dx (r, c) and dweight (c,)."""
+    """Write dx (r, c) and dweight (c,)."""
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor, threads: int) -> None:
-    """Writes out."""
+    """Write out."""
 
 def swiglu_gradient(gate: Tensor, up: Tensor, grad: Tensor, of_gate: Tensor, of_up: Tensor, threads: int) -> None:
-    """Writes of_gate and of_up."""
+    """Write of_gate and of_up, the gradients of gate and up."""
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, back: bool, threads: int) -> None:
-    """Writes y (B, heads, T, D) from x and cos, sin (B, 1, T, D); any strides but that of D."""
+    """Write y (B, heads, T, D) from x and cos, sin (B, 1, T, D); fp32, last stride 1. back: the transposed map."""
 
 def attention(
     q: Tensor,
@@ -86,7 +86,7 @@ def attention(
     log2_sums: Tensor,
     threads: int,
 ) -> None:
-    """Writes out, like q (T, Hq, D), and log2_sums (Hq, T)."""
+    """Write out, shaped like q (T, Hq, D), and log2_sums (Hq, T)."""
 
 def attention_gradient(
     q: Tensor,
@@ -103,19 +103,19 @@ def attention_gradient(
     dv: Tensor,
     threads: int,
 ) -> None:
-    """Writes dq, dk and dv, like q, k and v."""
+    """Write dq, dk and dv, shaped like q, k and v."""
 
 def isa() -> str:
-    """The instruction set in use."""
+    """Return the name of the instruction set in use."""
 
 def _isas() -> list[str]:
-    """Those this machine has, the best one first."""
+    """Return the instruction sets that this machine has, the best one first."""
 
 def _set_isa(name: str) -> None:
-    """Use another one of them (for tests)."""
+    """Use another instruction set of this machine, for tests."""
 
 def _exp2(t: Tensor, out: Tensor) -> None:
-    """The kernels' 2^t of (n,), 0 below -127."""
+    """Write the kernels' 2^t of t (n,), which is 0 below -127."""
 
 def _soft_cap(z: Tensor, value: Tensor, slope: Tensor, cap: float) -> None:
-    """The kernels' cap tanh(z / cap) of (n,) and its derivative."""
+    """Write the kernels' cap tanh(z / cap) of z (n,) and its derivative."""

@@ -1,6 +1,6 @@
-"""Checks of public arguments: each raises a TypeError or ValueError that names the argument, what it got and takes.
+"""Checks of public arguments. An error names the argument, what it got and what it takes.
 
-Float values are checked; values of tensors on a device are not, since that would sync it.
+Values of floats are checked. Values of tensors are not, since reading one makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -22,22 +22,33 @@ Scalar = float | Tensor
 
 
 def describe(value: object) -> str:
-    """How an error message shows what it got."""
+    """Describe a value for an error message: a tensor by dtype, shape and device, anything else by repr and type."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """ValueError unless value is one of choices."""
+    """Raise ValueError unless value is one of choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool; got {describe(value)}")
 
 
 def check_tensor(
     name: str, value: object, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], like: Tensor
 ) -> Tensor:
-    """The tensor itself, or TypeError (type, dtype) or ValueError (shape, device) that names the argument."""
+    """Return the value if it is a tensor of one of these shapes and dtypes on the device of `like`.
+
+    Raises:
+        TypeError: it is no tensor or has another dtype.
+        ValueError: it has another shape or is on another device.
+    """
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         takes = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
         raise TypeError(f"{name} must be a tensor of {takes}, shape {_either(shapes)}; got {describe(value)}")
@@ -53,7 +64,12 @@ def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
 
 
 def check_scalar(name: str, value: object, accepts: Callable[[float], bool], takes: str) -> None:
-    """A float in range that is finite and not 0 in fp32 either, or a 0-d tensor (whose value is not looked at)."""
+    """Check a number: a float that `accepts` takes, finite and not flushed to 0 in fp32, or a 0-d numeric tensor.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the float is out of range, or the tensor has dimensions or no data.
+    """
     if isinstance(value, Tensor):
         if value.ndim or not (value.is_floating_point() or value.dtype in ID_DTYPES):
             raise ValueError(f"{name} as a tensor must be 0-d and numeric; got {describe(value)}")
@@ -62,13 +78,13 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
-    # a comparison and not isfinite, which torch.compile cannot trace for a float that varies
+    # comparisons instead of math.isfinite, which torch.compile cannot trace for a float that varies
     if not (value == 0 or FLOAT32_TINY <= abs(value) <= FLOAT32_MAX) or not accepts(value):
         raise ValueError(f"{name} must be {takes} and a normal number in float32; got {value!r}")
 
 
 def check_matrix(name: str, value: object) -> Tensor:
-    """(T, V) or (B, L, V) of a floating type with unit column stride and at least one column."""
+    """Return the value if it is (T, V) or (B, L, V), V >= 1, of a floating dtype, with unit column stride."""
     names = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
     if not isinstance(value, Tensor) or value.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be a tensor of {names}; got {describe(value)}")
@@ -80,7 +96,7 @@ def check_matrix(name: str, value: object) -> Tensor:
 
 
 def check_temperature(temperature: Scalar, softcap: float | None) -> None:
-    """temperature > 0; softcap a positive float or None."""
+    """Check that temperature is a scalar > 0 and softcap a float > 0 or None."""
     check_scalar("temperature", temperature, lambda x: x > 0, "> 0")
     if softcap is not None:
         if isinstance(softcap, Tensor):
@@ -89,19 +105,22 @@ def check_temperature(temperature: Scalar, softcap: float | None) -> None:
 
 
 def check_live_ids(ids: Tensor, vocabulary: int) -> None:
-    """IndexError when an id of the live rows, (n,), is outside [0, V). Syncs a GPU."""
+    """Raise IndexError if one of the live ids, (n,), is outside [0, vocabulary). Waits for a GPU."""
     if ids.numel() and (ids.min() < 0 or ids.max() >= vocabulary):
         worst = ids[(ids < 0) | (ids >= vocabulary)][0].item()
         raise IndexError(f"token_ids of live rows must be in [0, {vocabulary}) or -100; got {worst}")
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """fp64 for fp64 logits, else fp32."""
+    """Return the dtype in which a loss of these logits is computed: fp64 for fp64, else fp32."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor) -> None:
-    """(B+1,) int32 from 0 to T, non-decreasing (values looked at on the CPU only, and not by torch.compile)."""
+    """Check that cu_seqlens is (B + 1,) int32 and rises from 0 to T, the only entry of `leading`.
+
+    The values are checked on the CPU alone, and not while torch.compile traces.
+    """
     if len(leading) != 1:
         raise ValueError(f"cu_seqlens is for packed (T, ...) rows; the rows here have leading shape {leading}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
@@ -121,9 +140,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
 def check_head(
     prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, leading: tuple[int, ...] | None = None
 ) -> None:
-    """hidden (T, H) or (B, L, H) with unit column stride; weight (V, H) and bias (V,), each of hidden's dtype or fp32.
+    """Check the hidden states and the weights of a linear head.
 
-    fp32 with bf16 or fp16 hidden states: the head of a model trained under autocast.
+    Weights may be fp32 with bf16 or fp16 hidden states, as in a model trained under autocast.
+
+    Args:
+        prefix: put before the names in messages.
+        hidden: (T, H) or (B, L, H), unit column stride.
+        weight: (V, H), V >= 1, dtype of hidden or fp32.
+        bias: (V,), same choice of dtypes, or None.
+        leading: the leading shape that hidden must have, or None for any.
     """
     check_matrix(f"{prefix}hidden", hidden)
     dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
@@ -138,7 +164,7 @@ def check_head(
 
 
 def check_chunk_tokens(chunk_tokens: int | None) -> None:
-    """A positive int or None."""
+    """Check that chunk_tokens is an int >= 1 or None."""
     if chunk_tokens is not None and (isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int)):
         raise TypeError(f"chunk_tokens must be an int >= 1 or None; got {describe(chunk_tokens)}")
     if chunk_tokens is not None and chunk_tokens < 1:

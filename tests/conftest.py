@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.products import reduce_products
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: backend="triton" then takes CPU tensors
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their subprocesses, have one core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = reduce_products(items)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random chat model."""
-    from tests.loop.tiny import save_tiny_model
+    from tests.support.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
@@ -21,7 +32,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random classifier with the tiny model's tokenizer."""
-    from tests.loop.tiny import save_tiny_classifier
+    from tests.support.tiny import save_tiny_classifier
 
     return save_tiny_classifier(tmp_path_factory.mktemp("classifier"))
 
@@ -29,7 +40,7 @@ def scorer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(train.jsonl, eval.jsonl) with disjoint prompts."""
-    from tests.loop.tiny import QUESTIONS
+    from tests.support.tiny import QUESTIONS
 
     folder = tmp_path_factory.mktemp("prompts")
     paths = folder / "train.jsonl", folder / "eval.jsonl"
@@ -46,8 +57,8 @@ def tiny_arguments(tiny_model: Path, tiny_prompts: tuple[Path, Path]) -> list[st
         f"--model.path={tiny_model}",
         f"--data.train={tiny_prompts[0]}",
         f"--data.eval={tiny_prompts[1]}",
-        "--scoring.reward=tests.loop.scorers:reward",
-        "--scoring.cost=tests.loop.scorers:cost",
+        "--scoring.reward=tests.support.scorers:reward",
+        "--scoring.cost=tests.support.scorers:cost",
         "--evaluation.judge=none",
         "--rollout.prompts_per_step=2",
         "--rollout.samples_per_prompt=3",
@@ -56,6 +67,12 @@ def tiny_arguments(tiny_model: Path, tiny_prompts: tuple[Path, Path]) -> list[st
         "--steps=4",
         "--save_every=2",
     ]
+
+
+@pytest.fixture
+def options(tiny_arguments: list[str]) -> list[str]:
+    """Command line of a run that only trains, but for --out."""
+    return [*tiny_arguments, "--evaluation.prompts=0", "--sample_every=0"]
 
 
 @pytest.fixture

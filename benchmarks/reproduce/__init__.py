@@ -1,1 +1,1 @@
-"""The paper's claim reproduced: exactly on a table of answers (table.py), and on a language model (language.py)."""
+"""Reproduce the paper's claim: exactly on a table of answers (table.py), and on a language model (language.py)."""

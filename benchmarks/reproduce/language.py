@@ -1,11 +1,11 @@
-"""The claim where it can be measured: five methods with equal budgets on the embedded language model.
+"""Measure the paper's claim: train five methods with equal budgets on the embedded language model and compare them.
 
-python -m benchmarks.reproduce.language                 trains what is not there yet, evaluates, writes the results
-python -m benchmarks.reproduce.language --seeds 0 1 2 --jobs 2 --out reproduce -- --steps 48
+    python -m benchmarks.reproduce.language                 # trains and evaluates what is missing, writes the results
+    python -m benchmarks.reproduce.language --seeds 0 1 2 --jobs 2 --out reproduce -- --steps 48
 
-All share language.yaml and differ in the method alone. Each final policy answers the held-out prompts with the same
-random numbers, scored by the training scorers and the held-out judge. Folders of finished runs are kept, so that a
-broken-off command goes on; their checkpoints are removed, 1.6 GB each. Results go to benchmarks/results.
+All methods share language.yaml and differ in the method alone. Each final policy answers the held-out prompts with the
+same random numbers; the training scorers and the held-out judge score the answers. Folders of finished runs are kept,
+so that an interrupted command continues; their checkpoints (1.6 GB each) are removed. Results go to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.machine import machine
+from benchmarks.harness.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
 from repo.config.parse import load_config, make_parser, parse_config
 from repo.evaluation.comparison import read_evaluation
@@ -54,7 +54,7 @@ METHODS = {
         ],
     ),
 }
-"""Name -> (title, what it changes)."""
+"""Name -> (title, options that differ from language.yaml)."""
 BASELINE = "ppo_lagrangian"
 SAMPLES, EVALUATION_SEED = 2, 1000
 SHOWN = (
@@ -74,7 +74,11 @@ SHOWN = (
 
 
 def call(arguments: Sequence[str], threads: int | None, log: Path) -> None:
-    """Run a command of the package; its output goes to `log`. Raises RuntimeError with its end when it fails."""
+    """Run a command of the package and append its output to `log`.
+
+    Raises:
+        RuntimeError: if the command fails, with the end of the log.
+    """
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
@@ -85,7 +89,11 @@ def call(arguments: Sequence[str], threads: int | None, log: Path) -> None:
 
 
 def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: int | None) -> None:
-    """Train RUN = out/method-seed, or what is left of it. UserError where it was trained with another configuration."""
+    """Train the run out/method-seed, or resume it if it is there.
+
+    Raises:
+        UserError: if the run was trained with another configuration.
+    """
     run = out / f"{method}-{seed}"
     options = [f"--config={CONFIG}", *METHODS[method][1], f"--seed={seed}", f"--out={run}", *overrides]
     if (run / "config.yaml").is_file():
@@ -99,7 +107,7 @@ def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: 
 
 
 def evaluate(target: str, file: Path, log: Path, options: Sequence[str], threads: int | None) -> Evaluation:
-    """The evaluation of a run or model, made unless its file is there."""
+    """Return the evaluation of a run or model; make it if its file is missing."""
     if not file.exists():
         sampled = [f"--evaluation.samples_per_prompt={SAMPLES}", f"--seed={EVALUATION_SEED}"]
         call(["repo.evaluate", target, f"--out={file}", *sampled, *options], threads, log)
@@ -108,67 +116,81 @@ def evaluate(target: str, file: Path, log: Path, options: Sequence[str], threads
 
 @dataclass(frozen=True)
 class Seeds:
-    """A quantity of a method: of each seed (S,), and of each seed's resampled prompts (S, RESAMPLES)."""
+    """A quantity of a method.
+
+    values: of each seed, (S,). resampled: of each seed's resampled prompts, (S, RESAMPLES).
+    """
 
     values: Array
     resampled: Array
 
     def draws(self, stream: int = 0) -> Array:
-        """(RESAMPLES,) of the mean over seeds: its prompts resampled, and Student's t of the spread of seeds, by random
-        numbers of their own per stream. Of one seed nothing is known about others."""
+        """Draw the mean over seeds: resampled prompts plus Student's t for the spread of the seeds.
+
+        With one seed the spread of seeds is unknown and left out.
+
+        Args:
+            stream: number of the random stream; different streams are independent.
+
+        Returns:
+            (RESAMPLES,) draws.
+        """
         seeds, resamples = self.resampled.shape
-        found = self.resampled.mean(0)
+        means = self.resampled.mean(0)
         if seeds > 1:
             error = self.values.std(ddof=1) / np.sqrt(seeds)
-            found = found + error * np.random.default_rng(stream).standard_t(seeds - 1, resamples)
-        return found
+            means = means + error * np.random.default_rng(stream).standard_t(seeds - 1, resamples)
+        return means
 
     @property
     def interval(self) -> dict[str, float | None]:
-        """Mean and 95 % interval over seeds and prompts."""
+        """Return mean and 95 % interval over seeds and prompts."""
         return interval_of(float(self.values.mean()), self.draws())
 
     def minus(self, other: Seeds) -> dict[str, float | None]:
-        """The difference with its interval: the same prompts are drawn on both sides, seeds are those of each alone."""
+        """Return the difference with its interval: both sides draw the same prompts, and seeds independently."""
         return interval_of(float(self.values.mean() - other.values.mean()), self.draws(1) - other.draws(2))
 
 
 def of_seeds(evaluations: Sequence[Evaluation], key: str) -> Seeds:
-    """A quantity over the evaluations of a method's seeds, all of the same prompts."""
+    """Compute a quantity from the evaluations of a method's seeds, all on the same prompts."""
     columns = [evaluation.columns for evaluation in evaluations]
     values = np.array([float(QUANTITIES[key](c)) for c in columns])
     return Seeds(values, np.stack([resampled_of(key, c) for c in columns]))
 
 
 def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
-    """Every quantity of each method, and what each differs by from PPO-Lagrangian. UserError where evaluations are of
-    different prompts."""
+    """Compute every quantity of each method, and its difference from PPO-Lagrangian.
+
+    Raises:
+        UserError: if the evaluations are of different prompts.
+    """
     if len({tuple(e.ids) for seeds in evaluations.values() for e in seeds}) > 1:
         raise UserError("--out: its evaluations are of different prompts; choose another folder")
-    found = {m: {key: of_seeds(e, key) for key in SHOWN if e[0].has(key)} for m, e in evaluations.items()}
+    of_methods = {m: {key: of_seeds(e, key) for key in SHOWN if e[0].has(key)} for m, e in evaluations.items()}
     summary: dict[str, Any] = {
         method: {
             key: {**within(key, seeds.interval), "seeds": seeds.values.tolist()} for key, seeds in quantities.items()
         }
-        for method, quantities in found.items()
+        for method, quantities in of_methods.items()
     }
     against = {
-        method: {key: seeds.minus(found[BASELINE][key]) for key, seeds in quantities.items()}
-        for method, quantities in found.items()
-        if BASELINE in found and method != BASELINE
+        method: {key: seeds.minus(of_methods[BASELINE][key]) for key, seeds in quantities.items()}
+        for method, quantities in of_methods.items()
+        if BASELINE in of_methods and method != BASELINE
     }
     return {"methods": summary, "against_ppo_lagrangian": against}
 
 
 def within(key: str, value: dict[str, float | None]) -> dict[str, float | None]:
-    """An interval of a share cut to [0, 1], which Student's t does not know of."""
+    """Cut the interval of a share to [0, 1], which Student's t may leave."""
     if not TITLES[key].form.endswith("%}"):
         return value
     return {end: None if v is None else min(max(v, 0.0), 1.0) for end, v in value.items()}
 
 
 def minutes_of(runs: Iterable[Path]) -> float:
-    """Minutes that the steps of runs took in all."""
+    """Return the minutes that all steps of the runs took."""
     total = 0.0
     for run in runs:
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -177,12 +199,12 @@ def minutes_of(runs: Iterable[Path]) -> float:
 
 
 def title_of(method: str) -> str:
-    """What tables and figures call a method."""
+    """Return the name of a method in tables and figures."""
     return METHODS[method][0] if method in METHODS else method
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results as they are committed."""
+    """Return the results as Markdown."""
     methods = results["methods"]
     lines = [
         "# Every prompt or the average: five methods on the embedded language model",
@@ -229,11 +251,11 @@ COLOURS = {
 
 
 PANELS = (("safe_rate", "reward"), ("judge_safe_rate", "reward"), ("rectified_cost", "cost"))
-"""What the figure shows against what."""
+"""Quantities on the two axes of each panel of the figure."""
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
-    """Reward against the safe rate by training cost and by the judge, and E[C] against E{C-d}+; each seed is hollow."""
+    """Draw reward against the safe rate by training cost and by judge, and E[C] against E{C-d}+; seeds are hollow."""
     methods = results["methods"]
     pairs = [pair for pair in PANELS if all(pair[0] in quantities for quantities in methods.values())]
     with matplotlib.rc_context(STYLE):
@@ -248,7 +270,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
                 axes.errorbar(
                     x["mean"], y["mean"], *errors, fmt="o", color=colour, capsize=3, elinewidth=1, label=label
                 )
-            axes.set(xlabel=TITLES[across][0], ylabel=TITLES[up][0])
+            axes.set(xlabel=TITLES[across].name, ylabel=TITLES[up].name)
             if up == "cost":
                 axes.axhline(results["cost_limit"], color="#1c2024", lw=1, ls=":")
             else:
@@ -261,16 +283,16 @@ def draw(results: Mapping[str, Any]) -> Figure:
 def measure(
     methods: Sequence[str], seeds: Sequence[int], out: Path, overrides: Sequence[str], jobs: int
 ) -> dict[str, list[Evaluation]]:
-    """Train and evaluate what is not there yet, `jobs` at a time; by method, an evaluation for each seed."""
+    """Train and evaluate what is missing, `jobs` runs at a time. Return, by method, an evaluation for each seed."""
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
     out.mkdir(parents=True, exist_ok=True)
 
     def one(pair: tuple[str, int]) -> Evaluation:
         run = out / f"{pair[0]}-{pair[1]}"
         train(*pair, out, overrides, threads)
-        found = evaluate(str(run), run / "eval" / "final.json", out / f"{run.name}.log", (), threads)
-        print(f"{run.name}: trained, {len(found.records)} responses evaluated", flush=True)
-        return found
+        evaluation = evaluate(str(run), run / "eval" / "final.json", out / f"{run.name}.log", (), threads)
+        print(f"{run.name}: trained, {len(evaluation.records)} responses evaluated", flush=True)
+        return evaluation
 
     pairs = [(method, seed) for seed in seeds for method in methods]
     with ThreadPoolExecutor(jobs) as pool:
@@ -279,19 +301,19 @@ def measure(
 
 
 def evaluate_reference(run: Path, out: Path) -> Evaluation:
-    """The policy that the training of a run started from."""
+    """Evaluate the policy that the training of a run started from."""
     return evaluate(str(run), out / "reference.json", out / "reference.log", ["--checkpoint=reference"], None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, measure, write."""
+    """Parse the command line, measure, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to train")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to train")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each method")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("overrides", nargs="*", help="after --: fields of the configuration, for every method alike")
+    parser.add_argument("overrides", nargs="*", help="after --: fields of the configuration, the same for every method")
     options = parser.parse_args(argv)
     evaluations = measure(options.methods, options.seeds, options.out, options.overrides, options.jobs)
     reference = evaluate_reference(options.out / f"{options.methods[0]}-{options.seeds[0]}", options.out)

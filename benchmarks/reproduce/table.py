@@ -1,13 +1,13 @@
-"""The claim where it can be proved: a softmax policy over 60 prompts x 12 answers, trained with repo_loss.
+"""Check the paper's claim exactly: a softmax policy over 60 prompts x 12 answers, trained with repo_loss.
 
-python -m benchmarks.reproduce.table        about a minute; writes benchmarks/results/reproduce_table.{md,png}
+    python -m benchmarks.reproduce.table        # about a minute; writes benchmarks/results/reproduce_table.{md,png}
 
 Each (prompt, answer) is one row with one token, so that
 
-    sum over answers of pi(y) (held still) * loss per token(x, y)
+    sum over answers of pi(y) (held constant) * loss per token(x, y)
 
-has the exact policy gradient of the expectation: nothing is sampled, and what is left of the distance to the optimum in
-closed form is the loss's own.
+has the exact policy gradient of the expectation. Nothing is sampled: what remains of the distance to the optimum, which
+is known in closed form, comes from the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.machine import machine
+from benchmarks.harness.machine import machine
 from repo.reporting.style import STYLE
 from repo.training.multipliers import lagrangian_lambda, repo_lambda
 from repo_kernels import repo_loss
@@ -44,12 +44,15 @@ Rule = Callable[[float, Tensor], float]
 
 
 def optimum(utility: Tensor) -> Tensor:
-    """pi proportional to pi_ref exp(utility / beta), (60, 12)."""
+    """Return the optimal policy, proportional to pi_ref exp(utility / beta), (60, 12)."""
     return torch.softmax(REFERENCE.log() + utility / BETA, -1)
 
 
 def exact_gradient(table: Tensor, mode: str, lam: float, reward: Tensor, cost: Tensor | None, **options: Any) -> Tensor:
-    """d(expected loss)/d(table), (60, 12). cost: cost advantages; None: the hinge that the loss forms itself."""
+    """Return d(expected loss)/d(table), (60, 12).
+
+    cost: cost advantages; None: the loss forms the hinge itself.
+    """
     table = table.detach().requires_grad_()
     if options.get("kl_estimator") == "full":
         reference = {"ref_logits": REFERENCE.log()[:, None].expand(PROMPTS, ANSWERS, ANSWERS)}
@@ -63,7 +66,7 @@ def exact_gradient(table: Tensor, mode: str, lam: float, reward: Tensor, cost: T
         cost,
         costs=COST,
         cost_limit=LIMIT,
-        mode=mode,
+        cost_mode=mode,
         lam=lam,
         loss_agg_mode="none",
         **reference,
@@ -74,14 +77,17 @@ def exact_gradient(table: Tensor, mode: str, lam: float, reward: Tensor, cost: T
 
 
 def train(mode: str, lam: float, steps: int = STEPS, fitted_baselines: bool = False, **options: Any) -> Tensor:
-    """The policy (60, 12) that Adam reaches from the reference. fitted_baselines: subtract the policy's mean reward."""
+    """Return the policy (60, 12) that Adam reaches from the reference.
+
+    fitted_baselines: subtract the policy's mean reward.
+    """
     return train_with(mode, lam, None, steps, fitted_baselines, **options)[0]
 
 
 def train_with(
     mode: str, lam: float, rule: Rule | None, steps: int = STEPS, fitted_baselines: bool = False, **options: Any
 ) -> tuple[Tensor, list[float]]:
-    """As train, with lambda moved by `rule` after every step; also returns the lambda of each step."""
+    """Train with lambda changed by `rule` after every step. Return the policy and the lambda of each step."""
     table = REFERENCE.log().clone().requires_grad_()
     optimiser = torch.optim.Adam([table], lr=LR, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
@@ -98,46 +104,48 @@ def train_with(
 
 
 def train_split(lam: float, steps: int = 500) -> Tensor:
-    """The policy (60, 12) that mode `split` reaches from uniform with a fitted cost critic, V_C = its own mean cost.
+    """Return the policy (60, 12) that mode `split` reaches from uniform with a fitted cost critic, V_C = its mean cost.
 
     There are several fixed points; this is the one near uniform.
     """
-    # full KL: the sampled estimators are clamped at |log pi - log pi_ref| = 20, and a policy this safe is beyond it
+    # Full KL: the sampled estimators are clamped at |log pi - log pi_ref| = 20, which a policy this safe exceeds.
     table = torch.zeros_like(REWARD)
     for _ in range(steps):
         policy = table.softmax(-1)
         centred = COST - (policy * COST).sum(-1, keepdim=True)
         gradient = exact_gradient(table, "split", lam, REWARD, centred, kl_estimator="full")
-        # natural gradient: the plain one vanishes with the probability of an answer
+        # The natural gradient, because the plain one vanishes with the probability of an answer.
         table -= 0.05 / BETA * gradient / policy.clamp_min(1e-300)
         table -= table.mean(-1, keepdim=True)
     return table.softmax(-1)
 
 
 def distance(policy: Tensor, other: Tensor) -> float:
-    """Mean total variation over prompts."""
+    """Return the total variation between two policies, averaged over prompts."""
     return (policy - other).abs().sum(-1).mean().item() / 2
 
 
 def safe_rate(policy: Tensor) -> float:
-    """Share of safe answers."""
+    """Return the share of safe answers."""
     return (policy * (COST <= LIMIT)).sum(-1).mean().item()
 
 
 def mean_of(policy: Tensor, values: Tensor) -> float:
-    """Expectation under the policy, averaged over prompts."""
+    """Return the expectation under the policy, averaged over prompts."""
     return (policy * values).sum(-1).mean().item()
 
 
 def unsafe_of_prompts(policy: Tensor) -> Tensor:
-    """(60,) probability of an unsafe answer to each prompt."""
+    """Return the probability of an unsafe answer to each prompt, (60,)."""
     return (policy * (COST > LIMIT)).sum(-1)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A policy (60, 12), the lambda it was trained with, and the closed form it should reach, None where there is none
-    but a fixed point that is known by its figures."""
+    """A policy (60, 12), the lambda it was trained with, and the closed form it should reach.
+
+    oracle: None where the fixed point has no closed form.
+    """
 
     name: str
     lam: float
@@ -146,7 +154,7 @@ class Row:
 
     @property
     def figures(self) -> dict[str, float]:
-        """What the table shows."""
+        """Return the columns of the table."""
         cost, hinge = mean_of(self.policy, COST), mean_of(self.policy, HINGE)
         return {
             "lambda": self.lam,
@@ -161,40 +169,40 @@ class Row:
 
 
 def train_lagrangian(steps: int = 2000, lr: float = 1.0) -> tuple[Tensor, list[float]]:
-    """PPO-Lagrangian: the policy, and its lambda from 1 by the rule of Safe RLHF at the exact mean cost."""
+    """Train PPO-Lagrangian: lambda starts at 1 and follows the rule of Safe RLHF at the exact mean cost."""
     return train_with(
         "lagrangian", 1.0, lambda lam, p: lagrangian_lambda(lam, mean_of(p, COST), LIMIT, lr, 50.0), steps
     )
 
 
 def repo_lambdas(targets: tuple[float, ...] = (5.0, 10.0), lr: float = 0.1) -> dict[float, int]:
-    """Updates after which lambda, from 1 by RePO's rule, reaches each target when the policy is always optimal."""
-    lam, updates, found = 1.0, 0, {}
+    """Return the updates after which lambda, from 1 by RePO's rule, reaches each target, the policy always optimal."""
+    lam, updates, updates_to = 1.0, 0, {}
     for target in targets:
         while lam < target:
             lam = repo_lambda(lam, mean_of(optimum(REWARD - lam * HINGE), HINGE), lr, math.inf)
             updates += 1
-        found[target] = updates
-    return found
+        updates_to[target] = updates
+    return updates_to
 
 
 def rows() -> list[Row]:
-    """Every method, trained."""
+    """Train every method and return its row."""
     expected = TABLE["oracle"]["expected_constraint"]["lam"]
     lagrangian, lams = train_lagrangian()
-    found = [
+    trained = [
         Row("reference", 0.0, REFERENCE, REFERENCE),
         Row("PPO", 0.0, train("lagrangian", 0.0), optimum(REWARD)),
         Row("PPO-Lagrangian, its lambda learned", lams[-1], lagrangian, optimum(REWARD - expected * COST)),
     ]
-    found += [Row("RePO", lam, train("rectified", lam), optimum(REWARD - lam * HINGE)) for lam in (1.0, 5.0, 20.0)]
-    found += [Row("RePO, mode split", lam, train_split(lam), None) for lam in (1.0, 5.0)]
-    return found
+    trained += [Row("RePO", lam, train("rectified", lam), optimum(REWARD - lam * HINGE)) for lam in (1.0, 5.0, 20.0)]
+    trained += [Row("RePO, mode split", lam, train_split(lam), None) for lam in (1.0, 5.0)]
+    return trained
 
 
-def markdown(found: list[Row], updates: dict[float, int], seconds: float) -> str:
-    """The results as they are committed."""
-    names = list(found[0].figures)
+def markdown(table: list[Row], updates: dict[float, int], seconds: float) -> str:
+    """Return the results as Markdown."""
+    names = list(table[0].figures)
     formats = "{:.3f}", "{:.1%}", "{:d} of 60", "{:.3f}", "{:+.3f}", "{:.4f}", "{:.3f}", "{:.1e}"
     forms = dict(zip(names, formats, strict=True))
     lines = [
@@ -206,7 +214,7 @@ def markdown(found: list[Row], updates: dict[float, int], seconds: float) -> str
         f"| | {' | '.join(names)} |",
         "|---|" + "---|" * len(names),
     ]
-    for row in found:
+    for row in table:
         cells = ("-" if value != value else forms[key].format(value) for key, value in row.figures.items())
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     told = ", ".join(f"{target:g} after {n} updates" for target, n in updates.items())
@@ -229,16 +237,16 @@ STYLES = {
 
 
 def method_of(row: Row) -> str:
-    """The row's name without what follows the comma."""
+    """Return the row's name up to the comma."""
     return row.name.split(",")[0]
 
 
-def draw(found: list[Row]) -> Figure:
-    """Left: reward against safe answers; right: the probability of an unsafe answer to each prompt."""
+def draw(table: list[Row]) -> Figure:
+    """Draw reward against safe answers (left) and the probability of an unsafe answer to each prompt (right)."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.4, 3.9))
         left, right = figure.subplots(1, 2)
-        for row in found:
+        for row in table:
             split, repo = "split" in row.name, "RePO" in row.name
             point = row.figures["safe answers"], row.figures["E[R]"]
             left.plot(*point, "s" if split else "o", color=STYLES[method_of(row)][0], mfc="white" if split else None)
@@ -248,7 +256,7 @@ def draw(found: list[Row]) -> Figure:
             left.annotate(label, point, xytext=beside, textcoords="offset points", fontsize=8, ha=side)
         left.set(xlim=(0.3, 1.12), ylim=(-0.25, 1.55), xlabel="share of safe answers", ylabel="E[R]")
         left.annotate("RePO: circles mode rectified,\nsquares mode split", (0.8, 0.45), fontsize=8, ha="center")
-        for row in (r for r in found if "RePO" not in r.name or (r.name == "RePO" and r.lam == 20)):
+        for row in (r for r in table if "RePO" not in r.name or (r.name == "RePO" and r.lam == 20)):
             colour, line = STYLES[method_of(row)]
             label = f"{method_of(row)}: E[C] = {round(row.figures['E[C]'], 2) + 0.0:.2f}"
             unsafe = unsafe_of_prompts(row.policy).sort(descending=True).values
@@ -259,13 +267,13 @@ def draw(found: list[Row]) -> Figure:
 
 
 def main() -> None:
-    """Train, print, write."""
+    """Train every method, print the results and write them."""
     started = time.perf_counter()
-    found, updates = rows(), repo_lambdas()
-    text = markdown(found, updates, time.perf_counter() - started)
+    table, updates = rows(), repo_lambdas()
+    text = markdown(table, updates, time.perf_counter() - started)
     print(text)
     (RESULTS / "reproduce_table.md").write_text(text)
-    draw(found).savefig(RESULTS / "reproduce_table.png", dpi=144)
+    draw(table).savefig(RESULTS / "reproduce_table.png", dpi=144)
 
 
 if __name__ == "__main__":

@@ -38,16 +38,20 @@ class States:
         return self.hidden[layer].index_select(0, self.packed.inputs)
 
     def head_arguments(self) -> dict[str, Any]:
-        """Give hidden, weight, bias and softcap to a linear loss, at the states that predict response tokens."""
+        """Give hidden, weight and bias to a linear loss, at the states that predict response tokens."""
         assert self.head is not None
         hidden, head = self.before().to(self.head.dtype), self.head
         hidden = hidden if head.scale == 1 else hidden * head.scale
-        return {"hidden": hidden, "weight": head.weight, "bias": head.bias, "softcap": head.softcap}
+        return {"hidden": hidden, "weight": head.weight, "bias": head.bias}
 
     def logps(self, temperature: float) -> Tensor:
         """Compute the log-probabilities (N,) of the response tokens, in nats, fp32."""
+        assert self.head is not None
         logps = linear_selective_log_softmax(
-            token_ids=self.packed.token_ids, temperature=temperature, **self.head_arguments()
+            token_ids=self.packed.token_ids,
+            temperature=temperature,
+            softcap=self.head.softcap,
+            **self.head_arguments(),
         )
         assert isinstance(logps, Tensor)
         return logps

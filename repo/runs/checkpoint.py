@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import state_files
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError, first_line
 from ..common.files import checksum_of, partial_of, write_folder, write_text
 from ..common.seeds import random_state, set_random_state
+from . import state_files
 
 NAME = re.compile(r"step-\d{6,}")  # what `latest` and `best` may say: a folder beside them
 MANIFEST, STATE = "manifest.json", "state.json"

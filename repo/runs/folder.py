@@ -9,8 +9,7 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .checkpoint import State
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError
 from ..common.files import create_folder, write_folder, write_text
 from ..config.parse import to_yaml
-from ..config.schema import Config, field_names
-from .fingerprints import FILE as INPUTS
-from .fingerprints import changed
-from .loggers import Logger, make_loggers
-from .json_lines import JsonLines
+from ..config.schema import Config
 from ..models.policy import Policy, save_policy
+from .checkpoint import State
+from .fingerprints import FILE as INPUTS
+from .json_lines import JsonLines
+from .loggers import Logger, make_loggers
 
 APPENDED = ("metrics", "samples")
 PACKAGES = (

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from ..config.schema import AlgorithmConfig
-from ..scoring.safety import summarize
 from ..models.critic import explained_variance
 from ..rollout.sample import Rollout
+from ..scoring.safety import is_safe, summarize
 from ..scoring.scorers import Scores
 from ..training.advantages import Advantages, loss_mode
-from ..scoring.safety import is_safe
 from ..training.batch import Batch
 from ..training.mismatch import Agreement
 from ..training.update import UpdateResult

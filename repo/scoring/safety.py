@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def round_limit(cost_limit: float) -> float:
     return float(np.float32(cost_limit))
 
 
-def is_safe(costs: Values, cost_limit: float) -> Values:
+def is_safe(costs: Values, cost_limit: float) -> Any:
     """Tell whether C <= d. costs: a number, array or tensor of any shape. Returns bool of that shape."""
     return costs <= round_limit(cost_limit)
 
@@ -41,7 +41,7 @@ def compensation_gap(mean_rectified_cost: Values, mean_cost: Values, cost_limit:
     return mean_rectified_cost - rectified_cost(mean_cost, cost_limit)
 
 
-def mostly_unsafe(safe_share: Values) -> Values:
+def mostly_unsafe(safe_share: Values) -> Any:
     """Tell whether more than half of a prompt's responses are unsafe. safe_share: share of safe ones, any shape."""
     return safe_share < 0.5
 

@@ -14,6 +14,7 @@ from ..data.packing import unflat
 from ..data.prompts import Example
 from ..data.sequences import make_sequences
 from ..models.actor import Actor
+from ..models.lm_head import lm_head
 from .batch import Batch
 from .loss import MicroBatchLoss, PolicyLoss, SupervisedLoss, make_targets
 
@@ -23,7 +24,8 @@ class Accumulator:
 
     def __init__(self, actor: Actor, config: Config) -> None:
         self.actor, self.algorithm, self.budget = actor, config.algorithm, config.optimizer.micro_batch_tokens
-        self.policy_loss = PolicyLoss(config.algorithm, config.rollout.temperature)
+        softcap = lm_head(actor.policy).softcap
+        self.policy_loss = PolicyLoss(config.algorithm, config.rollout.temperature, softcap)
         self.supervised_loss, self.ptx_coef = SupervisedLoss(), config.ptx.coef
 
     def backward(self, batch: Batch, rows: Tensor, logps: Tensor | None = None) -> tuple[dict[str, float], LossStats]:

@@ -1,18 +1,18 @@
 """The losses of a micro-batch, as modules that the actor's forward ends with.
 
 PolicyLoss is where the hinge, the ratio, the clipping and the KL are computed, in one pass of a kernel over the logits
-(repo_kernels.linear_repo_loss); SupervisedLoss is the cross-entropy against forgetting. Both divide by counts of the
+(repo_kernels.LinearRepoLoss); SupervisedLoss is the cross-entropy against forgetting. Both divide by counts of the
 whole minibatch, so that its split into micro-batches and processes does not change the result.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from repo_kernels import LossStats, linear_repo_loss
+from repo_kernels import LinearRepoLoss, LossOptions, LossStats
 
 from ..config.schema import AlgorithmConfig
 from ..data.packing import Packed, flat
@@ -53,16 +53,13 @@ class MicroBatchLoss(NamedTuple):
 
 
 def make_targets(batch: Batch, packed: Packed, algorithm: AlgorithmConfig, divisor: int, tokens: int) -> Targets:
-    """Lay the columns of a batch out by token of a micro-batch.
-
-    Advantages that are scaled as one by the group's deviation, or of methods without a multiplier, enter combined.
-    """
+    """Lay the columns of a batch out by token of a micro-batch. divisor, tokens: see Targets."""
 
     def by_token(value: Tensor) -> Tensor:
         return flat(packed, value if value.ndim == 2 else value[:, None].expand(-1, packed.width))
 
     advantages = batch.advantages
-    combined = algorithm.scale_by_std or advantages.cost is None
+    combined = combines(algorithm)
     return Targets(
         reward_advantages=by_token(advantages.combined if combined else advantages.reward),
         cost_advantages=None if combined or advantages.cost is None else by_token(advantages.cost),
@@ -81,49 +78,63 @@ def make_targets(batch: Batch, packed: Packed, algorithm: AlgorithmConfig, divis
 class PolicyLoss(nn.Module):
     """RePO's loss of the policy, and the value loss of each critic."""
 
-    def __init__(self, algorithm: AlgorithmConfig, temperature: float) -> None:
+    def __init__(self, algorithm: AlgorithmConfig, temperature: float, softcap: float | None) -> None:
+        """temperature: of sampling. softcap: of the policy's logits, None where it has none."""
         super().__init__()
-        self.algorithm, self.temperature = algorithm, temperature
+        self.cost_limit, self.in_loss = algorithm.cost_limit, algorithm.kl_placement == "loss"
+        self.repo_loss = LinearRepoLoss(loss_options(algorithm, temperature, softcap))
 
     def forward(self, states: States, critics: nn.ModuleDict, targets: Targets) -> MicroBatchLoss:
         """Compute the losses of one micro-batch from its hidden states; everything is divided by minibatch counts."""
-        algorithm, packed = self.algorithm, states.packed
-        signals: dict[str, Any] = {"reward_advantages": targets.reward_advantages, "costs": targets.costs}
-        if targets.cost_advantages is not None:
-            signals |= {
-                "cost_advantages": targets.cost_advantages,
-                "mode": loss_mode(algorithm),
-                "lam": targets.lam,
-                "normalize": algorithm.normalize,
-            }
         value_losses = {
             f"{signal}_value_loss": value_loss(
                 critic(states), targets.old_values[signal], targets.returns[signal], VALUE_CLIP, targets.tokens
             )
             for signal, critic in critics.items()
         }
-        out = linear_repo_loss(
+        out = self.repo_loss(
             **states.head_arguments(),
-            token_ids=packed.token_ids,
+            token_ids=states.packed.token_ids,
             old_logps=targets.old_logps,
-            **signals,
-            cost_limit=algorithm.cost_limit,
+            reward_advantages=targets.reward_advantages,
+            cost_advantages=targets.cost_advantages,
+            costs=targets.costs,
+            cost_limit=self.cost_limit,
+            lam=0.0 if targets.cost_advantages is None else targets.lam,
             ref_logps=targets.ref_logps,
-            cu_seqlens=packed.cu_seqlens,
-            temperature=self.temperature,
-            eps_low=algorithm.clip_range[0],
-            eps_high=algorithm.clip_range[1],
-            dual_clip=algorithm.dual_clip,
-            beta=targets.beta if algorithm.kl_placement == "loss" else 0.0,
-            kl_estimator=algorithm.kl_estimator,
-            kl_ratio=algorithm.kl_importance_weighted,
-            entropy_coef=algorithm.entropy_coef,
-            loss_agg_mode=algorithm.loss_agg_mode,
+            beta=targets.beta if self.in_loss else 0.0,
+            cu_seqlens=states.packed.cu_seqlens,
             divisor=targets.divisor,
-            return_entropy=True,
         )
         # sharded training hooks the tensors of the result and takes no views: hence the clone
         return MicroBatchLoss({"loss": out.loss.clone(), **value_losses}, out.stats, out.logps)
+
+
+def combines(algorithm: AlgorithmConfig) -> bool:
+    """Tell whether the advantages of reward and cost enter the loss already combined.
+
+    They do where they are scaled as one by the group's deviation, and with methods without a multiplier.
+    """
+    return algorithm.scale_by_std or loss_mode(algorithm) is None
+
+
+def loss_options(algorithm: AlgorithmConfig, temperature: float, softcap: float | None) -> LossOptions:
+    """Choose the options of the loss that stay the same over a run."""
+    combined = combines(algorithm)
+    return LossOptions(
+        cost_mode="rectified" if combined else loss_mode(algorithm) or "rectified",
+        normalize=algorithm.normalize and not combined,
+        temperature=temperature,
+        softcap=softcap,
+        eps_low=algorithm.clip_range[0],
+        eps_high=algorithm.clip_range[1],
+        dual_clip=algorithm.dual_clip,
+        kl_estimator=algorithm.kl_estimator,
+        kl_importance_weighted=algorithm.kl_importance_weighted,
+        entropy_coef=algorithm.entropy_coef,
+        loss_agg_mode=algorithm.loss_agg_mode,
+        return_entropy=True,
+    )
 
 
 class SupervisedLoss(nn.Module):

@@ -1,1 +1,4 @@
-"""The backends that compute the losses, and the interface they share."""
+"""The backends that compute the losses, their interface, and the choice between them.
+
+Nothing here imports `losses` or `layers`; those import the backends.
+"""

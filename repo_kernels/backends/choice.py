@@ -1,7 +1,4 @@
-"""Which backend runs: the one place where it is decided.
-
-A backend is a module with `new_gradient`, `fused`, `statistics`, `apply` and `scale_rows` over flat rows (rows.py).
-"""
+"""The choice of backend: the only place where it is decided which one runs."""
 
 from __future__ import annotations
 
@@ -10,25 +7,26 @@ import importlib
 import importlib.util
 import os
 import warnings
-from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, describe
 from . import cpu
+from .interface import Backend
 
 BACKENDS = ("triton", "cpu", "eager")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def load(backend: str) -> ModuleType:
-    """The backend's module; Triton is imported on its first use."""
-    return importlib.import_module(f".{backend}", __package__)
+def load(backend: str) -> Backend:
+    """Return the backend of this name; Triton is imported at its first use."""
+    return cast(Backend, importlib.import_module(f".{backend}", __package__))
 
 
-# Looked up once, so that torch.compile finds constants.
+# Looked up once, so that torch.compile sees constants.
 CPU_BUILT = cpu.available()
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -36,14 +34,17 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        "repo_kernels was built without its C++ extension: PyTorch serves the CPU, several times slower. "
-        "Install g++ >= 11 or clang >= 14 and reinstall for the C++ backend; backend='eager' says that this is meant.",
+        "repo_kernels was built without its C++ extension, so PyTorch computes on the CPU, several times slower. "
+        "Install g++ >= 11 or clang >= 14 and reinstall to build it, or pass backend='eager' to accept PyTorch.",
         stacklevel=2,
     )
 
 
 def default_backend(source: Tensor) -> str:
-    """CUDA, ROCm: "triton". CPU: "cpu". Without Triton or the extension, for fp64 and on other devices: "eager"."""
+    """Choose by device and dtype: "triton" on CUDA and ROCm, "cpu" on the CPU, else "eager".
+
+    fp64, other devices, and an install without Triton or without the C++ extension get "eager".
+    """
     if source.dtype not in KERNEL_DTYPES:
         return "eager"
     if source.device.type == "cuda":
@@ -55,14 +56,26 @@ def default_backend(source: Tensor) -> str:
     return "cpu" if CPU_BUILT else "eager"
 
 
-def choose_backend(backend: str | None, source: Tensor) -> str:
-    """The backend for logits or hidden states like `source`; None: by device.
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless `backend` is None or the name of one."""
+    if backend is not None:
+        check_choice("backend", backend, BACKENDS)
 
-    Raises ValueError or TypeError when the backend asked for cannot take `source`.
+
+def choose_backend(backend: str | None, source: Tensor) -> str:
+    """Return the backend for logits or hidden states like `source`.
+
+    Args:
+        backend: "triton", "cpu", "eager", or None for `default_backend`.
+        source: logits or hidden states; only dtype and device are looked at.
+
+    Raises:
+        TypeError: the backend does not take this dtype.
+        ValueError: there is no such backend, it is not installed, or it does not take this device.
     """
     if backend is None:
         return default_backend(source)
-    check_choice("backend", backend, BACKENDS)
+    check_backend(backend)
     if backend == "eager":
         return backend
     if source.dtype not in KERNEL_DTYPES:

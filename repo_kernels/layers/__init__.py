@@ -1,1 +1,1 @@
-"""Layers of a transformer on the CPU: linear, norm, gated MLP, rotary embedding and attention."""
+"""Faster layers for a transformer on the CPU: linear, norm, gated MLP, rotary embedding and attention."""

@@ -1,8 +1,8 @@
 """RMSNorm, SwiGLU and rotary embedding in one pass over memory each, forward and backward, for fp32 on the CPU.
 
-In PyTorch they are some twenty operations a layer, each of which reads and writes all activations; with them goes the
-time of a training step that is not matrix products. Within `fused_layers` those layers of a transformers model that
-compute what is written here run so: whether a class does is found by trying its forward. Sums are in a fixed order.
+PyTorch takes about twenty operations per layer for them, each of which reads and writes all activations; this is most
+of the time of a training step outside matrix products. `fused_layers` replaces the layers of a transformers model that
+compute the same; whether a class does is decided by running its forward on a small input. Sums are in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..backends import cpu
+from ..backends.cpu import layers as cpu
 
 ROTARY = "apply_rotary_pos_emb"  # the global that attention layers of transformers call
-SILU = ("SiLU", "SiLUActivation")  # of PyTorch and of transformers
+SILU = ("SiLU", "SiLUActivation")  # the classes of PyTorch and of transformers
 
 
 class RmsNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + epsilon). x: (..., H); weight: (H,)."""
+    """Compute weight * x / sqrt(mean(x^2) + epsilon). x: (..., H); weight: (H,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -41,7 +41,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 class SwiGlu(torch.autograd.Function):
-    """silu(gate) * up, of one shape."""
+    """Compute silu(gate) * up of two tensors of one shape."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -57,7 +57,10 @@ class SwiGlu(torch.autograd.Function):
 
 
 class Rotary(torch.autograd.Function):
-    """x * cos + rotate_half(x) * sin of queries and keys. q, k: (B, heads, T, D); cos, sin: (B, 1, T, D), constants."""
+    """Compute x * cos + rotate_half(x) * sin for queries and keys.
+
+    q, k: (B, heads, T, D), heads may differ; cos, sin: (B, 1, T, D), not differentiated.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,26 +69,26 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return cpu.rotate(of_q, cos, sin, True), cpu.rotate(of_k, cos, sin, True), None, None
+        return cpu.rotate(grad_q, cos, sin, True), cpu.rotate(grad_k, cos, sin, True), None, None
 
 
 def _fits(*tensors: Tensor) -> bool:
-    """fp32 on the CPU, all of it here (not a sharded weight), and to be computed in fp32."""
+    """Return whether all are plain fp32 tensors on the CPU (not sharded) and autocast is off."""
     plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in tensors)
     return plain and not torch.is_autocast_enabled("cpu")
 
 
 def rms_norm(layer: Any, x: Tensor) -> Tensor:
-    """The forward of a layer with `weight` and `variance_epsilon`."""
+    """Run the forward of a layer with `weight` and `variance_epsilon` on x (..., H)."""
     if not _fits(x, layer.weight) or layer.weight.shape != x.shape[-1:] or not x.numel():
         return type(layer).forward(layer, x)
     return RmsNorm.apply(x, layer.weight, layer.variance_epsilon)
 
 
 def gated_mlp(layer: Any, x: Tensor) -> Tensor:
-    """The forward of a layer with `gate_proj`, `up_proj`, `down_proj` and silu."""
+    """Run the forward of a layer with `gate_proj`, `up_proj`, `down_proj` and silu on x (..., H)."""
     gate, up = layer.gate_proj(x), layer.up_proj(x)
     inner = SwiGlu.apply(gate, up) if _fits(gate, up) and gate.shape == up.shape else layer.act_fn(gate) * up
     return layer.down_proj(inner)
@@ -94,8 +97,14 @@ def gated_mlp(layer: Any, x: Tensor) -> Tensor:
 def rotary(
     own: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """What transformers calls apply_rotary_pos_emb: q, k: (B, heads, T, D); cos, sin: (B or 1, T, D). own: the model's,
-    for other layouts."""
+    """Rotate queries and keys as apply_rotary_pos_emb of transformers does.
+
+    Args:
+        own: the model's function, which takes over for other layouts.
+        q, k: (B, heads, T, D).
+        cos, sin: (B or 1, T, D).
+        unsqueeze_dim: dimension of the heads.
+    """
     fits = unsqueeze_dim == 1 and cos.dim() == 3 and cos.shape == sin.shape and _fits(q, k, cos, sin)
     shape = (q.shape[0], *q.shape[2:])
     fits = fits and shape == (k.shape[0], *k.shape[2:]) and cos.shape[1:] == shape[1:] and shape[2] % 2 == 0
@@ -106,21 +115,22 @@ def rotary(
 
 @contextmanager
 def fused_layers(module: nn.Module) -> Iterator[None]:
-    """Within the context the layers of a module on the CPU run fused; it may be entered again."""
-    found = {}
+    """Context in which the layers of a module on the CPU run fused. It may be entered again inside itself."""
+    fused = {}
     if cpu.available() and next((p.is_cpu for p in module.parameters()), False):
         plain = (m for m in module.modules() if "forward" not in m.__dict__)
-        found = {m: forward for m in plain if (forward := _fused(m)) is not None}
+        fused = {m: forward for m in plain if (forward := _fused(m)) is not None}
     try:
-        for layer, forward in found.items():
+        for layer, forward in fused.items():
             layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
         yield
     finally:
-        for layer in found:
+        for layer in fused:
             layer.__dict__.pop("forward", None)
 
 
 def _fused(layer: nn.Module) -> Callable[..., Any] | None:
+    """Return the fused forward of a layer, or None if it computes something else."""
     forward = type(layer).forward
     if hasattr(layer, "variance_epsilon") and _is_rms_norm(forward):
         return rms_norm
@@ -138,7 +148,7 @@ def _is_rms_norm(forward: Callable[..., Any]) -> bool:
 
 @functools.cache
 def _is_gated_mlp(forward: Callable[..., Any]) -> bool:
-    """Whether forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)) of the parts of its layer."""
+    """Return whether forward computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) with the parts of its layer."""
     parts = {"gate_proj": lambda x: 2 * x, "up_proj": lambda x: x + 3, "down_proj": torch.exp, "act_fn": torch.sin}
     layer = SimpleNamespace(**parts)
     return _agrees(functools.partial(forward, layer), lambda x: torch.exp(torch.sin(2 * x) * (x + 3)), torch.ones(2, 3))
@@ -146,8 +156,10 @@ def _is_gated_mlp(forward: Callable[..., Any]) -> bool:
 
 @functools.cache
 def _with_rotary(forward: Callable[..., Any]) -> FunctionType | None:
-    """The same function that finds `rotary` where it looks for its module's; None for those that do not look, or find
-    something else."""
+    """Copy a function so that it calls `rotary` instead of its module's apply_rotary_pos_emb.
+
+    Returns None if it does not call that global, or if the global computes something else.
+    """
     if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
         return None
     own = forward.__globals__.get(ROTARY)
@@ -155,17 +167,17 @@ def _with_rotary(forward: Callable[..., Any]) -> FunctionType | None:
     angles = torch.linspace(0, 3, 16).view(1, 2, 8)
     if own is None or not _agrees(own, functools.partial(rotary, own), q, k, angles.cos(), angles.sin()):
         return None
-    known = {**forward.__globals__, ROTARY: functools.partial(rotary, own)}
-    found = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
-    found.__kwdefaults__ = forward.__kwdefaults__
-    return found
+    patched = {**forward.__globals__, ROTARY: functools.partial(rotary, own)}
+    copy = FunctionType(forward.__code__, patched, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
 
 
 @torch.no_grad()
 def _agrees(function: Callable[..., Any], expected: Callable[..., Any], *arguments: Tensor) -> bool:
-    """Whether both give the same; not where one refuses."""
+    """Return whether both functions give close results; False if one raises."""
     try:
         torch.testing.assert_close(function(*arguments), expected(*arguments))
-    except Exception:  # of a class of another form anything may come
+    except Exception:  # an unknown class may raise anything
         return False
     return True

@@ -1,7 +1,7 @@
-"""Linear layers that multiply by oneDNN in forward and backward, for training in fp32 on CPUs that are not Intel's.
+"""Linear layers that use oneDNN in forward and backward, for fp32 training on CPUs that Intel did not make.
 
-PyTorch multiplies fp32 matrices by MKL, which leaves such processors' AVX-512 unused: oneDNN is a fifth faster there.
-The choice follows from the processor alone, so that a resumed run computes the same bits.
+PyTorch multiplies fp32 matrices by MKL, which does not use AVX-512 on such processors: oneDNN is a fifth faster there.
+The choice depends on the processor alone, so that a resumed run computes the same bits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..backends import cpu
+from ..backends.cpu import layers as cpu
 from .packed_linear import available
 
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether PyTorch's BLAS is MKL and the processor has AVX-512 but is not Intel's."""
+    """Return whether PyTorch multiplies by MKL on a processor with AVX-512 that Intel did not make."""
     capable = torch.backends.cpu.get_cpu_capability() == "AVX512"
     info = Path("/proc/cpuinfo")
     maker = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else "GenuineIntel"
@@ -31,13 +31,16 @@ def mkl_is_slow() -> bool:
 
 @functools.cache
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `product` is there and faster than PyTorch's own."""
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return device.type == "cpu" and dtype == torch.float32 and there and mkl_is_slow()
+    """Return whether `product` exists for this device and dtype and is faster than PyTorch's own."""
+    exists = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return device.type == "cpu" and dtype == torch.float32 and exists and mkl_is_slow()
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b^T + bias: (..., k), (n, k), (n,) -> (..., n), fp32; `a` is copied unless it is contiguous, `b` is not."""
+    """Compute a @ b^T + bias in fp32: (..., k), (n, k), (n,) -> (..., n).
+
+    `a` is copied unless it is contiguous; `b` is not copied.
+    """
     if a.dim() == 2 and a.stride(0) == 1 < a.stride(1) and cpu.available():
         a = cpu.transposed(a.t())
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
@@ -45,7 +48,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """F.linear. x: (..., in); weight: (out, in); bias: (out,) or None; fp32 on the CPU."""
+    """Compute F.linear by oneDNN. x: (..., in); weight: (out, in); bias: (out,) or None; fp32 on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,19 +59,22 @@ class OneDnnLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, of_x, of_weight, of_bias = grad.reshape(-1, grad.shape[-1]), None, None, None
+        rows, d_x, d_weight, d_bias = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
-            of_x = product(grad, weight.t())  # no view, so that autograd may add to it in place
+            d_x = product(grad, weight.t())  # not a view, so that autograd may add to it in place
         if ctx.needs_input_grad[1]:
-            of_weight = product(rows.t(), x.reshape(-1, x.shape[-1]).t())
+            d_weight = product(rows.t(), x.reshape(-1, x.shape[-1]).t())
         if ctx.needs_input_grad[2]:
-            of_bias = rows.sum(0)
-        return of_x, of_weight, of_bias
+            d_bias = rows.sum(0)
+        return d_x, d_weight, d_bias
 
 
 @contextmanager
 def onednn_linears(module: nn.Module) -> Iterator[None]:
-    """Within the context every nn.Linear of an fp32 module on such a CPU multiplies so; it may be entered again."""
+    """Context in which every nn.Linear of an fp32 module uses oneDNN on a CPU where MKL is slow.
+
+    It may be entered again inside itself.
+    """
     applies = mkl_is_slow() and available(module)
     layers = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in m.__dict__] if applies else []
     try:
@@ -83,5 +89,5 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not x.numel() or torch.is_autocast_enabled("cpu"):
         return nn.functional.linear(x, layer.weight, layer.bias)
-    found: Tensor = OneDnnLinear.apply(x, layer.weight, layer.bias)
-    return found
+    y: Tensor = OneDnnLinear.apply(x, layer.weight, layer.bias)
+    return y

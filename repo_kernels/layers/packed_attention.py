@@ -1,7 +1,7 @@
-"""Causal attention over packed rows in fp32 on the CPU, by csrc/attention.cpp: one call for all sequences.
+"""Causal attention over packed rows in fp32 on the CPU: one call of csrc/layers/attention.cpp for all sequences.
 
-PyTorch's SDPA takes sequences of one length at a time, and for short ones most of its time is not products. The bits of
-a sequence do not depend on its neighbours nor on the number of threads.
+PyTorch's SDPA takes sequences of one length at a time, and spends most of its time outside the products if they are
+short. The bits of a sequence depend neither on its neighbours nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -12,27 +12,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import cpu
+from ..backends.cpu import layers as cpu
 
-COLUMNS = 16  # a head has a multiple of these
+COLUMNS = 16  # the head dimension is a multiple of this
 
 
 def available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `attention` takes heads of this size there."""
+    """Return whether `attention` takes heads of this dimension on this device and in this dtype."""
     return cpu.available() and device.type == "cpu" and dtype == torch.float32 and head_dim % COLUMNS == 0
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, query_bounds: Tensor, key_bounds: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """q (T, Hq, D), k, v (K, Hk, D) -> (T, Hq, D). bounds: (S + 1,) int32; each of the S segments of queries sees its
-    keys alone, causally, its last query aligned to its last key, and only the last `window` of them."""
+    """Compute causal attention within segments, differentiable in q, k and v.
+
+    Args:
+        q: (T, Hq, D), fp32.
+        k, v: (K, Hk, D), fp32, Hk a divisor of Hq.
+        query_bounds, key_bounds: (S + 1,) int32, the segments' bounds in T and in K. The last query of a segment is
+            aligned to its last key; a segment has at least as many keys as queries.
+        scale: factor of the scores.
+        window: a query sees at most so many of the latest keys; None for all.
+
+    Returns:
+        (T, Hq, D).
+    """
     out: Tensor = PackedAttention.apply(q, k, v, query_bounds, key_bounds, scale, window or 2**31)
     return out
 
 
 class PackedAttention(torch.autograd.Function):
-    """`attention`, with a number for every window."""
+    """`attention` with an int for the window."""
 
     @staticmethod
     def forward(
@@ -49,5 +60,5 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, query_bounds, key_bounds, log2_sums = ctx.saved_tensors
         bounds = query_bounds, key_bounds, ctx.scale, ctx.window
-        found = cpu.attention_gradient(q, k, v, *bounds, cpu.unit_columns(grad), log2_sums)
-        return *found, None, None, None, None
+        gradients = cpu.attention_gradient(q, k, v, *bounds, cpu.unit_columns(grad), log2_sums)
+        return *gradients, None, None, None, None

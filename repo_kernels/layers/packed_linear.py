@@ -1,8 +1,8 @@
-"""Linear layers with weights prepared once for the many small products of decoding.
+"""Linear layers whose weights are prepared once for the many small products of decoding.
 
-On a CPU in fp32 they are packed for oneDNN: with 16 rows `F.linear` spends most of its time repacking the weight. Under
-autocast they are cast once: its own copies live in a cache that a CUDA graph cannot use. The weight is a constant while
-this is in place, so the layers must not be trained inside the context.
+In fp32 on a CPU they are packed for oneDNN: with 16 rows, `F.linear` spends most of its time repacking the weight.
+Under autocast they are cast once: autocast keeps its copies in a cache that a CUDA graph cannot use. The prepared
+weight is a copy, so the layers must not be trained inside the context.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def available(module: nn.Module) -> bool:
-    """oneDNN's packed linear exists in this PyTorch and the module computes in fp32 on the CPU."""
+    """Return whether this PyTorch has oneDNN's packed linear and the module computes in fp32 on the CPU."""
     parameter = next(module.parameters(), None)
     if parameter is None or parameter.device.type != "cpu" or parameter.dtype != torch.float32:
         return False
@@ -29,7 +29,12 @@ def available(module: nn.Module) -> bool:
 
 @contextmanager
 def packed_linears(module: nn.Module, batch_size: int) -> Iterator[None]:
-    """Within the context every nn.Linear of the module multiplies by a packed or cast copy of its current weight."""
+    """Context in which every nn.Linear of the module multiplies by a packed or cast copy of its present weight.
+
+    Args:
+        module: on one device.
+        batch_size: rows per product, for which oneDNN packs.
+    """
     prepare = _prepare(module, batch_size)
     layers = [m for m in module.modules() if type(m) is nn.Linear] if prepare is not None else []
     try:
@@ -43,6 +48,7 @@ def packed_linears(module: nn.Module, batch_size: int) -> Iterator[None]:
 
 
 def _prepare(module: nn.Module, batch_size: int) -> Callable[[nn.Linear], Forward] | None:
+    """Return what makes the forward of a layer from its weight, or None if nothing would be gained."""
     if available(module):
         return lambda layer: _packed(layer, batch_size)
     device = next((p.device.type for p in module.parameters()), "cpu")

@@ -1,1 +1,1 @@
-"""The losses: arguments, operators and autograd over the backends."""
+"""The losses: their arguments, and their operators and autograd over the backends."""

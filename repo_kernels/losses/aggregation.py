@@ -1,4 +1,4 @@
-"""loss_agg_mode -> one weight per token. The only place that decides what a loss is divided by."""
+"""Weights of tokens by loss_agg_mode: the only place that decides what a loss is divided by."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ MODES_WITHOUT_COUNT = ("token-sum", "none")
 
 
 def sequence_counts(live: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Live tokens of each sequence. live: (N,) bool; sequence: (N,) int64 index of the row's sequence -> (S,) int64."""
+    """Count the live tokens of each sequence.
+
+    Args:
+        live: (N,) bool.
+        sequence: (N,) int64, the index of each row's sequence.
+        sequences: S.
+
+    Returns:
+        (S,) int64.
+    """
     counts = torch.zeros(sequences, dtype=torch.int64, device=live.device)
     return counts.index_add_(0, sequence, live.to(torch.int64))
 
@@ -34,11 +43,21 @@ def token_weights(
     divisor: float | Tensor | None = None,
     max_length: float | None = None,
 ) -> Tensor:
-    """Weight w_t of every row, (N,) of `dtype`; the loss is sum_t w_t l_t over live rows.
+    """Compute the weights w_t of a loss that is the sum of w_t l_t over live rows.
 
-    live: (N,) bool. sequence: (N,) int64, the sequence of each row. `divisor` replaces the outer count: tokens for
-    `token-mean`, sequences with a live token for the seq modes. Counts are clamped to >= 1, so an empty or fully masked
-    input has finite weights.
+    Counts are clamped to at least 1, so that the weights are finite without a live token.
+
+    Args:
+        mode: one of MODES.
+        live: (N,) bool.
+        sequence: (N,) int64, the index of each row's sequence.
+        sequences: S.
+        dtype: of the weights.
+        divisor: replaces the outer count: tokens for "token-mean", sequences with a live token for "seq-mean-*".
+        max_length: tokens, for "seq-mean-token-sum-norm".
+
+    Returns:
+        (N,), 0 on dead rows.
     """
     if mode in MODES_WITHOUT_COUNT:
         return live.to(dtype)

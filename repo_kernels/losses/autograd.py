@@ -1,6 +1,6 @@
-"""What every backward of the losses obeys, and their in-place form: one buffer instead of two, one backward.
+"""Rules that every backward of the losses follows, and the in-place loss: one buffer instead of two, one backward.
 
-A custom operator that mutates its input cannot register autograd, so that is an autograd.Function of its own.
+A custom operator that mutates its input cannot register autograd; the in-place loss is an autograd.Function therefore.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from ..backends.interface import IGNORED, LossRows
 
 
 def refuse_second_order(name: str) -> None:
-    """RuntimeError in a backward that is itself recorded: its result would be a constant to a second backward."""
+    """Raise RuntimeError in a backward that is itself recorded: a second backward would take its result for a constant.
+
+    name: the function that messages blame.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} can be differentiated once: create_graph=True is not supported")
 
 
 def live_upstream(upstream: Tensor, ids: Tensor) -> Tensor:
-    """upstream (N,) with 1 on dead rows, whose gradient is 0 whatever arrives there and need not be touched."""
+    """Return upstream (N,) with 1 on dead rows: their gradient is 0 already and need not be touched."""
     return torch.where(ids == IGNORED, 1.0, upstream)
 
 
 class InplaceLoss(torch.autograd.Function):
-    """(losses (N,), tokens (13, N)); `buffer` is the detached logits, which share their memory and version counter."""
+    """Compute (losses (N,), tokens (13, N)) and write the gradient over the logits.
+
+    `buffer` is the detached logits, which share memory and version counter with them.
+    """
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""The linear forms: logits = hidden @ weight^T + bias, which exist one chunk of live rows at a time.
+"""The linear losses: logits = hidden @ weight^T + bias, of which one chunk of live rows exists at a time.
 
-Per chunk: GEMM -> a backend's kernel, which writes the gradient over the chunk's logits -> GEMMs into the gradients of
-hidden, weight and bias. One chunk's logits exist at a time.
+For each chunk: a GEMM gives its logits, a backend's kernel writes the gradient over them, and GEMMs carry it into the
+gradients of hidden, weight and bias.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from ..backends.interface import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRo
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
 
 CHUNK_BYTES = 64_000_000
-# Rows of a chunk begin at an odd multiple of this many elements: aligned for any V, and not all in the same cache sets,
-# as rows of 49 152 entries would be.
+# The row stride of a chunk is an odd multiple of this many elements: rows are aligned for any V, and do not all fall
+# into the same cache sets, as rows of 49 152 entries would.
 ROW_STEP = 16
 
 
 @dataclass(frozen=True)
 class LiveRows:
-    """The rows of N whose id is not ignored. index: (n,) of them, or None when all are: nothing is gathered then."""
+    """The n of N rows whose id is not ignored.
+
+    Args:
+        total: N.
+        count: n.
+        index: (n,) int64, or None if all rows are live, so that nothing has to be gathered.
+    """
 
     total: int
     count: int
@@ -33,43 +39,51 @@ class LiveRows:
 
     @staticmethod
     def of(ids: Tensor) -> LiveRows:
-        """Of ids (N,). Their number decides the chunks: the one time that the host waits for the device."""
+        """Find the live rows of ids (N,). Their number decides the chunks: here alone the host waits for the device."""
         index = (ids != IGNORED).nonzero().squeeze(1)
         total, count = ids.numel(), index.numel()
         return LiveRows(total, count, None if count == total else index)
 
     def take(self, columns: Tensor) -> Tensor:
-        """(..., N) -> (..., n)."""
+        """Gather the live columns: (..., N) -> (..., n)."""
         return columns if self.index is None else columns.index_select(-1, self.index)
 
     def take_hidden(self, hidden: Tensor) -> Tensor:
-        """(T, H) or (B, L, H) -> (n, H)."""
+        """Gather the live rows: (T, H) or (B, L, H) -> (n, H)."""
         if self.index is None:
             return hidden.reshape(-1, hidden.shape[-1])
         return take_rows(hidden, self.index, hidden.dtype)
 
     def spread(self, columns: Tensor) -> Tensor:
-        """(..., n) -> (..., N), 0 on dead rows."""
+        """Scatter live columns: (..., n) -> (..., N), 0 on dead rows."""
         if self.index is None:
             return columns
         return columns.new_zeros(*columns.shape[:-1], self.total).index_copy_(-1, self.index, columns)
 
 
 @dataclass(frozen=True)
-class Head:
-    """A linear head ready for its GEMMs. weight: (V, H) of the factors' type; bias: (V,) of the sums' type or None."""
+class LinearHead:
+    """The linear head of a language model, in the dtypes of its GEMMs.
+
+    Args:
+        weight: (V, H), dtype of the factors.
+        bias: (V,), dtype of the sums, or None.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> Head:
-        """The head for these hidden states; weights of another type than the factors' are copied, once per call."""
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> LinearHead:
+        """Cast the weights for these hidden states; those of another dtype than the factors' are copied, once a call.
+
+        result: dtype of the sums.
+        """
         factors = factor_dtype(hidden.dtype, hidden.device, result)
-        return Head(weight.detach().to(factors), None if bias is None else bias.detach().to(result))
+        return LinearHead(weight.detach().to(factors), None if bias is None else bias.detach().to(result))
 
     def logits(self, x: Tensor, out: Tensor | None) -> Tensor:
-        """(n, H) of the factors' type -> (n, V), in `out` or memory of its own."""
+        """Compute the logits (n, V) of x (n, H), which has the factors' dtype, in `out` or in new memory."""
         if out is None:
             out = new_product(x, self.weight.t())
         else:
@@ -81,15 +95,21 @@ class Head:
 
 @dataclass(frozen=True)
 class Side:
-    """Live hidden states (n, H), their head, and the buffer of one chunk's logits, None where each has its own."""
+    """The policy or its reference: live hidden states, head, and memory for the logits of one chunk.
+
+    Args:
+        rows: (n, H) live hidden states.
+        head: their head.
+        buffer: (chunk, V) for the logits, or None if the fastest product allocates them.
+    """
 
     rows: Tensor
-    head: Head
+    head: LinearHead
     buffer: Tensor | None
 
     @staticmethod
-    def of(hidden: Tensor, head: Head, live: LiveRows, size: int, result: torch.dtype) -> Side:
-        """With a buffer for chunks of `size` rows."""
+    def of(hidden: Tensor, head: LinearHead, live: LiveRows, size: int, result: torch.dtype) -> Side:
+        """Gather the live hidden states and allocate the buffer for chunks of `size` rows."""
         columns, rows = head.weight.shape[0], live.take_hidden(hidden.detach())
         if allocates(hidden.device, head.weight.dtype):
             return Side(rows, head, None)
@@ -97,18 +117,18 @@ class Side:
         return Side(rows, head, buffer[:, :columns])
 
     def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(rows (c, H) of the factors' type, their logits (c, V))."""
+        """Compute (hidden states (c, H) in the factors' dtype, logits (c, V)) of the live rows from start to stop."""
         x = self.rows[start:stop].to(self.head.weight.dtype)
         return x, self.head.logits(x, None if self.buffer is None else self.buffer[: stop - start])
 
 
 def row_stride(vocabulary: int) -> int:
-    """Elements from row to row of a chunk's logits."""
+    """Return the row stride of a chunk's logits, in elements."""
     return ROW_STEP * (-(-vocabulary // ROW_STEP) | 1)
 
 
 def chunk_size(live: int, row_bytes: int, chunk_tokens: int | None) -> int:
-    """Rows per chunk: `chunk_tokens`, or as many as CHUNK_BYTES holds, shared out evenly; at least 1."""
+    """Return the rows per chunk: `chunk_tokens`, or even chunks that fit into CHUNK_BYTES; at least 1."""
     if chunk_tokens is not None:
         return max(1, min(chunk_tokens, live))
     most = max(1, CHUNK_BYTES // row_bytes)
@@ -116,18 +136,20 @@ def chunk_size(live: int, row_bytes: int, chunk_tokens: int | None) -> int:
 
 
 def chunks(live: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive chunks."""
+    """Yield (start, stop) of consecutive chunks."""
     for start in range(0, live, size):
         yield start, min(start + size, live)
 
 
 class HeadGradients:
-    """Sums over chunks of dL/dhidden (shape of hidden, 0 on dead rows), dL/dweight and dL/dbias; None if not wanted.
+    """dL/dhidden (0 on dead rows), dL/dweight and dL/dbias, summed over chunks in the sums' dtype; None if not wanted.
 
-    In the sums' type. The first chunk writes dL/dweight and the later ones add to it.
+    The first chunk writes dL/dweight, later ones add to it.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, live: LiveRows, result: torch.dtype, wanted: Sequence[bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, head: LinearHead, live: LiveRows, result: torch.dtype, wanted: Sequence[bool]
+    ) -> None:
         self.live, self.head = live, head
         self.hidden = self.rows = self.weight = self.bias = None
         if wanted[0]:
@@ -140,7 +162,7 @@ class HeadGradients:
             self.bias = hidden.new_zeros(head.weight.shape[:1], dtype=result)
 
     def add(self, start: int, stop: int, grad: Tensor, x: Tensor) -> None:
-        """grad: (c, V) dL/dlogits of the live rows start to stop; x: (c, H) of the factors' type."""
+        """Add a chunk. grad: (c, V), dL/dlogits of the live rows from start to stop; x: (c, H), factors' dtype."""
         if self.bias is not None:
             self.bias += grad.sum(0)
         grad = grad.to(x.dtype)
@@ -158,14 +180,14 @@ class HeadGradients:
             self.rows.index_copy_(0, index[start:stop], part)
 
     def divide(self, scale: Tensor, backend: str) -> None:
-        """Divide the sums by a 0-d power of two; nothing is touched where it is 1."""
+        """Divide the sums by a 0-d power of two; if it is 1, no memory is touched."""
         for total in (self.rows, self.weight, self.bias):
             if total is not None:
                 scale_all(total, 1 / scale, backend)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden, weight and bias; an empty tensor for what is not wanted."""
+        """The gradients of hidden, weight and bias; an empty tensor for one that is not wanted."""
         like = self.head.weight
         hidden, weight, bias = (
             like.new_empty(0) if total is None else total for total in (self.hidden, self.weight, self.bias)
@@ -174,14 +196,14 @@ class HeadGradients:
 
 
 def scale_all(total: Tensor, factor: Tensor, backend: str) -> None:
-    """Multiply a contiguous tensor in place by a 0-d factor, which the device reads; 1 leaves it untouched."""
+    """Multiply a contiguous tensor in place by a 0-d factor that only the device reads; 1 leaves it untouched."""
     if total.numel():
         rows = total.view(-1, total.shape[-1])
         choice.load(backend).scale_rows(rows, factor.to(total.dtype).expand(rows.shape[0]))
 
 
-def row_bytes(head: Head, result: torch.dtype, buffers: int, with_gradient: bool) -> int:
-    """Bytes that one row of a chunk takes: its logits, the reference's, and what the gradient's GEMMs need beside."""
+def row_bytes(head: LinearHead, result: torch.dtype, buffers: int, with_gradient: bool) -> int:
+    """Return the bytes that one row of a chunk takes: logits in each buffer, and copies for the gradient's GEMMs."""
     vocabulary, width = head.weight.shape
     size = buffers * row_stride(vocabulary) * result.itemsize
     if with_gradient:
@@ -192,15 +214,26 @@ def row_bytes(head: Head, result: torch.dtype, buffers: int, with_gradient: bool
 
 def loss_chunks(
     hidden: Tensor,
-    head: Head,
-    reference: tuple[Tensor, Head] | None,
+    head: LinearHead,
+    reference: tuple[Tensor, LinearHead] | None,
     rows: LossRows,
     wanted: Sequence[bool],
     upstream: Tensor | None,
     chunk_tokens: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, HeadGradients]:
-    """(losses (N,), tokens (13, N), gradients), a row's gradient multiplied by its `upstream` (N,) if given."""
+    """Compute losses (N,), tokens (13, N) and the gradients of the head and its input.
+
+    Args:
+        hidden: (T, H) or (B, L, H).
+        head: their head.
+        reference: hidden states and head of the reference for the full KL, or None.
+        rows: the rest of the loss.
+        wanted: whether hidden, weight and bias get a gradient.
+        upstream: (N,), multiplies the gradient of each row; None for 1.
+        chunk_tokens: live rows per chunk or None.
+        backend: its name.
+    """
     kernels, result = choice.load(backend), rows.values.dtype
     live, graded = LiveRows.of(rows.ids), any(wanted)
     size = chunk_size(live.count, row_bytes(head, result, 1 if reference is None else 2, graded), chunk_tokens)
@@ -209,7 +242,7 @@ def loss_chunks(
     gradients = HeadGradients(hidden, head, live, result, wanted)
     ids, values = live.take(rows.ids), live.take(rows.values)
     upstream = None if upstream is None else live.take(upstream)
-    # the caller's grad_scale is for gradients that are stored rounded; these are not, but for the factors in fp16
+    # the caller's grad_scale is for gradients that are stored rounded; here only factors in fp16 need a scale
     scale = rows.scalars.new_ones(())
     if graded and head.weight.dtype == torch.float16:
         weights = values[VALUES.index("weights")]
@@ -226,7 +259,7 @@ def loss_chunks(
             kernels.scale_rows(logits, upstream[start:stop])
         if graded:
             gradients.add(start, stop, logits, x)
-        del logits, ref_logits  # before the next chunk's
+        del logits, ref_logits  # freed before the next chunk's are allocated
     if graded and head.weight.dtype == torch.float16:
         gradients.divide(scale, backend)
     return live.spread(losses), live.spread(tokens), gradients
@@ -234,7 +267,7 @@ def loss_chunks(
 
 def statistics_chunks(
     hidden: Tensor,
-    head: Head,
+    head: LinearHead,
     ids: Tensor,
     scalars: Tensor,
     softcap: float,
@@ -242,7 +275,7 @@ def statistics_chunks(
     chunk_tokens: int | None,
     backend: str,
 ) -> Tensor:
-    """The STATE (7, N) of the rows."""
+    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`."""
     kernels, result, live = choice.load(backend), scalars.dtype, LiveRows.of(ids)
     size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=False), chunk_tokens)
     side, ids = Side.of(hidden, head, live, size, result), live.take(ids)
@@ -250,13 +283,13 @@ def statistics_chunks(
     for start, stop in chunks(live.count, size):
         _, logits = side.chunk(start, stop)
         state[:, start:stop] = kernels.statistics(logits, None, ids[start:stop], scalars, softcap, entropy)
-        del logits  # before the next chunk's
+        del logits  # freed before the next chunk's are allocated
     return live.spread(state)
 
 
 def slope_chunks(
     hidden: Tensor,
-    head: Head,
+    head: LinearHead,
     ids: Tensor,
     state: Tensor,
     slopes: Tensor,
@@ -266,7 +299,7 @@ def slope_chunks(
     chunk_tokens: int | None,
     backend: str,
 ) -> HeadGradients:
-    """Gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again."""
+    """Compute gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again."""
     kernels, result, live = choice.load(backend), scalars.dtype, LiveRows.of(ids)
     size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=True), chunk_tokens)
     side, gradients = Side.of(hidden, head, live, size, result), HeadGradients(hidden, head, live, result, wanted)
@@ -287,7 +320,7 @@ def slope_chunks(
             logits,
         )
         gradients.add(start, stop, logits, x)
-        del logits  # before the next chunk's
+        del logits  # freed before the next chunk's are allocated
     if scale is not None:
         gradients.divide(scale, backend)
     return gradients

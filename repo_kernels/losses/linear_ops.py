@@ -1,7 +1,7 @@
-"""The linear forms as operators of torch.library: what torch.compile sees of them, and their autograd.
+"""Operators of torch.library for the linear losses: what torch.compile sees of them, with their autograd.
 
-A summed loss has one upstream gradient for all rows: its gradients are computed with it, and the backward multiplies
-that scalar into them in place. A loss per token and log-probabilities get theirs from chunks formed again.
+A summed loss has one upstream gradient for all rows: its gradients are computed with the loss, and backward multiplies
+them by that scalar, in place. For a loss per token and for log-probabilities, backward forms the logits again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.library import custom_op
 
 from ..backends.interface import STATE, TOKENS, LossRows
 from .autograd import refuse_second_order
-from .linear import Head, loss_chunks, scale_all, slope_chunks, statistics_chunks
+from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
 from .stats import row_sum
 
 
 def gradients_wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
-    """Which of hidden, weight and bias get a gradient."""
+    """Return which of hidden, weight and bias get a gradient."""
     recorded = torch.is_grad_enabled()
     return (
         recorded and hidden.requires_grad,
@@ -30,14 +30,14 @@ def gradients_wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tup
 
 
 def _precise(hidden: Tensor) -> torch.autocast:
-    """Types are chosen in gemm.py, also under autocast."""
+    """Switch autocast off: gemm.py chooses the dtypes."""
     return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _reference(
     hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, result: torch.dtype
-) -> tuple[Tensor, Head] | None:
-    return None if hidden is None or weight is None else (hidden, Head.of(hidden, weight, bias, result))
+) -> tuple[Tensor, LinearHead] | None:
+    return None if hidden is None or weight is None else (hidden, LinearHead.of(hidden, weight, bias, result))
 
 
 def _fake_gradients(
@@ -51,7 +51,7 @@ def _fake_gradients(
 
 
 def _rounded(totals: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
-    """Sums in the types of hidden, weight and bias; None where the type is None: not wanted."""
+    """Cast the sums to the dtypes of hidden, weight and bias; a dtype of None means that no gradient is wanted."""
     return tuple(None if dtype is None else total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True))
 
 
@@ -80,15 +80,18 @@ def linear_loss(
     chunk_tokens: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, tokens (13, N), dL/dhidden, dL/dweight, dL/dbias or empty).
+    """Compute (loss, tokens (13, N), dL/dhidden, dL/dweight, dL/dbias); a gradient that is not wanted is empty.
 
-    The loss is the sum (1,), or with per_token each row's (N,), whose gradients are found in the backward. wanted:
-    which of hidden, weight and bias get a gradient.
+    The loss is the sum (1,) or, with per_token, (N,), whose gradients backward computes. wanted: which of hidden,
+    weight and bias get a gradient. ids to entropy are the fields of a `LossRows`.
     """
     result, rows = values.dtype, LossRows(ids, values, scalars, code, softcap, entropy)
     now = (False,) * 3 if per_token else wanted
     with _precise(hidden):
-        head, reference = Head.of(hidden, weight, bias, result), _reference(ref_hidden, ref_weight, ref_bias, result)
+        head, reference = (
+            LinearHead.of(hidden, weight, bias, result),
+            _reference(ref_hidden, ref_weight, ref_bias, result),
+        )
         losses, tokens, gradients = loss_chunks(hidden, head, reference, rows, now, None, chunk_tokens, backend)
     loss = losses if per_token else row_sum(losses)[None]
     return loss, tokens, *gradients.tensors
@@ -121,7 +124,7 @@ def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
         detached = [None if x is None else x.detach() for x in saved]
         totals = linear_loss_gradient(*detached, upstream, code, softcap, entropy, wanted, chunk_tokens, backend)
         return *_rounded(totals, ctx.dtypes), *(None,) * 13
-    # what is traced or retained may be asked for again; otherwise the sums are this backward's own
+    # a graph that is traced or retained may run backward again; otherwise nobody else reads the sums
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         totals = [total.detach() * upstream[0] for total in saved]
     else:
@@ -154,10 +157,13 @@ def linear_loss_gradient(
     chunk_tokens: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in hidden, weight and bias of the losses (N,) times upstream (N,), empty where not wanted."""
+    """Compute the gradients of hidden, weight and bias of losses (N,) with upstream (N,); empty if not wanted."""
     result, rows = values.dtype, LossRows(ids, values, scalars, code, softcap, entropy)
     with _precise(hidden):
-        head, reference = Head.of(hidden, weight, bias, result), _reference(ref_hidden, ref_weight, ref_bias, result)
+        head, reference = (
+            LinearHead.of(hidden, weight, bias, result),
+            _reference(ref_hidden, ref_weight, ref_bias, result),
+        )
         *_, gradients = loss_chunks(hidden, head, reference, rows, wanted, upstream, chunk_tokens, backend)
     return gradients.tensors
 
@@ -180,9 +186,9 @@ def linear_statistics(
     chunk_tokens: int | None,
     backend: str,
 ) -> Tensor:
-    """The STATE (7, N) of each row; differentiable through its first two rows, logp and entropy."""
+    """Compute the STATE (7, N); differentiable through its first two rows, logp and entropy."""
     with _precise(hidden):
-        head = Head.of(hidden, weight, bias, scalars.dtype)
+        head = LinearHead.of(hidden, weight, bias, scalars.dtype)
         return statistics_chunks(hidden, head, ids, scalars, softcap, entropy, chunk_tokens, backend)
 
 
@@ -204,7 +210,7 @@ def _statistics_backward(ctx: Any, upstream: Tensor | None) -> tuple:
     hidden, weight, bias, ids, scalars, state = (None if x is None else x.detach() for x in ctx.saved_tensors)
     if type(state) is Tensor:  # not traced
         refuse_second_order("linear_selective_log_softmax")
-    slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # no full KL here
+    slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # there is no full KL
     totals = linear_slopes_gradient(hidden, weight, bias, ids, scalars, state, slopes, *ctx.rest)
     return *_rounded(totals, ctx.dtypes), *(None,) * 7
 
@@ -226,9 +232,9 @@ def linear_slopes_gradient(
     chunk_tokens: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in hidden, weight and bias from the STATE (7, N) and the SLOPES (3, N), empty where not wanted."""
+    """Compute the gradients of hidden, weight and bias from STATE (7, N) and SLOPES (3, N); empty if not wanted."""
     with _precise(hidden):
-        head = Head.of(hidden, weight, bias, scalars.dtype)
+        head = LinearHead.of(hidden, weight, bias, scalars.dtype)
         gradients = slope_chunks(hidden, head, ids, state, slopes, scalars, softcap, wanted, chunk_tokens, backend)
     return gradients.tensors
 

@@ -1,7 +1,7 @@
-"""The operators of torch.library: what torch.compile sees of the losses, and their autograd.
+"""Operators of torch.library over the backends: what torch.compile sees of the losses, with their autograd.
 
-The gradient of the logits is computed with the loss; the backward only multiplies its rows by the upstream gradient.
-Each operator runs the backend named in its last argument, and its fake says shapes, types and strides alone.
+The gradient of the logits is computed with the loss; backward only multiplies its rows by the upstream gradient. Each
+operator runs the backend named by its last argument. Its fake gives shapes, dtypes and strides.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def fused_loss(
     want_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses (N,), tokens (13, N), dL/dlogits times grad_scale, or an empty tensor). The arguments are a LossRows."""
+    """Compute (losses (N,), tokens (13, N), dL/dlogits times grad_scale); the last is empty without want_grad.
+
+    ids, values, scalars, code, softcap and entropy are the fields of a `LossRows`.
+    """
     kernels, rows = choice.load(backend), LossRows(ids, values, scalars, code, softcap, entropy)
     grad, zeroed = kernels.new_gradient(logits, ids) if want_grad else (None, False)
     losses, tokens = kernels.fused(logits, ref_logits, rows, grad, zeroed)
@@ -69,7 +72,7 @@ def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     if not traced:
         refuse_second_order("repo_loss")
     grad, upstream = grad.detach(), live_upstream(upstream, ids)
-    # what is traced or retained may be asked for again; otherwise the buffer is this backward's own
+    # a graph that is traced or retained may run backward again; otherwise nobody else reads the buffer
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return scaled_rows(grad, upstream, ctx.backend), *nothing
     choice.load(ctx.backend).scale_rows(grad, upstream)
@@ -82,7 +85,7 @@ fused_loss.register_autograd(_scale_gradient, setup_context=_keep_gradient)
 
 @custom_op("repo_kernels::scaled_rows", mutates_args=())
 def scaled_rows(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """A copy of grad (T, V) or (B, L, V) with its rows multiplied by upstream (N,)."""
+    """Return a copy of grad (T, V) or (B, L, V) whose rows are multiplied by upstream (N,)."""
     out = gradient_buffer(grad).copy_(grad)
     choice.load(backend).scale_rows(out, upstream)
     return out
@@ -95,7 +98,7 @@ def _(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
 
 @custom_op("repo_kernels::row_statistics", mutates_args=())
 def row_statistics(logits: Tensor, ids: Tensor, scalars: Tensor, softcap: float, entropy: int, backend: str) -> Tensor:
-    """The STATE (7, N) of each row; differentiable in the logits through its first two rows, logp and entropy."""
+    """Compute the STATE (7, N); differentiable in the logits through its first two rows, logp and entropy."""
     return choice.load(backend).statistics(logits, None, ids, scalars, softcap, entropy)
 
 
@@ -114,9 +117,9 @@ def _apply_slopes(ctx: Any, upstream: Tensor | None) -> tuple:
     if upstream is None:
         return (None,) * 6
     logits, ids, scalars, state = ctx.saved_tensors
-    if type(state) is Tensor:  # not traced; the logits may be of any class, a Parameter say
+    if type(state) is Tensor:  # not traced; the logits cannot tell, since they may be a Parameter
         refuse_second_order("selective_log_softmax")
-    slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # no full KL here
+    slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # there is no full KL
     grad = row_gradient(logits.detach(), ids, state.detach(), slopes, scalars, ctx.softcap, ctx.backend)
     return grad, None, None, None, None, None
 
@@ -128,7 +131,7 @@ row_statistics.register_autograd(_apply_slopes, setup_context=_keep_logits)
 def row_gradient(
     logits: Tensor, ids: Tensor, state: Tensor, slopes: Tensor, scalars: Tensor, softcap: float, backend: str
 ) -> Tensor:
-    """dL/dlogits from the STATE (7, N) and the SLOPES (3, N)."""
+    """Compute dL/dlogits from the STATE (7, N) and the SLOPES (3, N)."""
     kernels = choice.load(backend)
     grad, zeroed = kernels.new_gradient(logits, ids)
     kernels.apply(logits, None, ids, state, slopes, scalars, softcap, grad, zeroed)

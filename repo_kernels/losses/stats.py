@@ -1,4 +1,4 @@
-"""LossStats: what one call saw, as sums, counts, minima and maxima, so that micro-batches and ranks merge exactly."""
+"""LossStats: statistics of one call as sums, counts, minima and maxima, which merge over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUMS = (
     "ratio_sum",
     "ratio_square_sum",
     "kl_old_k1_sum",
-    "kl_old_k3_sum",  # so far the sums of rows.TOKENS, in its order
+    "kl_old_k3_sum",  # up to here the sums of TOKENS (backends/interface.py), in its order
     "sequences",
     "sequences_unsafe",
     "rectified_cost_sum",
@@ -34,18 +34,21 @@ _INDEX = {name: i for i, name in enumerate(FIELDS)}
 
 @dataclass(frozen=True)
 class LossStats:
-    """Statistics of live tokens in one tensor of shape (18,), fp32 (fp64 for fp64 logits), on the logits' device.
+    """Statistics of the live tokens and their sequences.
 
-    Every accessor returns a 0-d tensor and never syncs. A sequence counts when it has a live token; it is unsafe when
-    C > d. Without costs every sequence is safe.
+    Each name below, and each property, is a 0-d tensor; reading one does not wait for the device. A sequence counts if
+    it has a live token, and is unsafe if C > d. Without costs every sequence is safe.
 
     tokens, tokens_unsafe, sequences, sequences_unsafe: counts.
-    clipped_{low,high}_{safe,unsafe}: tokens with rho < 1 - eps_low and A < 0, or rho > 1 + eps_high and A > 0.
-    ratio_sum, ratio_square_sum, ratio_min, ratio_max: of rho; minimum and maximum are 1 when there is no token.
-    kl_old_k1_sum, kl_old_k3_sum: sum of estimates of KL(pi_old || pi).
-    kl_ref_sum: of the chosen estimator, without rho.
-    entropy_sum: 0 unless the entropy was computed.
-    rectified_cost_sum, penalty_sum: sum over sequences of {C - d}^+ and of lambda {C - d}^+.
+    clipped_{low,high}_{safe,unsafe}: tokens with rho < 1 - eps_low and A < 0, or with rho > 1 + eps_high and A > 0.
+    ratio_sum, ratio_square_sum, ratio_min, ratio_max: of rho; minimum and maximum are 1 without a token.
+    kl_old_k1_sum, kl_old_k3_sum: estimates of KL(pi_old || pi) in nats, summed over tokens.
+    kl_ref_sum: the chosen estimate of KL(pi || pi_ref) in nats without the factor rho, summed over tokens.
+    entropy_sum: in nats, summed over tokens; 0 unless it was computed.
+    rectified_cost_sum, penalty_sum: {C - d}^+ and lam {C - d}^+, summed over sequences.
+
+    Args:
+        tensor: (18,), fp32 (fp64 for fp64 logits), on the logits' device, in the order of FIELDS.
     """
 
     tensor: Tensor
@@ -60,17 +63,17 @@ class LossStats:
 
     @property
     def ratio_mean(self) -> Tensor:
-        """Mean rho; 1 when there is no token."""
+        """Mean of rho over tokens; 1 without a token."""
         return torch.where(self.tokens > 0, self._per_token(self.ratio_sum), torch.ones_like(self.tokens))
 
     @property
     def effective_sample_size(self) -> Tensor:
-        """(sum rho)^2 / sum rho^2, between 0 and the number of tokens."""
+        """Effective sample size of the ratios, (sum rho)^2 / sum rho^2: from 0 to the number of tokens."""
         return self.ratio_sum**2 / self.ratio_square_sum.clamp_min(torch.finfo(self.tensor.dtype).tiny)
 
     @property
     def clip_fraction(self) -> Tensor:
-        """Share of live tokens whose gradient the clip removed."""
+        """Share of live tokens whose surrogate gradient is clipped to 0."""
         clipped = self.clipped_low_safe + self.clipped_low_unsafe + self.clipped_high_safe + self.clipped_high_unsafe
         return self._per_token(clipped)
 
@@ -86,21 +89,21 @@ class LossStats:
 
     @property
     def kl_ref(self) -> Tensor:
-        """Mean over tokens of the KL estimate to the reference."""
+        """Mean over tokens of the estimate of KL(pi || pi_ref), in nats."""
         return self._per_token(self.kl_ref_sum)
 
     @property
     def kl_old(self) -> Tensor:
-        """Mean over tokens of the k3 estimate of KL(pi_old || pi)."""
+        """Mean over tokens of the k3 estimate of KL(pi_old || pi), in nats."""
         return self._per_token(self.kl_old_k3_sum)
 
     @property
     def entropy(self) -> Tensor:
-        """Mean entropy in nats; 0 unless it was computed."""
+        """Mean over tokens of the entropy, in nats; 0 unless it was computed."""
         return self._per_token(self.entropy_sum)
 
     def merge(self, *others: LossStats) -> LossStats:
-        """Statistics of the union of the calls: sums add, extremes combine, calls without tokens do not count."""
+        """Return the statistics of all calls together: sums add up, extremes combine, calls without tokens drop out."""
         merged = self.tensor
         for other in others:
             merged = _merge(merged, other.tensor)
@@ -120,14 +123,19 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
 def collect_stats(
     tokens: Tensor, live: Tensor, sequence_hinge: Tensor, sequence_live: Tensor, lam: Tensor
 ) -> LossStats:
-    """Reduce the TOKENS (13, N) of the rows and the hinges of S sequences, in a fixed order.
+    """Sum up the rows and the sequences of a call, in a fixed order.
 
-    live: (N,) bool. sequence_hinge: (S,) {C - d}^+ per sequence. sequence_live: (S,) bool, has a live token.
+    Args:
+        tokens: (13, N), TOKENS of the rows.
+        live: (N,) bool.
+        sequence_hinge: (S,), {C - d}^+ of each sequence.
+        sequence_live: (S,) bool, which sequences have a live token.
+        lam: 0-d.
     """
     ratio, hinge_sum = tokens[TOKENS.index("ratio")], row_sum(sequence_hinge)
     if ratio.numel():
         extremes = torch.stack((torch.where(live, ratio, math.inf).amin(), torch.where(live, ratio, -math.inf).amax()))
-        extremes = extremes.masked_fill(extremes.isinf(), 1.0)  # no live token
+        extremes = extremes.masked_fill(extremes.isinf(), 1.0)  # without a live token
     else:
         extremes = tokens.new_ones(2)
     sequences = torch.stack((sequence_live.sum(), ((sequence_hinge > 0) & sequence_live).sum())).to(tokens.dtype)
@@ -136,8 +144,8 @@ def collect_stats(
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """Sum of (n,), 0-d, its bits independent of the number of threads.
+    """Sum (n,) to a 0-d tensor whose bits do not depend on the number of threads.
 
-    PyTorch splits the reduction over threads when there is a single output, which would change the rounding.
+    PyTorch splits a reduction with a single output over threads, which changes the rounding; hence two outputs.
     """
     return values.expand(2, -1).sum(-1)[0]

@@ -1,22 +1,18 @@
-"""The backends that the tests of the public functions run on, and one thread for their small tensors."""
+"""One thread for small tensors, Triton's interpreter as the hardware rounds, and every backend in turn."""
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: backend="triton" then takes CPU tensors
-
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
 
-from repo_kernels.backends import choice
+from tests.support.kernels.backends import served_by
+from tests.support.kernels.interpreter import patch_language_once, round_as_hardware
 
-from .interpreter import patch_language_once, round_as_hardware
+# The Triton kernels cannot even be imported where Triton is not installed.
+collect_ignore = [] if importlib.util.find_spec("triton") else ["backends/triton"]
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -36,22 +32,6 @@ def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         round_as_hardware(patch)
         patch_language_once(patch)
-        yield
-
-
-@contextmanager
-def served_by(backend: str) -> Iterator[None]:
-    """Calls that name no backend go to this one for fp32, bf16 and fp16; fp64 is eager's."""
-    if backend == "cpu" and not choice.load("cpu").available():
-        pytest.skip("the C++ extension was not built")
-    if backend == "triton":
-        pytest.importorskip("triton", reason="triton is not installed")
-
-    def chosen(source: Tensor) -> str:
-        return backend if source.dtype in choice.KERNEL_DTYPES else "eager"
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "default_backend", chosen)
         yield
 
 

@@ -1,4 +1,7 @@
-"""Memory of gradients on the CPU, where a page that the system hands out costs more than the kernel that fills it."""
+"""Memory for gradients on the CPU.
+
+A page that the operating system hands out costs more time than the kernel that fills it.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from torch import Tensor
 
 from ..interface import gradient_buffer, gradient_layout
 
-LARGE = 4 << 20  # bytes; smaller blocks come back from the allocator with their pages
+LARGE = 4 << 20  # bytes; the allocator keeps the pages of smaller blocks
 
 
 class Spare:
-    """The last block that was handed out, which is handed out again once nobody holds a tensor on it.
+    """One block of memory, handed out again once nobody holds a tensor on it.
 
-    So a training step does not wait for the system to clear the pages of its gradient. Between steps one block is kept
-    (none with `inplace=True`).
+    A training step then does not wait for the system to clear the pages of its gradient. The block is kept between
+    steps.
     """
 
     def __init__(self) -> None:
@@ -27,13 +30,13 @@ class Spare:
         self._user: weakref.ref[np.ndarray] | None = None
 
     def take(self, size: int) -> Tensor:
-        """(size,) uint8, uninitialised."""
+        """Return (size,) uint8, uninitialised: the block if it is free and large enough, else a new one."""
         with self._lock:
             taken = self._user is not None and self._user() is not None
             if taken or self._block.nbytes < size:
                 self._block = np.empty(size, dtype=np.uint8)
             view = self._block[:size]
-            self._user = weakref.ref(view)  # the tensor holds the view as long as its storage lives
+            self._user = weakref.ref(view)  # alive as long as the storage of the tensor
         return torch.from_numpy(view)
 
 
@@ -41,9 +44,13 @@ _spare = Spare()
 
 
 def new_gradient(logits: Tensor, dead: int) -> tuple[Tensor, bool]:
-    """A gradient for logits of which `dead` rows are masked or ignored, and whether it holds zeros.
+    """Allocate dL/dlogits; the flag says whether it is filled with zeros.
 
-    Where most rows are dead it is of zero pages, which exist once they are written: dead rows then cost nothing.
+    If most rows are dead, it is made of zero pages, which exist only once they are written: dead rows cost nothing.
+
+    Args:
+        logits: (T, V) or (B, L, V).
+        dead: the number of masked or ignored rows.
     """
     strides, offset, elements = gradient_layout(logits)
     size = elements * logits.element_size()

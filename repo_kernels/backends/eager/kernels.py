@@ -1,8 +1,8 @@
-"""The backend in plain PyTorch: definition and oracle of the others and their fallback, in any dtype including fp64.
+"""The functions of the backend in PyTorch, for any dtype including fp64.
 
-Structure as in the kernels: row statistics -> token terms -> apply. Rows are taken in chunks of bounded memory, live
-rows only; a row's result does not depend on the rows around it. Ids are checked, which syncs a GPU: this is the
-reference, not the fast path.
+The steps are those of the compiled kernels: row statistics, token terms, gradient. Live rows are taken in chunks of
+bounded memory; the result of a row does not depend on its neighbours. Ids are checked, which waits for a GPU: this is
+the definition, not the fast path.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ LOG2_E = 1.4426950408889634
 
 
 def chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive row chunks; at least one row each."""
+    """Yield (start, stop) of consecutive chunks of at least one row."""
     size = max(1, CHUNK_ELEMENTS // max(columns, 1))
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
 
 
 def row_sum(values: Tensor) -> Tensor:
-    """Sum over the last dimension of (n, V), each row's bits independent of n.
+    """Sum (n, V) over its last dimension, so that the bits of a row do not depend on n.
 
-    PyTorch splits the reduction over threads when there is a single output, which would change the rounding.
+    PyTorch splits a reduction with a single output over threads, which changes the rounding; hence two outputs.
     """
     if values.shape[0] == 1:
         return values.expand(2, -1).sum(-1)[:1]
@@ -40,10 +40,12 @@ def row_sum(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Distributions:
-    """Log-probabilities of n rows over the vocabulary and what the chain rule needs to go back to the logits.
+    """Log-probabilities of n rows over the vocabulary, and what the gradient needs besides.
 
-    log_probs: (n, V) of softcap(logits) / temperature. slope: (n, V) d softcap(z)/dz, None without a softcap.
-    max2, log2_sum: (n,) as in rows.STATE.
+    Args:
+        log_probs: (n, V), log softmax(softcap(logits) / temperature).
+        slope: (n, V), d softcap(z) / dz; None without a softcap.
+        max2, log2_sum: (n,), as in STATE.
     """
 
     log_probs: Tensor
@@ -53,19 +55,19 @@ class Distributions:
 
     @property
     def probs(self) -> Tensor:
-        """(n, V)."""
+        """Probabilities, (n, V)."""
         return self.log_probs.exp()
 
 
 def distributions(logits: Tensor, temperature: Tensor, softcap: float | None) -> Distributions:
-    """logits: (n, V) of the compute dtype.
+    """Compute the distributions of logits (n, V), which have the compute dtype.
 
-    The maximum is subtracted before the division by the temperature: the difference is exact, the scaled value is not.
-    The sum leaves the maximum out and enters through log1p, which keeps 1 - p_y when p_y -> 1.
+    The maximum is subtracted before the division by the temperature: that difference is exact, one of scaled values is
+    not. The sum leaves the maximum out and goes through log1p, which keeps the digits of 1 - p_y when p_y -> 1.
     """
     slope = None
     if softcap is not None:
-        # 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2|x|), which does not cancel where the cap saturates
+        # 1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = exp(-2|x|) does not cancel where the cap saturates
         decay = torch.exp(-2 * (logits / softcap).abs())
         slope = 4 * decay / (1 + decay) ** 2
         logits = softcap * torch.tanh(logits / softcap)
@@ -77,28 +79,28 @@ def distributions(logits: Tensor, temperature: Tensor, softcap: float | None) ->
 
 
 def target_logps(rows: Distributions, ids: Tensor) -> Tensor:
-    """(n,) log-probability of each row's id."""
+    """Return the log-probability of each row's id, (n,)."""
     return rows.log_probs.gather(-1, ids[:, None]).squeeze(-1)
 
 
 def finite_log(log_probs: Tensor) -> Tensor:
-    """-inf -> the lowest finite value, so that p log p is 0 and not NaN where p = 0."""
+    """Replace -inf by the lowest finite value, so that p log p is 0 and not NaN where p = 0."""
     return log_probs.clamp_min(torch.finfo(log_probs.dtype).min)
 
 
 def row_entropy(rows: Distributions) -> Tensor:
-    """H = -sum_v p_v log p_v, (n,)."""
+    """Compute H = -sum_v p_v log p_v, (n,)."""
     return -row_sum(rows.probs * finite_log(rows.log_probs))
 
 
 def log_prob_difference(rows: Distributions, reference: Distributions) -> Tensor:
-    """log p_v - log q_v, (n, V); 0 where p_v = 0."""
+    """Compute log p_v - log q_v, (n, V); 0 where p_v = 0."""
     difference = rows.log_probs - reference.log_probs
     return torch.where(rows.probs == 0, torch.zeros_like(difference), difference)
 
 
 def row_full_kl(rows: Distributions, reference: Distributions) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v), (n,)."""
+    """Compute KL(p || q) = sum_v p_v (log p_v - log q_v), (n,)."""
     return row_sum(rows.probs * log_prob_difference(rows, reference))
 
 
@@ -112,7 +114,7 @@ def apply_rows(
     kl: Tensor | None,
     reference: Distributions | None,
 ) -> Tensor:
-    """dL/dlogits, (n, V), from the rows' SLOPES (3, n)."""
+    """Compute dL/dlogits (n, V) from the SLOPES (3, n) of the rows; the formula is in terms.py."""
     probs, (g_logp, g_entropy, g_kl) = rows.probs, slopes.unbind(0)
     grad = -g_logp[:, None] * probs
     # d(log p_y)/dz_y = 1 - p_y, taken as -expm1(log p_y): no cancellation when p_y -> 1
@@ -131,14 +133,14 @@ def apply_rows(
 
 
 def live_rows(ids: Tensor, vocabulary: int) -> Tensor:
-    """(n,) flat index of the live rows, whose ids are checked."""
+    """Return the flat index (n,) of the live rows and check their ids."""
     live = (ids != IGNORED).nonzero().squeeze(1)
     check_live_ids(ids[live], vocabulary)
     return live
 
 
 def take_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of (T, V) or (B, L, V) by flat index, as (n, V) of dtype, without a copy of the whole."""
+    """Gather rows of (T, V) or (B, L, V) by flat index into (n, V) of dtype, without copying the whole matrix."""
     if matrix.ndim == 2:
         return matrix[rows].to(dtype)
     length = matrix.shape[1]
@@ -146,7 +148,7 @@ def take_rows(matrix: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def put_rows(matrix: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write (n, V) into rows of (T, V) or (B, L, V) by flat index, rounding to the matrix's dtype."""
+    """Write values (n, V) into rows of (T, V) or (B, L, V) by flat index, rounded to the matrix's dtype."""
     if matrix.ndim == 2:
         matrix[rows] = values.to(matrix.dtype)
     else:
@@ -154,24 +156,20 @@ def put_rows(matrix: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def zero_dead_rows(grad: Tensor, ids: Tensor) -> None:
-    """Zero the gradient rows of dead ids."""
+    """Fill the gradient rows of dead ids with zeros."""
     dead = (ids == IGNORED).nonzero().squeeze(1)
     put_rows(grad, dead, grad.new_zeros((dead.numel(), grad.shape[-1])))
 
 
 def new_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, bool]:
-    """A gradient for logits whose rows have these ids, and whether it holds zeros."""
+    """Allocate dL/dlogits; False: it is not filled with zeros."""
     return gradient_buffer(logits), False
 
 
 def fused(
     logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None, zeroed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Weighted loss of each row, (N,), and its TOKENS, (13, N); dL/dlogits times grad_scale goes into `grad`.
-
-    logits, ref_logits: (T, V) or (B, L, V). grad: like logits, or the logits themselves, or None. zeroed: it holds
-    zeros, and dead rows are left alone.
-    """
+    """Compute losses (N,) and TOKENS (13, N), and write dL/dlogits times grad_scale into `grad` if it is given."""
     dtype, count = rows.values.dtype, rows.ids.numel()
     code, coef = Code.unpack(rows.code), coefficients(rows.scalars)
     temperature, softcap = coef.temperature, rows.softcap or None
@@ -189,7 +187,7 @@ def fused(
         if rows.entropy != ENTROPY_NONE:
             entropy = row_entropy(probs)
         logps, inputs = target_logps(probs, ids), token_inputs(rows.values[:, index], rows.scalars, code)
-        terms = token_terms(inputs, logps, entropy, kl, coef, KL_NAMES[code.kl], code.kl_ratio)
+        terms = token_terms(inputs, logps, entropy, kl, coef, KL_NAMES[code.kl], code.kl_importance_weighted)
         losses[index] = terms.loss
         tokens[:, index] = token_rows(terms, inputs.unsafe, logps, entropy)
         if grad is not None:
@@ -203,7 +201,7 @@ def fused(
 def statistics(
     logits: Tensor, ref_logits: Tensor | None, ids: Tensor, scalars: Tensor, softcap: float, entropy: int
 ) -> Tensor:
-    """The STATE of each row, (7, N): log-probability of its id, entropy, full KL, and what `apply` starts from."""
+    """Compute the STATE (7, N) of the rows."""
     temperature, dtype = coefficients(scalars).temperature, scalars.dtype
     state = torch.zeros(len(STATE), ids.numel(), dtype=dtype, device=logits.device)
     live = live_rows(ids, logits.shape[-1])
@@ -232,7 +230,7 @@ def apply(
     grad: Tensor,
     zeroed: bool = False,
 ) -> None:
-    """dL/dlogits into `grad`, from the STATE (7, N) of the rows and their SLOPES (3, N)."""
+    """Write dL/dlogits into `grad` from the STATE (7, N) of the rows and their SLOPES (3, N)."""
     temperature, dtype = coefficients(scalars).temperature, scalars.dtype
     live = live_rows(ids, logits.shape[-1])
     for start, stop in chunks(live.numel(), logits.shape[-1]):

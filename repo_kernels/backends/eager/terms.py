@@ -1,9 +1,11 @@
-"""The per-token mathematics of the RePO loss: advantage, ratio, clip, KL and the scalars that carry the gradient.
+"""The mathematics per token: advantage, ratio, clip, KL, and the scalars that carry the gradient.
 
-Every function maps (n,) tensors of live tokens to (n,) tensors. Nothing here knows about the vocabulary: the gradient
-with respect to the logits follows from three scalars per token (README, "What is computed"),
+Each function maps tensors (n,) of live tokens to tensors (n,). The vocabulary does not occur, since three scalars per
+token determine the gradient of the logits z, with p = softmax(z), reference q and target y:
 
-    dL/dz_v = g_logp (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_kl p_v (log p_v - log q_v - KL).
+    dL/dz_v = g_logp (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_kl p_v (log p_v - log q_v - KL)
+
+where g_logp = dL/d log p_y, g_entropy = dL/dH and g_kl = dL/dKL.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ LOG_RATIO_CLAMP = 20.0
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Scalars of the loss as 0-d tensors of the compute type on the logits' device; dual_clip inf never binds."""
+    """The scalars of the loss as 0-d tensors of the compute dtype on the logits' device; dual_clip is inf for none."""
 
     lam: Tensor
     beta: Tensor
@@ -34,9 +36,15 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """What the terms read for each of n live tokens; optional members are None when the loss does not use them.
+    """The inputs of n live tokens, each (n,).
 
-    advantages: combined advantage A_R - lambda A_C; weights: aggregation weight w_t; unsafe: 1[C > d], bool.
+    Args:
+        advantages: the combined advantage A_R - lam A_C.
+        weights: aggregation weights w_t.
+        unsafe: bool, C > d.
+        old_logps: log-probabilities under the sampling policy, or None for rho = 1.
+        ref_logps: log-probabilities under the reference, or None without a sampled estimator of the KL.
+        importance_weights: factors of the surrogate.
     """
 
     advantages: Tensor
@@ -44,12 +52,12 @@ class TokenInputs:
     unsafe: Tensor
     old_logps: Tensor | None
     ref_logps: Tensor | None
-    is_weights: Tensor
+    importance_weights: Tensor
 
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """Per-token results, each (n,): weighted loss, gradient scalars, and what the statistics need."""
+    """The results of n tokens, each (n,): weighted loss, gradient scalars, and what the statistics need."""
 
     loss: Tensor
     g_logp: Tensor
@@ -63,25 +71,25 @@ class TokenTerms:
 
 
 def log_difference(logps: Tensor, base: Tensor) -> Tensor:
-    """logps - base, and 0 where both are the same infinity (a token impossible under both has ratio 1)."""
+    """Compute logps - base; 0 where both are the same infinity: a token impossible under both has ratio 1."""
     return torch.where(logps == base, torch.zeros_like(logps), logps - base)
 
 
 def clamp_log_ratio(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x clamped to +-20, and 1 where its gradient passes, 0 where the clamp acts."""
+    """Clamp x to +-20; also return its slope, 1 inside and 0 where the clamp acts."""
     inside = (x.abs() <= LOG_RATIO_CLAMP).to(x.dtype)
     return x.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP), inside
 
 
 def hinge(costs: Tensor, cost_limit: Tensor) -> Tensor:
-    """The rectifier {C - d}^+."""
+    """Compute the rectified cost {C - d}^+."""
     return (costs - cost_limit).clamp_min(0)
 
 
 def combined_advantages(values: dict[str, Tensor], unsafe: Tensor, lam: Tensor, code: Code) -> Tensor:
-    """A_R - lambda A_C; A_C is given, gated by 1[C > d], or the hinge less its baseline. Source: README.
+    """Compute A_R - lam A_C, divided by 1 + lam with `normalize`.
 
-    Divided by 1 + lambda with `normalize`.
+    A_C is given, gated by 1[C > d], or the hinge {C - d}^+ minus its baseline (RePO, arXiv:2410.19933).
     """
     advantages = values["reward_advantages"]
     if code.cost == COST_HINGE:
@@ -94,7 +102,7 @@ def combined_advantages(values: dict[str, Tensor], unsafe: Tensor, lam: Tensor, 
 
 
 def token_inputs(values: Tensor, scalars: Tensor, code: Code) -> TokenInputs:
-    """The inputs of live rows from their columns (9, n) of the values matrix."""
+    """Read the inputs of live rows from their columns (9, n) of the values matrix."""
     by_name = dict(zip(VALUES, values.unbind(0), strict=True))
     unsafe = by_name["costs"] > by_name["cost_limits"]
     return TokenInputs(
@@ -103,21 +111,21 @@ def token_inputs(values: Tensor, scalars: Tensor, code: Code) -> TokenInputs:
         unsafe=unsafe,
         old_logps=None if code.on_policy else by_name["old_logps"],
         ref_logps=by_name["ref_logps"] if code.kl in (KL_K1, KL_K2, KL_K3) else None,
-        is_weights=by_name["is_weights"],
+        importance_weights=by_name["importance_weights"],
     )
 
 
 def coefficients(scalars: Tensor) -> Coefficients:
-    """The (8,) vector by name."""
+    """Name the entries of the scalars vector (8,)."""
     return Coefficients(**dict(zip(SCALARS, scalars.unbind(0), strict=True)))
 
 
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, low: Tensor, high: Tensor, dual_clip: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """-min(rho A, clip(rho) A), for A < 0 bounded by -c A; and 1 where the unclipped branch carries the gradient.
+    """Compute -min(rho A, clip(rho) A), for A < 0 at most -c A (PPO, arXiv:1707.06347; dual clip, arXiv:1912.09729).
 
-    At a tie the unclipped branch carries it.
+    Also returns 1 where the unclipped branch carries the gradient, as it does at a tie, and 0 elsewhere.
     """
     unclipped = ratio * advantages
     clipped = ratio.clamp(low, high) * advantages
@@ -131,7 +139,7 @@ def clipped_surrogate(
 
 
 def kl_estimate(delta: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """Sample estimate of KL(pi || pi_ref) from delta = log pi - log pi_ref, and its derivative in delta.
+    """Estimate KL(pi || pi_ref) from delta = log pi - log pi_ref; also return the derivative in delta.
 
     k1: delta, 1.  k2: delta^2 / 2, delta.  k3: exp(-delta) + delta - 1, 1 - exp(-delta).
     """
@@ -144,16 +152,21 @@ def kl_estimate(delta: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
 
 
 def kl_terms(
-    inputs: TokenInputs, logps: Tensor, ratio: Tensor, ratio_inside: Tensor, estimator: str, kl_ratio: bool
+    inputs: TokenInputs,
+    logps: Tensor,
+    ratio: Tensor,
+    ratio_inside: Tensor,
+    estimator: str,
+    kl_importance_weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL without rho, kappa = what the loss adds, d kappa / d log pi) for a sampled estimator."""
+    """Compute (KL without rho, kappa, d kappa / d log pi) for a sampled estimator; the loss adds beta kappa."""
     assert inputs.ref_logps is not None
     delta, inside = clamp_log_ratio(log_difference(logps, inputs.ref_logps))
     kl, slope = kl_estimate(delta, estimator)
-    if not kl_ratio or estimator == "k2":
+    if not kl_importance_weighted or estimator == "k2":
         return kl, kl, slope * inside
-    # d(rho KL)/d log pi = rho KL + rho KL'; for k3 the exponentials cancel exactly and rho delta is left. It is kept,
-    # with delta clamped, where delta's clamp acts: there rho KL alone is 1e8 and points away from the reference.
+    # d(rho KL)/d log pi = rho KL + rho KL'; for k3 the exponentials cancel exactly and rho delta is left. This form is
+    # used, with delta clamped, also where the clamp acts: rho KL alone is 1e8 there and points away from the reference.
     derivative = ratio * (kl * ratio_inside + slope * inside)
     if estimator == "k3":
         derivative = torch.where(ratio_inside > 0, ratio * delta, ratio * slope * inside)
@@ -167,11 +180,18 @@ def token_terms(
     full_kl: Tensor | None,
     coef: Coefficients,
     kl_estimator: str,
-    kl_ratio: bool,
+    kl_importance_weighted: bool,
 ) -> TokenTerms:
-    """w (is surrogate + beta kappa - alpha H) per token and its derivatives in log pi(y), H and the full KL.
+    """Compute w (v surrogate + beta kappa - entropy_coef H) and its derivatives in log pi(y), H and the full KL.
 
-    logps, entropy, full_kl: (n,) of the current policy. Source: README, "What is computed".
+    Args:
+        inputs: w is `weights`, v is `importance_weights`.
+        logps: log-probabilities of the tokens under the current policy.
+        entropy: H of the current policy, or None if the loss does not use it.
+        full_kl: KL over the vocabulary, or None for a sampled estimator or none.
+        coef: the scalars.
+        kl_estimator: "k1", "k2" or "k3" for a sampled estimator.
+        kl_importance_weighted: multiply k1 and k3 by rho.
     """
     if inputs.old_logps is None:
         log_ratio, inside = torch.zeros_like(logps), torch.ones_like(logps)
@@ -182,7 +202,7 @@ def token_terms(
     surrogate, active = clipped_surrogate(ratio, inputs.advantages, low, high, coef.dual_clip)
     # d(-rho A)/d log pi = -rho A on the branch that is the minimum
     g_logp = -ratio * inputs.advantages * active * inside
-    surrogate, g_logp = inputs.is_weights * surrogate, inputs.is_weights * g_logp
+    surrogate, g_logp = inputs.importance_weights * surrogate, inputs.importance_weights * g_logp
 
     kl = g_kl = torch.zeros_like(logps)
     loss = surrogate
@@ -191,7 +211,7 @@ def token_terms(
         loss = loss + coef.beta * kl
         g_kl = inputs.weights * coef.beta
     elif inputs.ref_logps is not None:
-        kl, kappa, derivative = kl_terms(inputs, logps, ratio, inside, kl_estimator, kl_ratio)
+        kl, kappa, derivative = kl_terms(inputs, logps, ratio, inside, kl_estimator, kl_importance_weighted)
         loss = loss + coef.beta * kappa
         g_logp = g_logp + coef.beta * derivative
     g_entropy = torch.zeros_like(logps)
@@ -212,7 +232,7 @@ def token_terms(
 
 
 def token_rows(terms: TokenTerms, unsafe: Tensor, logps: Tensor, entropy: Tensor | None) -> Tensor:
-    """The (13, n) columns of rows.TOKENS of live tokens."""
+    """Stack the columns (13, n) of TOKENS of live tokens."""
     zero, one = torch.zeros_like(logps), torch.ones_like(logps)
 
     def split(clipped: Tensor, among: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton backend: statistics, token terms and gradient as device functions, and their launches (see rows.py)."""
+"""The Triton backend: statistics, token terms and gradient of a row as device functions, and their launches."""
 
 from .launch import apply, fused, new_gradient, scale_rows, statistics
 

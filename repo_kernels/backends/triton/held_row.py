@@ -1,7 +1,7 @@
-"""One row in registers: read once, kept as the 32-bit words it was loaded in until its gradient is written.
+"""A row held in registers: read once, and kept as 32-bit words until its gradient is written.
 
-A 16-bit value would take a register of its own; as halves of words a row of 49152 logits fits. The words are
-unpacked behind a branch each time: out of it the compiler would keep the fp32 values instead.
+A 16-bit value takes a whole register; two to a word, a row of 49 152 logits fits. The words are unpacked behind a
+branch each time, since the compiler would keep the fp32 values otherwise.
 """
 # ruff: noqa: N803, N806 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
@@ -13,13 +13,13 @@ from .row_layout import block_pointers, live_pieces
 from .row_statistics import accumulate, prepare
 from .row_sweeps import gradient_of, store_block
 
-# -inf in every value of a word
+# words whose values are all -inf
 INFINITE_FP32, INFINITE_BF16, INFINITE_FP16 = tl.constexpr(-0x800000), tl.constexpr(-0x7F0080), tl.constexpr(-0x3FF0400)
 
 
 @triton.jit
 def unpack(words, DTYPE: tl.constexpr):
-    """(R, 4) words -> (R, E) logits in fp32."""
+    """Unpack words (R, 4) into logits (R, E) in fp32."""
     if tl.float32 == DTYPE:
         x = words.to(tl.float32, bitcast=True)
     else:
@@ -35,7 +35,7 @@ def unpack(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def hold_block(pointers, block, hole, pieces, FILL: tl.constexpr):
-    """(R, 4) words of a block; -inf where there is no piece."""
+    """Load the words (R, 4) of a block; -inf where there is no piece."""
     R: tl.constexpr = pointers.shape[0]
     live = live_pieces(block, hole, pieces, R)
     return tl.load(pointers + block * (R * 4), mask=live[:, None], other=FILL, eviction_policy="evict_first")
@@ -43,7 +43,7 @@ def hold_block(pointers, block, hole, pieces, FILL: tl.constexpr):
 
 @triton.jit
 def hold(middle, hole, pieces, R: tl.constexpr, HELD: tl.constexpr):
-    """The first HELD blocks of the row, three names in any case."""
+    """Load the first HELD blocks of the row; always returns three, of which the others repeat the first."""
     DTYPE: tl.constexpr = middle.dtype.element_ty
     FILL: tl.constexpr = (
         INFINITE_FP32 if tl.float32 == DTYPE else INFINITE_BF16 if tl.bfloat16 == DTYPE else INFINITE_FP16
@@ -59,14 +59,14 @@ def hold(middle, hole, pieces, R: tl.constexpr, HELD: tl.constexpr):
 
 @triton.jit
 def held_statistics(lanes, words, scale, DTYPE: tl.constexpr, ENTROPY: tl.constexpr):
-    """Lanes after a block."""
+    """Accumulate a held block into the lanes."""
     z, _ = prepare(unpack(words, DTYPE), None, 0.0, 0.0, False, ENTROPY)
     return accumulate(lanes, z, z, scale, ENTROPY, False)
 
 
 @triton.jit
 def store_held(grad_pointers, words, block, hole, pieces, factor, max2, scale):
-    """Writes the gradient of a block."""
+    """Write the gradient of a held block."""
     x = unpack(words, grad_pointers.dtype.element_ty)
     values = gradient_of(x, x, factor, max2, max2, scale, 0.0, 0.0, False, False, False)
     store_block(grad_pointers, block, live_pieces(block, hole, pieces, x.shape[0]), values)

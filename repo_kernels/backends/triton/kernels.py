@@ -1,6 +1,6 @@
-"""The kernels: one program per row, one launch for statistics -> token terms -> gradient, or each step by itself.
+"""The kernels, one program per row: `fused` takes all steps (statistics, token terms, gradient) in one launch.
 
-Nothing but types and upper-case arguments is compiled in: no argument is specialised on its value or alignment.
+Only dtypes and upper-case arguments are compiled in: no argument is specialised on its value or alignment.
 """
 # ruff: noqa: N803, N806 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
@@ -25,14 +25,14 @@ STATE = tl.constexpr(len(interface.STATE))
 
 
 def runtime_jit(function: Any) -> Any:
-    """`triton.jit` without specialisation on the value or the alignment of any run-time argument."""
+    """Apply `triton.jit` without specialisation on the value or the alignment of run-time arguments."""
     names = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is not tl.constexpr]
     return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
 @triton.jit
 def read_target(pointer, target, columns, softcap, SOFTCAP: tl.constexpr):
-    """The target's logit as loaded and after the softcap; NaN for an id outside the row, which is not an address."""
+    """Read the target's logit, raw and after the softcap; NaN for an id outside the row, which is no valid address."""
     valid = (target >= 0) & (target < columns)
     x = tl.load(pointer + tl.where(valid, target, 0)).to(tl.float32)
     x = tl.where(valid, x, float("nan"))
@@ -42,14 +42,14 @@ def read_target(pointer, target, columns, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def zero_column(matrix, row, count, ROWS: tl.constexpr):
-    """Zeros in one column of a matrix (ROWS, count), ROWS <= 16."""
+    """Fill one column of a matrix (ROWS, count) with zeros, ROWS <= 16."""
     lane = tl.arange(0, 16)
     tl.store(matrix + row + lane * count, tl.zeros([16], tl.float32), mask=lane < ROWS)
 
 
 @triton.jit
 def open_row(pointer, ref_pointer, target, columns, scalars, softcap, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr):
-    """Everything of a live row but its pieces: (place, edges, target's logits, scales), as the kernels unpack them."""
+    """Read everything of a live row but its pieces: (place, edges, target's logits, scales)."""
     E: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
     head, pieces = peel(pointer, columns)
     y = tl.maximum(tl.minimum(target, columns), -1).to(tl.int32)
@@ -70,7 +70,7 @@ def open_row(pointer, ref_pointer, target, columns, scalars, softcap, SOFTCAP: t
 
 @triton.jit
 def close_row(lanes, start, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr):
-    """The row's statistics from its lanes, edges and target."""
+    """Compute the row's statistics from its lanes, edges and target."""
     _, (_, live, edges, ref_edges), (_, z_y, ref_z_y), (_, scale, inverse_softcap) = start
     FINITE: tl.constexpr = ENTROPY or FULL_KL
     z, _ = prepare(edges, live, softcap, inverse_softcap, SOFTCAP, FINITE)
@@ -83,7 +83,7 @@ def close_row(lanes, start, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexp
 @triton.jit
 def store_ends(start, grad_pointer, state, slopes, factor, softcap, IN_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
                FULL_KL: tl.constexpr):  # fmt: skip
-    """Writes the gradient of the edges and of the target."""
+    """Write the gradient of the edges and of the target."""
     place, (column, live, edges, ref_edges), (x_y, _, ref_z_y), (temperature, scale, inverse_softcap) = start
     DTYPE: tl.constexpr = grad_pointer.dtype.element_ty
     at_edges = gradient_of(edges, ref_edges, factor, state[3], state[5], scale, softcap, inverse_softcap,
@@ -102,10 +102,10 @@ def fused(
     softcap: tl.float32, entropy_mode: tl.int32, want_grad: tl.int32,
     R: tl.constexpr, HELD: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr,
 ):  # fmt: skip
-    """Loss, token values and gradient of one row.
+    """Compute loss, token values and gradient of one row.
 
     HELD = 0: the row is read twice, the second time backwards. HELD = 1 or 3: it has at most HELD blocks and stays in
-    registers (neither softcap, full KL nor the entropy's gradient).
+    registers; softcap, full KL and the entropy's gradient are excluded then.
     """
     DTYPE: tl.constexpr = logits.dtype.element_ty
     E: tl.constexpr = 128 // DTYPE.primitive_bitwidth
@@ -169,7 +169,7 @@ def statistics(
     ref_stride_t: tl.int64, columns: tl.int32, softcap: tl.float32, entropy_mode: tl.int32,
     R: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr,
 ):  # fmt: skip
-    """One row's column of the (7, N) state; its logits are read once."""
+    """Compute one row's column of the state (7, N); its logits are read once."""
     E: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0)
     target = tl.load(ids + row)
@@ -203,7 +203,7 @@ def apply(
     ref_stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_t: tl.int64, columns: tl.int32, softcap: tl.float32,
     R: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr,
 ):  # fmt: skip
-    """One row of the gradient from its column of the state (7, N) and of the slopes (3, N)."""
+    """Compute one row of the gradient from its column of the state (7, N) and of the slopes (3, N)."""
     E: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     IN_GRADIENT: tl.constexpr = ENTROPY == ENTROPY_GRADIENT
     row = tl.program_id(0)
@@ -216,7 +216,7 @@ def apply(
     else:
         ref_row = ref_logits + row_offset(row, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
         start = open_row(x_row, ref_row, target, columns, scalars, softcap, SOFTCAP, FULL_KL)
-        found = (
+        state_row = (
             tl.load(state + row),
             tl.load(state + row + count),
             tl.load(state + row + 2 * count),
@@ -225,11 +225,11 @@ def apply(
             tl.load(state + row + 5 * count),
             tl.load(state + row + 6 * count),
         )
-        wanted = tl.load(slopes + row), tl.load(slopes + row + count), tl.load(slopes + row + 2 * count)
-        factor = factors(found, wanted, tl.exp2(-found[4]), start[3][0], IN_GRADIENT, FULL_KL)
-        sweep_gradient(start[0], ref_row, g_row, factor, found[3], found[5], start[3][1], softcap, start[3][2], R, E,
-                       IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
-        store_ends(start, g_row, found, wanted, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
+        slopes_row = tl.load(slopes + row), tl.load(slopes + row + count), tl.load(slopes + row + 2 * count)
+        factor = factors(state_row, slopes_row, tl.exp2(-state_row[4]), start[3][0], IN_GRADIENT, FULL_KL)
+        sweep_gradient(start[0], ref_row, g_row, factor, state_row[3], state_row[5], start[3][1], softcap, start[3][2],
+                       R, E, IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
+        store_ends(start, g_row, state_row, slopes_row, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
 
 
 @runtime_jit
@@ -237,7 +237,7 @@ def scale(
     grad, upstream, upstream_stride: tl.int64, length: tl.int32, grad_stride_b: tl.int64, grad_stride_t: tl.int64,
     columns: tl.int32, R: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies one row by its upstream gradient; a row whose factor is 1 is not touched."""
+    """Multiply one row by its upstream gradient; a row whose factor is 1 is not touched."""
     E: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0)
     factor = tl.load(upstream + row * upstream_stride)

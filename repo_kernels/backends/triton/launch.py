@@ -1,4 +1,4 @@
-"""Launches of the kernels over flat rows: which form runs, its grid and its arguments."""
+"""Launches of the kernels: which variant runs, with which grid and arguments."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def warp_size() -> int:
-    """Threads in a warp of the targets Triton compiles for here: 64 on AMD, 32 otherwise."""
+    """Return the threads per warp of the GPU that Triton compiles for here: 64 on AMD, 32 otherwise."""
     return 64 if torch.version.hip else 32
 
 
 def launch(variant: Variant, count: int, *args: Any) -> None:
-    """One program per row, on the device of the first argument. A grid of 0 is not a launch."""
+    """Launch one program per row on the device of the first argument; nothing without rows."""
     if count:
         with torch.cuda.device_of(args[0]):
             variant.kernel[(count,)](*args, **variant.constexprs, **variant.options)
 
 
 def phase(matrix: Tensor) -> tuple[int, ...]:
-    """Where each row lies between 16-byte boundaries, as remainders of the base and of the strides that are used."""
+    """Return how rows lie relative to 16-byte boundaries: remainders of the base and of the strides that count."""
     strides = [s for s, n in zip(matrix.stride()[:-1], matrix.shape[:-1], strict=True) if n > 1]
     return matrix.data_ptr() % 16, *(s * matrix.element_size() % 16 for s in strides)
 
 
 def in_phase(matrix: Tensor, logits: Tensor) -> Tensor:
-    """`matrix`, or a copy of it whose rows lie to the 16-byte boundaries as those of the logits do.
+    """Return `matrix`, or a copy of it whose rows lie relative to 16-byte boundaries as the rows of the logits do.
 
-    A kernel peels every row of a launch at the same columns; two rows that lie differently have no such column. The
-    copy is rare: logits and reference logits of one shape, straight from their heads, agree.
+    A kernel splits a row and its gradient or reference at the same columns, which is possible only if they lie alike.
+    Copies are rare: logits and reference logits of one shape, straight from their heads, lie alike.
     """
     if phase(matrix) == phase(logits):
         return matrix
@@ -43,7 +43,7 @@ def in_phase(matrix: Tensor, logits: Tensor) -> Tensor:
 
 
 def empty_in_phase(logits: Tensor) -> Tensor:
-    """An uninitialised tensor of the logits' shape in phase with them, also where their base is not aligned."""
+    """Allocate a tensor of the logits' shape that is in phase with them, also if their base is not aligned."""
     buffer = gradient_buffer(logits)
     if phase(buffer) == phase(logits):
         return buffer
@@ -55,17 +55,14 @@ def empty_in_phase(logits: Tensor) -> Tensor:
 
 
 def new_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, bool]:
-    """A gradient in phase with the logits, and False: its dead rows must be written."""
+    """Allocate dL/dlogits in phase with the logits; False: it is not filled with zeros."""
     return gradient_buffer(logits), False
 
 
 def fused(
     logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None, zeroed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(losses (N,), tokens (13, N)) of logits (T, V) or (B, L, V); dL/dlogits goes into `grad` (or in place).
-
-    Without `grad` only the forward runs.
-    """
+    """Compute losses (N,) and TOKENS (13, N), and write dL/dlogits times grad_scale into `grad` if it is given."""
     count, columns = rows.ids.shape[0], logits.shape[-1]
     full_kl = ref_logits is not None
     losses, tokens = rows.values.new_empty(count), rows.values.new_empty(len(TOKENS), count)
@@ -85,7 +82,7 @@ def fused(
 def statistics(
     logits: Tensor, ref_logits: Tensor | None, ids: Tensor, scalars: Tensor, softcap: float, entropy: int
 ) -> Tensor:
-    """State (7, N) by STATE of logits (T, V) or (B, L, V) at ids (N,); 0 on dead rows."""
+    """Compute the STATE (7, N) of the rows; 0 on dead rows."""
     count, columns = ids.shape[0], logits.shape[-1]
     state = scalars.new_empty(len(STATE), count)
     ref = logits if ref_logits is None else in_phase(ref_logits, logits)
@@ -111,7 +108,7 @@ def apply(
     grad: Tensor,
     zeroed: bool = False,
 ) -> None:
-    """Writes dL/dlogits from the state (7, N) and the slopes (3, N) by SLOPES into `grad`, which may be the logits."""
+    """Write dL/dlogits into `grad`, which may be the logits, from the STATE (7, N) and the SLOPES (3, N)."""
     assert slopes.shape == (len(SLOPES), ids.shape[0])
     ref = logits if ref_logits is None else in_phase(ref_logits, logits)
     out = grad if phase(grad) == phase(logits) else empty_in_phase(logits)
@@ -126,7 +123,10 @@ def apply(
 
 
 def scale_rows(grad: Tensor, upstream: Tensor) -> None:
-    """grad[r] *= upstream[r] in place, one rounding; upstream (N,) of any stride. A factor of 1 is only read."""
+    """Multiply each row of `grad` by its entry of `upstream` (N,), any stride, in place, with one rounding.
+
+    A row whose factor is 1 is not touched.
+    """
     length, *strides = row_strides(grad)
     launch(
         scale_variant(DTYPES[grad.dtype], warp_size()), upstream.shape[0], grad, upstream, upstream.stride(0), length,

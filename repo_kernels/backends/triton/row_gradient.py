@@ -1,8 +1,8 @@
-"""Apply: the gradient of one row from its statistics and three scalars.
+"""The gradient of one row from its statistics and three scalars.
 
     dL/dz_v = [g_logp (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_kl p_v (log p_v - log q_v - KL)] / T * slope_v
 
-With p_v = 2^t_v / s all but the target's own term is 2^t_v (constant + linear t_v + cross (t_v - t'_v)).
+With p_v = 2^t_v / s, everything but the term of the target is 2^t_v (constant + linear t_v + cross (t_v - t'_v)).
 """
 # ruff: noqa: N803 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
@@ -16,7 +16,7 @@ from .scalar_math import LN2, exp, expm1, softcap_logits
 
 @triton.jit
 def factors(state, slopes, inverse_sum, temperature, ENTROPY: tl.constexpr, FULL_KL: tl.constexpr):
-    """(constant, linear, cross) of a row; state and slopes by rows.STATE and rows.SLOPES."""
+    """Compute (constant, linear, cross) of a row from its STATE and SLOPES (backends/interface.py)."""
     _, entropy, kl, _, log2_sum, _, ref_log2_sum = state
     g_logp, g_entropy, g_kl = slopes
     share = inverse_sum / temperature
@@ -33,7 +33,7 @@ def factors(state, slopes, inverse_sum, temperature, ENTROPY: tl.constexpr, FULL
 @triton.jit
 def column_gradient(z, slope, ref_z, factor, max2, ref_max2, scale, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
                     FULL_KL: tl.constexpr):  # fmt: skip
-    """dL/dz of columns that are not the target, any shape, fp32."""
+    """Compute dL/dz of columns that are not the target, any shape, fp32."""
     constant, linear, cross = factor
     t = tl.fma(z, scale, -max2)
     inner = constant
@@ -48,7 +48,7 @@ def column_gradient(z, slope, ref_z, factor, max2, ref_max2, scale, SOFTCAP: tl.
 @triton.jit
 def target_gradient(z, ref_z, state, slopes, softcap, scale, temperature, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
                     FULL_KL: tl.constexpr):  # fmt: skip
-    """dL/dz of the target, scalar fp32; 1 - p_y = -expm1(log p_y), which does not cancel when p_y -> 1."""
+    """Compute dL/dz of the target, scalar fp32; 1 - p_y = -expm1(log p_y) does not cancel when p_y -> 1."""
     logp, entropy, kl, _, _, ref_max2, ref_log2_sum = state
     g_logp, g_entropy, g_kl = slopes
     gradient = -g_logp * expm1(logp)

@@ -1,11 +1,11 @@
-"""Row statistics: streaming maximum, sum, entropy and full KL of one row, per thread until the lanes meet once.
+"""Statistics of one row: streaming maximum, sum, entropy and full KL, per lane until the lanes are merged once.
 
-With c = log2(e) / temperature and a thread's scaled maximum m2 = fl(c max z), t_v = fma(z_v, c, -m2) and e_v = 2^t_v:
+With c = log2(e) / temperature and a lane's scaled maximum m2 = fl(c max z), t_v = fma(z_v, c, -m2) and e_v = 2^t_v:
   total    sum e_v
   weighted sum e_v t_v
   cross    sum e_v (t_v - t'_v), where t' is the reference's
 When m2 grows by -d, total *= 2^d, weighted = 2^d (weighted + d total), cross = 2^d (cross + (d - d') total).
-The maximum is kept scaled: t and the log-sum then hold to fp32 whatever offset the logits have in common.
+The maximum is kept scaled, so that t and the log-sum are accurate to fp32 whatever offset the logits have in common.
 """
 # ruff: noqa: N803 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
@@ -15,15 +15,15 @@ import triton.language as tl
 
 from .scalar_math import LN2, LOG2E, log1p, log2, softcap_logits
 
-LARGEST = tl.constexpr(2.0**31)  # scaled maxima beyond it leave no digits for differences: NaN
+LARGEST = tl.constexpr(2.0**31)  # a larger scaled maximum leaves no digits for differences and gives NaN
 FLOOR = tl.constexpr(-1e30)  # a finite minus infinity: differences and products with 0 stay numbers
 
 
 @triton.jit
 def prepare(x, live, softcap, inverse_softcap, SOFTCAP: tl.constexpr, FINITE: tl.constexpr):
-    """(logits in fp32 after the softcap, slope of the softcap); -inf where not live, finite where t_v is a factor.
+    """Return (logits in fp32 after the softcap, slope of the softcap).
 
-    `live` is None where every lane is.
+    Logits are -inf where not live (`live` None: all are), and finite with FINITE, for sums in which t_v is a factor.
     """
     z = x.to(tl.float32)
     slope = z
@@ -38,9 +38,9 @@ def prepare(x, live, softcap, inverse_softcap, SOFTCAP: tl.constexpr, FINITE: tl
 
 @triton.jit
 def empty_lanes(scale, R: tl.constexpr):
-    """(max2, total, weighted, ref_max2, ref_total, cross), (R,) each, of nothing.
+    """Return lanes without an element: (max2, total, weighted, ref_max2, ref_total, cross), (R,) each.
 
-    Their maximum is scaled as the logits are and above that of a logit at the floor, which must count for nothing.
+    Their maximum is scaled like the logits and lies above that of a logit at FLOOR, so that such a logit adds nothing.
     """
     floor, zero = tl.full([R], FLOOR, tl.float32) * (scale / 4), tl.zeros([R], tl.float32)
     return floor, zero, zero, floor, zero, zero
@@ -48,7 +48,7 @@ def empty_lanes(scale, R: tl.constexpr):
 
 @triton.jit
 def accumulate(lanes, z, ref_z, scale, ENTROPY: tl.constexpr, FULL_KL: tl.constexpr):
-    """Lanes (R,) after a block (R, E)."""
+    """Accumulate a block (R, E) into the lanes (R,)."""
     max2, total, weighted, ref_max2, ref_total, cross = lanes
     grown = tl.maximum(max2, tl.max(z, axis=1) * scale)
     shift = max2 - grown
@@ -70,9 +70,9 @@ def accumulate(lanes, z, ref_z, scale, ENTROPY: tl.constexpr, FULL_KL: tl.conste
 
 @triton.jit
 def log_sum(rest, t):
-    """(log2(rest + 2^t), natural log of 2^t / (rest + 2^t)) where 2^t is the target's share.
+    """Compute (log2(rest + 2^t), ln(2^t / (rest + 2^t))), where 2^t is the target's term.
 
-    Where the target has most of the sum the logarithm goes through log1p(rest / 2^t): 1 - p_y keeps its digits.
+    If the target has most of the sum, the logarithm goes through log1p(rest / 2^t), so that 1 - p_y keeps its digits.
     """
     e = tl.exp2(t)
     if rest < e:
@@ -88,9 +88,8 @@ def log_sum(rest, t):
 
 @triton.jit
 def meet(lanes, edges, ref_edges, z, ref_z, scale, ENTROPY: tl.constexpr, FULL_KL: tl.constexpr):
-    """The row's (logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, sum).
+    """Merge lanes (R,), edges (EDGES,) and target into the row's STATE and its sum s.
 
-    From its lanes (R,), the logits of its edges (EDGES,) and of its target.
     H = ln2 (log2 s - sum e t / s);  KL = ln2 (cross / s - log2(s / s')), where s and s' are sums at the row's maxima.
     """
     max2, total, weighted, ref_max2, ref_total, cross = lanes

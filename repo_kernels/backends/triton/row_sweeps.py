@@ -1,7 +1,7 @@
-"""One row over global memory: sweeps that gather its statistics, write its gradient, zero it or scale it.
+"""Sweeps over a row in global memory, which gather its statistics, write its gradient, zero it or scale it.
 
-`row` below is (pointer, head, pieces, hole, target's column) of row_layout.py. Unmasked blocks run in one loop and the
-at most two masked ones in another. The second sweep goes backwards: it starts with what the cache saw last.
+`row` is (pointer, head, pieces, hole, target's column), see row_layout.py. One loop takes the unmasked blocks, another
+the masked ones, at most two. The second sweep goes backwards, so that it starts with what the cache saw last.
 """
 # ruff: noqa: N803, N806 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
@@ -16,7 +16,7 @@ from .row_statistics import accumulate, prepare
 
 @triton.jit
 def load_block(pointers, block, live, POLICY: tl.constexpr):
-    """(R, E) logits of a block; -inf where not live, `live` (R,) or None for all."""
+    """Load the logits (R, E) of a block; -inf where not live. live: (R,), or None for all."""
     pointers += block * (pointers.shape[0] * pointers.shape[1])
     if live is None:
         x = tl.load(pointers, eviction_policy=POLICY)
@@ -27,7 +27,7 @@ def load_block(pointers, block, live, POLICY: tl.constexpr):
 
 @triton.jit
 def store_block(pointers, block, live, values):
-    """Rounds (R, E) values once and stores them where live."""
+    """Round values (R, E) once and store them where live."""
     pointers += block * (pointers.shape[0] * pointers.shape[1])
     values = values.to(pointers.dtype.element_ty)
     if live is None:
@@ -38,7 +38,7 @@ def store_block(pointers, block, live, values):
 
 @triton.jit
 def load_edges(pointer, column, live):
-    """(EDGES,) logits of the edges; -inf where the lane has none."""
+    """Load the logits (EDGES,) of the edges; -inf where a lane has none."""
     return tl.load(pointer + column, mask=live, other=float("-inf"))
 
 
@@ -46,7 +46,7 @@ def load_edges(pointer, column, live):
 def block_statistics(lanes, pointers, ref_pointers, block, live, scale, softcap, inverse_softcap,
                      POLICY: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
                      FULL_KL: tl.constexpr):  # fmt: skip
-    """Lanes after one block from memory."""
+    """Load a block and accumulate it into the lanes."""
     FINITE: tl.constexpr = ENTROPY or FULL_KL
     x = load_block(pointers, block, live, POLICY)
     ref_x = load_block(ref_pointers, block, live, POLICY) if FULL_KL else x
@@ -62,7 +62,7 @@ def block_statistics(lanes, pointers, ref_pointers, block, live, scale, softcap,
 def sweep_statistics(lanes, row, ref_pointer, scale, softcap, inverse_softcap, R: tl.constexpr, E: tl.constexpr,
                      POLICY: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
                      FULL_KL: tl.constexpr):  # fmt: skip
-    """Lanes after all pieces of the row, read once."""
+    """Accumulate all pieces of the row into the lanes, reading each once."""
     pointer, head, pieces, hole, _ = row
     pointers = block_pointers(aligned(pointer, head), R, E)
     ref_pointers = block_pointers(aligned(ref_pointer, head), R, E)
@@ -81,7 +81,7 @@ def sweep_statistics(lanes, row, ref_pointer, scale, softcap, inverse_softcap, R
 @triton.jit
 def gradient_of(x, ref_x, factor, max2, ref_max2, scale, softcap, inverse_softcap, ENTROPY: tl.constexpr,
                 SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr):  # fmt: skip
-    """dL/dz, fp32, of logits as they were loaded."""
+    """Compute dL/dz in fp32 from logits as they were loaded."""
     FINITE: tl.constexpr = ENTROPY or FULL_KL
     z, slope = prepare(x, None, softcap, inverse_softcap, SOFTCAP, FINITE)
     ref_z = z
@@ -93,7 +93,7 @@ def gradient_of(x, ref_x, factor, max2, ref_max2, scale, softcap, inverse_softca
 @triton.jit
 def block_gradient(pointers, ref_pointers, grad_pointers, block, live, factor, max2, ref_max2, scale, softcap,
                    inverse_softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr):  # fmt: skip
-    """Reads a block and writes its gradient."""
+    """Read a block and write its gradient."""
     x = load_block(pointers, block, live, "evict_first")
     ref_x = load_block(ref_pointers, block, live, "evict_first") if FULL_KL else x
     values = gradient_of(x, ref_x, factor, max2, ref_max2, scale, softcap, inverse_softcap, ENTROPY, SOFTCAP, FULL_KL)
@@ -104,7 +104,7 @@ def block_gradient(pointers, ref_pointers, grad_pointers, block, live, factor, m
 def sweep_gradient(row, ref_pointer, grad_pointer, factor, max2, ref_max2, scale, softcap, inverse_softcap,
                    R: tl.constexpr, E: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
                    FULL_KL: tl.constexpr):  # fmt: skip
-    """Writes the gradient of all pieces of the row, last block first; may be in place."""
+    """Write the gradient of all pieces of the row, last block first; in place is allowed."""
     pointer, head, pieces, hole, _ = row
     pointers = block_pointers(aligned(pointer, head), R, E)
     ref_pointers = block_pointers(aligned(ref_pointer, head), R, E)
@@ -123,7 +123,7 @@ def sweep_gradient(row, ref_pointer, grad_pointer, factor, max2, ref_max2, scale
 
 @triton.jit
 def zero_row(pointer, head, pieces, columns, R: tl.constexpr, E: tl.constexpr):
-    """Zero-fills a row."""
+    """Fill a row with zeros."""
     pointers = block_pointers(aligned(pointer, head), R, E)
     zeros = tl.zeros([R, E], tl.float32)
     for block in range(tl.cdiv(pieces, R)):
@@ -134,7 +134,7 @@ def zero_row(pointer, head, pieces, columns, R: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def scale_row(pointer, head, pieces, columns, factor, R: tl.constexpr, E: tl.constexpr):
-    """Multiplies a row by a scalar in place, one rounding."""
+    """Multiply a row by a scalar in place, with one rounding."""
     pointers = block_pointers(aligned(pointer, head), R, E)
     for block in range(tl.cdiv(pieces, R)):
         live = live_pieces(block, -1, pieces, R)

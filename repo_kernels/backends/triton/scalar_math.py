@@ -1,6 +1,6 @@
-"""Scalar functions to fp32 accuracy, for the few values per row where `tl.exp` and `tl.log2` are too coarse.
+"""Scalar functions accurate to fp32, for the few values per row for which `tl.exp` and `tl.log2` are too coarse.
 
-Triton's own lower to the hardware's approximations, and its math library does not run in the interpreter.
+Those are lowered to approximations of the hardware, and Triton's math library does not run in the interpreter.
 """
 
 import math
@@ -15,7 +15,7 @@ LOG2E_LOW = tl.constexpr(1.925963033500e-08)  # log2(e) minus its fp32 rounding
 
 @triton.jit
 def exp(x):
-    """e^x for finite x: the rounding of x log2(e) is put back."""
+    """Compute e^x for finite x; the rounding error of x log2(e) is added back."""
     t = x * LOG2E
     low = tl.fma(x, LOG2E_LOW, tl.fma(x, LOG2E, -t))
     power = tl.exp2(t)
@@ -24,9 +24,9 @@ def exp(x):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1, to relative accuracy also near 0. -inf gives -1."""
+    """Compute e^x - 1 with relative accuracy also near 0; -inf gives -1."""
     x = tl.where(x < -100.0, -100.0, x)
-    # x (1 + x/2! + x^2/3! + ...) where |x| < 1/2; the next term is 2e-9
+    # the series x (1 + x/2! + x^2/3! + ...) for |x| < 1/2, where the next term is 2e-9
     p = tl.fma(x, 1 / 40320.0, 1 / 5040.0)
     p = tl.fma(x, p, 1 / 720.0)
     p = tl.fma(x, p, 1 / 120.0)
@@ -38,7 +38,7 @@ def expm1(x):
 
 @triton.jit
 def twice_atanh(w):
-    """2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3."""
+    """Compute 2 atanh(w) = log((1 + w) / (1 - w)) for |w| <= 1/3."""
     square = w * w
     p = tl.fma(square, 1 / 15.0, 1 / 13.0)
     p = tl.fma(square, p, 1 / 11.0)
@@ -51,13 +51,13 @@ def twice_atanh(w):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 <= x <= 1."""
+    """Compute log(1 + x) for 0 <= x <= 1."""
     return twice_atanh(x / (2 + x))
 
 
 @triton.jit
 def log2(x):
-    """log2 of a positive normal number; NaN and inf pass through."""
+    """Compute log2 of a positive normal number; NaN and inf are returned as they are."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # x = 2^exponent f, f in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
@@ -67,10 +67,10 @@ def log2(x):
 
 @triton.jit
 def softcap_logits(z, cap, inverse_cap):
-    """(y, dy/dz) of y = cap tanh(z / cap), of any shape.
+    """Compute (y, dy/dz) of y = cap tanh(z / cap), any shape.
 
-    The slope 1 - tanh^2 is formed as 4 e / (1 + e)^2 with e = exp(-2 |z / cap|), which does not cancel at the cap, and
-    tanh near 0 as a polynomial, which does not cancel there. The sign is put back by its bit.
+    The slope 1 - tanh^2 is computed as 4 e / (1 + e)^2 with e = exp(-2 |z / cap|), which does not cancel at the cap,
+    and tanh near 0 as a polynomial, which does not cancel there. The sign bit is copied from z.
     """
     u = tl.abs(z * inverse_cap)
     decay = tl.exp2(u * (-2 * LOG2E))

@@ -1,7 +1,7 @@
-"""Token terms: advantage, ratio, clip, KL and the scalars of the gradient of one row (terms.py, in Triton).
+"""The token terms of one row: advantage, ratio, clip, KL and the scalars of the gradient, as in eager/terms.py.
 
-Options are bits of `code` (rows.py), read once per row. Comparisons are written so that NaN comes out as NaN, and
-fp32 arithmetic is not contracted, so that rho = 1 +- eps and C = d fall on the same side as in terms.py.
+Options are bits of `code` (interface.py), read once per row. Comparisons let NaN through, and fp32 arithmetic is not
+contracted, so that rho = 1 +- eps and C = d fall on the same side as in eager/terms.py.
 """
 
 import triton
@@ -29,7 +29,7 @@ COST_LIMITS = tl.constexpr(interface.VALUES.index("cost_limits"))
 COST_BASELINES = tl.constexpr(interface.VALUES.index("cost_baselines"))
 OLD_LOGPS = tl.constexpr(interface.VALUES.index("old_logps"))
 REF_LOGPS = tl.constexpr(interface.VALUES.index("ref_logps"))
-IS_WEIGHTS = tl.constexpr(interface.VALUES.index("is_weights"))
+IMPORTANCE_WEIGHTS = tl.constexpr(interface.VALUES.index("importance_weights"))
 WEIGHTS = tl.constexpr(interface.VALUES.index("weights"))
 
 LAM = tl.constexpr(interface.SCALARS.index("lam"))
@@ -46,9 +46,10 @@ TOKENS = tl.constexpr(len(interface.TOKENS))
 
 @triton.jit
 def row_inputs(values, scalars, row, count, code):
-    """(advantage, unsafe, old_logp, ref_logp, is_weight, weight) of one row of the (9, N) values.
+    """Load (advantage, unsafe, old_logp, ref_logp, importance_weight, weight) of one row of the values (9, N).
 
-    A = A_R - lam A_C, over 1 + lam if normalized; A_C is 0, given, given where C > d, or {C - d}^+ - baseline.
+    The advantage is A_R - lam A_C, divided by 1 + lam if normalized. A_C is 0, given, given where C > d, or the hinge
+    {C - d}^+ - baseline.
     """
     values += row
     cost, kl, on_policy = code & 3, (code >> 2) & 7, (code >> 7) & 1
@@ -61,7 +62,7 @@ def row_inputs(values, scalars, row, count, code):
     baseline = tl.load(values + COST_BASELINES * count)
     old_logp = tl.load(values + OLD_LOGPS * count, mask=on_policy == 0, other=0.0)
     ref_logp = tl.load(values + REF_LOGPS * count, mask=sampled, other=0.0)
-    is_weight = tl.load(values + IS_WEIGHTS * count)
+    importance_weight = tl.load(values + IMPORTANCE_WEIGHTS * count)
     weight = tl.load(values + WEIGHTS * count)
     lam = tl.load(scalars + LAM)
     unsafe = cost_value > limit
@@ -70,12 +71,12 @@ def row_inputs(values, scalars, row, count, code):
     cost_advantage = tl.where(cost == COST_HINGE, tl.where(excess < 0, 0.0, excess) - baseline, cost_advantage)
     advantage = tl.where(cost == COST_NONE, reward_advantage, reward_advantage - lam * cost_advantage)
     advantage = tl.where((code >> 6) & 1 != 0, advantage / (1 + lam), advantage)
-    return advantage, unsafe, old_logp, ref_logp, is_weight, weight
+    return advantage, unsafe, old_logp, ref_logp, importance_weight, weight
 
 
 @triton.jit
 def clamped_log_ratio(logp, base):
-    """(logp - base within +-20, whether its gradient passes); 0 where both are the same infinity."""
+    """Compute (logp - base clamped to +-20, 1 where its gradient passes, else 0); 0 for two equal infinities."""
     x = tl.where(logp == base, 0.0, logp - base)
     low, high = x < -LOG_RATIO_CLAMP, x > LOG_RATIO_CLAMP
     inside = tl.where(low | high, 0.0, 1.0)
@@ -84,7 +85,7 @@ def clamped_log_ratio(logp, base):
 
 @triton.jit
 def clipped_surrogate(ratio, advantage, low, high, dual_clip):
-    """(-min(rho A, clip(rho) A), for A < 0 bounded by -c A; 1 where the unclipped branch carries the gradient)."""
+    """Compute (-min(rho A, clip(rho) A), for A < 0 at most -c A; 1 if the unclipped branch carries the gradient)."""
     unclipped = ratio * advantage
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
     active = unclipped <= clipped
@@ -95,10 +96,11 @@ def clipped_surrogate(ratio, advantage, low, high, dual_clip):
 
 
 @triton.jit
-def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_ratio):
-    """(KL without rho, kappa = what the loss adds, d kappa / d log pi) of a sampled estimator; 0 without one.
+def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_importance_weighted):
+    """Compute (KL without rho, kappa, d kappa / d log pi) of a sampled estimator, zeros without one.
 
-    With rho, d(rho KL)/d log pi = rho (KL + KL'); for k3 the exponentials cancel and rho delta is left.
+    The loss adds beta kappa. With rho, d(rho KL)/d log pi = rho (KL + KL'); for k3 the exponentials cancel and rho
+    delta is left.
     """
     delta, inside = clamped_log_ratio(logp, ref_logp)
     change = expm1(-delta)
@@ -108,7 +110,7 @@ def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_ratio):
     weighted_slope = ratio * (kl * ratio_inside + slope)
     k3_slope = tl.where(ratio_inside > 0, ratio * delta, ratio * slope)
     weighted_slope = tl.where(kl_code == KL_K3, k3_slope, weighted_slope)
-    with_ratio = (kl_ratio != 0) & (kl_code != KL_K2)
+    with_ratio = (kl_importance_weighted != 0) & (kl_code != KL_K2)
     kappa = tl.where(with_ratio, ratio * kl, kl)
     derivative = tl.where(with_ratio, weighted_slope, slope)
     sampled = k1 | k2 | (kl_code == KL_K3)
@@ -117,8 +119,8 @@ def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_ratio):
 
 @triton.jit
 def token_terms(inputs, logp, entropy, full_kl, scalars, code, entropy_mode, losses, tokens, row, count):
-    """Stores the row's loss and its 13 token values; gives (g_logp, g_entropy, g_kl), grad_scale multiplied in."""
-    advantage, unsafe, old_logp, ref_logp, is_weight, weight = inputs
+    """Store the row's loss and its 13 token values; return (g_logp, g_entropy, g_kl) times grad_scale."""
+    advantage, unsafe, old_logp, ref_logp, importance_weight, weight = inputs
     beta = tl.load(scalars + BETA)
     low, high = 1 - tl.load(scalars + EPS_LOW), 1 + tl.load(scalars + EPS_HIGH)
     entropy_coef = tl.load(scalars + ENTROPY_COEF)
@@ -130,13 +132,13 @@ def token_terms(inputs, logp, entropy, full_kl, scalars, code, entropy_mode, los
     ratio = exp(log_ratio)
     surrogate, active = clipped_surrogate(ratio, advantage, low, high, tl.load(scalars + DUAL_CLIP))
     # d(-rho A)/d log pi = -rho A on the branch that is the minimum
-    g_logp = is_weight * (-ratio * advantage * active * inside)
+    g_logp = importance_weight * (-ratio * advantage * active * inside)
 
     kl, kappa, derivative = kl_terms(logp, ref_logp, ratio, inside, kl_code, (code >> 5) & 1)
     full = kl_code == KL_FULL
     kl, kappa = tl.where(full, full_kl, kl), tl.where(full, full_kl, kappa)
     entropy = tl.where(entropy_mode != ENTROPY_NONE, entropy, 0.0)
-    loss = is_weight * surrogate + beta * kappa - entropy_coef * entropy
+    loss = importance_weight * surrogate + beta * kappa - entropy_coef * entropy
     g_logp = (g_logp + beta * derivative) * weight
     g_entropy = tl.where(entropy_mode == ENTROPY_GRADIENT, -weight * entropy_coef, 0.0)
     g_kl = tl.where(full, weight * beta, 0.0)

@@ -1,7 +1,7 @@
-"""Every compiled form of the kernels that the API reaches, and what it is compiled with: at most 48 per target.
+"""The variants of the kernels that the public functions can reach, and how they are compiled: at most 48 per target.
 
-What a launch compiles and what is inspected ahead of time come from the same list. An option that is absent runs in a
-form that has it, with slope 0: softcap and full KL exist with the entropy's gradient only.
+Launches and ahead-of-time inspection use the same list. To keep it short, softcap and full KL exist only together with
+the entropy's gradient, which runs with slope 0 if it is not asked for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..interface import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
 from . import kernels
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-BLOCK_PIECES = 2048  # 16-byte pieces in a block that is held: 32 KB
-HELD_BLOCKS = (1, 3)  # a row of up to this many blocks stays in registers
+BLOCK_PIECES = 2048  # 16-byte pieces in a block held in registers: 32 KB
+HELD_BLOCKS = (1, 3)  # the numbers of blocks that a variant can hold
 
 _POINTERS = {"ids": "*i64"} | dict.fromkeys(
     ("values", "scalars", "losses", "tokens", "state", "slopes", "upstream"), "*fp32"
@@ -27,10 +27,20 @@ _INTEGERS = ("count", "length", "columns", "code", "entropy_mode", "want_grad")
 class Variant:
     """One compiled form of a kernel.
 
-    kind: fused-swept, fused-resident, statistics, apply or scale. entropy: ENTROPY_NONE, _VALUE or _GRADIENT.
-    signature: argument -> Triton type or "constexpr". divisible: positions of arguments known to be multiples of 16,
-    none: kernels find the alignment of a row themselves. elements_per_thread: logits in one trip of the swept loop, or
-    held by a thread.
+    Args:
+        name: unique.
+        kind: fused-swept, fused-resident, statistics, apply or scale.
+        dtype: of the logits: fp32, bf16 or fp16.
+        entropy: ENTROPY_NONE, ENTROPY_VALUE or ENTROPY_GRADIENT.
+        softcap, full_kl: whether the variant has them.
+        kernel: the Triton function.
+        signature: argument -> Triton type or "constexpr".
+        constexprs: argument -> value.
+        divisible: positions of arguments known to be multiples of 16. Empty: kernels handle the alignment of a row
+            themselves.
+        num_warps, num_stages: of a program.
+        elements_per_thread: logits per thread in one trip of the swept loop, or held.
+        max_registers: per thread, or None.
     """
 
     name: str
@@ -50,7 +60,7 @@ class Variant:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is given. Contraction is off: fma is written where it is meant."""
+        """Options of the compiler. Contraction is off, since fma is written where it is meant."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
@@ -58,12 +68,13 @@ class Variant:
 def warps_and_pieces(
     kind: str, entropy: int, softcap: bool, full_kl: bool, held: int, warp_size: int
 ) -> tuple[int, int]:
-    """(warps of a program, 16-byte pieces of a block).
+    """Choose (warps of a program, 16-byte pieces of a block).
 
-    What is computed once per row is computed by every warp: the plain loss takes few warps and many pieces. Where that
-    would spill, warps are many. Either way a swept loss takes more than half of the registers of a multiprocessor: one
-    row is in flight on each, and its second sweep finds it in L2. Two rows that are held in one block share it. What
-    sweeps once needs no row in L2: many programs of few warps, and blocks that short rows fill.
+    Every warp computes what is needed once per row, so the plain loss takes few warps and many pieces, and takes more
+    warps only where it would spill. Either way a swept loss takes more than half of the registers of a multiprocessor,
+    so that one row is in flight on each and the second sweep finds it in L2. Two rows held in one block each share a
+    multiprocessor. Kernels that sweep once need no row in L2: they take many programs of few warps, and blocks small
+    enough for short rows.
     """
     half = softcap or full_kl or (kind == "statistics" and entropy != ENTROPY_NONE)
     if kind in ("statistics", "apply", "scale"):
@@ -86,7 +97,7 @@ def make_variant(
     full_kl: bool = False,
     held: int = 0,
 ) -> Variant:
-    """The form of a kernel for the given options; `held` blocks of a row in registers, 0 = swept."""
+    """Describe the variant with these options. held: blocks of a row in registers, 0 for a swept row."""
     kernel = {"statistics": kernels.statistics, "apply": kernels.apply, "scale": kernels.scale}.get(kind, kernels.fused)
     warps, pieces = warps_and_pieces(kind, entropy, softcap, full_kl, held, warp_size)
     constexprs: dict[str, Any] = {"R": pieces}
@@ -114,14 +125,14 @@ def make_variant(
         num_warps=warps,
         num_stages=1,
         elements_per_thread=pieces * 16 // ELEMENT_BYTES[dtype] // (warps * warp_size) * max(held, 1),
-        # so that two programs of 256 threads fit; AMD's compiler takes no such limit
+        # two programs of 256 threads fit then; AMD's compiler takes no such limit
         max_registers=128 if held == 1 and warp_size == 32 else None,
     )
 
 
 @functools.cache
 def fused_variant(dtype: str, columns: int, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
-    """The form that runs `fused` on rows of so many columns."""
+    """Return the variant that runs `fused` on rows of so many columns."""
     if softcap or full_kl:
         return make_variant("fused-swept", dtype, warp_size, ENTROPY_GRADIENT, softcap, full_kl)
     block = BLOCK_PIECES * 16 // ELEMENT_BYTES[dtype]
@@ -133,35 +144,35 @@ def fused_variant(dtype: str, columns: int, entropy: int, softcap: bool, full_kl
 
 @functools.cache
 def statistics_variant(dtype: str, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
-    """The form that runs `statistics`. Full KL is not in `variants`: the API always fuses it."""
+    """Return the variant that runs `statistics`. Full KL is not in `variants`, since the losses always fuse it."""
     entropy = ENTROPY_VALUE if softcap or full_kl or entropy else ENTROPY_NONE
     return make_variant("statistics", dtype, warp_size, entropy, softcap, full_kl)
 
 
 @functools.cache
 def apply_variant(dtype: str, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
-    """The form that runs `apply`. Full KL is not in `variants`: the API always fuses it."""
+    """Return the variant that runs `apply`. Full KL is not in `variants`, since the losses always fuse it."""
     return make_variant("apply", dtype, warp_size, ENTROPY_GRADIENT, softcap, full_kl)
 
 
 @functools.cache
 def scale_variant(dtype: str, warp_size: int) -> Variant:
-    """The form that runs `scale_rows`."""
+    """Return the variant that runs `scale_rows`."""
     return make_variant("scale", dtype, warp_size)
 
 
 def variants(warp_size: int = 32) -> list[Variant]:
-    """All forms that the API can reach on a target with warps of so many threads."""
-    found: list[Variant] = []
+    """List all variants that public functions can reach on a target with warps of so many threads."""
+    reachable: list[Variant] = []
     for dtype, size in ELEMENT_BYTES.items():
         block = BLOCK_PIECES * 16 // size
         for entropy in (ENTROPY_NONE, ENTROPY_VALUE, ENTROPY_GRADIENT):
             widths = (*(blocks * block for blocks in HELD_BLOCKS), HELD_BLOCKS[-1] * block + 1)
-            found += [fused_variant(dtype, columns, entropy, False, False, warp_size) for columns in widths]
+            reachable += [fused_variant(dtype, columns, entropy, False, False, warp_size) for columns in widths]
         for softcap, full_kl in ((True, False), (False, True), (True, True)):
-            found.append(fused_variant(dtype, block, ENTROPY_GRADIENT, softcap, full_kl, warp_size))
+            reachable.append(fused_variant(dtype, block, ENTROPY_GRADIENT, softcap, full_kl, warp_size))
         for entropy, softcap in ((ENTROPY_NONE, False), (ENTROPY_VALUE, False), (ENTROPY_VALUE, True)):
-            found.append(statistics_variant(dtype, entropy, softcap, False, warp_size))
-        found += [apply_variant(dtype, softcap, False, warp_size) for softcap in (False, True)]
-        found.append(scale_variant(dtype, warp_size))
-    return list({variant.name: variant for variant in found}.values())
+            reachable.append(statistics_variant(dtype, entropy, softcap, False, warp_size))
+        reachable += [apply_variant(dtype, softcap, False, warp_size) for softcap in (False, True)]
+        reachable.append(scale_variant(dtype, warp_size))
+    return list({variant.name: variant for variant in reachable}.values())

@@ -1,0 +1,5 @@
+"""What can be counted about the Triton kernels without a GPU: their machine code, and the bytes they move.
+
+The kernels are compiled ahead of time for every target (kernels.py) and their machine code is read (machine_code.py);
+in Triton's interpreter their loads and stores are counted (traffic.py). No speed follows from any of these counts.
+"""

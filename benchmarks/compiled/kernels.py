@@ -1,0 +1,144 @@
+"""Compile every form of the Triton kernels for GPUs that need not be there, and read what it takes from its code."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.compiled.machine_code import Accesses, accesses, amd_resources, disassemble_cubin, parse_amdgcn
+
+WIDTH = 16  # bytes: the widest access of one thread
+ITEM_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Triton's name of a target -> (backend, architecture, threads of a warp).
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One form of a kernel on one target.
+
+    registers: of a thread. spills: spill instructions, and on AMD spilled vector registers. lane_copies: scalar
+    registers that AMD's compiler keeps in lanes of a vector register, not in memory. local_bytes: local memory, stack
+    or scratch of a thread. shared_bytes: of a program. in_loops, outside: accesses to global memory.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    target: str
+    num_warps: int
+    elements_per_thread: int
+    registers: int
+    spills: int
+    lane_copies: int
+    local_bytes: int
+    shared_bytes: int
+    in_loops: Accesses
+    outside: Accesses
+
+    @property
+    def narrow(self) -> list[int]:
+        """Widths of accesses inside loops that are not WIDTH bytes."""
+        return sorted({width for width in (*self.in_loops.loads, *self.in_loops.stores) if width != WIDTH})
+
+    @property
+    def wide_elements(self) -> int:
+        """Logits that a thread loads with the full-width accesses of the code, each counted once."""
+        loads = sum(part.loads.get(WIDTH, 0) for part in (self.in_loops, self.outside))
+        return loads * WIDTH // ITEM_SIZE[self.dtype]
+
+
+def compile_variant(variant: Any, target: str) -> CompiledKernel:
+    """Compile one variant (of variants.variants) for one target. TRITON_INTERPRET must not be set in this process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=dict(variant.signature),
+        constexprs=dict(variant.constexprs),
+        attrs={(i,): [["tt.divisibility", 16]] for i in variant.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=variant.options)
+    if "cubin" in compiled.asm:
+        code, usage = disassemble_cubin(compiled.asm["cubin"])
+        registers, local = usage["REG"], usage["LOCAL"] + usage["STACK"]
+    else:
+        code, usage = parse_amdgcn(compiled.asm["amdgcn"]), amd_resources(compiled.asm["amdgcn"])
+        # The count includes the accumulation registers on this architecture.
+        registers, local = usage["vgpr_count"], usage["private_segment_fixed_size"]
+    in_loops, outside = accesses(code)
+    return CompiledKernel(
+        name=variant.name,
+        kind=variant.kind,
+        dtype=variant.dtype,
+        target=target,
+        num_warps=variant.num_warps,
+        elements_per_thread=variant.elements_per_thread,
+        registers=registers,
+        spills=usage.get("vgpr_spill_count", 0) + in_loops.spills + outside.spills,
+        lane_copies=usage.get("sgpr_spill_count", 0),
+        local_bytes=local,
+        shared_bytes=compiled.metadata.shared,
+        in_loops=in_loops,
+        outside=outside,
+    )
+
+
+def _variants(target: str) -> list[Any]:
+    from repo_kernels.backends.triton.variants import variants
+
+    return variants(TARGETS[target][2])
+
+
+def _names(target: str) -> list[tuple[str, str, str]]:
+    return [(variant.name, variant.kind, variant.dtype) for variant in _variants(target)]
+
+
+def _compile_named(target: str, name: str) -> CompiledKernel:
+    return compile_variant(next(variant for variant in _variants(target) if variant.name == name), target)
+
+
+def _without_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned, because the parent may have defined the kernels with TRITON_INTERPRET set.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_without_interpreter)
+
+
+def names(targets: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return (name, kind, dtype) of every variant, by target."""
+    with _pool(1) as pool:
+        return {target: pool.submit(_names, target).result() for target in targets}
+
+
+def compile_all(
+    targets: Sequence[str] = tuple(TARGETS), dtypes: Sequence[str] = (), workers: int | None = None
+) -> list[CompiledKernel]:
+    """Compile all variants of the targets, or those of some dtypes (fp32, bf16, fp16), on all cores."""
+    with _pool(workers or len(os.sched_getaffinity(0))) as pool:
+        listed = {target: pool.submit(_names, target) for target in targets}
+        futures = [
+            pool.submit(_compile_named, target, name)
+            for target, future in listed.items()
+            for name, _, dtype in future.result()
+            if not dtypes or dtype in dtypes
+        ]
+        for done, _ in enumerate(as_completed(futures), 1):
+            if sys.stderr.isatty():
+                print(f"\rcompiled {done} of {len(futures)} \r", end="", file=sys.stderr, flush=True)
+        return [future.result() for future in futures]

@@ -1,0 +1,92 @@
+// The arguments and results of row kernels, and the table of the kernels of one instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/attention_task.h"
+
+namespace repo {
+
+enum DType { kFloat32, kBFloat16, kFloat16, kDTypes };
+
+// c = log2(e) / temperature. With cap > 0, logits become cap tanh(z / cap) first.
+struct Scaling {
+    float c;
+    float cap;
+};
+
+// The maximum that a row starts with: logits that are lower (times c) have probability 0 even before a larger one is
+// seen, so that a leading block of -inf or -1e30 has t = -inf and not NaN. Between it and its negative,
+// |fl(max2) - max2| <= 64.
+constexpr float kLowestMax = -2147483648.0f;
+
+// Sums over a row of e_v = 2^t_v, t_v = fma(z_v, c, -max2), max2 = fl(c max z). The term of the maximum is kept apart,
+// so that the others are not lost when it has nearly all the probability.
+struct RowSums {
+    float max2 = kLowestMax;
+    double top = 0;         // t of the maximum: the rounding error of max2
+    double largest = 0;     // 2^top
+    double rest = 0;        // sum of the other e_v
+    double weighted = 0;    // sum e_v t_v, for the entropy
+    double difference = 0;  // sum e_v (t_v - t'_v), t' of the reference, for the full KL
+
+    // inlined, since a copy shared between instruction sets could be one that this machine cannot run
+    __attribute__((always_inline)) double total() const { return rest + largest; }
+
+    // Removes sums that are 0 but for the 2^-125 that kernels may take for 0.
+    void drop_dust() {
+        if (rest < 1e-30 * largest) rest = 0, weighted = largest * top;
+    }
+};
+
+enum SumKind { kLogpSums, kEntropySums, kReferenceSums, kSumKinds };
+
+// dL/dz_v = e_v (base + by_log t_v + by_difference (t_v - t'_v)) slope_v
+struct GradientWeights {
+    float max2, ref_max2;
+    float base, by_log, by_difference;
+};
+
+enum GradientKind { kLogpGradient, kEntropyGradient, kReferenceGradient, kGradientKinds };
+
+// Kernels over rows of `columns` consecutive elements.
+//   statistics  reads reference and writes ref_sums with kReferenceSums alone, which includes the entropy sums
+//   gradient    grad may be the logits; past_caches: write it past the caches; reads reference with kReferenceGradient
+//   logit       returns one capped logit and the slope of the cap
+//   put         writes one rounded value
+//   fence       orders streamed stores before what the thread does next
+//   exp2, soft_cap  the approximations, for tests
+struct RowKernels {
+    const char* name;
+    void (*statistics[kDTypes][kSumKinds])(
+        const void* logits, const void* reference, int64_t columns, Scaling, RowSums& sums, RowSums& ref_sums);
+    void (*gradient[kDTypes][kGradientKinds])(
+        const void* logits, const void* reference, void* grad, int64_t columns, Scaling, const GradientWeights&,
+        bool past_caches);
+    float (*logit[kDTypes])(const void* logits, int64_t column, Scaling, float* slope);
+    void (*put[kDTypes])(void* row, int64_t column, float value);
+    void (*zero)(void* row, int64_t bytes);
+    void (*scale[kDTypes])(void* row, int64_t columns, float factor);
+    void (*fence)();
+    void (*exp2)(const float* from, float* to, int64_t count);
+    void (*soft_cap)(const float* from, float* value, float* slope, int64_t count, float cap);
+    // see layer_rows.h
+    float (*norm)(const float* x, const float* weight, float* y, int64_t columns, float epsilon);
+    void (*norm_gradient)(const float* x, const float* weight, float r, const float* dy, float* dx, float* dw,
+                          int64_t columns);
+    void (*swiglu)(const float* gate, const float* up, float* out, int64_t columns);
+    void (*swiglu_gradient)(const float* gate, const float* up, const float* grad, float* of_gate, float* of_up,
+                            int64_t columns);
+    void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half, bool back);
+    // see attention_rows.h
+    void (*attend)(const AttentionTask&, float* scratch);
+    void (*attend_gradient)(const AttentionTask&, float* scratch);
+};
+
+extern const RowKernels generic_kernels;
+#if defined(REPO_X86_KERNELS)
+extern const RowKernels avx2_kernels;
+extern const RowKernels avx512_kernels;
+#endif
+
+}  // namespace repo

@@ -1,0 +1,149 @@
+// Vectors of the widest float registers of one instruction set.
+//
+// The row kernels are compiled once per instruction set, each time with another REPO_ISA as the namespace of everything
+// they use. They must not call inline functions of the standard library: the linker keeps one copy of those, and it
+// could be one with instructions that this machine does not have.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace repo::REPO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef double DoubleVec __attribute__((vector_size(8 * kWidth)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t UIntVec __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kWidth)));
+
+inline Vec broadcast(float x) { return Vec{} + x; }
+
+template <class V, class T>
+inline V load_bits(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(V));
+    return v;
+}
+
+template <class V, class T>
+inline void store_bits(T* to, V v) {
+    std::memcpy(to, &v, sizeof(V));
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    std::memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+#if defined(__aarch64__)
+inline Vec vec_fma(Vec a, Vec b, Vec c) {
+    for (int i = 0; i < kWidth; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return a;
+}
+#endif
+
+// Returns a where a > b, else b; b where either is NaN.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// Returns a b + c with one rounding or two, whichever is cheaper.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vec_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// Returns a b - c with one rounding. Without such an instruction it is computed in double, where the product of two
+// floats is exact.
+inline Vec exact_multiply_subtract(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmsub_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmsub_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vec_fma(a, b, -c);
+#else
+    const DoubleVec product = __builtin_convertvector(a, DoubleVec) * __builtin_convertvector(b, DoubleVec);
+    return __builtin_convertvector(product - __builtin_convertvector(c, DoubleVec), Vec);
+#endif
+}
+
+// The two below combine the lanes of a vector pairwise, in an order that is the same for every row.
+inline float sum_lanes(Vec v) {
+    float lanes[kWidth];
+    store_bits(lanes, v);
+    for (int half = kWidth / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+inline float max_lanes(Vec v) {
+    float lanes[kWidth];
+    store_bits(lanes, v);
+    for (int half = kWidth / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return lanes[0];
+}
+
+// Stores past the caches, for lines that are written whole and not read again soon; `to` is aligned to the vector.
+// An instruction set without such a store uses an ordinary one.
+inline void stream(float* to, Vec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, v);
+#elif defined(__SSE2__)
+    _mm_stream_ps(to, v);
+#else
+    store_bits(to, v);
+#endif
+}
+
+inline void stream(uint16_t* to, HalfVec v) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bit_cast<__m256i>(v));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), bit_cast<__m128i>(v));
+#else
+    store_bits(to, v);
+#endif
+}
+
+// Orders streamed stores before what the thread does next.
+inline void fence_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace repo::REPO_ISA

@@ -1,0 +1,216 @@
+#include "losses/losses.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels/dispatch.h"
+#include "common/parallel.h"
+
+namespace repo {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// The STATE of one row.
+struct RowState {
+    float logp = 0, entropy = 0, kl = 0, max2 = 0, log2_sum = 0, ref_max2 = 0, ref_log2_sum = 0;
+};
+
+Scaling scaling_of(const Scalars& scalars, float softcap) { return {float(kLog2E / scalars.temperature), softcap}; }
+
+// Returns log2 of the row's sum; NaN if no logit was above the lowest maximum, as in a row of -inf.
+double log2_total(const RowSums& sums) {
+    if (!(sums.largest > 0)) return std::numeric_limits<double>::quiet_NaN();
+    return sums.top + std::log1p(sums.rest / sums.largest) * kLog2E;
+}
+
+RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, Scaling scaling,
+                    bool with_entropy) {
+    const Rows& logits = tensors.logits;
+    const void* row = logits.row(r);
+    const void* reference = tensors.reference ? tensors.reference->row(r) : nullptr;
+    const SumKind kind = reference ? kReferenceSums : with_entropy ? kEntropySums : kLogpSums;
+    RowSums sums, ref_sums;
+    kernels.statistics[logits.dtype][kind](row, reference, logits.columns, scaling, sums, ref_sums);
+
+    if (kind != kReferenceSums) sums.drop_dust();
+    const double log2_sum = log2_total(sums), total = sums.total();
+    float slope;
+    const double t = double(kernels.logit[logits.dtype](row, id, scaling, &slope)) * scaling.c - sums.max2;
+    RowState state;
+    // t - top is exactly 0 at the maximum, and log1p keeps the rest, so that the digits of 1 - p survive where p -> 1
+    state.logp = float((t - sums.top - (log2_sum - sums.top)) * kLn2);
+    state.max2 = sums.max2;
+    state.log2_sum = float(log2_sum);
+    // H = -sum p log p
+    if (with_entropy) state.entropy = float((log2_sum - sums.weighted / total) * kLn2);
+    if (reference) {
+        const double ref_log2_sum = log2_total(ref_sums);
+        state.ref_max2 = ref_sums.max2;
+        state.ref_log2_sum = float(ref_log2_sum);
+        // sum p (log p - log q)
+        state.kl = float((sums.difference / total - (log2_sum - ref_log2_sum)) * kLn2);
+    }
+    return state;
+}
+
+// Computes dL/dz_y, before the row is written over; 1 - p_y = -expm1(log p_y) does not cancel where p_y -> 1.
+float target_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, const RowState& state,
+                      const Slopes& slopes, Scaling scaling, float temperature) {
+    float slope, ref_slope;
+    const DType dtype = tensors.logits.dtype;
+    kernels.logit[dtype](tensors.logits.row(r), id, scaling, &slope);
+    const double logp = state.logp, p = std::exp(logp);
+    double grad = slopes.logp * -std::expm1(logp);
+    if (slopes.entropy != 0 && p != 0) grad -= slopes.entropy * p * (logp + state.entropy);
+    if (slopes.kl != 0 && p != 0 && tensors.reference) {
+        const double z = kernels.logit[dtype](tensors.reference->row(r), id, scaling, &ref_slope);
+        const double logq = (z * scaling.c - state.ref_max2 - state.ref_log2_sum) * kLn2;
+        grad += slopes.kl * p * (logp - logq - state.kl);
+    }
+    return float(grad / temperature * slope);
+}
+
+// Writes p_v (-g_logp - g_H (log p_v + H) + g_kl (log p_v - log q_v - KL)) / temperature in terms of
+// e_v = p_v 2^log2_sum and t_v = log2 p_v + log2_sum.
+GradientWeights gradient_weights(const RowState& state, const Slopes& slopes, float temperature, bool with_reference) {
+    const double scale = std::exp2(-double(state.log2_sum)) / temperature;
+    double base = -double(slopes.logp);
+    if (slopes.entropy != 0) base -= slopes.entropy * (state.entropy - state.log2_sum * kLn2);
+    GradientWeights weights = {state.max2, state.ref_max2, 0, float(-scale * slopes.entropy * kLn2), 0};
+    if (with_reference) {
+        base -= slopes.kl * ((double(state.log2_sum) - state.ref_log2_sum) * kLn2 + state.kl);
+        weights.by_difference = float(scale * slopes.kl * kLn2);
+    }
+    weights.base = float(scale * base);
+    // a NaN with a payload could overflow in the rounding to bfloat16
+    for (float* weight : {&weights.base, &weights.by_log, &weights.by_difference})
+        if (std::isnan(*weight)) *weight = std::numeric_limits<float>::quiet_NaN();
+    return weights;
+}
+
+void write_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, const RowState& state,
+                    const Slopes& slopes, Scaling scaling, float temperature) {
+    const bool with_reference = tensors.reference && slopes.kl != 0;
+    const GradientKind kind = with_reference        ? kReferenceGradient
+                              : slopes.entropy != 0 ? kEntropyGradient
+                                                    : kLogpGradient;
+    const Rows& logits = tensors.logits;
+    const float target = target_gradient(kernels, tensors, r, id, state, slopes, scaling, temperature);
+    const GradientWeights weights = gradient_weights(state, slopes, temperature, with_reference);
+    void* grad = tensors.grad->row(r);
+    kernels.gradient[logits.dtype][kind](logits.row(r), with_reference ? tensors.reference->row(r) : nullptr, grad,
+                                         logits.columns, scaling, weights, tensors.large_gradient());
+    kernels.put[logits.dtype](grad, id, target);
+}
+
+// Asks for pages of 2 MB: the system has often not handed out the memory of a gradient yet, and does so several times
+// faster in such pages.
+void ask_for_large_pages(const Rows& rows) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 2 << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(rows.row(0)) + kPage - 1) / kPage * kPage;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(rows.row(rows.count - 1)) + rows.row_bytes()) / kPage * kPage;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)rows;
+#endif
+}
+
+int64_t count_live(const int64_t* ids, int64_t rows) {
+    return std::count_if(ids, ids + rows, [](int64_t id) { return id != kIgnored; });
+}
+
+// Calls body(r) for live rows and fills the gradient of the others with zeros.
+template <class Body>
+void over_rows(const RowKernels& kernels, const Tensors& tensors, const int64_t* ids, int threads, Body body) {
+    const Rows& logits = tensors.logits;
+    const bool fill = tensors.grad && !tensors.zeroed;
+    const auto range = [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r) {
+            if (ids[r] != kIgnored) {
+                body(r);
+            } else if (fill) {
+                kernels.zero(tensors.grad->row(r), logits.row_bytes());
+            }
+        }
+    };
+    if (tensors.large_gradient()) ask_for_large_pages(*tensors.grad);
+    const int64_t busy = fill ? logits.count : count_live(ids, logits.count);
+    parallel_rows(logits.count, logits.columns, busy * logits.columns, threads, range, kernels.fence);
+}
+
+}  // namespace
+
+int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns) {
+    const int64_t* bad =
+        std::find_if(ids, ids + rows, [=](int64_t id) { return id != kIgnored && (id < 0 || id >= columns); });
+    return bad == ids + rows ? kIgnored : *bad;
+}
+
+void fused(const Tensors& tensors, const LossInputs& in, float* losses, float* tokens, int threads) {
+    const RowKernels& chosen = kernels();
+    const int64_t rows = tensors.logits.count;
+    const Scaling scaling = scaling_of(in.scalars, in.softcap);
+    std::fill_n(losses, rows, 0.0f);
+    std::fill_n(tokens, kTokens * rows, 0.0f);
+    over_rows(chosen, tensors, in.ids, threads, [&](int64_t r) {
+        const RowState state = find_state(chosen, tensors, r, in.ids[r], scaling, in.with_entropy);
+        TokenInputs inputs = {{}, state.logp, state.entropy, state.kl, in.with_entropy};
+        for (int i = 0; i < kValues; ++i) inputs.value[i] = in.values[i * rows + r];
+        const TokenTerms terms = token_terms(inputs, in.scalars, in.code);
+        losses[r] = terms.loss;
+        for (int i = 0; i < kTokens; ++i) tokens[i * rows + r] = terms.token[i];
+        if (tensors.grad)
+            write_gradient(chosen, tensors, r, in.ids[r], state, terms.slopes, scaling, in.scalars.temperature);
+    });
+}
+
+void statistics(const Tensors& tensors, const int64_t* ids, const Scalars& scalars, float softcap, bool with_entropy,
+                float* state, int threads) {
+    const RowKernels& chosen = kernels();
+    const int64_t rows = tensors.logits.count;
+    const Scaling scaling = scaling_of(scalars, softcap);
+    std::fill_n(state, kStates * rows, 0.0f);
+    over_rows(chosen, tensors, ids, threads, [&](int64_t r) {
+        const RowState row = find_state(chosen, tensors, r, ids[r], scaling, with_entropy);
+        const float by_row[kStates] = {row.logp,     row.entropy,  row.kl,          row.max2,
+                                       row.log2_sum, row.ref_max2, row.ref_log2_sum};
+        for (int i = 0; i < kStates; ++i) state[i * rows + r] = by_row[i];
+    });
+}
+
+void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes, const Scalars& scalars,
+           float softcap, int threads) {
+    const RowKernels& chosen = kernels();
+    const int64_t rows = tensors.logits.count;
+    const Scaling scaling = scaling_of(scalars, softcap);
+    over_rows(chosen, tensors, ids, threads, [&](int64_t r) {
+        const auto at = [&](int i) { return state[i * rows + r]; };
+        const RowState row_state = {at(kStateLogp), at(kStateEntropy), at(kStateKl),    at(kMax2),
+                                    at(kLog2Sum),   at(kRefMax2),      at(kRefLog2Sum)};
+        const Slopes by_row = {slopes[r], slopes[rows + r], slopes[2 * rows + r]};
+        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, scalars.temperature);
+    });
+}
+
+void scale_rows(const Rows& grad, const float* factors, int64_t stride, int threads) {
+    const RowKernels& chosen = kernels();
+    const auto range = [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r) {
+            const float factor = factors[r * stride];
+            if (factor != 1) chosen.scale[grad.dtype](grad.row(r), grad.columns, factor);
+        }
+    };
+    const auto unchanged = [&](int64_t r) { return factors[r * stride] == 1; };
+    int64_t changed = 0;
+    for (int64_t r = 0; r < grad.count; ++r) changed += !unchanged(r);
+    if (changed) parallel_rows(grad.count, grad.columns, changed * grad.columns, threads, range, chosen.fence);
+}
+
+}  // namespace repo

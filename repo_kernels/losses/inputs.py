@@ -1,0 +1,150 @@
+"""The arguments of a loss: each keyword stands once, as a field of one of these dataclasses.
+
+`LossOptions` are constant in a run, the classes here are made at every call. A function takes both, so its call is a
+subclass of both; a module has its options already and takes the inputs alone::
+
+    LossOptions --------------------------------+--> RepoLossCall        repo_loss(logits, ...)
+    Logits ---------+                           |
+    LossInputs -----+--> RepoLossInputs --------+                        RepoLoss(options)(logits, ...)
+                    +--> LinearRepoLossInputs --+--> LinearRepoLossCall  linear_repo_loss(hidden, weight, ...)
+    HiddenStates ---+                                                    LinearRepoLoss(options)(hidden, weight, ...)
+
+Their `__init__` gives functions and modules their signature, at run time and to type checkers, and their docstrings the
+list of arguments (keywords.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
+
+from ..checks import Scalar
+from .options import LossOptions
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Logits:
+    """The logits of `repo_loss`.
+
+    Args:
+        logits: (T, V) of packed tokens or (B, L, V); fp32, bf16, fp16 or fp64; any row strides, unit column stride. Row
+            t scores token_ids[t]: nothing is shifted.
+        ref_logits: the reference policy's logits for kl_estimator="full"; shape, dtype and device of the logits.
+    """
+
+    logits: Tensor
+    _: KW_ONLY
+    ref_logits: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HiddenStates:
+    """The hidden states and the head of `linear_repo_loss`: logits = hidden @ weight^T + bias.
+
+    Args:
+        hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride. Row t scores
+            token_ids[t].
+        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states.
+        bias: (V,), same choice of dtypes, or None.
+        ref_hidden, ref_weight, ref_bias: the same of the reference policy for kl_estimator="full"; leading shape of
+            hidden and the same V; H and dtype may differ.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    _: KW_ONLY
+    bias: Tensor | None = None
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LossInputs:
+    """The arguments of one call that both losses take, on the device of the logits or hidden states.
+
+    "Leading shape" is (T,) or (B, L). A scalar is a float or a 0-d tensor, whose value is not checked. A token is live
+    if `response_mask` is True there and its id is not -100. Values of other tokens are never read; their loss and
+    gradient are 0.
+
+    Args:
+        token_ids: leading shape, int64 or int32; live ids are in [0, V).
+        old_logps: leading shape, fp32 or fp64: log-probabilities in nats under the policy that sampled. None: that
+            policy is the current one, rho is 1 and has the gradient of log pi.
+        reward_advantages: A_R; leading shape, or (B,) with one value per sequence; fp32 or fp64.
+        cost_advantages: A_C; like reward_advantages, or None.
+        costs: C of each sequence, (B,) or leading shape, fp32 or fp64; a sequence is unsafe if C > d. They always enter
+            the statistics.
+        cost_baselines: like costs; subtracted from the hinge {C - d}^+ with cost_mode="rectified" and without
+            cost_advantages.
+        lam: the multiplier lambda of the cost, >= 0.
+        cost_limit: d, in units of the costs: a finite scalar, (B,) or leading shape.
+        ref_logps: leading shape, fp32 or fp64: log-probabilities in nats under the reference policy, for k1, k2, k3.
+        beta: weight of the KL to the reference, >= 0.
+        response_mask: leading shape, bool: which tokens count. None: all.
+        cu_seqlens: (B + 1,) int32: the bounds of packed sequences, from 0 to T. Without it each packed token is a
+            sequence of its own.
+        importance_weights: leading shape, fp32 or fp64: they multiply the surrogate and nothing else (truncated
+            importance sampling, say). Not differentiated.
+        divisor: a scalar > 0 that replaces the outer count of loss_agg_mode: live tokens for "token-mean", sequences
+            for the "seq-mean" modes. Pass the count of the whole batch when it is split into micro-batches.
+        grad_scale: a scalar > 0 that multiplies the gradient before it is rounded to the dtype of the logits, against
+            underflow; the caller divides it out. `linear_repo_loss` divides it out itself.
+    """
+
+    token_ids: Tensor
+    old_logps: Tensor | None
+    reward_advantages: Tensor
+    cost_advantages: Tensor | None = None
+    _: KW_ONLY
+    costs: Tensor | None = None
+    cost_baselines: Tensor | None = None
+    lam: Scalar = 0.0
+    cost_limit: Scalar = 0.0
+    ref_logps: Tensor | None = None
+    beta: Scalar = 0.0
+    response_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    importance_weights: Tensor | None = None
+    divisor: Scalar | None = None
+    grad_scale: Scalar = 1.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RepoLossInputs(LossInputs, Logits):
+    """One call of `RepoLoss`."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearRepoLossInputs(LossInputs, HiddenStates):
+    """One call of `LinearRepoLoss`."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class RepoLossCall(LossOptions, RepoLossInputs):
+    """One call of `repo_loss`: its options, its inputs and how it runs.
+
+    Args:
+        inplace: write the gradient over the logits: one buffer instead of two, one backward; not under torch.compile.
+        backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
+            PyTorch for fp64.
+    """
+
+    inplace: bool = False
+    backend: str | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class LinearRepoLossCall(LossOptions, LinearRepoLossInputs):
+    """One call of `linear_repo_loss`: its options, its inputs and how it runs.
+
+    Args:
+        chunk_tokens: live tokens per chunk, >= 1. None: even chunks of at most 64 MB of logits, the reference's
+            included.
+        backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
+            PyTorch for fp64.
+    """
+
+    chunk_tokens: int | None = None
+    backend: str | None = None

@@ -1,0 +1,111 @@
+"""Log-probabilities of given tokens and the entropy, differentiable, from logits or from hidden states."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends.choice import choose_backend
+from ..backends.interface import ENTROPY_NONE, ENTROPY_VALUE
+from ..checks import Scalar, check_bool, check_chunk_tokens, check_head, check_matrix, check_temperature
+from .arguments import Layout, make_layout, scalar_vector
+from .linear_ops import gradients_wanted, linear_statistics
+from .ops import row_statistics
+
+
+def _outputs(state: Tensor, layout: Layout, return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Take logps, or (logps, entropy), in the leading shape from the STATE (7, N)."""
+    # copies, which the caller may overwrite: backward reads the state
+    logps, entropy = state[0].clone().view(layout.leading), state[1].clone().view(layout.leading)
+    return (logps, entropy) if return_entropy else logps
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: Scalar = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute log softmax(softcap(logits) / temperature) at token_ids without keeping all (T, V) log-probabilities.
+
+    Args:
+        logits: (T, V) of packed tokens or (B, L, V); fp32, bf16, fp16 or fp64; any row strides, unit column stride.
+        token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
+        temperature: a float > 0 or a 0-d tensor, whose value is not checked.
+        softcap: a float > 0 in units of the logits, or None: logits become softcap * tanh(logits / softcap).
+        return_entropy: return the entropy of each row too.
+        backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
+            PyTorch for fp64.
+
+    Returns:
+        logps, or (logps, entropy), in nats: leading shape, fp32 (fp64 for fp64 logits), differentiable in the logits.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value; the message names it.
+        IndexError: an id is outside [0, V) and not -100. The Triton backend, which does not wait for the device to
+            look, gives NaN in that row instead.
+        RuntimeError: create_graph=True.
+    """
+    check_matrix("logits", logits)
+    backend = choose_backend(backend, logits)
+    check_temperature(temperature, softcap)
+    check_bool("return_entropy", return_entropy)
+    layout = make_layout(tuple(logits.shape[:-1]), token_ids, None, None, logits)
+    scalars = scalar_vector(logits, temperature=temperature)
+    entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
+    state = row_statistics(logits, layout.ids, scalars, float(softcap or 0.0), entropy, backend)
+    return _outputs(state, layout, return_entropy)
+
+
+def linear_selective_log_softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: Scalar = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `selective_log_softmax` of logits = hidden @ weight^T + bias, one chunk of live tokens at a time.
+
+    Forward takes one GEMM. Backward forms the logits again and takes three, or two with a frozen head. Dtypes, memory
+    and the one wait for the device are those of `linear_repo_loss`.
+
+    Args:
+        hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride.
+        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states.
+        token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
+        bias: (V,), same choice of dtypes, or None.
+        temperature, softcap, return_entropy, backend: as `selective_log_softmax`.
+        chunk_tokens: live tokens per chunk, >= 1. None: even chunks of at most 64 MB of logits.
+
+    Returns:
+        logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `selective_log_softmax`.
+    """
+    check_head("", hidden, weight, bias)
+    backend = choose_backend(backend, hidden)
+    check_temperature(temperature, softcap)
+    check_bool("return_entropy", return_entropy)
+    check_chunk_tokens(chunk_tokens)
+    layout = make_layout(tuple(hidden.shape[:-1]), token_ids, None, None, hidden)
+    state = linear_statistics(
+        hidden,
+        weight,
+        bias,
+        layout.ids,
+        scalar_vector(hidden, temperature=temperature),
+        float(softcap or 0.0),
+        ENTROPY_VALUE if return_entropy else ENTROPY_NONE,
+        gradients_wanted(hidden, weight, bias),
+        chunk_tokens,
+        backend,
+    )
+    return _outputs(state, layout, return_entropy)

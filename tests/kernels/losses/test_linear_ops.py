@@ -1,0 +1,110 @@
+"""The linear forms as operators: whole graphs, dynamic shapes, operator checks, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repo_kernels import linear_repo_loss, linear_selective_log_softmax
+from repo_kernels.losses.arguments import scalar_vector
+from repo_kernels.losses.linear_ops import linear_loss_gradient, linear_slopes_gradient, linear_statistics
+from tests.support.kernels.cases import loss_arguments, make_batch
+
+from .test_linear import FORMS, VOCABULARY, WIDTH, make_arguments, make_head
+
+
+@pytest.mark.parametrize(
+    ("form", "compiler"), [("k3", "inductor"), ("full KL", "aot_eager"), ("per token", "aot_eager")]
+)
+def test_a_whole_graph_gives_what_the_plain_call_gives(form: str, compiler: str) -> None:
+    batch = make_batch(65, (3, 4), VOCABULARY, dtype=torch.float32)
+    leaves = make_head(batch)
+    mine, _ = make_arguments(batch, **FORMS[form])
+    ids = batch.token_ids.masked_fill(batch.dead, -100)
+
+    def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        loss = linear_repo_loss(hidden * 1, weight, bias=bias, **mine).loss.sum()
+        logps, entropy = linear_selective_log_softmax(hidden, weight, ids, bias=bias, return_entropy=True)
+        return loss + (0.1 * logps).sum() + (0.2 * entropy).sum()
+
+    torch._dynamo.reset()
+    results = []
+    for function in (both, torch.compile(both, backend=compiler, fullgraph=True)):
+        loss = function(*leaves)
+        results.append((loss, *torch.autograd.grad(loss * 0.3, leaves)))
+    for plain, whole in zip(*results, strict=True):
+        torch.testing.assert_close(whole, plain, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+def test_other_lengths_do_not_recompile() -> None:
+    counter = CompileCounter()
+
+    def step(hidden: Tensor, weight: Tensor, ids: Tensor, reward: Tensor) -> Tensor:
+        loss = linear_repo_loss(hidden, weight, ids, None, reward).loss
+        return loss + linear_selective_log_softmax(hidden, weight, ids).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    for rows in (5, 7, 12, 2):
+        hidden, ids = torch.randn(rows, WIDTH, requires_grad=True), torch.randint(0, VOCABULARY, (rows,))
+        assert torch.allclose(
+            compiled(hidden, weight, ids, torch.ones(rows)), step(hidden, weight, ids, torch.ones(rows))
+        )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("form", ["full KL", "per token"])
+def test_operator_checks(form: str) -> None:
+    batch = make_batch(66, (3, 4), VOCABULARY, dtype=torch.float32)
+    leaves = [x.detach().nan_to_num(0.0).requires_grad_() for x in make_head(batch)]
+    mine, _ = make_arguments(batch, **FORMS[form])
+    # the checker reads the buffers after a backward with the sign of the loss, which must leave them as they are
+    mine["reward_advantages"] = torch.full_like(mine["reward_advantages"], -9.0)
+    seen: list[tuple] = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.repo_kernels.linear_loss.default:
+                seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        linear_repo_loss(*leaves[:2], bias=leaves[2], **mine, chunk_tokens=5)
+    operator = torch.ops.repo_kernels.linear_loss.default
+    rest = [x.detach().nan_to_num(0.0) if isinstance(x, Tensor) and x.is_floating_point() else x for x in seen[0][3:]]
+    torch.library.opcheck(operator, (*leaves, *rest))
+    ids, values, scalars, code, softcap, entropy, wanted, _, chunk_tokens, backend = rest[3:]
+    head = [x.detach() for x in leaves]
+    if form == "per token":
+        upstream = torch.rand(ids.numel())
+        torch.library.opcheck(
+            linear_loss_gradient,
+            (*head, *rest[:3], ids, values, scalars, upstream, code, softcap, entropy, wanted, chunk_tokens, backend),
+        )
+        scalars, tail = scalar_vector(head[0], temperature=0.8), (wanted, chunk_tokens, backend)
+        torch.library.opcheck(linear_statistics, (*leaves, ids, scalars, 0.0, 1, *tail))
+        state = linear_statistics(*head, ids, scalars, 0.0, 1, *tail)
+        slopes = torch.randn(3, ids.numel())
+        torch.library.opcheck(linear_slopes_gradient, (*head, ids, scalars, state, slopes, 0.0, *tail))
+
+
+def test_autocast_changes_nothing_for_a_half_trunk_with_an_fp32_head() -> None:
+    batch = make_batch(67, (3, 4), VOCABULARY, dtype=torch.float32, dead=0.0)
+    hidden, weight, _ = make_head(batch)
+    arguments = loss_arguments(batch, reference="k3", beta=0.3)
+    results = []
+    for enabled in (False, True):
+        trunk = hidden.detach().bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = linear_repo_loss(trunk, weight, **arguments).loss
+            loss = loss + linear_selective_log_softmax(trunk, weight, arguments["token_ids"]).sum()
+            results.append((loss, *torch.autograd.grad(loss, (trunk, weight))))
+    for plain, cast in zip(*results, strict=True):
+        assert plain.dtype == cast.dtype
+        assert torch.equal(plain, cast)

@@ -1,0 +1,112 @@
+"""Compiled decoder layers: the same numbers, one graph for every length, none in a rollout."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from repo.common.errors import UserError
+from repo.config.schema import RolloutConfig
+from repo.data.prompts import Prompt, tokenize_prompts
+from repo.data.sequences import make_sequences
+from repo.models.actor import Actor
+from repo.models.layers import compile_layers, recomputed, uncompiled
+from repo.models.policy import load_policy
+from repo.rollout.sample import sample
+from tests.support.tiny import QUESTIONS
+
+CPU = torch.device("cpu")
+BATCHES = [[[5, 6, 7], [8, 9]], [[11]], [[20, 21, 22, 23], [24, 25, 26], [27]], [[30] * 40, [31, 32]]]
+
+
+@pytest.fixture
+def pair(tiny_model):
+    """A policy whose layers are compiled, without code generation, beside one that is not."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (load_policy(str(tiny_model), CPU, trainable=True) for _ in range(2))
+    assert compile_layers(compiled.model, backend="eager") == 2
+    yield plain, dataclasses.replace(compiled, compiled=True)
+    torch._dynamo.reset()
+
+
+def log_probs_and_gradient(policy, responses):
+    """Of packed responses to two prompts, the first of which they share but for the last response."""
+    prompts = [[3, 4, 5, 6]] * (len(responses) - 1) + [[7, 8]]
+    group = torch.tensor([0] * (len(responses) - 1) + [1])
+    actor = Actor(policy)
+    sequences = make_sequences(prompts, responses, policy.pad_id, group)
+    (packed,) = actor.parts(sequences, torch.arange(len(responses)), 10**6)
+    policy.model.zero_grad()
+    logps = actor(packed, lambda states, _: states.logps(1.0))
+    logps.sum().backward()
+    return logps.detach(), torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+
+
+def same(one, other):
+    return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(one, other, strict=True))
+
+
+def test_log_probs_and_gradients_are_those_of_the_layers_as_they_are(pair):
+    plain, compiled = pair
+    assert same(log_probs_and_gradient(compiled, BATCHES[0]), log_probs_and_gradient(plain, BATCHES[0]))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
+
+
+def test_other_lengths_do_not_compile_anew(pair):
+    plain, compiled = pair
+    graphs = []
+    for responses in BATCHES:
+        assert same(log_probs_and_gradient(compiled, responses), log_probs_and_gradient(plain, responses))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1:] == graphs[1:2] * 3
+
+
+def test_recomputed_layers_are_compiled_all_the_same(pair):
+    plain, compiled = pair
+    expected = log_probs_and_gradient(plain, BATCHES[0])
+    log_probs_and_gradient(compiled, BATCHES[0])
+    graphs = counters["stats"]["unique_graphs"]
+    before = [layer.forward for layer in compiled.model.model.layers]
+    with recomputed(compiled.model):
+        assert same(log_probs_and_gradient(compiled, BATCHES[0]), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert [layer.forward for layer in compiled.model.model.layers] == before
+
+
+def test_a_rollout_does_not_compile(pair):
+    plain, _ = pair
+    prompts = tokenize_prompts([Prompt(q, q, "") for q in QUESTIONS[:2]], plain.tokenizer, None, 99).kept
+    texts = [sample(policy, prompts, 2, RolloutConfig(max_response_tokens=6), 0, 0).texts for policy in pair]
+    assert texts[0] == texts[1]
+    assert counters["stats"]["unique_graphs"] == 0
+    with uncompiled(plain.model):
+        log_probs_and_gradient(plain, BATCHES[0])
+    assert not any("forward" in layer.__dict__ for layer in plain.model.model.layers)
+
+
+def test_a_model_without_decoder_layers_is_refused():
+    with pytest.raises(UserError, match="model.compile must be false: Linear has no layers"):
+        compile_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_generated_code_computes_the_same():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    plain = LlamaForCausalLM(config).eval()
+    compiled = copy.deepcopy(plain)
+    compile_layers(compiled)
+    results = []
+    for model in (compiled, plain):
+        logits = model(input_ids=torch.arange(14).view(2, 7), use_cache=False).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert same(*results)

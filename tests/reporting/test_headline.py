@@ -1,0 +1,170 @@
+"""What a report says first: the verdict, the compensation and the changes that its intervals bear out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from repo.reporting.headline import Comparison, change, compare, describe_records, verdict
+from repo.reporting.run_history import read
+from repo.scoring.safety import TITLES
+from tests.support.recorded import write_evaluation, write_run
+
+pytest.importorskip("matplotlib")
+
+from tests.support.pages import Page, page_of
+
+
+def test_the_verdict_claims_no_more_than_the_intervals():
+    def said(mean, low, high, *how):
+        return change("x", {"mean": mean, "low": low, "high": high}, *how)
+
+    assert said(0.075, 0.01, 0.14, 100, 1, " points") == "x rose by 7.5 points [1.0, 14.0]"
+    assert said(-0.2, -0.3, -0.1, 1, 1) == "x fell by 0.2 [0.1, 0.3]"
+    assert said(0.02, -0.1, 0.14, 1, 2) == "x changed by +0.02 [−0.10, +0.14], which includes no change"
+    assert said(-0.25, None, None, 100, 0, " points") == "x changed by −25 points (too few prompts for an interval)"
+    assert said(None, None, None, 1, 1) == "x cannot be compared"
+
+
+def records_of(*costs_of_prompts):
+    """One record for each cost, a prompt for each list of costs."""
+    return [{"id": str(i), "cost": c, "reward": 0.0} for i, costs in enumerate(costs_of_prompts) for c in costs]
+
+
+def test_a_mean_constraint_that_hides_unsafe_prompts_is_called_so():
+    found = describe_records(records_of([-3.0], [-2.0], [1.0], [2.0]), 0.0, "held out")
+    assert found.hidden
+    assert (
+        found.sentence == "Mean constraint met, 50.0% of prompts unsafe (E[C] = −0.500, d = 0; 4 responses held out)."
+    )
+    found = describe_records(records_of([-1.0, -1.0, 0.5], [0.5, 0.5, -1.0]), 0.0, "now")
+    assert found.hidden
+    assert found.sentence.startswith(
+        "Mean constraint met, 50.0% of prompts unsafe in more than half of their responses, 50.0% of"
+    )
+    unmet = describe_records(records_of([2.0], [-1.0]), 0.0, "now")
+    assert not unmet.hidden
+    assert unmet.sentence.startswith("Mean constraint not met, 50.0% of prompts")
+    safe = describe_records(records_of([0.0], [-1.0]), 0.0, "now")
+    assert not safe.hidden
+    assert "all 2 responses now are within the limit" in safe.sentence
+
+
+def test_what_the_mean_hides_is_said_first(tmp_path):
+    run = write_run(tmp_path / "run", held_out=12)
+    found = json.loads((run / "eval" / "after.json").read_text())["responses"]
+    for unsafe, first in ((3, "Mean constraint met, 25.0%"), (0, "On 12 held-out prompts")):
+        write_evaluation(run, "after", [r | {"cost": 1.0 if i < unsafe else -9.0} for i, r in enumerate(found)])
+        text = page_of(run).text
+        sentences = [text.index(start) for start in (first, "Mean constraint met", "On 12 held-out prompts")]
+        assert sentences[0] == min(sentences)
+
+
+def test_held_out_changes_are_in_the_table_and_the_verdict(evaluated):
+    text = Page((evaluated / "index.html").read_text()).text
+    assert "On 40 held-out prompts the safe rate by the training cost rose by" in text
+    assert "held-out judge" not in text  # there is none
+    assert "Safe rate (training cost)" in text
+    assert "Held-out prompts, before and after training." in text
+    assert "reference, held out: 40 responses to 40 prompts, held-out prompts before training" in text
+    assert "start, training: 12 responses to 4 prompts, first 3 steps of training" in text
+
+
+def test_every_quantity_of_both_evaluations_is_in_the_table(tmp_path):
+    run = write_run(tmp_path / "run", held_out=12)
+    more = {"refusal": True, "repetition": 0.25, "kl": 12.5, "surprise": 20.0, "judge_safe": True}
+    for name in ("before", "after"):
+        found = json.loads((run / "eval" / f"{name}.json").read_text())["responses"]
+        write_evaluation(run, name, [r | more for r in found])
+    history = read(run)
+    both = set.intersection(*(set(e.overall) for e in history.evaluations.values()))
+    assert both >= {"safe_rate", "judge_safe_rate", "cost_max", "kl", "entropy"}
+    text = page_of(run).text
+    assert all(TITLES[key].name in text for key in both)
+    assert "by the held-out judge it changed by +0.0 points [+0.0, +0.0], which includes no change;" in text
+    assert "Safe rate (held-out judge) 100.0% from 100.0%" in text
+
+
+def test_few_prompts_get_no_interval(tmp_path):
+    run = write_run(tmp_path / "run", held_out=4)
+    history = read(run)
+    none = {name: replace(e, overall=without_intervals(e.overall)) for name, e in history.evaluations.items()}
+    changes = without_intervals(compare(history).changes)
+    said = verdict(replace(history, evaluations=none), Comparison([], changes))
+    assert said.count("(too few prompts for an interval)") == 2
+    assert said.endswith("This is one run; another seed may differ by more.")
+    said = verdict(replace(history, evaluations={"before": none["before"]}), None)
+    assert said.endswith("of held-out responses were safe by the training cost (too few prompts for an interval).")
+
+
+def without_intervals(overall):
+    return {key: value | {"low": None, "high": None} for key, value in overall.items()}
+
+
+def test_a_run_without_evaluations_speaks_of_training_only(tmp_path):
+    text = page_of(write_run(tmp_path / "run")).text
+    assert "No held-out evaluation" in text
+    assert "Training batches, first and last step." in text
+    assert "Training prompts, the first response of their first and last visit." in text
+    assert "Held-out evaluation" not in text
+
+
+def test_a_run_that_goes_on_shows_what_it_has(tmp_path):
+    run = write_run(tmp_path / "run", held_out=8)
+    (run / "eval" / "after.json").unlink()
+    for name in ("metrics", "samples"):
+        with (run / f"{name}.jsonl").open("ab") as file:
+            file.write('{"step": 6, "prompt": "tor\u00fc'.encode()[:-1])
+    text = page_of(run).text
+    assert "Not evaluated after training yet" in text
+    for name in ("metrics", "samples"):
+        assert f"The last line of {name}.jsonl is not complete and was left out" in text
+    assert "Steps done 6 of 6" in text
+
+
+def test_optional_keys_of_evaluations_are_shown(tmp_path):
+    run = write_run(tmp_path / "run", held_out=6)
+    for name in ("before", "after"):
+        found = json.loads((run / "eval" / f"{name}.json").read_text())["responses"]
+        more = {"refusal": True, "repetition": 0.25, "kl": 12.5, "judge_safe": False}
+        write_evaluation(run, name, [r | more for r in found])
+    text = page_of(run).text
+    assert all(words in text for words in ("judge: unsafe", "refusal", "repetition 0.25", "kl 12.50"))
+
+
+def test_the_summary_is_formed_from_the_responses(tmp_path):
+    run = write_run(tmp_path / "run", held_out=4)
+    formed = page_of(run).text
+    for name in ("before", "after"):
+        path = run / "eval" / f"{name}.json"
+        other = {"overall": {"of another version": {"mean": 1}}, "categories": {}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"summary": other}))
+    assert page_of(run).text == formed
+
+
+def test_evaluations_of_other_prompts_are_not_compared(tmp_path):
+    run = write_run(tmp_path / "run", held_out=8)
+    found = json.loads((run / "eval" / "after.json").read_text())["responses"]
+    write_evaluation(run, "after", [r | {"kl": 1.0} for r in found[::-1]])
+    history = read(run)
+    assert not history.paired
+    from repo.reporting.figures import draw_all
+
+    text = page_of(run).text
+    assert "are not of the same prompts and are not compared" in text
+    assert "The columns are of different prompts" in text
+    assert "KL to the reference, nats per response – 1.00" in text  # below the evaluation that has it
+    assert "Training batches, first and last step." in text
+    assert "Training prompts, the first response" in text
+    assert "Held-out responses, before and after" not in text
+    captions = {d.name: d.caption for d in draw_all(history)}
+    assert "the same held-out prompts" not in captions["distribution"]
+    assert "before training" not in captions["distribution"]
+    assert "8 prompts, held-out prompts after training" in captions["distribution"]
+    assert "training prompts" in captions["scatter"]
+
+
+def test_start_and_now_are_a_tenth_of_the_steps(tmp_path):
+    history = read(write_run(tmp_path / "run", steps=25))
+    assert {s["step"] for s in history.start} == {0, 1}
+    assert {s["step"] for s in history.now} == {23, 24}

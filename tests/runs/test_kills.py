@@ -1,0 +1,71 @@
+"""A run that is killed (SIGKILL) at random moments and resumed, again and again, is the run that was never killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from repo.assets import ensure
+
+TIMES = ("seconds_", "tokens_per_second", "update_tokens_per_second")
+
+
+def metrics(folder: Path) -> list[str]:
+    """The lines of metrics.jsonl but for times; text, so that not a digit may differ."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.dumps({k: v for k, v in r.items() if not k.startswith(TIMES)}) for r in records]
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    assert metrics(folder) == metrics(whole)
+    for name in ("samples.jsonl", "eval/before.json", "eval/after.json", "final/README.md"):
+        if (whole / name).is_file():
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    a, b = (load_file(f / "final" / "model.safetensors") for f in (folder, whole))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run_killed(kills: int, seed: int, out: Path, arguments: list[str], timeout: float) -> list[str]:
+    command = [sys.executable, "-m", "tests.support.programs.killer", str(kills), str(seed), str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+CRITICS = [
+    "--algorithm.advantages=gae",
+    "--optimizer.epochs=2",
+    "--optimizer.minibatches=2",
+    "--optimizer.state_dtype=bfloat16",
+]
+
+
+@pytest.mark.parametrize(
+    ("kills", "more"),
+    [
+        pytest.param(8, [], id="8"),
+        pytest.param(60, [], id="60", marks=pytest.mark.long),
+        pytest.param(30, CRITICS, id="30-with-critics", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills, more, tiny_arguments, tmp_path):
+    options = [*tiny_arguments, "--steps=6", "--save_every=1", "--keep=2", "--sample_every=0", *more]
+    deaths = run_killed(kills, 1, tmp_path / "run", options, timeout=1800)
+    assert len(deaths) == kills
+    assert len(set(deaths)) >= min(kills // 2, 6)  # in different places
+    assert_same_run(tmp_path / "run", tmp_path / "run-whole")
+
+
+@pytest.mark.long
+@pytest.mark.assets
+def test_the_embedded_default_survives_kills(tmp_path):
+    ensure()
+    options = ["--steps=5", "--save_every=1", "--evaluation.prompts=0"]
+    deaths = run_killed(5, 2, tmp_path / "run", options, timeout=3000)
+    assert len(deaths) == 5
+    assert_same_run(tmp_path / "run", tmp_path / "run-whole")

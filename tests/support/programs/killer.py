@@ -1,0 +1,152 @@
+"""Runs `repo.train` again and again in children that are killed (SIGKILL) at random moments, until it is done.
+
+    python -m tests.support.programs.killer KILLS SEED OUT ARGUMENT...
+
+Children are forked from a process that has everything imported, so that a kill costs no start. Prints a JSON list of
+what each child was doing when it died.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from repo import train
+from repo.common import files
+from repo.evaluation import statistics
+from repo.models import actor
+from repo.rollout import sample
+from repo.runs import checkpoint, state_files
+from repo.training import update
+
+# (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later
+PLACES = {
+    "rollout": (sample, "decode"),
+    "reference": (train, "read_reference"),
+    "update": (update, "lr_at"),
+    "weights": (files, "_write_all"),
+    "fsync": (files, "fsync_path"),
+    "publish": (checkpoint, "write_text"),
+    "evaluation": (statistics, "measured"),
+    "collect": (state_files, "collect"),
+    "state": (actor, "unflat"),
+}
+CALLS = 6  # a child dies at one of the first so many calls of its place
+TRIES = 4  # children that are sent to die at a place before another one is chosen
+
+
+def die_at(place: str, call: int, later: float) -> None:
+    """Arrange for this process to be killed at a call of a function, or `later` seconds after it."""
+    module, name = PLACES[place]
+    function, left = getattr(module, name), [call]
+
+    def wrapped(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0 and later:
+            timer = threading.Timer(later, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+        elif left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(module, name, wrapped)
+
+
+def child(arguments: list[str], death: tuple[str, int, float] | None, log: Path) -> int:
+    """Fork; returns the child's id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    status = 3
+    try:
+        if death is not None:
+            die_at(*death)
+        train.run_command(arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def places(draw: random.Random) -> Iterator[str | None]:
+    """Where the next child is to die, for ever: each place once and four times any moment, then again."""
+    while True:
+        yield from draw.sample([*PLACES, *[None] * 4], len(PLACES) + 4)
+
+
+def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: float) -> list[str]:
+    """Kill `kills` children, then let one end. Returns how each was killed."""
+    draw, log, deaths = random.Random(seed), out.with_suffix(".log"), []
+    planned, place, tries = places(draw), None, 0
+    while True:
+        resumes = out.is_dir()
+        command = ["--resume", str(out)] if resumes else [*arguments, f"--out={out}"]
+        if len(deaths) < kills:
+            if tries == 0:
+                place = next(planned)
+            # A child that ended before its call of the place is followed by one that dies at the first.
+            call = draw.randint(1, CALLS) if tries == 0 else 1
+            later = draw.choice((0.0, draw.uniform(0.001, 0.05)))
+            pid = child(command, (place, call, later) if place else None, log)
+            deadline = time.monotonic() + (seconds if place else draw.uniform(0.1, seconds))
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            while not ended and time.monotonic() < deadline:
+                time.sleep(0.002)
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+        else:
+            _, status = os.waitpid(child(command, None, log), 0)
+            place = "none"
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            deaths.append(place or "any moment")
+            tries = 0
+        elif status:
+            raise SystemExit(f"a child ended with status {status}: {log.read_text()[-3000:]}")
+        else:
+            tries = (tries + 1) % TRIES
+        if (out / "final").is_dir():  # done, maybe killed in its last instructions
+            if len(deaths) >= kills:
+                return deaths
+            remove_end(out, draw)
+
+
+def remove_end(out: Path, draw: random.Random) -> None:
+    """A finished run that was not killed often enough has to end again: without its export and, often, its newest
+    checkpoint."""
+    final = out / "final"
+    final.rename(out.with_name(f"{out.name}-final-{time.monotonic_ns()}"))
+    folders = sorted(checkpoint.steps_of(out / "checkpoints").items())
+    if len(folders) > 1 and draw.random() < 0.7:
+        (folders[-1][1] / "manifest.json").unlink()
+
+
+def main() -> None:
+    kills, seed, out, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    whole = Path(out).with_name(f"{Path(out).name}-whole")
+    _, status = os.waitpid(child([*arguments, f"--out={whole}"], None, whole.with_suffix(".log")), 0)
+    if status:
+        raise SystemExit(f"the run that nobody kills ended with {status}: {whole.with_suffix('.log').read_text()}")
+    seconds = 1.2 * (time.monotonic() - started)
+    print(json.dumps(run_killed(int(kills), int(seed), Path(out), arguments, seconds)))
+
+
+if __name__ == "__main__":
+    main()
