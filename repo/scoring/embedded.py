@@ -27,13 +27,13 @@ class Features:
     mean:    (N, cuts, hidden) layer state averaged over the response tokens; for an empty response the last prompt
              token's state
     last:    (N, cuts, hidden) layer state of the last response token
-    logprob: (N, cuts) mean log-probability per response token in nats; -inf for an empty response, 0 if not computed
+    mean_logp: (N, cuts) mean log-probability per response token in nats; -inf for an empty response, 0 if not computed
     tokens:  (N, cuts) number of response tokens after the cut
     """
 
     mean: Tensor
     last: Tensor
-    logprob: Tensor
+    mean_logp: Tensor
     tokens: Tensor
 
 
@@ -46,13 +46,13 @@ class Reading:
     model:    the causal LM that ran
     ids:      token ids of the prompt and of the response
     states:   layer -> (1 + T, hidden) fp32 of each row, where the first state is the last prompt token's
-    logprobs: (T or more,) log-probabilities of the response tokens in nats, at temperature 1
+    logps: (T or more,) log-probabilities of the response tokens in nats, at temperature 1
     """
 
     model: Any
     ids: Sequence[tuple[list[int], list[int]]]
     states: dict[int, list[Tensor]]
-    logprobs: Sequence[Tensor]
+    logps: Sequence[Tensor]
 
     def find(self, row: int, layer: int, head: list[int], tail: list[int]) -> tuple[Tensor, Tensor] | None:
         """Return the states (1 + n, hidden) and log-probabilities (n,) of the n tokens `tail` after the prompt `head`.
@@ -63,7 +63,7 @@ class Reading:
         states, n = self.states[layer][row], len(tail)
         if prompt != head or response[:n] != tail or len(states) <= n:
             return None
-        return states[: n + 1], self.logprobs[row][:n]
+        return states[: n + 1], self.logps[row][:n]
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -132,7 +132,7 @@ class Trunk:
         return Features(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
     def _forward(self, pairs: list, layer: int, cuts: tuple[int, ...], fluency: bool) -> Iterator[tuple]:
-        """Run one padded forward pass and yield (mean, last, logprob, tokens) of each pair on the CPU.
+        """Run one padded forward pass and yield (mean, last, mean_logp, tokens) of each pair on the CPU.
 
         Under a causal mask no token attends to the padding on its right. The mask is made from the lengths.
         """
@@ -147,10 +147,10 @@ class Trunk:
         states, final = out.hidden_states[layer], out.last_hidden_state
         for i, (head, tail) in enumerate(pairs):
             start, stop = len(head), len(head) + len(tail)
-            logprobs = self._token_logprobs(final[i, start - 1 : stop - 1], ids[i, start:stop]) if fluency else None
-            yield self._pool(states[i, start - 1 : stop].float(), logprobs, cuts)
+            logps = self._token_logps(final[i, start - 1 : stop - 1], ids[i, start:stop]) if fluency else None
+            yield self._pool(states[i, start - 1 : stop].float(), logps, cuts)
 
-    def _token_logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
+    def _token_logps(self, states: Tensor, targets: Tensor) -> Tensor:
         """Compute log-probabilities (T,) fp32 of `targets` (T,) from the final states (T, hidden) that predict them."""
         lm_head = self.model.get_output_embeddings()
         parts = []
@@ -160,18 +160,18 @@ class Trunk:
         return torch.cat(parts)
 
     @staticmethod
-    def _pool(states: Tensor, logprobs: Tensor | None, cuts: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def _pool(states: Tensor, logps: Tensor | None, cuts: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Pool one pair at each cut. states: (1 + T, hidden), of which the first is the last prompt token's."""
         total = states.shape[0] - 1
-        mean, last, logprob, tokens = [], [], [], []
+        mean, last, mean_logp, tokens = [], [], [], []
         for cut in cuts:
             n = min(cut, total)
             mean.append(states[1 : n + 1].mean(0) if n else states[0])
             last.append(states[n])
-            score = torch.tensor(0.0) if logprobs is None else logprobs[:n].mean() if n else torch.tensor(-torch.inf)
-            logprob.append(score.cpu())
+            score = torch.tensor(0.0) if logps is None else logps[:n].mean() if n else torch.tensor(-torch.inf)
+            mean_logp.append(score.cpu())
             tokens.append(n)
-        return torch.stack(mean).cpu(), torch.stack(last).cpu(), torch.stack(logprob), torch.tensor(tokens)
+        return torch.stack(mean).cpu(), torch.stack(last).cpu(), torch.stack(mean_logp), torch.tensor(tokens)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class HeadManifest:
     """The fields of `scorer.json`, the manifest of one embedded scorer.
 
     score = (sigmoid(head) - penalty - offset) / scale, where penalty is
-    fluency_weight * clamp(fluency_floor - logprob, 0, fluency_cap), with the mean log-probability per token in nats.
+    fluency_weight * clamp(fluency_floor - mean_logp, 0, fluency_cap), with the mean log-probability per token in nats.
     """
 
     signal: str
@@ -283,7 +283,7 @@ class HeadScorer:
             x = torch.cat([x, features.last[:, cut]], dim=-1)
         value = torch.sigmoid(x @ self.weight + self.bias)
         if m.fluency_weight:
-            value = value - m.fluency_weight * (m.fluency_floor - features.logprob[:, cut]).clamp(0, m.fluency_cap)
+            value = value - m.fluency_weight * (m.fluency_floor - features.mean_logp[:, cut]).clamp(0, m.fluency_cap)
         return (value - m.offset) / m.scale
 
 

@@ -156,6 +156,15 @@ def test_case_4_the_target_gradient_survives_a_probability_near_one(margin: floa
     assert logits.grad[0, 0] < 0
 
 
+@pytest.mark.parametrize("margin", [2.0, 8.0, 12.0, 16.0, 20.0])
+def test_the_definition_has_every_digit_of_one_minus_p(margin: float) -> None:
+    """Eager's log1p and expm1: 1 - p in fp32 would have no digit left at a margin of 20."""
+    logits = torch.tensor([[0.0, margin, 0.0]], requires_grad=True)
+    selective_log_softmax(logits, torch.tensor([1]), backend="eager").backward(torch.ones(1))
+    exact = -math.expm1(-math.log1p(2 * math.exp(-margin)))
+    assert abs(logits.grad[0, 1].item() - exact) <= 1e-6 * exact
+
+
 def test_the_gradient_keeps_its_accuracy_where_the_softcap_saturates() -> None:
     """1 - tanh^2 cancels at four times the cap; the whole row is there, so nothing larger hides it."""
     batch = alive(17, (16,), 50)
