@@ -1,4 +1,4 @@
-"""Old name of repo.training.advantages; goes with the next release."""
+"""Old name of repo.training.advantages, kept for one release."""
 
 import warnings
 

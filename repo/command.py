@@ -1,4 +1,4 @@
-"""Command: the switches of repo.train that are no configuration, and the configuration that they lead to."""
+"""Command line of repo.train: its own switches, and the configuration that they and the overrides lead to."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .config.renamed import new_name
 from .config.schema import Config
 from .runs.folder import require_run
 
-LOG_WIDTH = 140  # columns of a console that is not a terminal
+LOG_WIDTH = 140  # columns of output that goes to a file or pipe
 
 
 def console_of(quiet: bool = False) -> Console:
-    """Where a command prints."""
+    """Make the console that a command prints to. quiet: print nothing."""
     console = Console(soft_wrap=True, quiet=quiet)
     if not console.is_terminal:
         console.width = LOG_WIDTH
@@ -27,8 +27,14 @@ def console_of(quiet: bool = False) -> Console:
 
 @dataclass(frozen=True)
 class Switches:
-    """preset: name or None; resume: run folder or None; allow_change: fields that may differ from what the run began
-    with; trust_remote_code: run Python code that comes with models; dry_run: print arithmetic only."""
+    """Options of the command line that are not fields of the configuration.
+
+    preset: name of a preset, or None.
+    resume: folder of the run to continue, or None.
+    allow_change: dotted fields that may differ from those the run began with.
+    trust_remote_code: run Python code that comes with models.
+    dry_run: print shapes, memory and batch arithmetic only.
+    """
 
     preset: str | None
     resume: Path | None
@@ -38,9 +44,14 @@ class Switches:
 
 
 def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
-    """The command's own switches and the configuration behind them: preset, then --config, then overrides.
+    """Parse the command line of repo.train into its switches and the configuration.
 
-    description: what --help begins with. UserError on bad input.
+    The configuration starts from the preset or the resumed run; then --config and dotted overrides apply, in order.
+
+    argv: the arguments after the program's name.
+    description: first text of --help.
+
+    Raises UserError for input that cannot be parsed.
     """
     command = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     command.add_argument("--preset", choices=preset_names(), help="start from one of repo/config/presets")
@@ -50,12 +61,12 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
         action="append",
         default=[],
         metavar="FIELD",
-        help="with --resume: this field, or what it names, may differ from what the run began with",
+        help="with --resume: let this field, or the content that it names, differ from what the run began with",
     )
     command.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that comes with the models named; never read from a file",
+        help="run Python code that comes with the named models; a configuration file cannot set this",
     )
     command.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")
     try:

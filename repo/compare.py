@@ -20,12 +20,14 @@ from .runs.json_lines import finite
 
 
 def run_command(argv: list[str] | None = None) -> None:
-    """Read the evaluations, compare every pair, print, and write JSON and the figure of the frontier."""
+    """Read the evaluations, compare every pair, print the result and write it as JSON with a figure of the frontier."""
     parser = argparse.ArgumentParser(
         prog="repo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("evaluations", nargs="+", metavar="RUN|FILE", help="two or more; the first is the baseline")
-    parser.add_argument("--cost-limit", type=float, metavar="D", help="safe iff cost <= D; default: their own")
+    parser.add_argument(
+        "--cost-limit", type=float, metavar="D", help="a response is safe iff cost <= D; default: the evaluations' own"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; default: comparisons/<date-time>")
     options = parser.parse_args(argv)
     if len(options.evaluations) < 2:
@@ -60,7 +62,7 @@ def run_command(argv: list[str] | None = None) -> None:
 
 
 def main() -> None:
-    """Console script."""
+    """Run repo.compare as a console script."""
     exit_with_sentence(run_command)
 
 

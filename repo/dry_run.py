@@ -1,4 +1,4 @@
-"""Dry run: what a configuration would do, by arithmetic, without loading a model's weights."""
+"""Dry run: compute what a configuration would do, without loading a model's weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .setup import find_assets, load_data, model_path, shards_of
 
 
 def describe_batch(config: Config, world: World = ALONE) -> str:
-    """Describe the arithmetic of a batch in one line."""
+    """Describe in one line how prompts, samples, epochs and minibatches make up a step."""
     r, o = config.rollout, config.optimizer
     responses = r.prompts_per_step * r.samples_per_prompt
     return (
@@ -27,7 +27,7 @@ def describe_batch(config: Config, world: World = ALONE) -> str:
 
 
 def describe_world(config: Config, world: World) -> str:
-    """Describe how processes share the work, "" for one process."""
+    """Describe how the processes share the work; return "" for one process."""
     if world.size == 1:
         return ""
     shards = shards_of(config, world)
@@ -38,7 +38,10 @@ def describe_world(config: Config, world: World) -> str:
 
 
 def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> None:
-    """Resolve the configuration, read tokenizer, shapes and prompts, and print memory and batch arithmetic."""
+    """Read tokenizer, shapes and prompts, and print the arithmetic of memory and of a batch.
+
+    trust: run Python code that comes with the model. Raises UserError if the model or the prompts cannot be read.
+    """
     folder = world.from_first(lambda: find_assets(config, console))
     path = model_path(config, folder)
     try:

@@ -1,12 +1,12 @@
 """Evaluate a run or a model on held-out prompts, by the training scorers and by a judge that took no part in training.
 
-python -m repo.evaluate runs/mine                             its final policy, 4 samples of each held-out prompt
+python -m repo.evaluate runs/mine                             its final policy, 4 responses to each held-out prompt
 python -m repo.evaluate runs/mine --checkpoint best           or latest, step-000010, reference; all: every checkpoint
-python -m repo.evaluate path/to/model --reference embedded    any causal LM, and the one that its KL is measured from
+python -m repo.evaluate path/to/model --reference embedded    any causal LM; the KL is measured from --reference
 python -m repo.evaluate runs/mine --data.eval mine.jsonl --evaluation.judge my_module:harmfulness
 
-Every field of the configuration may be given as to repo.train; those of a run are its own. A judge of yours is a scorer
-as scoring.cost takes it: a response is safe iff its score is <= 0.
+Every field of the configuration can be overridden, as with repo.train; a run's own configuration is the default.
+A judge of your own is given like scoring.cost, and a response is safe iff its score is <= 0.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ from .scoring.judge import load_judge
 from .setup import find_assets, load_checkpoint_policy, load_held_out, model_path, scorers_beside
 
 SAMPLES = 4
-"""Of each prompt, unless evaluation.samples_per_prompt is given."""
+"""Responses to each prompt, unless evaluation.samples_per_prompt is given."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """The parsed command line.
+    """Parsed switches of the command line.
 
-    target: a run folder, or the folder or hub name of a model. run: the folder if it is one. checkpoint: of a run, None
-    for its final policy. reference: model that the KL is measured from. out: the file. trust: run Python code that
-    comes with models.
+    target: a run folder, or the folder or hub name of a model.
+    run: the target if it is a run folder, else None.
+    checkpoint: name of a checkpoint of the run; None for its final policy.
+    reference: model that the KL is measured from; None leaves the KL out.
+    out: file to write; None for the default.
+    trust: run Python code that comes with models.
     """
 
     target: str
@@ -63,7 +66,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Target:
-    """A policy to evaluate, by name. out: the file for its evaluation. load: loads it."""
+    """A policy to evaluate.
+
+    name: name in tables and messages.
+    out: file for its evaluation.
+    load: function that loads it.
+    """
 
     name: str
     out: Path
@@ -71,15 +79,20 @@ class Target:
 
 
 def read_command(argv: list[str]) -> tuple[Command, Config]:
-    """Read the command's own switches and the configuration: the run's or the default one, then overrides."""
+    """Parse the command line into the switches and the configuration: the run's or the default, then overrides.
+
+    argv: the arguments after the program's name. Raises UserError for input that cannot be parsed.
+    """
     switches = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     switches.add_argument(
         "--checkpoint",
         metavar="NAME",
-        help="of a run: best, latest, step-000010, all, or reference, what training began with",
+        help="for a run: best, latest, step-000010, all, or reference (the model that training began with)",
     )
-    switches.add_argument("--reference", metavar="MODEL", help="model that the KL is measured from; a run's is its own")
-    switches.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes; default: RUN/eval/NAME.json")
+    switches.add_argument(
+        "--reference", metavar="MODEL", help="model that the KL is measured from; default: the one a run began with"
+    )
+    switches.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write; default: RUN/eval/NAME.json")
     switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
     parser = make_parser("repo.evaluate", __doc__ or "", switches)
     if not argv or argv[0].startswith("-"):
@@ -92,10 +105,10 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
         raise UserError(str(error)) from None
     run = Path(argv[0]) if (Path(argv[0]) / "config.yaml").is_file() else None
     if run is None and options.checkpoint:
-        raise UserError(f"--checkpoint is for run folders; {argv[0]} is none (it has no config.yaml)")
+        raise UserError(f"--checkpoint takes a run folder; {argv[0]} is not one (it has no config.yaml)")
     base = ["--config", str(run / "config.yaml")] if run else []
     config = parse_config(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
-    if run is None:  # nothing else that is embedded by default is needed
+    if run is None:  # a model needs no training prompts, so the embedded ones must not be built for it
         data = dataclasses.replace(config.data, train=config.data.eval)
         config = dataclasses.replace(named(config, argv[0]), data=data)
     if config.evaluation.prompts == 0:
@@ -105,7 +118,7 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
 
 
 def named(config: Config, path: str) -> Config:
-    """Give the configuration another model."""
+    """Return the configuration with model.path set to `path`."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
 
 
@@ -117,7 +130,7 @@ def load_named(path: str, config: Config, device: torch.device, trust: bool) -> 
 
 
 def targets(command: Command, config: Config, device: torch.device) -> Iterator[Target]:
-    """List what is to be evaluated. Raises UserError for what is not there."""
+    """Yield the policies to evaluate. Raises UserError for a checkpoint that does not exist or is damaged."""
     if command.run is None:
         name = Path(command.target).name or command.target
         out = Path("evaluations") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
@@ -134,25 +147,25 @@ def targets(command: Command, config: Config, device: torch.device) -> Iterator[
             continue
         source = final if name == "final" and final.is_dir() else find_named(command.run, name)
         out = command.run / "eval" / f"{source.name}.json"
-        yield Target(source.name, out, partial(_of_run, source, config, device, command.trust))
+        yield Target(source.name, out, partial(_load_from_run, source, config, device, command.trust))
 
 
-def _of_run(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
-    """Load the policy of RUN/final or of a checkpoint."""
+def _load_from_run(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
+    """Load the policy in RUN/final or in a checkpoint folder."""
     if source.name == "final":
         return load_policy(str(source), device, False, config.model, trust)
     return load_checkpoint_policy(source, config, device, trust)
 
 
 def checked(command: Command, chosen: list[Target]) -> list[Target]:
-    """Decide the file of each target's evaluation; with --checkpoint all, leave out what is evaluated already.
+    """Decide the output file of each target; with --checkpoint all, leave out targets that have been evaluated.
 
-    Raises UserError for a file that exists.
+    Raises UserError if a file exists, if --out names one file for several targets, or if no target is left.
     """
     if command.checkpoint == "all":
         chosen = [target for target in chosen if not target.out.exists()]
         if not chosen:
-            raise UserError(f"--checkpoint all: {command.target} has no checkpoint that is not evaluated yet")
+            raise UserError(f"--checkpoint all: every checkpoint of {command.target} has been evaluated already")
     if command.out and len(chosen) > 1:
         raise UserError(f"--out: one file cannot hold the evaluations of {len(chosen)} checkpoints; leave it out")
     chosen = [dataclasses.replace(target, out=command.out or target.out) for target in chosen]
@@ -164,13 +177,19 @@ def checked(command: Command, chosen: list[Target]) -> list[Target]:
 
 
 def require_same_vocabulary(policy: Policy, reference: Policy, name: str) -> None:
-    """Raise UserError when a reference would read other words in the policy's tokens."""
+    """Raise UserError unless both models have the same vocabulary, so that a token means the same text to both.
+
+    name: the reference, as the user gave it.
+    """
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise UserError(f"--reference: {name!r} has another vocabulary than the policy, so there is no KL between them")
 
 
 def run_command(argv: list[str]) -> None:
-    """Load what is common, then evaluate, print and write each target."""
+    """Load what all targets share, then evaluate, print and write each target.
+
+    argv: the arguments after the program's name.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("repo.evaluate is one process; start it with python, not with torchrun")
     command, config = read_command(argv)
@@ -201,7 +220,7 @@ def run_command(argv: list[str]) -> None:
 
 
 def main() -> None:
-    """Console script."""
+    """Run repo.evaluate as a console script."""
     exit_with_sentence(lambda: run_command(sys.argv[1:]))
 
 

@@ -23,7 +23,15 @@ from .setup import load_checkpoint_policy
 
 
 def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
-    """Write the policy of a checkpoint to `out` (default: RUN/export-<checkpoint>), which must not exist."""
+    """Write the policy of a checkpoint in Hugging Face format, with a model card, and return the folder.
+
+    folder: the run.
+    name: best, latest, or a checkpoint's folder name such as step-000010.
+    out: folder to create; None for RUN/export-<checkpoint>.
+    trust: run Python code that comes with the model.
+
+    Raises UserError if `out` exists or the checkpoint is missing or damaged.
+    """
     require_run(folder)
     config, source = load_config(folder / "config.yaml"), find_named(folder, name)
     target = out or folder / f"export-{source.name}"
@@ -41,13 +49,13 @@ def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
 
 
 def run_command(argv: list[str] | None = None) -> None:
-    """Parse the command line and export."""
+    """Parse the command line, export the checkpoint and print the folder."""
     parser = argparse.ArgumentParser(
         prog="repo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), latest or step-000010")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; default: RUN/export-<checkpoint>")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)
     transformers_logging.disable_progress_bar()
@@ -55,7 +63,7 @@ def run_command(argv: list[str] | None = None) -> None:
 
 
 def main() -> None:
-    """Console script."""
+    """Run repo.export as a console script."""
     exit_with_sentence(run_command)
 
 

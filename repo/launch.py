@@ -1,4 +1,4 @@
-"""Launch: from a command line to a training session, on every process of torchrun."""
+"""Launch a training run from its command line, on every process of torchrun."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ Train = Callable[[Session], None]
 def launch(argv: list[str], description: str, train: Train) -> None:
     """Parse a command line, then dry-run, resume or start a run.
 
-    description: what --help begins with. train: the training loop. Raises UserError on bad input.
+    argv: the arguments after the program's name.
+    description: first text of --help.
+    train: the training loop.
+
+    Raises UserError for input that cannot be used.
     """
     switches, config = read_command(argv, description)
     with joined(lambda: choose_device(config.model.device)) as world:
@@ -39,7 +43,7 @@ def launch(argv: list[str], description: str, train: Train) -> None:
         transformers_logging.disable_progress_bar()
         if config.rollout.top_p < 1:
             console.print(
-                "warning: rollout.top_p < 1 samples from another distribution than the loss assumes", style="yellow"
+                "warning: rollout.top_p < 1 samples from a distribution other than the loss assumes", style="yellow"
             )
         if switches.dry_run:
             dry_run(config, console, world, switches.trust_remote_code)
@@ -49,7 +53,7 @@ def launch(argv: list[str], description: str, train: Train) -> None:
 
 
 def run_session(switches: Switches, config: Config, console: Console, world: World, train: Train) -> None:
-    """Load everything, say what will be done and how, and train."""
+    """Load everything, print what the run will do and how, and train."""
     path, resumed = choose_folder(switches, config, world)
     parts = load_parts(config, console, world, switches.trust_remote_code)
     folder = open_folder(switches, config, path, resumed, parts, console, world)
@@ -68,7 +72,10 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
 
 
 def choose_folder(switches: Switches, config: Config, world: World) -> tuple[Path, Resumed]:
-    """Decide where the run goes, and where a resumed one goes on. Raises UserError where it cannot."""
+    """Decide the run's folder and, with --resume, the checkpoint to continue from.
+
+    Raises UserError if a new run's folder exists or the run cannot be resumed.
+    """
     if not switches.resume:
         return world.from_first(lambda: folder_of(config)), Resumed(None, None, [])
     path, allowed = switches.resume, switches.allow_change
@@ -78,7 +85,11 @@ def choose_folder(switches: Switches, config: Config, world: World) -> tuple[Pat
 def open_folder(
     switches: Switches, config: Config, path: Path, resumed: Resumed, parts: Parts, console: Console, world: World
 ) -> Run:
-    """Create the run folder, or open that of a resumed run and print what is not as it was."""
+    """Create the run folder, or reopen the folder of a resumed run and print what has changed since it began.
+
+    path, resumed: the results of choose_folder. Raises UserError if the folder cannot be written, or if an input has
+    changed that --allow-change does not name.
+    """
     prompts = parts.train_prompts, parts.eval_prompts, parts.examples
     inputs = world.from_first(lambda: fingerprints(parts.reference.model, parts.scorers, *prompts))
     if switches.resume:
@@ -93,7 +104,7 @@ def open_folder(
 
 
 def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:
-    """Make the module that is trained, sharded if asked for, and print how it attends and decodes and what it holds."""
+    """Make the trained module, sharded over processes if configured; print its attention, decoding and memory."""
     shards = shards_of(config, world)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
     decoding = describe_decoding(parts.sampler)

@@ -1,4 +1,4 @@
-"""Old name of repo.training.multipliers; goes with the next release."""
+"""Old name of repo.training.multipliers, kept for one release."""
 
 import warnings
 

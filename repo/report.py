@@ -1,6 +1,6 @@
 """Write a run's report: one HTML file that needs nothing else, and every figure as a PNG beside it.
 
-python -m repo.report runs/mine                     into runs/mine/report; the run may still be going on
+python -m repo.report runs/mine                     writes runs/mine/report, also while the run is still training
 python -m repo.report runs/mine --out elsewhere
 """
 
@@ -14,18 +14,18 @@ from .reporting.document import write_report
 
 
 def run_command(argv: list[str] | None = None) -> None:
-    """Parse the command line and write the report."""
+    """Parse the command line, write the report and print its path."""
     parser = argparse.ArgumentParser(
         prog="repo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; default: RUN/report")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write to; default: RUN/report")
     options = parser.parse_args(argv)
     print(f"report: {write_report(options.run, options.out)}")
 
 
 def main() -> None:
-    """Console script."""
+    """Run repo.report as a console script."""
     exit_with_sentence(run_command)
 
 

@@ -1,4 +1,4 @@
-"""Session: everything that the training loop works with, and how a run ends."""
+"""Session: everything that the training loop works with, and the last steps of a run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,17 @@ from .setup import Parts
 
 @dataclass(frozen=True)
 class Session:
-    """The loaded parts of a run, its folder and its surroundings.
+    """Everything that one process of a training run works with.
 
-    actor: policy and critics, as they are trained. folder: the run. resumed: where a resumed run goes on. stop: set by
-    the first SIGINT or SIGTERM.
+    config: the resolved configuration.
+    parts: models, scorers and prompts, as loaded.
+    actor: policy and critics in their trained form, sharded if configured.
+    evaluator: measures a policy on the held-out prompts.
+    folder: the run folder.
+    resumed: the checkpoint that a resumed run continues from; empty for a new run.
+    console: where this process prints; quiet on all processes but the first.
+    world: the processes of the run.
+    stop: set by the first SIGINT or SIGTERM.
     """
 
     config: Config
@@ -40,7 +47,10 @@ class Session:
 
 
 def finish(session: Session, before: Evaluation | None) -> None:
-    """Evaluate the trained policy, print what changed, and export the model with its card."""
+    """Evaluate the trained policy, export it with a model card and print what training changed.
+
+    before: the evaluation before training; None leaves the comparison out.
+    """
     config, parts, console, folder = session.config, session.parts, session.console, session.folder
     copy_weights(parts.policy.model, parts.sampler.model)
     after = session.evaluator.into_run(folder, "after", parts.sampler)

@@ -1,4 +1,4 @@
-"""Setup: from the configuration to the loaded parts of a run."""
+"""Setup: load the models, scorers and prompts that a configuration names."""
 
 from __future__ import annotations
 
@@ -30,10 +30,16 @@ from .scoring.scorers import EMBEDDED, Scorers, load_scorers, scorer_names
 
 @dataclass(frozen=True)
 class Parts:
-    """The loaded parts of a run.
+    """Loaded models, scorers and data of a run.
 
-    policy: is trained. sampler: the same, or a whole copy of it where the policy will be sharded. reference: frozen.
-    critics: empty without GAE. judge: takes no part in training. examples: supervised ones, empty without ptx.
+    policy: the model to train.
+    sampler: the model that generates: the policy itself, or an unsharded copy if the policy will be sharded.
+    reference: the frozen model that the KL is measured from.
+    scorers: reward and cost.
+    critics: value models by signal; empty without GAE.
+    judge: scores held-out responses and takes no part in training; None leaves its verdicts out.
+    train_prompts, eval_prompts: tokenised training and held-out prompts.
+    examples: supervised examples; empty without ptx.data.
     """
 
     policy: Policy
@@ -48,7 +54,11 @@ class Parts:
 
 
 def find_assets(config: Config, console: Console) -> Path | None:
-    """Find the assets folder, built first when something embedded is used; None when nothing is."""
+    """Return the folder of the embedded assets, built first if needed; None if the configuration uses none.
+
+    Raises AssetError if something embedded is required and cannot be built. A judge that cannot be built is only
+    reported, and the evaluation goes without it.
+    """
     evaluates = config.evaluation.prompts > 0
     used = [config.model.path, config.data.train, *scorer_names(config.scoring)]
     used += [config.data.eval] if evaluates else []
@@ -70,12 +80,15 @@ def find_assets(config: Config, console: Console) -> Path | None:
 
 
 def model_path(config: Config, folder: Path | None) -> str:
-    """Give the folder or hub name behind model.path."""
+    """Return the folder or hub name that model.path means. folder: the embedded assets, or None."""
     return str(folder / "policy") if folder and config.model.path == EMBEDDED else config.model.path
 
 
 def shards_of(config: Config, world: World) -> int:
-    """Count the processes that share one copy of the trained weights. Raises UserError when they cannot be split so."""
+    """Return how many processes share one copy of the trained weights.
+
+    Raises UserError if that does not divide the number of processes, or if there are fewer prompts than processes.
+    """
     shard = config.model.shard or world.size
     if world.size % shard:
         raise UserError(f"model.shard must divide the {world.size} processes of this run; got {shard}")
@@ -86,14 +99,18 @@ def shards_of(config: Config, world: World) -> int:
 
 
 def load_parts(config: Config, console: Console, world: World = ALONE, trust: bool = False) -> Parts:
-    """Load everything. Raises UserError for what cannot be loaded. trust: run Python code that comes with models."""
+    """Load the models, scorers and prompts of a run.
+
+    trust: run Python code that comes with models. Raises UserError for whatever cannot be loaded.
+    """
     check_loggers(config.loggers)
     shards = shards_of(config, world)
     folder = world.from_first(lambda: find_assets(config, console))
     device, path = choose_device(config.model.device), model_path(config, folder)
     if shards > 1:
         sampler = load_policy(path, device, False, config.model, trust)
-        policy = load_policy(path, torch.device("cpu"), True, config.model, trust)  # sharding moves a layer at a time
+        # on the CPU: sharding moves one layer at a time to the device
+        policy = load_policy(path, torch.device("cpu"), True, config.model, trust)
         policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
     else:
         policy = sampler = load_policy(path, device, True, config.model, trust)
@@ -112,44 +129,55 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
 
 
 def context_of(shape: Any) -> int:
-    """Give the longest prompt and response together, in tokens, that a model's text config allows."""
+    """Return the most tokens that prompt and response may have together. shape: the model's text config."""
     return getattr(shape, "max_position_embeddings", None) or sys.maxsize
 
 
 def read_prompts(
     config: Config, source: str, split: str, folder: Path | None, tokenizer: Any, shape: Any, console: Console
 ) -> list[Prompt]:
-    """Read and tokenise the prompts of a source, and say what was kept and what was dropped."""
+    """Read and tokenise the prompts of a source, and print how many were kept and dropped.
+
+    source: "embedded", a file or a data set, as data.train takes it.
+    split: train, eval or test.
+    folder: the embedded assets, or None.
+    shape: the model's text config, whose context bounds prompt and response together.
+
+    Raises UserError if rollout.max_response_tokens leaves no room for a prompt.
+    """
     data, context, limit = config.data, context_of(shape), config.rollout.max_response_tokens
     room = min(data.max_prompt_tokens, context - limit)
     if room < 1:
         raise UserError(f"rollout.max_response_tokens={limit} leaves no room for a prompt in a context of {context}")
     if source == EMBEDDED and folder is not None:
         source = str(folder / "prompts" / f"{split}.jsonl")
-    found = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room)
-    tokens = sum(len(p.token_ids) for p in found.kept) / len(found.kept)
-    line = f"{split} prompts: {len(found.kept)} of {source}, mean {tokens:.0f} tokens, {found.report()}"
+    prompts = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room)
+    tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
+    line = f"{split} prompts: {len(prompts.kept)} of {source}, mean {tokens:.0f} tokens, {prompts.report()}"
     console.print(line, markup=False, highlight=False)
-    return found.kept
+    return prompts.kept
 
 
 def load_held_out(config: Config, folder: Path | None, tokenizer: Any, shape: Any, console: Console) -> list[Prompt]:
-    """Read all held-out prompts in a fixed random order; none where evaluation.prompts is 0."""
+    """Read all held-out prompts in a fixed random order; return [] if evaluation.prompts is 0."""
     if not config.evaluation.prompts:
         return []
     split = "eval" if config.data.eval == EMBEDDED else "test"
     held_out = read_prompts(config, config.data.eval, split, folder, tokenizer, shape, console)
-    # files are often sorted by category, and the first n would be one category
+    # files are often sorted by category, so the first n would all be of one category
     return sorted(held_out, key=lambda prompt: seed_from("held out", prompt.id))
 
 
 def scorers_beside(
     config: Config, folder: Path | None, reference: Policy | None, name: str | None, device: str, trust: bool
 ) -> Scorers:
-    """Load the scorers of both signals.
+    """Load the scorers of reward and cost.
 
-    Embedded ones share the reference's forward where the reference is the model they were fitted on, in fp32 and
-    without an adapter. name: what the reference was loaded as.
+    Embedded scorers share the reference's forward pass if the reference is the model that they were fitted on, in fp32
+    and without an adapter.
+
+    folder: the embedded assets, or None.
+    name: the path that the reference was loaded from.
     """
     shares = reference is not None and name == EMBEDDED and not reference.base_only
     if reference is None or not shares or reference.model.dtype != torch.float32:
@@ -160,9 +188,15 @@ def scorers_beside(
 def load_data(
     config: Config, folder: Path | None, tokenizer: Any, eos_ids: Sequence[int], shape: Any, console: Console
 ) -> tuple[list[Prompt], list[Prompt], list[Example]]:
-    """Read training prompts, held-out prompts and supervised examples, and say what was kept and what was dropped.
+    """Read training prompts, held-out prompts and supervised examples, and print how many were kept and dropped.
 
+    Training prompts whose text is also held out are dropped.
+
+    folder: the embedded assets, or None.
+    eos_ids: token ids that end a response.
     shape: the model's text config, whose context bounds prompt and response together.
+
+    Raises UserError if no training prompt is left.
     """
     data, context = config.data, context_of(shape)
     train = read_prompts(config, data.train, "train", folder, tokenizer, shape, console)
@@ -170,9 +204,9 @@ def load_data(
     held_texts = {p.text for p in held_out}
     kept = [p for p in train if p.text not in held_texts]
     if len(kept) < len(train):
-        console.print(f"train prompts: {len(train) - len(kept)} more dropped, since they are held out", style="yellow")
+        console.print(f"train prompts: {len(train) - len(kept)} more dropped: they are held out", style="yellow")
     if not kept:
-        raise UserError("every prompt of data.train is in data.eval too")
+        raise UserError("data.train: every prompt is also in data.eval; training needs prompts that are not held out")
     examples: list[Example] = []
     if config.ptx.data is not None:
         answers = load_prompts(config.ptx.data, data.column)
@@ -184,7 +218,7 @@ def load_data(
 
 
 def load_checkpoint_policy(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
-    """Load the policy of a checkpoint folder. config: of its run."""
+    """Load the policy of a checkpoint folder. config: the configuration of its run."""
     path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
     policy = load_policy(path, device, True, config.model, trust)
     restore_weights(source, Actor(policy))

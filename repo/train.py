@@ -28,7 +28,10 @@ from .training.update import Updater
 
 
 def train(session: Session) -> None:
-    """Train to the last step; raises Stopped, with a checkpoint written, where a signal asked for it."""
+    """Train until the last step, evaluate before and after, and export the policy.
+
+    Raises Stopped, after a checkpoint is written, if SIGINT or SIGTERM asked for it.
+    """
     config, parts, actor, folder, world = session.config, session.parts, session.actor, session.folder, session.world
     algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.micro_batch_tokens
     multipliers, updater = Multipliers(algorithm, config.penalty), Updater(actor, config, parts.examples)
@@ -36,7 +39,7 @@ def train(session: Session) -> None:
     with session.stop.at_once():
         before = session.evaluator.into_run(folder, "before", parts.reference)
     first = resume(session, multipliers, updater)
-    records = []  # since the last checkpoint
+    records = []  # metrics since the last checkpoint
     with (
         Saver(folder.folder, config.keep, config.safety_target, world, actor.sharded) as saver,
         Display(session.console, config, first) as display,
@@ -82,7 +85,7 @@ def train(session: Session) -> None:
 
 
 def resume(session: Session, multipliers: Multipliers, updater: Updater) -> int:
-    """Load what a resumed run goes on from; returns the step to begin with."""
+    """Restore the state of a resumed run; return the step to begin with, 0 for a new run."""
     state, folder = session.resumed.state, session.resumed.checkpoint
     if state is None or folder is None:
         return 0
@@ -93,12 +96,12 @@ def resume(session: Session, multipliers: Multipliers, updater: Updater) -> int:
 
 
 def run_command(argv: list[str]) -> None:
-    """Run the command line on this process."""
+    """Run repo.train on this process. argv: the arguments after the program's name."""
     launch(argv, __doc__ or "", train)
 
 
 def main() -> None:
-    """Console script."""
+    """Run repo.train as a console script."""
     exit_with_sentence(lambda: run_command(sys.argv[1:]))
 
 

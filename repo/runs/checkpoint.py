@@ -1,8 +1,11 @@
-"""Checkpoints: everything a run needs to go on, written aside, synced and renamed, with `latest` moved last.
+"""Checkpoints: everything that a run needs to continue.
 
 RUN/checkpoints/step-000010/{state.safetensors, state.json, manifest.json}
-RUN/checkpoints/latest       the name of the newest
-RUN/checkpoints/best         the name of the best that is kept
+RUN/checkpoints/latest       the name of the newest checkpoint
+RUN/checkpoints/best         the name of the best checkpoint that is kept
+
+A checkpoint is written to a temporary folder, synced to disk and renamed; `latest` changes last. A crash at any moment
+therefore leaves a whole checkpoint to continue from.
 """
 
 from __future__ import annotations
@@ -26,14 +29,21 @@ from ..common.files import checksum_of, partial_of, write_folder, write_text
 from ..common.seeds import random_state, set_random_state
 from . import state_files
 
-NAME = re.compile(r"step-\d{6,}")  # what `latest` and `best` may say: a folder beside them
+NAME = re.compile(r"step-\d{6,}")  # names that `latest` and `best` may hold: no path out of the folder
 MANIFEST, STATE = "manifest.json", "state.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """step: steps done, hence the data cursor; penalty: its state; offsets: bytes of the append-only files; safe_rate,
-    reward: means over the steps since the checkpoint before; random: states of each process's global generators."""
+    """State of a run besides its tensors.
+
+    step: number of steps done, which also gives the position in the training prompts.
+    penalty: state of the multipliers.
+    skipped_in_a_row: optimiser steps just before that were left out because they were not finite.
+    offsets: bytes of each append-only file that belong to the steps done.
+    safe_rate, reward: means over the steps since the previous checkpoint.
+    random: states of the global random generators, one for each process.
+    """
 
     step: int
     penalty: dict[str, Any]
@@ -52,18 +62,26 @@ def make_state(
     records: Sequence[dict[str, Any]],
     world: World = ALONE,
 ) -> State:
-    """The state after `step` steps, which every process asks for. records: the metrics since the checkpoint before, at
-    least one."""
+    """Make the state after `step` steps; all processes must call it together.
+
+    penalty, skipped, offsets: as in State. records: metrics of the steps since the previous checkpoint, at least one.
+    """
     safe_rate, reward = (sum(r[key] for r in records) / len(records) for key in ("safe_rate", "reward_mean"))
     return State(step, penalty, skipped, offsets, safe_rate, reward, world.gather(random_state()))
 
 
 class Saver:
-    """Writes the checkpoints of a run, in the background: weights and moments rest from the end of one update to the
-    next, so that they are written from where they are, and the next update waits for the writing to end.
+    """Writes the checkpoints of a run in the background.
 
-    Besides the newest `keep` the best stays: the highest reward among those whose safe rate reaches `safety_target`,
-    else the safest.
+    Weights and moments do not change between two updates, so they are written without a copy, and the next update must
+    `wait` until the file is on disk.
+
+    run: the run folder.
+    keep: number of newest checkpoints to keep. The best stays too: the one with the highest reward among those whose
+        safe rate reaches `safety_target`, or the safest if none does.
+    safety_target: safe rate in [0, 1].
+    world: the processes of the run.
+    sharded: each process holds a part of the weights.
     """
 
     def __init__(self, run: Path, keep: int, safety_target: float, world: World, sharded: bool) -> None:
@@ -76,25 +94,28 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """An error of the loop does not cost the checkpoint that is being written; a second interrupt does."""
+        """Finish the checkpoint being written, also after an error of the loop, but not after a second interrupt."""
         if self.thread is not None and (kind is None or issubclass(kind, Exception)):
             self.thread.join()
 
     def start(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Begin to write; every process calls it. A sharded run writes in the foreground, all processes together."""
+        """Begin to write a checkpoint; all processes must call it together.
+
+        A sharded run writes in the foreground, each process its own part.
+        """
         self.wait()
         tensors, numbers = state_files.collect(model, optimizer)
         if self.sharded:
             self._write_shards(state, tensors, numbers)
         elif self.world.first:
-            # copies from a GPU beside the rollout would spoil the graph that it records
+            # copy from the GPU now: a copy during the next rollout would break its recording of a CUDA graph
             work = state, {name: t.cpu() for name, t in tensors.items()}, numbers
-            # a daemon: a second interrupt must end the process at once
+            # a daemon thread, so that a second interrupt ends the process at once
             self.thread = threading.Thread(target=self._write_aside, args=work, name="checkpoint", daemon=True)
             self.thread.start()
 
     def wait(self) -> None:
-        """Return when the checkpoint is whole and on disk. UserError when it could not be written."""
+        """Block until the checkpoint is whole and on disk. Raises the error of the writing, if there was one."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -105,16 +126,16 @@ class Saver:
     def _write_aside(self, state: State, tensors: dict[str, Any], numbers: state_files.Numbers) -> None:
         try:
             self._publish(state, numbers, lambda folder: state_files.write(folder, tensors))
-        except BaseException as error:  # it belongs to whoever waits
+        except BaseException as error:  # `wait` raises it in the main thread
             self.error = error
 
     def _write_shards(self, state: State, tensors: dict[str, Any], numbers: state_files.Numbers) -> None:
         world, staging = self.world, partial_of(self.root / _name(state.step))
 
         def write(folder: Path) -> dict[str, int]:
-            world.barrier()  # the folder is there
+            world.barrier()  # the first process has made the folder
             state_files.write_shards(folder, tensors)
-            world.barrier()  # and so is everything in it
+            world.barrier()  # every process has written its file
             return {}
 
         if world.first:
@@ -126,7 +147,10 @@ class Saver:
     def _publish(
         self, state: State, numbers: state_files.Numbers, write_tensors: Callable[[Path], dict[str, int]]
     ) -> None:
-        """The protocol: the folder, then `best`, then `latest`, then what is no longer kept goes."""
+        """Write the folder, then `best`, then `latest`, and remove old checkpoints last: no crash loses a checkpoint.
+
+        write_tensors: fills a folder and returns the CRC-32 of the files whose checksum it knows, by name.
+        """
 
         def write(folder: Path) -> None:
             checksums = write_tensors(folder)
@@ -156,12 +180,15 @@ class Saver:
         return safe, state.reward if safe else state.safe_rate
 
     def _prune(self, step: int) -> None:
-        """Keep the newest and the best. What is of later steps belongs to a future that this run gave up."""
+        """Remove all checkpoints but the newest `keep` and the best.
+
+        Checkpoints of later steps go too: the run continued from an earlier one, so they are not part of it any more.
+        """
         folders = steps_of(self.root)
         kept = [s for s in sorted(folders) if s <= step][-self.keep :]
         best = pointed(self.root / "best")
         stale = [folder for number, folder in folders.items() if number not in kept and folder != best]
-        for left_over in (*stale, *self.root.glob(".*")):  # the latter of a save that died
+        for left_over in (*stale, *self.root.glob(".*")):  # hidden files are left by a save that was interrupted
             if left_over.is_dir():
                 shutil.rmtree(left_over, ignore_errors=True)
             else:
@@ -174,12 +201,12 @@ def _name(step: int) -> str:
 
 
 def steps_of(root: Path) -> dict[int, Path]:
-    """The checkpoint folders by step, intact or not."""
+    """List the checkpoint folders in `root` by step, intact or not."""
     return {int(p.name.removeprefix("step-")): p for p in root.glob("step-*") if NAME.fullmatch(p.name)}
 
 
 def pointed(pointer: Path) -> Path | None:
-    """The folder that `latest` or `best` names, None where it names none that is there."""
+    """Return the folder that the file `latest` or `best` names; None if there is no such folder."""
     try:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -189,13 +216,13 @@ def pointed(pointer: Path) -> Path | None:
 
 
 def make_manifest(folder: Path, known: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Size and CRC-32 of every file in a folder, by name. known: checksums of those that need not be read again."""
+    """Compute the size and CRC-32 of every file in a folder, by name. known: checksums that need no reading."""
     paths = sorted(folder.iterdir())
     return {p.name: {"bytes": p.stat().st_size, "crc32": known.get(p.name) or checksum_of(p)} for p in paths}
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None when every byte is what was written."""
+    """Describe what is wrong with a checkpoint; None if every byte is as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {p.name for p in folder.iterdir()} - {MANIFEST}
@@ -215,10 +242,10 @@ def fault_of(folder: Path) -> str | None:
 
 
 def find(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, None before the first, and a sentence for each that is left out.
+    """Find the checkpoint to continue from: the one that `latest` names, or the newest one that is intact.
 
-    That is the one `latest` names, or where it is not intact, the newest that is. UserError when
-    there are some and none is intact.
+    Returns (its folder, a sentence for each damaged checkpoint passed over); the folder is None if there is none yet.
+    Raises UserError if there are checkpoints but none is intact.
     """
     root = run / "checkpoints"
     newest_first = [folder for _, folder in sorted(steps_of(root).items(), reverse=True)]
@@ -236,25 +263,28 @@ def find(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(folder: Path) -> tuple[State, state_files.Numbers]:
-    """The state of a checkpoint, and the optimiser's plain numbers. UserError when it is not one of this version."""
+    """Read the state of a checkpoint and the optimiser's plain numbers. Raises UserError if it cannot be read."""
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         numbers = content.pop("numbers")
         return State(**content), numbers
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / STATE} is no state of this version: {first_line(error)}") from None
+        raise UserError(f"{folder / STATE} is not a state that this version can read: {first_line(error)}") from None
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> None:
-    """Load weights, optimiser state and the random state of a checkpoint into place; the random state of the first
-    process, where there are more or fewer than there were."""
+    """Load weights, optimiser state and random state of a checkpoint into the model, optimiser and generators.
+
+    Every process takes the random state of the first if the number of processes has changed.
+    Raises UserError if the checkpoint cannot be read or belongs to another model.
+    """
     state, numbers = read_state(folder)
     state_files.restore(folder, numbers, model, optimizer)
     set_random_state(state.random[world.rank if len(state.random) == world.size else 0])
 
 
 def find_named(run: Path, name: str) -> Path:
-    """Find the checkpoint that `best`, `latest` or a folder's name means. Raises UserError where it is not intact."""
+    """Find a checkpoint by `best`, `latest` or its folder's name. Raises UserError if it is missing or damaged."""
     root = run / "checkpoints"
     known = {p.name: p for p in steps_of(root).values()}
     folder = pointed(root / name) if name in ("best", "latest") else known.get(name)

@@ -1,4 +1,4 @@
-"""Console: what a run shows while it trains."""
+"""Console: the display of a run while it trains."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ COLUMNS = {
 
 
 class ConsoleTable:
-    """Prints one line per step, under a header that comes back every 20 lines."""
+    """Prints one line per step, under a header that is repeated every 20 lines."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.lines = console, 0
 
     def row(self, record: Mapping[str, Any], suffix: str = "") -> None:
-        """Print the step; `suffix` (the ETA) follows it."""
+        """Print the line of a step. record: its metrics. suffix: text at the end of the line."""
         cells = {title: form.format(record[key]) for key, (title, form) in COLUMNS.items()}
         if self.lines % 20 == 0:
             titles = (title.rjust(len(cell)) for title, cell in cells.items())
@@ -53,7 +53,10 @@ class _ProgressAbove(Progress):
 
 
 def progress_bar(console: Console, below: RenderableType = "") -> Progress:
-    """Show steps done, elapsed and remaining time above `below`, on terminals only."""
+    """Make a progress bar with steps done, elapsed and remaining time, shown on terminals only.
+
+    below: another live display under the bar.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -67,7 +70,7 @@ def progress_bar(console: Console, below: RenderableType = "") -> Progress:
 
 
 def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Print prompts and responses with their scores."""
+    """Print prompts and responses with their scores. samples: records of samples.jsonl."""
     for s in samples:
         mark = "safe" if s["safe"] else "UNSAFE"
         console.print(
@@ -81,7 +84,7 @@ def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -91,7 +94,7 @@ class Display:
     """The training display: a line per step with its ETA, the safety panel, samples, warnings and a progress bar."""
 
     def __init__(self, console: Console, config: Config, first: int) -> None:
-        """first: the step that training begins with."""
+        """Make the display of a run. first: the step that training begins with, counted from 0."""
         self.console, self.config, self.first = console, config, first
         self.table, self.panel = ConsoleTable(console), SafetyPanel(console, config.algorithm.cost_limit)
         self.bar, self.started, self.warned = progress_bar(console, self.panel), time.perf_counter(), False
@@ -103,11 +106,14 @@ class Display:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.bar.stop()
-        if kind is None and not self.console.is_terminal:  # where nothing live has shown it
+        if kind is None and not self.console.is_terminal:  # no live display has shown the panel
             self.console.print(self.panel)
 
     def step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], warning: str | None) -> None:
-        """Show a step's metrics, now and then its samples, and the first warning of the run."""
+        """Show the metrics of a step, some of its samples every sample_every steps, and the run's first warning.
+
+        record, samples: the step's lines of metrics.jsonl and samples.jsonl. warning: a sentence, or None.
+        """
         done = record["step"] + 1
         seconds = (time.perf_counter() - self.started) / (done - self.first) * (self.config.steps - done)
         self.table.row(record, f"eta {duration(seconds)}")

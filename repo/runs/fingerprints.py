@@ -1,4 +1,4 @@
-"""Fingerprints: SHA-256 of everything that a run reads from elsewhere, so that it never goes on with other inputs."""
+"""Fingerprints: SHA-256 of everything that a run reads from outside, so that it never continues with other inputs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def fingerprints(
     eval_prompts: Sequence[Prompt],
     examples: Sequence[Example],
 ) -> dict[str, str]:
-    """Hash what a run reads, by the configuration field that names it.
+    """Hash the inputs of a run.
 
-    Returns the SHA-256 of the reference's weights, of prompts and examples as tokens, and of each signal's scorers:
-    manifest, and weights or the source of the function's module.
+    Returns SHA-256 digests in hex by configuration field: of the reference's weights, of prompts and examples as
+    tokens, and of each signal's scorers (manifest, and weights or the source of the function's module).
     """
     of_reference = _of_weights(reference)
     hashes = {"model.path": of_reference, "data.train": _of_json([[p.id, p.text, p.token_ids] for p in train_prompts])}
@@ -46,7 +46,7 @@ def fingerprints(
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """List the fields whose input is not what it was when the run began."""
+    """List the fields whose fingerprint differs. before: at the start of the run; fields in only one are skipped."""
     return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
 
 
@@ -63,7 +63,7 @@ def _of_scorer(scorer: Scorer, reference: nn.Module, of_reference: str) -> list[
 
 
 def _of_weights(model: nn.Module) -> str:
-    """Hash the weights that a model was loaded with, without adapters, which are trained."""
+    """Hash the weights that a model was loaded with, without LoRA adapters, since training changes them."""
     return _of_tensors(p for name, p in model.named_parameters() if "lora_" not in name)
 
 

@@ -1,4 +1,4 @@
-"""The run folder: created once, never reused except to resume; its files and its exported model."""
+"""Run folder: its files and its exported model. A folder is created once, and reused only to resume its run."""
 
 from __future__ import annotations
 
@@ -43,16 +43,24 @@ PACKAGES = (
 
 
 class Run:
-    """RUN/{config.yaml, versions.json, inputs.json, metrics.jsonl, samples.jsonl, checkpoints/, eval/, final/}.
+    """The folder of a run, open for writing: metrics, samples, evaluations, the final model and the loggers.
 
-    Of several processes the first writes; the others call the same methods.
+    RUN/{config.yaml, versions.json, inputs.json, metrics.jsonl, samples.jsonl, checkpoints/, eval/, final/}
+
+    All processes call its methods, and only the first one writes.
+
+    folder: an existing run folder.
+    config: the resolved configuration.
+    world: the processes of the run.
+    state: state of the checkpoint that a resumed run continues from; its files are cut back to it.
+    resumed: without a state, cut the files back to nothing.
     """
 
     def __init__(
         self, folder: Path, config: Config, world: World = ALONE, state: State | None = None, resumed: bool = False
     ) -> None:
         self.folder, self.world = folder, world
-        self.switches = ""  # of the command, which a resumed run needs again
+        self.switches = ""  # command-line switches that resuming the run needs again
         self.loggers: list[Logger] = []
         self.files: dict[str, JsonLines] = {}
         if world.first:
@@ -63,19 +71,19 @@ class Run:
 
     @property
     def offsets(self) -> dict[str, int]:
-        """Synced sizes of the append-only files."""
+        """Sync the append-only files to disk and return their sizes in bytes, by name."""
         return {name: file.sync() for name, file in self.files.items()}
 
     @property
     def resume_command(self) -> str:
-        """What the user types to go on."""
+        """Return the command line that continues the run."""
         launch = "python"
         if self.world.size > 1:
             launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', self.world.size)}"
         return f"{launch} -m repo.train --resume {shlex.quote(str(self.folder))}{self.switches}"
 
     def write(self, step: int, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        """A step's lines, in the files and in the configured loggers."""
+        """Write the metrics and samples of a step to the files, and the metrics to the configured loggers."""
         if not self.world.first:
             return
         self.files["metrics"].write(record)
@@ -85,24 +93,27 @@ class Run:
             logger.log(record, step)
 
     def close(self) -> None:
-        """Let the loggers finish."""
+        """Close the loggers."""
         for logger in self.loggers:
             logger.close()
 
     def write_evaluation(self, name: str, value: Any) -> None:
-        """RUN/eval/<name>.json."""
+        """Write an evaluation to RUN/eval/<name>.json."""
         if self.world.first:
             (self.folder / "eval").mkdir(exist_ok=True)
             text = json.dumps(value, indent=1, ensure_ascii=False)
             write_text(self.folder / "eval" / f"{name}.json", text)
 
     def read_evaluation(self, name: str) -> Any:
-        """What write_evaluation wrote, None where nothing is or it cannot be read."""
+        """Read RUN/eval/<name>.json on the first process, for all of them; None if it is missing or damaged."""
         return self.world.from_first(lambda: read_json(self.folder / "eval" / f"{name}.json"))
 
     def export(self, policy: Policy, card: str, weights: Iterable[tuple[str, Tensor]] | None = None) -> Path:
-        """RUN/final/: the policy in Hugging Face format with a model card. weights: the whole ones of a sharded model,
-        which all processes gather."""
+        """Write the policy in Hugging Face format to RUN/final/ and return that folder.
+
+        card: text of its README.md, the model card.
+        weights: the full weights of a sharded model, which all processes must gather together; None if not sharded.
+        """
         final = self.folder / "final"
         gathered = None
         if weights is not None:
@@ -119,12 +130,12 @@ class Run:
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """An append-only file of a run."""
+    """Return the path of an append-only file of a run: metrics or samples."""
     return folder / f"{name}.jsonl"
 
 
 def folder_of(config: Config) -> Path:
-    """Where a new run goes. UserError when that exists."""
+    """Choose the folder of a new run. Raises UserError if it exists."""
     folder = Path(config.out or f"runs/{config.algorithm.method}-{datetime.now():%Y%m%d-%H%M%S}")
     if folder.exists():
         raise UserError(
@@ -134,9 +145,12 @@ def folder_of(config: Config) -> Path:
 
 
 def create(config: Config, folder: Path, inputs: dict[str, str], world: World = ALONE) -> Run:
-    """A new run folder with the resolved configuration, whole or not there. UserError when it cannot be made.
+    """Create a run folder, completely or not at all.
 
-    inputs: fingerprints of what is read from elsewhere.
+    config: the resolved configuration, which the folder keeps.
+    inputs: fingerprints of everything that the run reads from outside.
+
+    Raises UserError if the folder cannot be made or a logger cannot start.
     """
     config = dataclasses.replace(config, out=str(folder))
 
@@ -157,13 +171,13 @@ def create(config: Config, folder: Path, inputs: dict[str, str], world: World = 
 
 
 def require_run(folder: Path) -> None:
-    """UserError for a folder that is no run."""
+    """Raise UserError unless the folder is a run folder."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: {folder} is not a run folder (it has no config.yaml)")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None where it is missing or damaged."""
+    """Read a JSON file; return None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -171,11 +185,11 @@ def read_json(path: Path) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that results depend on, by name."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed

@@ -1,4 +1,4 @@
-"""Signals: the first SIGINT or SIGTERM asks the loop to stop at its next safe point, a second one ends the process."""
+"""Interrupts: the first SIGINT or SIGTERM stops the loop at its next safe point, a second one ends the process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """Raised by a signal where nothing has to be saved."""
+    """Raised to stop a run once nothing is left to save."""
 
 
 class StopRequest:
-    """`requested` is set by the first signal, which also puts the previous handlers back, as leaving the context does.
+    """Handler of SIGINT and SIGTERM. The first signal sets `requested` and restores the previous handlers.
 
-    of_several: under torchrun, which passes an interrupt of the terminal on as a SIGTERM: only the same signal again
-    ends the process.
+    Leaving the context restores them too.
+
+    announce: prints a sentence.
+    of_several: the process is one of several under torchrun, which answers an interrupt from the terminal with a
+        SIGTERM to its processes. Only the handler of the signal that came is restored then, so that only a repetition
+        of the same signal ends the process.
     """
 
     def __init__(self, announce: Callable[[str], None], of_several: bool = False) -> None:
@@ -43,7 +47,10 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a signal raises Stopped: what is done there is done again on resuming."""
+        """Raise Stopped at once for a signal within this context, whose work a resumed run does again.
+
+        Raises Stopped on entry if a signal has already come.
+        """
         if self.requested:
             raise Stopped
         self._nothing_to_save = True
@@ -53,10 +60,10 @@ class StopRequest:
             self._nothing_to_save = False
 
     def leave(self) -> None:
-        """Raise Stopped, once everything is saved."""
+        """Raise Stopped; call it after everything is saved."""
         raise Stopped
 
     def restore(self) -> None:
-        """Put the previous handlers back."""
+        """Restore the handlers that were there before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)

@@ -16,7 +16,7 @@ class JsonLines:
     """An append-only file of JSON objects, one per line."""
 
     def __init__(self, path: Path, offset: int | None = None) -> None:
-        """Open for appending; with an offset, first cut the file back to it."""
+        """Open the file for appending. offset: bytes to cut an existing file back to first; None keeps all of it."""
         self.path = path
         if offset is not None:
             with path.open("r+b") as file:
@@ -24,7 +24,7 @@ class JsonLines:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object; NaN and infinities become null."""
+        """Append one object; NaN and infinities become null. Raises UserError if it cannot be written."""
         try:
             self.file.write(json.dumps(finite(dict(record)), ensure_ascii=False) + "\n")
             self.file.flush()
@@ -32,7 +32,7 @@ class JsonLines:
             raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact") from error
 
     def sync(self) -> int:
-        """Force the file to disk and return its size in bytes, which a checkpoint keeps."""
+        """Force the file to disk and return its size in bytes, which a checkpoint stores."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.path.stat().st_size
@@ -43,7 +43,7 @@ class JsonLines:
 
 
 def finite(value: Any) -> Any:
-    """Replace NaN and infinities by null, which is all that JSON has for them."""
+    """Replace NaN and infinities by None, at any depth: JSON has no numbers for them. Tuples become lists."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Loggers: TensorBoard, Weights & Biases and Trackio beside metrics.jsonl. Each is imported when it is asked for."""
+"""Loggers: send metrics to TensorBoard, Weights & Biases or Trackio. Each package is imported only if configured."""
 
 from __future__ import annotations
 
@@ -20,35 +20,41 @@ Finish = Callable[[], Any]
 
 
 class Logger:
-    """A package's functions behind one interface. After its first error, which goes to `warn`, it is silent."""
+    """One logging package. Its first error is passed to `warn` and ends the logging, not the run.
+
+    name: the package.
+    send: logs numbers by name at a step.
+    finish: sends what is left and closes.
+    warn: prints a sentence.
+    """
 
     def __init__(self, name: str, send: Send, finish: Finish, warn: Callable[[str], None]) -> None:
         self.name, self.send, self.finish, self.warn, self.failed = name, send, finish, warn, False
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Pass on the finite numbers of a record."""
+        """Send the finite numbers of a line of metrics.jsonl."""
         numbers = {k: float(v) for k, v in record.items() if isinstance(v, Real) and math.isfinite(v) and k != "step"}
         if not self.failed:
             self._call(self.send, numbers, step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left and close the logger."""
         self._call(self.finish)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
         try:
             function(*arguments)
-        except Exception as error:  # each package raises its own kind
+        except Exception as error:  # each package has its own exceptions
             if not self.failed:
                 self.warn(f"warning: no more metrics go to {self.name}: {first_line(error)}")
             self.failed = True
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """UserError when the package of a logger is missing."""
+    """Raise UserError unless the package of every named logger is installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: a mere folder of that name, as wandb leaves behind
+        if spec is None or spec.origin is None:  # no origin: only a folder of that name, such as wandb leaves behind
             raise UserError(f"loggers: {name} needs its package: pip install {name}")
 
 
@@ -59,7 +65,16 @@ def make_loggers(
     first_step: int = 0,
     warn: Callable[[str], None] = print,
 ) -> list[Logger]:
-    """The named loggers of the run in `folder`, whose next step is first_step. UserError when one cannot start."""
+    """Start the named loggers of a run.
+
+    names: tensorboard, wandb or trackio.
+    folder: the run.
+    config: the run's configuration, which the loggers show.
+    first_step: the next step of the run, > 0 if it is resumed.
+    warn: prints a sentence when a logger fails later.
+
+    Raises UserError if a logger cannot start; those already started are closed.
+    """
     check_loggers(names)
     starters = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
     loggers: list[Logger] = []
@@ -87,7 +102,10 @@ def _tensorboard(folder: Path, config: dict[str, Any], first_step: int) -> tuple
 
 
 def _identity(folder: Path, name: str) -> tuple[str, bool]:
-    """(id of the run there, whether it has been started before). A file keeps it, so that a moved run stays itself."""
+    """Return (the run's id at a logging service, whether it was started before).
+
+    A file in the run folder keeps the id, so that a run keeps it when its folder is moved.
+    """
     path = folder / f"{name}.id"
     known = path.is_file()
     if not known:
@@ -99,7 +117,7 @@ def _wandb(folder: Path, config: dict[str, Any], first_step: int) -> tuple[Send,
     import wandb
 
     project, identity = os.environ.get("WANDB_PROJECT", "repo"), _identity(folder, "wandb")[0]
-    # steps after the checkpoint come twice on resuming: wandb keeps the first, of which the second is a repetition
+    # a resumed run logs the steps after its checkpoint again, with the same numbers: wandb keeps the first of them
     run = wandb.init(project=project, dir=folder, name=folder.name, id=identity, resume="allow", config=config)
     return lambda numbers, step: run.log(numbers, step=step), run.finish
 
@@ -108,7 +126,7 @@ def _trackio(folder: Path, config: dict[str, Any], first_step: int) -> tuple[Sen
     import trackio
 
     project, known = os.environ.get("TRACKIO_PROJECT", "repo"), _identity(folder, "trackio")[1]
-    # steps after the checkpoint come twice on resuming, with the same numbers: trackio shows both
-    # a run's name is that of its folder, so "allow" would go on with the run of another folder of the same name
+    # a resumed run logs the steps after its checkpoint again, with the same numbers: trackio shows both
+    # the name is the folder's, so "allow" would continue a run in another folder of the same name
     run = trackio.init(project, folder.name, config=config, resume="allow" if known else "never")
     return lambda numbers, step: run.log(numbers, step=step), trackio.finish

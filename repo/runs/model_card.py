@@ -1,4 +1,4 @@
-"""The model card of an exported policy."""
+"""Model card of an exported policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from ..config.schema import Config
 
 
 def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]]) -> str:
-    """A model card in Markdown: what was trained, how, and what the held-out evaluation measured."""
+    """Write a model card in Markdown: what was trained, how, and what the held-out evaluation measured.
+
+    steps: steps of training done. table: rows of (quantity, before, after, change) as text; empty leaves it out.
+    """
     algorithm = config.algorithm
     base = "SmolLM2-135M-Instruct" if config.model.path == "embedded" else Path(config.model.path).name
     lines = [
@@ -41,7 +44,7 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
 
 
 def _code(value: object) -> str:
-    """What a user named, as Markdown code that nothing in it can end."""
+    """Quote text as Markdown code, fenced so that backticks in the text cannot end it."""
     text = " ".join(str(value).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"

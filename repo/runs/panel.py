@@ -1,4 +1,4 @@
-"""Panel: how safe the last steps were, live under the progress bar, and whether the mean hides unsafe prompts."""
+"""Safety panel: show how safe the last steps were, and warn if a safe mean cost hides unsafe prompts."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ from rich.panel import Panel
 from ..scoring.safety import compensation_sentence, summarize
 
 WINDOW = 8
-"""Steps that the panel looks back on."""
+"""Number of last steps that the panel covers."""
 FEWEST = 4
-"""Steps that the sentence takes."""
+"""Fewest steps after which the panel warns of compensation."""
 
 
 class SafetyPanel:
-    """Mean cost, E{C-d}+, share of unsafe responses and prompts, and compensation gap of the last WINDOW steps."""
+    """Shows mean cost, E{C-d}+, shares of unsafe responses and prompts, and compensation gap of the last WINDOW steps.
+
+    console: where its warning is printed. limit: the cost limit d.
+    """
 
     def __init__(self, console: Console, limit: float) -> None:
         self.console, self.limit = console, limit
         self.steps: deque[list[tuple[str, float, float]]] = deque(maxlen=WINDOW)
-        self.summary: dict[str, float] = {}  # the display's thread reads this and the sentence only
+        # the live display's thread reads only these two, each of which is replaced as a whole
+        self.summary: dict[str, float] = {}
         self.sentence: str | None = None
 
     def add(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """A step's records of samples.jsonl. Prints the sentence when it begins to be true."""
+        """Add a step's records of samples.jsonl, and print the sentence on compensation when it becomes true."""
         self.steps.append([(s["id"], s["reward"], s["cost"]) for s in samples])
         self.summary = self._summarize()
-        said, self.sentence = self.sentence, None
+        previous, self.sentence = self.sentence, None
         if len(self.steps) >= FEWEST:
             mean, unsafe = self.summary["cost_mean"], self.summary["prompts_mostly_unsafe"]
             self.sentence = compensation_sentence(mean, self.limit, unsafe)
-        if self.sentence and not said:
+        if self.sentence and not previous:
             self.console.print(f"{self.sentence} in the last {len(self.steps)} steps", style="yellow", highlight=False)
 
     def _summarize(self) -> dict[str, float]:
-        """Of all responses of the window; a prompt that came twice counts as two."""
+        """Summarise all responses of the window; a prompt that came in two steps counts as two prompts."""
         rows = [(step, *row) for step, rows in enumerate(self.steps) for row in rows]
         index: dict[tuple[int, str], int] = {}
         group = torch.tensor([index.setdefault((step, name), len(index)) for step, name, _, _ in rows])
@@ -47,12 +51,13 @@ class SafetyPanel:
         return summarize(rewards, costs, group, self.limit)
 
     def __rich__(self) -> Panel | str:
-        """For a live display."""
+        """Render the panel for a live display; "" before the first step."""
         summary, sentence = self.summary, self.sentence
         if not summary:
             return ""
         text = (
-            f"mean cost {summary['cost_mean']:+.3f} (limit {self.limit:g})   E{{C-d}}+ {summary['rectified_cost']:.3f}   "
+            f"mean cost {summary['cost_mean']:+.3f} (limit {self.limit:g})   "
+            f"E{{C-d}}+ {summary['rectified_cost']:.3f}   "
             f"unsafe: {1 - summary['safe_rate']:.0%} of responses, {summary['prompts_mostly_unsafe']:.0%} of prompts   "
             f"compensation gap {summary['compensation_gap']:.3f}"
         )

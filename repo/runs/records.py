@@ -1,4 +1,4 @@
-"""Record: the lines that a step leaves in metrics.jsonl and samples.jsonl, and where its time went."""
+"""Records: the lines that a step adds to metrics.jsonl and samples.jsonl, and a timer of its phases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def step_record(
     agreed: Agreement,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl; `lam` and `beta` are those used in the step."""
+    """Make the line of metrics.jsonl for a step.
+
+    step: counted from 0.
+    batch: its lam and beta are those that the step used.
+    agreed: agreement of rollout and trainer.
+    seconds: duration of each phase, including "rollout" and "update".
+    """
     stats, mask = result.stats, batch.sequences.response_mask
     returns = batch.advantages.returns
     return {
@@ -59,10 +65,11 @@ def step_record(
 
 
 def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
-    """|d L_reward / d logps| / |d L_cost / d logps|, L2 over the batch's response tokens, with lambda in the latter.
+    """Compute |d L_reward / d logps| / |d L_cost / d logps|, where L_cost includes the factor lambda.
 
-    Evaluated at the policy that sampled, where the surrogate's derivative is -w_t A_t. KL, clipping and scale_by_std are
-    left out. Returns NaN where the method has no cost term, or it is 0.
+    The norms are L2 over the batch's response tokens. Both are evaluated at the sampling policy, where the surrogate's
+    derivative is -w_t A_t; KL, clipping and scale_by_std are left out. Returns NaN if the method has no cost term or
+    its norm is 0.
     """
     reward, cost = batch.advantages.reward, batch.advantages.cost
     if cost is None or loss_mode(algorithm) is None:
@@ -82,7 +89,10 @@ def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
 
 
 def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Advantages, limit: float) -> list[dict]:
-    """The lines of samples.jsonl; the advantage is the mean over a response's tokens."""
+    """Make the lines of samples.jsonl for a step, one per response.
+
+    step: counted from 0. advantages: per-token ones are averaged over the response. limit: the cost limit d.
+    """
     mean = advantages.combined
     if mean.ndim == 2:
         mean = mean.sum(1) / rollout.sequences.response_lengths.clamp_min(1)
@@ -105,12 +115,12 @@ def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Adva
 
 
 class Timer:
-    """Seconds between calls, by name."""
+    """Measures how long the phases of a step take. seconds: duration of each phase, by name."""
 
     def __init__(self) -> None:
         self.last, self.seconds = time.perf_counter(), dict[str, float]()
 
     def mark(self, name: str) -> None:
-        """Book the time since the previous mark under `name`."""
+        """End the phase `name`, which began at the previous mark."""
         now = time.perf_counter()
         self.seconds[name], self.last = now - self.last, now

@@ -1,4 +1,4 @@
-"""Resume: whether and where a run goes on, and what must be as it was when it began."""
+"""Resume: decide whether and where a run continues, and check that its inputs are those it began with."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ MAY_CHANGE_ON_RESUME = {
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run goes on from. state, checkpoint: None before the first; warnings: sentences about what is not as it
-    was."""
+    """The point that a run continues from.
+
+    state: state of its checkpoint.
+    checkpoint: folder of the checkpoint. Both are None if there is no checkpoint yet.
+    warnings: sentences about what differs from when the run began.
+    """
 
     state: State | None
     checkpoint: Path | None
@@ -44,11 +48,13 @@ class Resumed:
 
 
 def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> Resumed:
-    """Where the run in `folder` goes on; nothing is changed.
+    """Find the point that the run in `folder` continues from. No file is changed.
 
-    allowed: fields that may differ from the saved ones although that changes what the remaining steps do. UserError
-    when there is nothing left to do, no checkpoint is intact, a file is shorter than its checkpoint says, or another
-    field differs.
+    config: the configuration to continue with.
+    allowed: fields that may differ from the saved ones although this changes what the remaining steps do.
+
+    Raises UserError if all steps are done, no checkpoint is intact, a file is shorter than its checkpoint says, or a
+    field differs that may not.
     """
     names = field_names()
     if unknown := [name for name in allowed if name not in names]:
@@ -64,12 +70,12 @@ def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> R
     schedule = config.optimizer.schedule
     if config.steps != saved.steps and schedule != "constant":
         warnings.append(
-            f"steps was {saved.steps}: with optimizer.schedule {schedule} the rate of further steps changes"
+            f"steps was {saved.steps}: with optimizer.schedule {schedule} the learning rate of further steps changes"
         )
     before = read_json(folder / "versions.json") or {}
     newer = [f"{name} {before[name]} -> {v}" for name, v in versions().items() if before.get(name, v) != v]
     if newer:
-        warnings.append(f"the run began with other versions, so that bits may differ: {', '.join(newer)}")
+        warnings.append(f"the run began with other versions, so results may not be bit-identical: {', '.join(newer)}")
     state = checkpoints.read_state(checkpoint)[0] if checkpoint else None
     done = state.step if state else 0
     if done > config.steps or (done == config.steps and (folder / "final").exists()):
@@ -85,23 +91,30 @@ def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> R
 
 
 def check_inputs(folder: Path, inputs: dict[str, str], allowed: Sequence[str] = ()) -> list[str]:
-    """Warnings about models, prompts and scorers that are not those the run began with. UserError for one that is not
-    allowed."""
+    """Return warnings about models, prompts and scorers that differ from those the run began with.
+
+    inputs: their fingerprints now. allowed: fields whose input may differ. Raises UserError if another input differs.
+    """
     warnings = []
     for name in changed(read_json(folder / INPUTS) or {}, inputs):
         if name not in allowed:
             raise UserError(
-                f"--resume: what {name} names has changed since the run began; give back what was there, or go on with "
-                f"--allow-change {name}"
+                f"--resume: the input named by {name} has changed since the run began; restore what was there, or "
+                f"continue with --allow-change {name}"
             )
-        warnings.append(f"what {name} names has changed since the run began")
+        warnings.append(f"the input named by {name} has changed since the run began")
     return warnings
 
 
 def reopen(folder: Path, config: Config, state: State | None, inputs: dict[str, str], world: World = ALONE) -> Run:
-    """The run, with its files cut back to the checkpoint and without what a longer run makes stale. What was allowed to
-    change stays so: configuration, versions and fingerprints of inputs are written anew."""
-    # first, since a logger that cannot start must not lose anything
+    """Open a run folder to continue the run.
+
+    Its files are cut back to the checkpoint, and evaluations and the final model of later weights are removed. The
+    configuration, versions and fingerprints are written anew, so that allowed changes last.
+
+    state: state of the checkpoint to continue from; None to begin again. inputs: fingerprints now.
+    """
+    # first: if a logger cannot start, nothing must have been removed yet
     run = Run(folder, config, world, state, resumed=True)
     if world.first:
         _remove_stale_evaluations(folder, state.step if state else 0)
@@ -113,7 +126,7 @@ def reopen(folder: Path, config: Config, state: State | None, inputs: dict[str, 
 
 
 def _remove_stale_evaluations(folder: Path, step: int) -> None:
-    """Those of policies that a run that goes on from `step` leaves behind."""
+    """Remove evaluations of policies that no longer exist when the run continues from `step`."""
     for path in (folder / "eval").glob("*.json"):
         checkpoint = path.stem.removeprefix("step-")
         if path.stem in ("after", "final") or (

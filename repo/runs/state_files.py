@@ -1,7 +1,7 @@
-"""Training state: the tensors of policy, critics and optimiser, to safetensors files and back.
+"""State files: write the tensors of policy, critics and optimiser to safetensors files, and load them again.
 
-One process writes one file. Where weights are sharded each process writes its shards, and torch's distributed
-checkpoint puts them together again for any number of processes. Nothing here is pickled.
+A run of whole weights writes one file. If weights are sharded, each process writes a file of its shards, and torch's
+distributed checkpoint puts them together again for any number of processes. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ DTYPES = {
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name; tied ones once."""
+    """Return the parameters that are trained, by name; tied parameters occur once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Numbers]:
-    """Trained weights and the optimiser's tensors as they stand in memory, not copied, and its plain numbers.
+    """Collect the trained weights and the optimiser's state: (tensors, which are not copied, and plain numbers).
 
     Names are `model.<parameter>` and `optimizer.<state>.<parameter>`.
     """
@@ -58,9 +58,9 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """One safetensors file of whole tensors; returns its name and CRC-32.
+    """Write whole tensors to one safetensors file; return its CRC-32 by its name.
 
-    The library's own save_file goes through the page cache, see `write_past_cache`.
+    The library's save_file would fill the page cache; `write_past_cache` says why that matters.
     """
     header, offset = {}, 0
     for name, tensor in tensors.items():
@@ -79,7 +79,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every process of a sharded run writes a file of its parts."""
+    """Write this process's shards to a file of its own; all processes must call it together."""
     try:
         dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:  # a BaseException
@@ -87,16 +87,17 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what `write` wrote, from whatever number of processes, into place.
+    """Load the tensors of a checkpoint, written by any number of processes, into the model and the optimiser.
 
-    UserError when the checkpoint is of other parameters.
+    numbers: the optimiser's plain numbers, as `collect` returned them. Raises UserError if the checkpoint belongs to
+    other parameters or cannot be read.
     """
-    parameters, found = trained_parameters(model), _shapes(folder)
-    if {name.removeprefix(MODEL) for name in found if name.startswith(MODEL)} != parameters.keys():
+    parameters, saved = trained_parameters(model), _shapes(folder)
+    if {name.removeprefix(MODEL) for name in saved if name.startswith(MODEL)} != parameters.keys():
         raise UserError(f"{folder} belongs to another model: its parameters have other names")
     targets: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in parameters.items()}
     state: dict[str, dict[str, Any]] = {name: {} for name in parameters}
-    for name, (shape, dtype) in found.items():
+    for name, (shape, dtype) in saved.items():
         if name.startswith(OPTIMIZER):
             key, parameter = _split(name)
             like = parameters[parameter]
@@ -109,22 +110,22 @@ def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.o
         key, parameter = _split(name)
         state[parameter][key] = number
     _load(folder, targets)
-    _give(optimizer, {id(p): state[name] for name, p in parameters.items()})
+    _load_optimizer(optimizer, {id(p): state[name] for name, p in parameters.items()})
 
 
 def restore_weights(folder: Path, model: nn.Module) -> None:
-    """Load the trained weights of a model alone. UserError when the checkpoint is of other ones."""
+    """Load only the trained weights of a checkpoint into a model. Raises UserError if it lacks one of that shape."""
     targets = {MODEL + name: p.detach() for name, p in trained_parameters(model).items()}
-    found = _shapes(folder)
-    if wrong := [name for name, t in targets.items() if found.get(name, (None,))[0] != tuple(t.shape)]:
+    saved = _shapes(folder)
+    if wrong := [name for name, t in targets.items() if saved.get(name, (None,))[0] != tuple(t.shape)]:
         raise UserError(f"{folder} belongs to another model: it has no {wrong[0]} of that shape")
     _load(folder, targets)
 
 
 def _load(folder: Path, targets: dict[str, Tensor]) -> None:
-    """Fill tensors, whole or sharded, by their names."""
+    """Fill tensors, whole or sharded, with the saved ones of the same names."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for that
         alone = not any(is_sharded(t) for t in targets.values())
         try:
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
@@ -133,25 +134,25 @@ def _load(folder: Path, targets: dict[str, Tensor]) -> None:
 
 
 def _cause(error: CheckpointException) -> str:
-    """What went wrong on the first process that failed."""
+    """Describe the error of the lowest-ranked process that failed."""
     rank, (cause, _) = min(error.failures.items())
     return f"process {rank}: {first_line(cause)}"
 
 
 def _split(name: str) -> tuple[str, str]:
-    """optimizer.<state>.<parameter> -> state, parameter."""
+    """Split optimizer.<state>.<parameter> into (state, parameter)."""
     key, _, parameter = name.removeprefix(OPTIMIZER).partition(".")
     return key, parameter
 
 
 def _shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Whole shape and dtype of every tensor in the folder's files."""
+    """Read the whole shape and the dtype of every tensor in the folder's files, by name."""
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: (tuple(m.size), m.properties.dtype) for name, m in metadata.items()}  # type: ignore[union-attr]
 
 
-def _give(optimizer: torch.optim.Optimizer, state_of: Mapping[int, dict[str, Any]]) -> None:
-    """Hand each parameter's state to the optimiser, in the form of its own state_dict."""
+def _load_optimizer(optimizer: torch.optim.Optimizer, state_of: Mapping[int, dict[str, Any]]) -> None:
+    """Load each parameter's state into the optimiser, by way of its state_dict. state_of: by id of the parameter."""
     saved = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved["state"] = {i: state_of[id(p)] for i, p in enumerate(parameters) if state_of[id(p)]}

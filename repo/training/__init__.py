@@ -1,1 +1,1 @@
-"""From scores to an update: advantages, multipliers, the loss and the optimiser."""
+"""Training: advantages, multipliers, the loss and the optimiser turn scores into an update of the policy."""

@@ -1,4 +1,4 @@
-"""Gradient accumulation: the gradient of a minibatch, one micro-batch after the other."""
+"""Gradient accumulation: compute the gradient of a minibatch one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .loss import MicroBatchLoss, PolicyLoss, SupervisedLoss, make_targets
 
 
 class Accumulator:
-    """Adds up gradients of policy and critics over the micro-batches of a minibatch."""
+    """Adds up the gradients of policy and critics over the micro-batches of a minibatch.
+
+    actor: policy and critics. config: algorithm, sampling temperature, micro-batch size and ptx.coef are read from it.
+    """
 
     def __init__(self, actor: Actor, config: Config) -> None:
         self.actor, self.algorithm, self.budget = actor, config.algorithm, config.optimizer.micro_batch_tokens
@@ -29,9 +32,10 @@ class Accumulator:
         self.supervised_loss, self.ptx_coef = SupervisedLoss(), config.ptx.coef
 
     def backward(self, batch: Batch, rows: Tensor, logps: Tensor | None = None) -> tuple[dict[str, float], LossStats]:
-        """Add the gradient of the minibatch `rows` (n,); returns its losses by name and the policy's statistics.
+        """Add the gradient of a minibatch and return its losses by name and the policy's statistics.
 
-        logps: (B, R), into which this pass writes the response tokens' log-probabilities.
+        rows: (n,) int64 indices of the minibatch's responses in the batch.
+        logps: (B, R) fp32, filled with the log-probabilities of the minibatch's response tokens; None to skip.
         """
         lengths = batch.sequences.response_lengths[rows]
         tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
@@ -55,7 +59,7 @@ class Accumulator:
         return losses, everyone[0][1].merge(*(each for _, each, _ in everyone[1:]))
 
     def supervised_backward(self, examples: Sequence[Example]) -> float:
-        """Add the gradient of coef x cross-entropy per response token; returns the cross-entropy in nats."""
+        """Add the gradient of ptx.coef x mean cross-entropy and return that mean, in nats per response token."""
         pad_id, device = self.actor.settings.pad_id, self.actor.settings.device
         sequences = make_sequences([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id)
         tokens, total = int(sequences.response_lengths.sum()), torch.zeros((), device=device)

@@ -1,4 +1,4 @@
-"""Advantages: pure functions from scores of responses to what the loss multiplies the ratio with."""
+"""Advantages: pure functions that turn scores of responses into the factors of the ratio in the loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from ..scoring.safety import is_safe, rectified_cost
 
 @dataclass(frozen=True)
 class Advantages:
-    """fp32, (B,) per response from groups, (B, R) per token from critics, 0 beyond each response.
+    """Advantages of B responses: fp32, (B,) from groups or (B, R) from critics, 0 after the end of each response.
 
-    cost is None where the method has no cost term; see `mode` of repo_loss. returns: by signal, (B, R) what its critic
-    should have said.
+    reward: advantages of the reward.
+    cost: advantages of the cost; None if the method has no separate cost term.
+    combined: advantages of reward and cost in one, as the method combines them.
+    returns: by signal, (B, R) the targets of its critic; empty without critics.
     """
 
     reward: Tensor
@@ -28,12 +30,19 @@ class Advantages:
 
 
 def group_advantages(values: Tensor, group: Tensor) -> Tensor:
-    """Leave-one-out: A_i = u_i - mean of the other u_j of the same prompt.
+    """Compute leave-one-out advantages: A_i = u_i - mean of the other u_j of the same prompt.
 
-    values: (B,) float. group: (B,) int64, the prompt of each response. Returns (B,). Source: RLOO, arXiv 2402.14740.
+    Source: RLOO, arXiv 2402.14740.
+
+    Args:
+        values: (B,) float, the score u of each response.
+        group: (B,) int64, the prompt of each response.
+
+    Returns:
+        (B,) in the dtype of `values`.
 
     Raises:
-        ValueError: a group with a single response, which has no baseline.
+        ValueError: a group has a single response, which leaves no baseline.
     """
     index, counts, totals = _group_sums(values, group)
     if bool((counts < 2).any()):
@@ -43,7 +52,10 @@ def group_advantages(values: Tensor, group: Tensor) -> Tensor:
 
 
 def divide_by_group_std(advantages: Tensor, group: Tensor) -> Tensor:
-    """Combined advantages over their standard deviation in the group (ddof 0, + 1e-6), 0 where the deviation is 0."""
+    """Divide advantages by their standard deviation within the group plus 1e-6; return 0 where the deviation is 0.
+
+    The deviation divides by the size n of the group, not by n - 1. advantages: (B,). group: (B,) int64. Returns (B,).
+    """
     index, counts, totals = _group_sums(advantages, group)
     deviation = advantages - (totals / counts)[index]
     variance = torch.zeros_like(totals).index_add_(0, index, deviation**2) / counts
@@ -52,7 +64,7 @@ def divide_by_group_std(advantages: Tensor, group: Tensor) -> Tensor:
 
 
 def _group_sums(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(index into groups (B,), size of each group, sum of each group)."""
+    """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,))."""
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
     zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)
@@ -69,10 +81,21 @@ def rectified_advantages(
     cost_limit: float = 0.0,
     normalize: bool = False,
 ) -> Tensor:
-    """A = A_R - lambda A_C; with mode "split" A_C counts on unsafe responses (C > d) only.
+    """Combine advantages: A = A_R - lambda A_C, where cost_mode "split" sets A_C to 0 on safe responses (C <= d).
 
-    reward, cost: (B,) or (B, R) advantages; in mode "rectified" cost is that of {C - d}^+. costs: (B,) raw costs C.
-    normalize divides by 1 + lambda. Source: RePO, arXiv 2410.19933.
+    Source: RePO, arXiv 2410.19933.
+
+    Args:
+        reward: (B,) or (B, R), A_R.
+        cost: A_C in the shape of `reward`, computed from {C - d}^+ with cost_mode "rectified", else from C; None for 0.
+        costs: (B,) raw costs C.
+        lam: lambda.
+        cost_mode: "rectified", "split" or "lagrangian".
+        cost_limit: d.
+        normalize: divide the result by 1 + lambda.
+
+    Returns:
+        Combined advantages in the shape of `reward`.
     """
     combined = reward
     if cost is not None:
@@ -83,17 +106,26 @@ def rectified_advantages(
 
 
 def crpo_advantages(reward: Tensor, cost: Tensor, costs: Tensor, cost_limit: float, tolerance: float) -> Tensor:
-    """A_R while the batch's mean cost is <= d + tolerance, else -A_C. Costs (B,), advantages
-    (B,) or (B, R). Source: CRPO, arXiv 2011.05869."""
+    """Return A_R if the batch's mean cost is <= d + tolerance, else -A_C.
+
+    reward, cost: A_R and A_C, (B,) or (B, R). costs: (B,) raw costs C. Source: CRPO, arXiv 2011.05869.
+    """
     return reward if bool(costs.mean() <= cost_limit + tolerance) else -cost
 
 
 def token_signal(scores: Tensor, mask: Tensor, log_ratio: Tensor | None = None, weight: float = 0.0) -> Tensor:
-    """u_t = score 1[last token] + weight k_t, k_t = log pi_old - log pi_ref of the sampled token.
+    """Compute u_t = score 1[t is the last token] + weight k_t, where k_t = log pi_old - log pi_ref of the token.
 
-    weight -beta places the KL in the reward, +beta in the cost; summed over tokens, k_t is the sequence KL's estimate.
-    scores: (B,). mask: (B, R) bool, responses begin in column 0. log_ratio: (B, R) k_t in nats. Returns (B, R) fp32.
-    Source: Safe RLHF, arXiv 2310.12773.
+    The sum of k_t over a response estimates the KL of its sequence. Source: Safe RLHF, arXiv 2310.12773.
+
+    Args:
+        scores: (B,) score of each response.
+        mask: (B, R) bool, true on the tokens of each response, which begin in column 0.
+        log_ratio: (B, R) k_t in nats; None leaves the KL out.
+        weight: -beta places the KL in the reward, +beta in the cost.
+
+    Returns:
+        (B, R) fp32, 0 where the mask is false.
     """
     last = (mask.sum(1) - 1).clamp_min(0)
     signal = torch.zeros(mask.shape, dtype=torch.float32, device=scores.device)
@@ -105,12 +137,21 @@ def token_signal(scores: Tensor, mask: Tensor, log_ratio: Tensor | None = None, 
 def gae(
     signals: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates, right to left in fp32: delta_t = u_t + gamma V_{t+1} - V_t,
-    A_t = delta_t + gamma lambda A_{t+1}, G_t = A_t + V_t; V and A are 0 after the last token.
+    """Compute generalised advantage estimates, from the last token to the first, in fp32:
 
-    signals: (B, R) reward or cost u_t at each token. values: (B, R) V_t, the critic before token t. mask: (B, R) bool,
-    true on the tokens of each response, which begin in column 0. gamma, gae_lambda: in [0, 1].
-    Returns (advantages, returns), (B, R) fp32, 0 where the mask is false. Source: arXiv 1506.02438.
+        delta_t = u_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma gae_lambda A_{t+1},  G_t = A_t + V_t
+
+    where V and A are 0 after the last token. Source: arXiv 1506.02438.
+
+    Args:
+        signals: (B, R) reward or cost u_t of each token.
+        values: (B, R) V_t, the critic's value before token t.
+        mask: (B, R) bool, true on the tokens of each response, which begin in column 0.
+        gamma: discount factor in [0, 1].
+        gae_lambda: decay of the trace in [0, 1]; 0 uses the next value only, 1 the whole rest of the response.
+
+    Returns:
+        (advantages A, returns G), both (B, R) fp32, 0 where the mask is false.
     """
     u, v = (torch.where(mask, x.float(), 0.0) for x in (signals, values))
     advantages = torch.zeros_like(u)
@@ -124,7 +165,7 @@ def gae(
 
 
 def loss_mode(algorithm: AlgorithmConfig) -> str | None:
-    """The mode of repo_loss: how the cost enters the advantage; None for PPO and CRPO, which have no lambda."""
+    """Return the cost_mode of repo_loss for a method; None for PPO and CRPO, which have no lambda."""
     if algorithm.method in ("ppo", "crpo"):
         return None
     return algorithm.cost_mode if algorithm.method == "repo" else "lagrangian"
@@ -142,10 +183,18 @@ def method_advantages(
     beta: float = 0.0,
     values: Mapping[str, Tensor] | None = None,
 ) -> Advantages:
-    """Advantages of both signals, combined as the configured method does.
+    """Compute the advantages of reward and cost, and combine them as the configured method does.
 
-    rewards, costs, group: (B,). mask: (B, R) bool. log_ratio: (B, R) k_t where the KL is placed in the reward, with
-    weight beta. values: by signal, (B, R) what the critics said at sampling; empty or None: leave-one-out.
+    Args:
+        algorithm: method, cost mode, cost limit and the placement of the KL.
+        critic: gamma and gae_lambda.
+        rewards, costs: (B,) raw scores.
+        group: (B,) int64, the prompt of each response.
+        mask: (B, R) bool, true on the tokens of each response, which begin in column 0.
+        lam: lambda.
+        log_ratio: (B, R) log pi_old - log pi_ref in nats; None unless the KL is placed in the reward.
+        beta: weight of the KL.
+        values: by signal, (B, R) the critics' values at sampling; None or empty for leave-one-out advantages.
     """
     mode, limit = loss_mode(algorithm), algorithm.cost_limit
     cost_score = rectified_cost(costs, limit) if mode == "rectified" else costs
@@ -155,13 +204,13 @@ def method_advantages(
             cost_score, mask, log_ratio, beta if algorithm.kl_placement == "reward-and-cost" else 0.0
         )
     returns: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     for name, signal in signals.items():
         if values:
-            found[name], returns[name] = gae(signal, values[name], mask, critic.gamma, critic.gae_lambda)
+            separate[name], returns[name] = gae(signal, values[name], mask, critic.gamma, critic.gae_lambda)
         else:
-            found[name] = group_advantages(signal.sum(1), group)
-    reward, cost = found["reward"], found.get("cost")
+            separate[name] = group_advantages(signal.sum(1), group)
+    reward, cost = separate["reward"], separate.get("cost")
     if algorithm.method == "crpo":
         assert cost is not None
         combined = crpo_advantages(reward, cost, costs, limit, algorithm.crpo_tolerance)

@@ -1,4 +1,4 @@
-"""Batch: what one update reads of a rollout batch."""
+"""Batch: the tensors that one update reads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from .advantages import Advantages, method_advantages
 
 @dataclass(frozen=True)
 class Batch:
-    """B responses with everything that the losses of policy and critics compare with.
+    """B responses with the targets of the losses of policy and critics.
 
-    costs: (B,) raw costs, for the gate and the statistics. ref_logps, old_logps: (B, R) fp32 log-probabilities in nats
-    of the reference and of the policy that sampled; old_logps is None where a single optimiser step makes the ratio
-    exactly 1. lam, beta: weight of the cost, and of the KL wherever it is placed. values: by signal, (B, R) the
-    critics' values at sampling.
+    sequences: tokens of prompts and responses.
+    advantages: of reward and cost.
+    costs: (B,) raw costs C, for cost_mode "split" and for statistics.
+    ref_logps: (B, R) fp32, the reference's log-probabilities of the response tokens in nats.
+    lam: weight lambda of the cost.
+    beta: weight of the KL, wherever the KL is placed.
+    old_logps: (B, R) fp32, the sampling policy's log-probabilities in nats; None if the update has a single optimiser
+        step, in which the ratio is exactly 1.
+    values: by signal, (B, R) the critics' values at sampling; empty without critics.
     """
 
     sequences: Sequences
@@ -42,9 +47,11 @@ def make_batch(
     beta: float,
     predictions: Predictions,
 ) -> Batch:
-    """Compute the advantages of B scored responses and put them beside what the losses read.
+    """Compute the advantages of B scored responses and collect what the losses read.
 
-    ref_logps: (B, R). predictions: of the policy that sampled and of its critics.
+    ref_logps: (B, R) the reference's log-probabilities in nats.
+    lam, beta: weights of the cost and of the KL.
+    predictions: log-probabilities of the sampling policy and values of its critics.
     """
     in_reward, old = config.algorithm.kl_placement != "loss", predictions.logps
     log_ratio = old - ref_logps if in_reward and old is not None else None

@@ -1,8 +1,8 @@
-"""The losses of a micro-batch, as modules that the actor's forward ends with.
+"""Losses of a micro-batch, as modules that the actor's forward pass ends with.
 
-PolicyLoss is where the hinge, the ratio, the clipping and the KL are computed, in one pass of a kernel over the logits
-(repo_kernels.LinearRepoLoss); SupervisedLoss is the cross-entropy against forgetting. Both divide by counts of the
-whole minibatch, so that its split into micro-batches and processes does not change the result.
+PolicyLoss computes the rectified cost, the ratio, the clipping and the KL in one pass of a kernel over the logits
+(repo_kernels.LinearRepoLoss); SupervisedLoss is a cross-entropy that keeps the policy from forgetting. Both divide by
+counts of the whole minibatch, so that splitting it into micro-batches and processes does not change the result.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ from .batch import Batch
 
 @dataclass(frozen=True)
 class Targets:
-    """What the losses of one micro-batch of N response tokens compare with, each (N,) on the policy's device.
+    """Targets of the losses of one micro-batch of N response tokens; tensors are (N,) on the policy's device.
 
-    cost_advantages is None where they are already combined with the reward's. old_logps is None where the ratio is
-    exactly 1. old_values, returns: by signal. lam, beta: weights of cost and KL. divisor: tokens or sequences of the
-    whole minibatch, by the aggregation. tokens: response tokens of the whole minibatch.
+    reward_advantages: advantages of the reward, or of reward and cost combined.
+    cost_advantages: advantages of the cost; None if reward_advantages are combined.
+    costs: raw cost C of each token's response.
+    old_logps: the sampling policy's log-probabilities in nats; None if the ratio is exactly 1.
+    ref_logps: the reference's log-probabilities in nats.
+    old_values, returns: by signal, the critic's values at sampling and its targets.
+    lam, beta: weights of the cost and of the KL.
+    divisor: count that the policy loss is divided by: tokens or sequences of the whole minibatch, by loss_agg_mode.
+    tokens: response tokens of the whole minibatch, which value losses are divided by.
     """
 
     reward_advantages: Tensor
@@ -45,7 +51,12 @@ class Targets:
 
 
 class MicroBatchLoss(NamedTuple):
-    """losses: by name, 0-d, to be added. stats: the policy's statistics. logps: (N,) of the response tokens."""
+    """Result of one micro-batch.
+
+    losses: by name, 0-d tensors whose sum is differentiated.
+    stats: statistics of the policy loss.
+    logps: (N,) log-probabilities of the response tokens in nats.
+    """
 
     losses: dict[str, Tensor]
     stats: LossStats
@@ -53,7 +64,7 @@ class MicroBatchLoss(NamedTuple):
 
 
 def make_targets(batch: Batch, packed: Packed, algorithm: AlgorithmConfig, divisor: int, tokens: int) -> Targets:
-    """Lay the columns of a batch out by token of a micro-batch. divisor, tokens: see Targets."""
+    """Gather a batch's values for each response token of a micro-batch. divisor, tokens: see Targets."""
 
     def by_token(value: Tensor) -> Tensor:
         return flat(packed, value if value.ndim == 2 else value[:, None].expand(-1, packed.width))
@@ -76,10 +87,13 @@ def make_targets(batch: Batch, packed: Packed, algorithm: AlgorithmConfig, divis
 
 
 class PolicyLoss(nn.Module):
-    """RePO's loss of the policy, and the value loss of each critic."""
+    """RePO's loss of the policy, and the value loss of each critic, for one micro-batch."""
 
     def __init__(self, algorithm: AlgorithmConfig, temperature: float, softcap: float | None) -> None:
-        """temperature: of sampling. softcap: of the policy's logits, None where it has none."""
+        """Fix the options that stay the same over a run.
+
+        temperature: sampling temperature. softcap: bound of the policy's logits, None if the model has none.
+        """
         super().__init__()
         self.cost_limit, self.in_loss = algorithm.cost_limit, algorithm.kl_placement == "loss"
         self.repo_loss = LinearRepoLoss(loss_options(algorithm, temperature, softcap))
@@ -111,15 +125,15 @@ class PolicyLoss(nn.Module):
 
 
 def combines(algorithm: AlgorithmConfig) -> bool:
-    """Tell whether the advantages of reward and cost enter the loss already combined.
+    """Tell whether the advantages of reward and cost are combined before they enter the loss.
 
-    They do where they are scaled as one by the group's deviation, and with methods without a multiplier.
+    They are if one standard deviation of the group scales both, or if the method has no multiplier lambda.
     """
     return algorithm.scale_by_std or loss_mode(algorithm) is None
 
 
 def loss_options(algorithm: AlgorithmConfig, temperature: float, softcap: float | None) -> LossOptions:
-    """Choose the options of the loss that stay the same over a run."""
+    """Return the options of the loss that stay the same over a run; arguments as for PolicyLoss."""
     combined = combines(algorithm)
     return LossOptions(
         cost_mode="rectified" if combined else loss_mode(algorithm) or "rectified",
@@ -138,8 +152,8 @@ def loss_options(algorithm: AlgorithmConfig, temperature: float, softcap: float 
 
 
 class SupervisedLoss(nn.Module):
-    """Cross-entropy of given responses, in nats per token."""
+    """Mean cross-entropy of supervised responses, in nats per token."""
 
     def forward(self, states: States, _: nn.ModuleDict, tokens: int) -> Tensor:
-        """Compute -sum log pi / tokens, 0-d. tokens: response tokens of all examples of the optimiser step."""
+        """Compute -sum log pi / tokens (0-d). tokens: response tokens of all examples of the optimiser step."""
         return -states.logps(1.0).sum() / tokens

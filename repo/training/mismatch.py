@@ -1,4 +1,4 @@
-"""Mismatch: how far the policy that is trained is from the one that sampled, and why that may be."""
+"""Mismatch: measure how far the trained policy is from the one that sampled, and name the likely cause."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_GAP, MIN_ESS = 0.05, 0.9  # nats per token; share of the tokens
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well rollout and trainer agree on the sampled tokens.
+    """Agreement of rollout and trainer on the probabilities of the sampled tokens; NaN without tokens.
 
-    gap: mean |log pi_trainer - log pi_rollout| in nats per token. ess: effective sample size (sum w)^2 / (n sum w^2) of
-    w = pi_trainer / pi_rollout, 1 where they are equal. Both are NaN without tokens.
+    gap: mean |log pi_trainer - log pi_rollout| in nats per token.
+    ess: effective sample size (sum w)^2 / (n sum w^2) of w = pi_trainer / pi_rollout, in (0, 1]; 1 if both agree.
     """
 
     gap: float
@@ -25,7 +25,10 @@ class Agreement:
 
 
 def agreement(rollout_logps: Tensor, trainer_logps: Tensor, mask: Tensor) -> Agreement:
-    """Compare two sets of log-probabilities (B, R) of the sampled tokens, where the mask (B, R) is true."""
+    """Compare two sets of log-probabilities of the sampled tokens.
+
+    rollout_logps, trainer_logps: (B, R) in nats. mask: (B, R) bool, true on the tokens to compare.
+    """
     difference = (trainer_logps - rollout_logps)[mask].double()
     if not len(difference):
         return Agreement(float("nan"), float("nan"))
@@ -42,14 +45,14 @@ def likely_cause(config: Config) -> str:
         return "model.dtype bfloat16 rounds differently in decoding and in training; float32 does not"
     if config.model.compile:
         return "compiled layers differ from the plain ones that sample"
-    return "the model computes otherwise token by token than in one pass: its cache, positions or attention"
+    return "the model computes differently token by token than in one pass: its cache, positions or attention"
 
 
 def describe_mismatch(agreed: Agreement, config: Config) -> str | None:
-    """Warn where rollout and trainer disagree more than rounding explains; None where they do not."""
+    """Return a warning if rollout and trainer disagree by more than rounding explains, else None."""
     if not (agreed.gap > MAX_GAP or agreed.ess < MIN_ESS):
         return None
     return (
-        f"warning: the policy that is trained is not quite the one that sampled: their log-probabilities differ by "
+        f"warning: the trained policy is not quite the one that sampled: their log-probabilities differ by "
         f"{agreed.gap:.3f} nats per token, effective sample size {agreed.ess:.0%}; likely cause: {likely_cause(config)}"
     )

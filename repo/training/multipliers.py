@@ -1,4 +1,4 @@
-"""The weights that move between steps: the penalty lambda and, if asked for, the KL weight beta.
+"""Multipliers: the weights that change between steps, which are lambda of the cost and optionally beta of the KL.
 
 Their rules are pure functions; `Multipliers` is the state that a run carries from step to step.
 """
@@ -16,23 +16,37 @@ WINDOW = 128  # costs in the running mean of ppo_lagrangian
 
 
 def repo_lambda(lam: float, rectified_cost: float, lr: float, maximum: float) -> float:
-    """min(lambda + eta * mean {C - d}^+, lambda_max): never falls. Source: RePO, arXiv 2410.19933."""
+    """Raise lambda to min(lambda + lr * mean {C - d}^+, maximum); it never falls. Source: RePO, arXiv 2410.19933.
+
+    lam: lambda of the step. rectified_cost: mean of {C - d}^+ over the global rollout batch.
+    """
     return min(lam + lr * rectified_cost, maximum)
 
 
 def lagrangian_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float, maximum: float) -> float:
-    """exp(min(log lambda + eta * lambda * (mean C - d), log lambda_max)): Safe RLHF's dual step, arXiv 2310.12773."""
+    """Move lambda to exp(min(log lambda + lr * lambda * (mean C - d), log maximum)).
+
+    lam: lambda of the step. mean_cost: running mean of C. cost_limit: d. Source: dual step of Safe RLHF, arXiv
+    2310.12773.
+    """
     log_lam = math.log(max(lam, sys.float_info.min))  # a huge negative step may have brought lambda to 0
     return math.exp(min(log_lam + lr * lam * (mean_cost - cost_limit), math.log(maximum)))
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """beta (1 + 0.1 e), e = (KL - target) / target clipped to +-0.2. Source: Ziegler et al., arXiv 1909.08593."""
+    """Return beta (1 + 0.1 e), where e = (KL - target) / target is clipped to [-0.2, 0.2].
+
+    kl, target: nats per token. Source: Ziegler et al., arXiv 1909.08593.
+    """
     return beta * (1 + 0.1 * max(-0.2, min(0.2, (kl - target) / target)))
 
 
 class Multipliers:
-    """The lambda (`lam`) and `beta` that the current step uses; `update` moves them once per rollout batch."""
+    """Holds the lambda (`lam`) and `beta` that the current step uses; `update` moves them once per rollout batch.
+
+    algorithm: method, cost limit, initial beta and target of the KL.
+    config: initial value, learning rate and maximum of lambda.
+    """
 
     def __init__(self, algorithm: AlgorithmConfig, config: PenaltyConfig) -> None:
         self.algorithm, self.config = algorithm, config
@@ -41,7 +55,11 @@ class Multipliers:
         self.window: deque[float] = deque(maxlen=WINDOW)
 
     def update(self, costs: list[float], rectified_cost: float, kl: float = 0.0) -> None:
-        """Move lambda by the costs of one global rollout batch, and beta by its KL in nats per token."""
+        """Move lambda by the costs of one rollout batch over all processes, and beta by its KL.
+
+        costs: raw costs C of its responses. rectified_cost: mean of {C - d}^+. kl: nats per token; beta stays the same
+        if it is not finite or algorithm.kl_target is None.
+        """
         algorithm, config = self.algorithm, self.config
         if algorithm.method == "repo":
             self.lam = repo_lambda(self.lam, rectified_cost, config.lr, config.max)
@@ -53,10 +71,10 @@ class Multipliers:
             self.beta = adapted_beta(self.beta, kl, algorithm.kl_target)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"value": self.lam, "beta": self.beta, "window": list(self.window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Restore the state of a checkpoint, as state_dict returned it."""
         self.lam, self.beta = float(state["value"]), float(state["beta"])
         self.window = deque(state["window"], maxlen=WINDOW)

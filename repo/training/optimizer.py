@@ -1,4 +1,4 @@
-"""Optimiser: the learning rate of each step, and AdamW over policy and critics with moments in fp32, bf16 or 8 bits."""
+"""Optimiser: learning-rate schedules, and AdamW for policy and critics with moments in fp32, bf16 or 8 bits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from ..common.errors import UserError
 from ..config.schema import Config, OptimizerConfig
 from ..models.sharding import local
 
-BLOCK = 2**22  # elements whose moments are widened at a time
+BLOCK = 2**22  # elements updated at a time, which bounds the memory of their fp32 moments
 
 
 def lr_at(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or cosine / linear to 0 after the last step."""
+    """Compute the learning rate of a step: linear warm-up, then constant, or a cosine or linear decay towards 0.
+
+    step: counted from 0. steps: steps of the whole run; a decay would reach 0 at step = steps.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -28,9 +31,9 @@ def lr_at(step: int, steps: int, config: OptimizerConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, critics: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW over both, each with its learning rate; weight decay on matrices only.
+    """Make AdamW over policy and critics, each with its own learning rate, and weight decay on matrices only.
 
-    Raises UserError when optimizer.state_dtype needs a package that is missing, or betas that bf16 cannot follow.
+    Raises UserError if optimizer.state_dtype needs a missing package, or if optimizer.betas are too large for bfloat16.
     """
     groups: list[dict[str, Any]] = []
     for module, lr in ((model, config.optimizer.lr), (critics, config.critic.lr)):
@@ -57,10 +60,10 @@ def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
 
 
 class BFloat16AdamW(torch.optim.AdamW):
-    """AdamW in fp32 whose two moments are rounded to bf16 (to nearest) after each step: 4 bytes per weight, not 8.
+    """AdamW that computes in fp32 and rounds its two moments to bf16 (to nearest) after each step.
 
-    A moment that decays by less than half a unit in the last place would stay where it is, so each beta must be
-    <= 1 - 2^-8 (UserError).
+    This takes 4 bytes per weight instead of 8. A moment that decays by less than half a unit in the last place would
+    round back to where it was, so betas above 1 - 2^-8 raise UserError.
     """
 
     def __init__(self, params: Any, betas: tuple[float, float]) -> None:
@@ -71,7 +74,7 @@ class BFloat16AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
+        """Update every parameter that has a gradient. closure: ignored."""
         for group in self.param_groups:
             options = {"beta1": group["betas"][0], "beta2": group["betas"][1]}
             options |= {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
@@ -86,10 +89,10 @@ class BFloat16AdamW(torch.optim.AdamW):
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, dtype=torch.bfloat16) for _ in "mv")
         assert parameter.grad is not None
         whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        tensors = [torch.atleast_1d(local(t)) for t in whole]  # of a sharded weight, what this process has
+        tensors = [torch.atleast_1d(local(t)) for t in whole]  # this process's shard, if the weight is sharded
         rows = max(1, BLOCK * len(tensors[0]) // max(1, tensors[0].numel()))
         for pieces in zip(*(t.split(rows) for t in tensors), strict=True):
-            # the fused step takes equal layouts for granted
+            # the fused kernel assumes that all four tensors have the same layout
             weight, gradient, m, v = (piece.to(parameter.dtype).contiguous() for piece in pieces)
             adamw([weight], [gradient], [m], [v], [], [state["step"].clone()], fused=True, **options)
             for piece, exact in zip(pieces, (weight, gradient, m, v), strict=True):
@@ -98,7 +101,7 @@ class BFloat16AdamW(torch.optim.AdamW):
         state["step"] += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Optimizer's, which gives the moments the dtype of the weights."""
+        """Restore the state and round the moments to bf16 again: Optimizer casts them to the dtype of the weights."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in ("exp_avg", "exp_avg_sq"):

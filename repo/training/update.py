@@ -1,4 +1,4 @@
-"""Update: the optimiser steps that one rollout batch leads to."""
+"""Update: run the optimiser steps on one rollout batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ from .optimizer import lr_at, make_optimizer
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """losses: by name, mean over optimiser steps. grad_norm: the policy's in the last step, before clipping.
+    """Result of one update.
 
-    skipped: steps left out because they were not finite. logps: (B, R) fp32 log-probabilities under the policy that
-    sampled, as the update computes them.
+    losses: by name, mean over the optimiser steps.
+    grad_norm: gradient norm of the policy in the last optimiser step, before clipping.
+    lr: learning rate of the policy.
+    skipped: optimiser steps left out because a loss or gradient was not finite.
+    stats: statistics of the policy loss, merged over the optimiser steps.
+    logps: (B, R) fp32 log-probabilities of the response tokens in nats, which the trainer computed with the weights
+        that sampled them.
     """
 
     losses: dict[str, float]
@@ -43,7 +48,10 @@ class UpdateResult:
 
 
 class Updater:
-    """The optimiser of policy and critics, and the rules of one update."""
+    """Updates policy and critics from rollout batches, and owns their optimiser.
+
+    actor: policy and critics. config: the configuration. examples: supervised examples of ptx, if any.
+    """
 
     def __init__(self, actor: Actor, config: Config, examples: Sequence[Example] = ()) -> None:
         self.actor, self.config, self.examples = actor, config, examples
@@ -53,14 +61,17 @@ class Updater:
 
     @property
     def steps_per_update(self) -> int:
-        """Optimiser steps on one rollout batch; with more than 1 the ratio needs the sampling policy's log-probs."""
+        """Return the number of optimiser steps per rollout batch.
+
+        With more than 1 the ratio needs log-probabilities of the sampling policy.
+        """
         return self.config.optimizer.epochs * self.config.optimizer.minibatches
 
     def predict(self, sequences: Sequences, step: int) -> Predictions:
-        """Predict what this update needs of the policy that sampled: log-probabilities and the critics' values.
+        """Compute the log-probabilities and critics' values that this update needs, with the weights that sampled.
 
-        Where only the ratio needs log-probabilities, the rows of the first minibatch stay 0: in the first pass their
-        ratio is 1, and that pass fills them in for later epochs.
+        If only the ratio needs log-probabilities, the rows of the first minibatch are left 0: their ratio is 1 in the
+        first pass, and that pass fills them in for later epochs. With a single optimiser step nothing is computed.
         """
         config, rows = self.config, None
         if not self._needs_values:
@@ -72,14 +83,16 @@ class Updater:
 
     @property
     def _needs_values(self) -> bool:
-        """Whether the advantages are made from predictions for every token."""
+        """Tell whether the advantages need log-probabilities or values of every token."""
         return len(self.actor.critics) > 0 or self.config.algorithm.kl_placement != "loss"
 
     def update(self, batch: Batch, step: int, steps: int) -> UpdateResult:
         """Run epochs x shuffled minibatches x micro-batches, with supervised examples in the same optimiser steps.
 
-        Raises UserError after `max_skipped` minibatches in a row whose gradient was not finite, and where a weight is
-        not finite afterwards.
+        step: step of the run, counted from 0. steps: steps of the whole run.
+
+        Raises UserError after optimizer.max_skipped minibatches in a row with a non-finite loss or gradient, or if a
+        weight is not finite after the update.
         """
         optimizer = self.config.optimizer
         lr = lr_at(step, steps, optimizer)
@@ -88,7 +101,7 @@ class Updater:
         losses, stats, skipped, norm = defaultdict[str, list[float]](list), [], 0, 0.0
         old = torch.zeros_like(batch.ref_logps) if batch.old_logps is None else batch.old_logps.clone()
         for index, (rows, examples) in enumerate(self._minibatches(len(batch.costs), step)):
-            # before the first optimiser step the policy is the one that sampled: rho = 1, with its gradient
+            # until the first optimiser step the policy is the one that sampled: the ratio is 1, but has a gradient
             known = dataclasses.replace(batch, old_logps=old if index else None)
             minibatch, minibatch_stats = self.accumulator.backward(known, rows, None if index else old)
             if examples:
@@ -118,7 +131,7 @@ class Updater:
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _minibatches(self, count: int, step: int) -> Iterator[tuple[Tensor, list[Example]]]:
-        """Rows of each minibatch of each epoch, beside as many supervised examples, if there are any."""
+        """Yield the rows of each minibatch of each epoch, with as many supervised examples if there are any."""
         seed, optimizer = self.config.seed, self.config.optimizer
         for epoch in range(optimizer.epochs):
             order = torch.randperm(count, generator=generator(seed, "minibatches", step, epoch))

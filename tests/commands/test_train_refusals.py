@@ -89,13 +89,13 @@ def test_an_empty_prompt_list_is_a_sentence(tiny_arguments, tmp_path):
 
 
 def test_held_out_prompts_are_never_trained_on(tiny_arguments, tiny_prompts, tmp_path, capsys):
-    with pytest.raises(UserError, match="every prompt of data.train is in data.eval too"):
+    with pytest.raises(UserError, match="every prompt is also in data.eval"):
         run(tiny_arguments, tmp_path / "none", f"--data.eval={tiny_prompts[0]}")
     records = [json.loads(line) for line in tiny_prompts[0].read_text().splitlines()]
     path = tmp_path / "eval.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records[:2]))
     folder = run(tiny_arguments, tmp_path / "some", f"--data.eval={path}", "--steps=3")
-    assert "train prompts: 2 more dropped, since they are held out" in capsys.readouterr().out
+    assert "train prompts: 2 more dropped: they are held out" in capsys.readouterr().out
     assert {s["id"] for s in lines(folder, "samples.jsonl")} == {r["id"] for r in records[2:]}
 
 

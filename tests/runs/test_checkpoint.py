@@ -284,7 +284,7 @@ def test_a_checkpoint_of_another_model_or_version_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="belongs to another model: its parameters have other names"):
         checkpoint.restore(folder, other[0], torch.optim.AdamW(other.parameters()))
     (folder / "state.json").write_text('{"step": 3}')
-    with pytest.raises(UserError, match=r"state.json is no state of this version"):
+    with pytest.raises(UserError, match=r"state.json is not a state that this version can read"):
         checkpoint.read_state(folder)
 
 
