@@ -75,9 +75,7 @@ def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> R
     before = read_json(folder / "versions.json") or {}
     newer = [f"{name} {before[name]} -> {v}" for name, v in versions().items() if before.get(name, v) != v]
     if newer:
-        warnings.append(
-            f"the run began with other versions, so results may not be bit-identical: {', '.join(newer)}"
-        )
+        warnings.append(f"the run began with other versions, so results may not be bit-identical: {', '.join(newer)}")
     state = checkpoints.read_state(checkpoint)[0] if checkpoint else None
     done = state.step if state else 0
     if done > config.steps or (done == config.steps and (folder / "final").exists()):
