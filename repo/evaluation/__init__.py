@@ -1,1 +1,1 @@
-"""Evaluation on held-out prompts: responses, statistics, tables, signs of reward hacking."""
+"""Evaluation on held-out prompts: responses, statistics, tables and signs of reward hacking."""

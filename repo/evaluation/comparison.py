@@ -1,4 +1,4 @@
-"""Comparison: evaluated policies prompt by prompt: what changed, which prompts became safe or unsafe, and who wins."""
+"""Comparison: compare evaluated policies prompt by prompt: changes, prompts that became safe or unsafe, win rates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .statistics import RENAMED, Evaluation, aligned, draws_of, few, interval_of
 from .tables import show, show_change
 
 NEWEST = ("final", "after")
-"""Evaluations of a run in the order in which they are preferred; then its last checkpoint's, then `before`."""
+"""Evaluations of a run that are preferred, best first; next are its last checkpoint's and `before`."""
 WINS = {
     "reward": "more reward",
     "cost": "less cost",
@@ -31,10 +31,12 @@ WINS = {
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of a comparison, called `name` as given.
+    """One side of a comparison.
 
-    made: how the evaluation was made, by the keys of its file. trail: quantities of a run's evaluations in the order of
-    training.
+    name: the run folder or evaluation file, as the user gave it.
+    evaluation: its responses.
+    made: the settings it was made with, by the keys of its file.
+    trail: (file's stem, quantities with intervals) of the run's evaluations, in the order of training.
     """
 
     name: str
@@ -44,31 +46,41 @@ class Contender:
 
 
 def read_evaluation(path: Path, cost_limit: float | None = None) -> tuple[Evaluation, dict[str, Any]]:
-    """Read what repo.evaluate or repo.train wrote, and how it was made. Raises UserError when it cannot be read."""
+    """Read an evaluation file of repo.evaluate or repo.train.
+
+    cost_limit: replaces the file's own limit; None keeps that.
+
+    Returns the evaluation and the settings it was made with. Raises UserError if the file cannot be read.
+    """
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         content = {RENAMED.get(key, key): value for key, value in written.items()}
         limit = content["cost_limit"] if cost_limit is None else cost_limit
-        found = Evaluation(content.pop("responses"), float(limit))
-        if not found.records:
+        evaluation = Evaluation(content.pop("responses"), float(limit))
+        if not evaluation.records:
             raise UserError(f"{path} holds no responses")
-        if not all(np.isfinite(found.columns[key]).all() for key in ("reward", "cost")):
+        if not all(np.isfinite(evaluation.columns[key]).all() for key in ("reward", "cost")):
             raise UserError(f"{path} has a reward or a cost that is not finite")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no evaluation of this version: {first_line(error)}") from None
-    return found, content
+        raise UserError(f"{path} is not an evaluation that this version can read: {first_line(error)}") from None
+    return evaluation, content
 
 
 def contender(name: str, cost_limit: float | None = None) -> Contender:
-    """Take a run folder's newest evaluation, or the file of one. Raises UserError where there is none."""
+    """Read one side of a comparison: an evaluation file, or the newest evaluation of a run folder.
+
+    name: the file or folder. cost_limit: replaces the files' own limit; None keeps that.
+
+    Raises UserError if there is no evaluation.
+    """
     path = Path(name)
     if path.is_file():
-        found, made = read_evaluation(path, cost_limit)
-        return Contender(name, found, made, ((path.stem, measured(found.columns)),))
+        evaluation, made = read_evaluation(path, cost_limit)
+        return Contender(name, evaluation, made, ((path.stem, measured(evaluation.columns)),))
     files = {p.stem: p for p in (path / "eval").glob("*.json")}
     if not files:
         raise UserError(
-            f"{name} is neither an evaluation file nor a run with one in {path / 'eval'}; repo.evaluate makes them"
+            f"{name} is neither an evaluation file nor a run with one in {path / 'eval'}; repo.evaluate writes them"
         )
     steps = sorted(stem for stem in files if stem.startswith("step-"))
     preferred = [*NEWEST, *reversed(steps), "before", *sorted(files)]
@@ -79,9 +91,11 @@ def contender(name: str, cost_limit: float | None = None) -> Contender:
 
 
 def safety_table(a: Evaluation, b: Evaluation, column: str = "safe") -> NDArray[np.int64]:
-    """Count common prompts in a (2, 2) table: rows a safe, a unsafe; columns b safe, b unsafe.
+    """Count the common prompts of a and b by safety.
 
-    A prompt is unsafe when more than half of its responses are. column: "safe" or "judge_safe".
+    A prompt is unsafe if more than half of its responses are. column: "safe" or "judge_safe".
+
+    Returns (2, 2): rows are a safe and a unsafe, columns b safe and b unsafe.
     """
     left, right = (mostly_unsafe(columns[column].mean(1)) for columns in aligned(a, b))
     table = np.zeros((2, 2), dtype=np.int64)
@@ -90,34 +104,39 @@ def safety_table(a: Evaluation, b: Evaluation, column: str = "safe") -> NDArray[
 
 
 def sign_test(gained: int, lost: int) -> float:
-    """Compute the two-sided exact p-value that as many prompts change one way as the other (McNemar's exact test)."""
+    """Compute the two-sided p-value of McNemar's exact test: prompts are as likely to change one way as the other.
+
+    gained, lost: number of prompts that changed one way and the other.
+    """
     n, tail = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(comb(n, i) for i in range(tail + 1)) / 2**n)
 
 
 def win_rates(a: Evaluation, b: Evaluation) -> dict[str, dict[str, float | None]]:
-    """Measure how often a response of b beats one of a to the same prompt, ties counted half, by the criteria of WINS.
+    """Measure how often a response of b beats a response of a to the same prompt, by each criterion of WINS.
 
-    Every response of b meets every one of a. Intervals are bootstrapped over prompts.
+    Every response of b is compared with every response of a; a tie counts half.
+
+    Returns {criterion: {"mean", "low", "high"}} with bootstrap intervals over prompts.
     """
     left, right = aligned(a, b)
     reward = right["reward"][:, None, :] - left["reward"][:, :, None]
     cost = left["cost"][:, :, None] - right["cost"][:, None, :]
     safer = right["safe"][:, None, :] - left["safe"][:, :, None]
     margins = {"reward": reward, "cost": cost, "constrained": np.where(safer != 0, safer, reward)}
-    found = {}
+    rates = {}
     for key, margin in margins.items():
         per_prompt = ((margin > 0) + 0.5 * (margin == 0)).mean((1, 2))
         resampled = None if few(left) else per_prompt[draws_of(len(per_prompt))].mean(1)
-        found[key] = interval_of(float(per_prompt.mean()), resampled)
-    return found
+        rates[key] = interval_of(float(per_prompt.mean()), resampled)
+    return rates
 
 
 def compare_pair(a: Contender, b: Contender) -> dict[str, Any]:
-    """Compare b with a, as JSON."""
+    """Compare b with the baseline a; return paired changes, win rates and safety tables as JSON values."""
     tables = {}
     for column in ("safe", "judge_safe"):
-        # with other numbers of responses more than half of them would mean something else
+        # "more than half of the responses" only compares between equal numbers of responses
         same = a.evaluation.samples == b.evaluation.samples
         if same and all(column in c.evaluation.columns for c in (a, b)):
             table = safety_table(a.evaluation, b.evaluation, column)
@@ -140,30 +159,30 @@ def compare_pair(a: Contender, b: Contender) -> dict[str, Any]:
 
 
 def require_comparable(contenders: Sequence[Contender]) -> list[str]:
-    """Say what differs in how the evaluations were made.
+    """Return warnings about settings that differ between the evaluations.
 
-    Raises UserError where that leaves nothing to compare: the cost limit, without which no response is safe or unsafe,
-    or a scorer.
+    Raises UserError if the cost limit or a scorer differs, since their numbers cannot be compared then, or if one
+    evaluation is given twice.
     """
     for key, way in (("cost_limit", "; choose one with --cost-limit"), ("reward_scorer", ""), ("cost_scorer", "")):
-        if told := _differences(contenders, key):
-            raise UserError(f"the evaluations have different {key.replace('_', ' ')}s ({told}){way}")
+        if difference := _differences(contenders, key):
+            raise UserError(f"the evaluations have different {key.replace('_', ' ')}s ({difference}){way}")
     names = [c.name for c in contenders]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{repeated} is given twice")
     warnings = [
-        f"the evaluations differ in {key} ({told})"
+        f"the evaluations differ in {key} ({difference})"
         for key in ("judge", "temperature", "top_p", "max_response_tokens")
-        if (told := _differences(contenders, key))
+        if (difference := _differences(contenders, key))
     ]
     if len({c.evaluation.samples for c in contenders}) > 1:
         counts = ", ".join(f"{c.name}: {c.evaluation.samples}" for c in contenders)
-        warnings.append(f"responses per prompt differ ({counts}), so that prompts mostly unsafe are not compared")
+        warnings.append(f"responses per prompt differ ({counts}), so mostly unsafe prompts are not compared")
     return warnings
 
 
 def _differences(contenders: Sequence[Contender], key: str) -> str:
-    """List each contender's value; "" where all agree."""
+    """List each contender's value of a setting; "" if all agree."""
     values = [c.evaluation.cost_limit if key == "cost_limit" else c.made.get(key) for c in contenders]
     if all(value == values[0] for value in values):
         return ""
@@ -171,7 +190,7 @@ def _differences(contenders: Sequence[Contender], key: str) -> str:
 
 
 def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
-    """Print every quantity of each contender."""
+    """Print a table of every quantity, with one column for each contender."""
     table = Table(title="mean [95 % bootstrap interval over prompts]")
     table.add_column("")
     for c in contenders:
@@ -184,7 +203,7 @@ def print_quantities(console: Console, contenders: Sequence[Contender]) -> None:
 
 
 def print_pair(console: Console, pair: dict[str, Any]) -> None:
-    """Print paired changes, wins and the 2 x 2 tables of one pair."""
+    """Print the paired changes, win rates and 2 x 2 safety tables of one pair. pair: the result of compare_pair."""
     title = f"{pair['other']} against {pair['baseline']}, {pair['prompts']} common prompts"
     table = Table(title=escape(title))
     table.add_column("change")

@@ -1,4 +1,4 @@
-"""Evaluator: a policy's responses to held-out prompts, scored as in training and by a judge that took no part in it."""
+"""Evaluator: sample responses to held-out prompts, and score them as in training and by a judge kept out of it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ from .statistics import RENAMED, Evaluation
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Held-out prompts and what is measured on a policy's responses to them.
+    """Measures policies on the same held-out prompts.
 
-    judge: None leaves its verdicts out. reference: the model that the KL is measured from; None leaves the KL out.
-    Processes of `world` share the prompts, and each gets the whole result.
+    config: sampling, seed, cost limit and samples per prompt are read from it.
+    prompts: held-out prompts.
+    scorers: the reward and cost of training.
+    judge: scorer that took no part in training; None leaves its verdicts out.
+    reference: model that the KL is measured from; None leaves the KL out.
+    console: where progress is printed.
+    world: processes that share the prompts; each gets the whole result.
     """
 
     config: Config
@@ -43,7 +48,9 @@ class Evaluator:
     world: World = ALONE
 
     def __call__(self, policy: Policy, advance: Callable[[int], None] = lambda _: None) -> Evaluation:
-        """Sample, score and judge. The same seed gives every policy the same random numbers, which pairs evaluations.
+        """Sample responses of a policy and score them.
+
+        Every policy is sampled with the same random numbers, which makes evaluations paired.
 
         advance: called with the number of prompts done since its last call.
         """
@@ -61,7 +68,7 @@ class Evaluator:
         return Evaluation([record for records in whole for record in records], self.config.algorithm.cost_limit)
 
     def _records(self, policy: Policy, prompts: list[Prompt]) -> list[dict[str, Any]]:
-        """Answer a few prompts, samples_per_prompt times each, and measure the responses, prompt by prompt."""
+        """Sample samples_per_prompt responses to each of a few prompts; return their records, prompt by prompt."""
         config, r = self.config, self.config.rollout
         rollout = sample(policy, prompts, config.evaluation.samples_per_prompt, r, config.seed, "evaluation")
         texts, reading = list(rollout.texts), None
@@ -85,7 +92,7 @@ class Evaluator:
         ]
 
     def with_progress(self, title: str, policy: Policy) -> Evaluation:
-        """Evaluate under a progress bar, and say how long it took."""
+        """Evaluate a policy under a progress bar, and print how long it took. title: label of the bar."""
         started = time.perf_counter()
         with progress_bar(self.console) as bar:
             task = bar.add_task(escape(title), total=len(self.prompts))
@@ -95,9 +102,10 @@ class Evaluator:
         return evaluation
 
     def into_run(self, folder: Run, name: str, policy: Policy) -> Evaluation | None:
-        """Evaluate into RUN/eval/<name>.json, or read what a resumed run has there; None without held-out prompts.
+        """Evaluate a policy into RUN/eval/<name>.json, or read that file if a resumed run already has it.
 
-        What was evaluated under other settings, which --allow-change can bring about, is evaluated again.
+        A file made with other settings, which --allow-change permits, is replaced. Returns None if there are no
+        held-out prompts.
         """
         if not self.prompts:
             return None
@@ -114,7 +122,7 @@ class Evaluator:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """List the settings that an evaluation's numbers depend on besides policy and prompts, as JSON holds them."""
+    """Return the settings that an evaluation depends on besides policy and prompts, in the types that JSON has."""
     settings = {
         "cost_limit": config.algorithm.cost_limit,
         "seed": config.seed,
@@ -129,6 +137,9 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def content_of(config: Config, evaluation: Evaluation, **about: Any) -> dict[str, Any]:
-    """Put together an evaluation's file: settings, versions, the summary and every response."""
+    """Build the content of an evaluation file: settings, versions, the summary and every response.
+
+    about: further keys, such as the policy's name.
+    """
     settings = {**settings_of(config), "data": config.data.eval, "versions": versions()}
     return {**about, **settings, **finite({"summary": evaluation.summary(), "responses": evaluation.records})}

@@ -1,4 +1,7 @@
-"""Evaluation: scored responses to held-out prompts, and what they say, with bootstrap intervals over prompts."""
+"""Statistics of scored responses to held-out prompts, with bootstrap intervals over prompts.
+
+Columns are arrays (P, k) of a number for each response: k responses to each of P prompts.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def _mean(key: str) -> Callable[[Columns], Array]:
 
 
 def _safe_reward(c: Columns) -> Array:
-    """Mean reward of safe responses, NaN where there is none."""
+    """Compute the mean reward of safe responses, NaN if there is none."""
     safe = c["safe"].sum((-2, -1))
     total = (c["reward"] * c["safe"]).sum((-2, -1))
     return np.where(safe > 0, total / np.maximum(safe, 1), np.nan)
@@ -64,7 +67,7 @@ QUANTITIES: dict[str, Callable[[Columns], Array]] = {
     "kl_per_token": _per_token("kl"),
     "entropy": _per_token("surprise"),
 }
-"""Statistics of columns (..., P, k), k responses to each of P prompts -> (...)."""
+"""Function that computes each quantity from columns (..., P, k), with a result of shape (...)."""
 
 NEEDS = {
     "judge_safe_rate": "judge_safe",
@@ -75,48 +78,56 @@ NEEDS = {
     "kl_per_token": "kl",
     "entropy": "surprise",
 }
-"""Columns that not every evaluation has."""
+"""Column that a quantity needs, if not every evaluation has it."""
 
 POINTS = {"cost_max"}
-"""Quantities whose bootstrap says nothing: a resampled maximum never exceeds the sample's."""
+"""Quantities without an interval: a resampled maximum never exceeds the sample's, so its bootstrap is meaningless."""
 
 COUNTED = {"prompts_mostly_unsafe", "judge_prompts_mostly_unsafe", "cost_max"}
-"""Quantities that depend on how many responses a prompt got: with other counts they cannot be compared."""
+"""Quantities that depend on the number of responses per prompt, and compare only between equal numbers."""
 
 FEWEST_PROMPTS = 10
-"""For an interval: a bootstrap of fewer claims more than 95 % of what it should."""
+"""Fewest prompts for an interval: the bootstrap of fewer covers the true value less often than 95 % of the time."""
 
 
 RENAMED = {"max_new_tokens": "max_response_tokens"}
-"""Keys of evaluation files as version 0.1 wrote them, and what they are called now."""
+"""Old key -> new key of evaluation files, for those that version 0.1 wrote."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scored responses to held-out prompts, as records that a file keeps, k in a row for each prompt: `id category
-    prompt response tokens reward cost` and optionally `judge_safe refusal repetition kl surprise` (nats per response:
-    log pi - log pi_ref and -log pi of the sampled tokens)."""
+    """Scored responses to held-out prompts.
+
+    records: one for each response, as the file stores it; the k responses to a prompt are in a row. Keys are `id`,
+        `category`, `prompt`, `response`, `tokens`, `reward`, `cost` and optionally `judge_safe`, `refusal`,
+        `repetition`, `kl` and `surprise`. The last two are log pi - log pi_ref and -log pi, summed over the sampled
+        tokens, in nats.
+    cost_limit: d; a response is safe iff its cost is at most d.
+    """
 
     records: list[dict[str, Any]]
     cost_limit: float
 
     def column(self, key: str) -> Tensor:
-        """(B,) fp64 of a numeric key."""
+        """Return a numeric key of all B records, (B,) fp64."""
         return torch.tensor([float(r[key]) for r in self.records], dtype=torch.float64)
 
     def has(self, key: str) -> bool:
-        """Whether the records hold what a quantity is made of."""
+        """Tell whether the records hold the column that a quantity needs. key: a key of QUANTITIES."""
         needed = NEEDS.get(key, "cost")
         return bool(self.records) and needed in self.records[0]
 
     @cached_property
     def ids(self) -> list[str]:
-        """The P prompts, in their order."""
+        """Return the ids of the P prompts, in their order."""
         return list(dict.fromkeys(r["id"] for r in self.records))
 
     @property
     def samples(self) -> int:
-        """k, the responses of each prompt. UserError where they differ or are not in a row."""
+        """Return k, the number of responses to each prompt.
+
+        Raises UserError if prompts have different numbers of responses, or if those of a prompt are not in a row.
+        """
         k = len(self.records) // max(len(self.ids), 1)
         if [r["id"] for r in self.records] != [i for i in self.ids for _ in range(k)]:
             raise UserError("an evaluation must have equally many responses of every prompt, in a row")
@@ -124,30 +135,33 @@ class Evaluation:
 
     @property
     def categories(self) -> list[str]:
-        """Of each of the P prompts."""
+        """Return the category of each of the P prompts."""
         return [r["category"] for r in self.records[:: self.samples]]
 
     @property
     def limit(self) -> float:
-        """d, rounded to fp32 as the costs are."""
+        """Return d rounded to fp32, as the costs are."""
         return round_limit(self.cost_limit)
 
     @cached_property
     def columns(self) -> dict[str, Array]:
-        """What QUANTITIES are made of, (P, k) each."""
+        """Return the columns that QUANTITIES are computed from, (P, k) fp64 each."""
         shape, costs = (len(self.ids), self.samples), self.column("cost")
-        found = {
+        flat = {
             "safe": is_safe(costs, self.cost_limit).double(),
             "hinge": rectified_cost(costs, self.cost_limit),
             "excess": costs - self.limit,
         }
         optional = ("judge_safe", "refusal", "repetition", "kl", "surprise")
         for key in ("reward", "cost", "tokens", *(k for k in optional if k in self.records[0])):
-            found[key] = self.column(key)
-        return {key: values.reshape(shape).numpy() for key, values in found.items()}
+            flat[key] = self.column(key)
+        return {key: values.reshape(shape).numpy() for key, values in flat.items()}
 
     def summary(self) -> dict[str, Any]:
-        """Every quantity overall and for each category of prompts: {"prompts", "samples", "overall", "categories"}."""
+        """Measure every quantity over all prompts and over each category of prompts.
+
+        Returns {"prompts": P, "samples": k, "overall": {quantity: interval}, "categories": {name: ...}}.
+        """
         categories: dict[str, Any] = {}
         if not self.records:
             return {"prompts": 0, "samples": 0, "overall": {}, "categories": categories}
@@ -164,33 +178,39 @@ class Evaluation:
 
 
 def draws_of(prompts: int) -> NDArray[np.int64]:
-    """(RESAMPLES, P) resampled prompts, always the same for the same P."""
+    """Draw the prompts of every bootstrap resample: (RESAMPLES, P) int64 indices, always the same for the same P."""
     return np.random.default_rng(seed_from("bootstrap", prompts)).integers(0, prompts, (RESAMPLES, prompts))
 
 
 def measured(columns: Columns) -> dict[str, dict[str, float | None]]:
-    """{quantity: {"mean", "low", "high"}} of columns (P, k), with percentile-bootstrap intervals for which prompts are
-    resampled with all their responses; none for few prompts. Deterministic."""
-    found = {}
+    """Measure every quantity that the columns (P, k) allow.
+
+    Returns {quantity: {"mean", "low", "high"}}. Intervals are percentile bootstraps that resample prompts with all
+    their responses; they are None for too few prompts. The result is deterministic.
+    """
+    intervals = {}
     for key, statistic in QUANTITIES.items():
         if NEEDS.get(key, "cost") in columns:
             resampled = None if key in POINTS or few(columns) else resampled_of(key, columns)
-            found[key] = interval_of(float(statistic(columns)), resampled)
-    return found
+            intervals[key] = interval_of(float(statistic(columns)), resampled)
+    return intervals
 
 
 def few(columns: Columns) -> bool:
-    """Whether there are too few prompts for an interval."""
+    """Tell whether there are too few prompts for an interval."""
     return len(columns["cost"]) < FEWEST_PROMPTS
 
 
 def resampled_of(key: str, columns: Columns) -> Array:
-    """(RESAMPLES,) of a quantity at resampled prompts: the same for all columns of equally many prompts."""
+    """Compute a quantity on every bootstrap resample, (RESAMPLES,).
+
+    All columns with the same number of prompts use the same resamples.
+    """
     return _resampled(QUANTITIES[key], columns, draws_of(len(columns["cost"])))
 
 
 def _resampled(statistic: Callable[[Columns], Array], columns: Columns, draws: NDArray[np.int64]) -> Array:
-    """(RESAMPLES,) of a statistic, some draws at a time, so that memory stays small."""
+    """Compute a statistic for every draw, (RESAMPLES,), a few draws at a time to bound memory."""
     at_once = max(1, 2**22 // max(columns["cost"].size, 1))
     return np.concatenate(
         [statistic(_Resampled(columns, draws[i : i + at_once])) for i in range(0, len(draws), at_once)],
@@ -198,7 +218,7 @@ def _resampled(statistic: Callable[[Columns], Array], columns: Columns, draws: N
 
 
 class _Resampled(dict[str, Array]):
-    """Columns at resampled prompts, taken when a statistic asks for them."""
+    """Columns at resampled prompts; each is gathered when a statistic first reads it. draws: (n, P) indices."""
 
     def __init__(self, columns: Columns, draws: NDArray[np.int64]) -> None:
         super().__init__()
@@ -210,7 +230,10 @@ class _Resampled(dict[str, Array]):
 
 
 def interval_of(value: float, resampled: Array | None) -> dict[str, float | None]:
-    """{"mean", "low", "high"} of an estimate and its bootstrap draws (RESAMPLES,); None for NaN, and without draws."""
+    """Make {"mean", "low", "high"} of an estimate and its bootstrap values.
+
+    value: the estimate; NaN becomes None. resampled: (RESAMPLES,); None leaves "low" and "high" None.
+    """
     if resampled is None or np.isnan(resampled).all():
         return {"mean": value if np.isfinite(value) else None, "low": None, "high": None}
     low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -218,22 +241,30 @@ def interval_of(value: float, resampled: Array | None) -> dict[str, float | None
 
 
 def paired(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float | None]]:
-    """after - before of every quantity that both have, on their common prompts, which are resampled together; without
-    COUNTED where they have different numbers of responses per prompt. UserError when they have no prompt in common."""
+    """Measure the change after - before of every quantity that both have, on their common prompts.
+
+    Intervals resample the prompts of both together. Quantities in COUNTED are left out if the numbers of responses per
+    prompt differ.
+
+    Returns {quantity: {"mean", "low", "high"}}. Raises UserError if there is no common prompt.
+    """
     a, b = aligned(before, after)
     same = before.samples == after.samples
-    found = {}
+    changes = {}
     for key, statistic in QUANTITIES.items():
         needed = NEEDS.get(key, "cost")
         if needed in a and needed in b and (same or key not in COUNTED):
             change = float(statistic(b)) - float(statistic(a))
             resampled = None if key in POINTS or few(a) else resampled_of(key, b) - resampled_of(key, a)
-            found[key] = interval_of(change, resampled)
-    return found
+            changes[key] = interval_of(change, resampled)
+    return changes
 
 
 def aligned(before: Evaluation, after: Evaluation) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Columns of both at their common prompts, by id and text, in the same order. UserError when there is none."""
+    """Return the columns of both at their common prompts, in the same order.
+
+    A prompt is common if its id and text are. Raises UserError if there is none.
+    """
     there = {r["id"]: r.get("prompt") for r in after.records}
     ids = [r["id"] for r in before.records[:: before.samples] if there.get(r["id"], ()) == r.get("prompt")]
     if not ids:

@@ -1,4 +1,4 @@
-"""Tables: evaluations as text, with their intervals."""
+"""Tables: print evaluations with their intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ IN_CATEGORIES = ("reward", "safe_rate", "judge_safe_rate", "rectified_cost", "re
 
 
 def show(value: Mapping[str, float | None], form: str) -> str:
-    """mean [low, high]; the mean alone where there is no interval, - where there is no mean."""
+    """Format an interval as `mean [low, high]`, as `mean` if there is no interval, and as `-` if there is no mean.
+
+    value: {"mean", "low", "high"}. form: format string of a number, such as "{:.3f}".
+    """
     if value["mean"] is None:
         return "-"
     if value["low"] is None:
@@ -26,7 +29,7 @@ def show(value: Mapping[str, float | None], form: str) -> str:
 
 
 def show_change(value: Mapping[str, float | None], form: str) -> str:
-    """As show, of a difference: with its sign, and of shares in percentage points."""
+    """Format the interval of a difference, with signs; differences of shares are in percentage points."""
     if form.endswith("%}"):
         points = {key: None if v is None else 100 * v for key, v in value.items()}
         return f"{show(points, form.replace('{:', '{:+').replace('%}', 'f}'))} points"
@@ -34,7 +37,10 @@ def show_change(value: Mapping[str, float | None], form: str) -> str:
 
 
 def print_summary(console: Console, title: str, summary: Mapping[str, Any]) -> None:
-    """Every quantity with its interval, then some of them for each category of prompts."""
+    """Print every quantity with its interval, then some of them for each category of prompts.
+
+    title: what was evaluated. summary: the result of Evaluation.summary.
+    """
     many = f"{summary['prompts']} held-out prompts x {summary['samples']} samples"
     table = Table(title=escape(f"{title}: {many} (95 % bootstrap intervals over prompts)"))
     table.add_column("", no_wrap=True)
@@ -58,7 +64,7 @@ def _categories(summary: Mapping[str, Any]) -> Table:
 
 
 def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
-    """(name, before, after, paired change) as text."""
+    """List (name, before, after, paired change) of every quantity as text."""
     values, others, changes = measured(before.columns), measured(after.columns), paired(before, after)
     return [
         (t.name, show(values[key], t.form), show(others[key], t.form), show_change(changes[key], t.form))
@@ -68,15 +74,15 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, st
 
 
 def print_compensation(console: Console, evaluation: Evaluation) -> None:
-    """The sentence about a mean constraint that is met while prompts are unsafe, where that is so."""
-    found = {key: QUANTITIES[key](evaluation.columns) for key in ("cost", "prompts_mostly_unsafe")}
-    told = compensation_sentence(float(found["cost"]), evaluation.limit, float(found["prompts_mostly_unsafe"]))
-    if told:
-        console.print(f"held-out prompts: {told}", style="yellow", highlight=False)
+    """Print a warning if the mean cost meets the constraint although prompts are unsafe."""
+    mean, unsafe = (QUANTITIES[key](evaluation.columns) for key in ("cost", "prompts_mostly_unsafe"))
+    sentence = compensation_sentence(float(mean), evaluation.limit, float(unsafe))
+    if sentence:
+        console.print(f"held-out prompts: {sentence}", style="yellow", highlight=False)
 
 
 def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:
-    """The closing lines of a run: each quantity before and after with intervals, and the paired change."""
+    """Print each quantity before and after training with its interval, and the paired change."""
     title = f"{len(before.ids)} held-out prompts, before and after (95 % bootstrap intervals over prompts)"
     table = Table(title=title)
     for column in ("", "before", "after", "change"):

@@ -175,7 +175,7 @@ def test_bad_input_of_a_comparison_is_told(tmp_path):
     with pytest.raises(UserError, match="neither an evaluation file nor a run"):
         contender(str(tmp_path / "nothing"))
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UserError, match="no evaluation of this version"):
+    with pytest.raises(UserError, match="is not an evaluation that this version can read"):
         read_evaluation(tmp_path / "bad.json")
     write(tmp_path / "a", "after", evaluation_of([[1.0]]))
     write(tmp_path / "b", "after", evaluation_of([[1.0]], limit=0.5))

@@ -86,7 +86,7 @@ def test_all_checkpoints_are_evaluated_once(run):
     assert names == {"before", "after", "final", "step-000002", "step-000004"}
     last, final = (content(run / "eval" / f"{name}.json")["responses"] for name in ("step-000004", "final"))
     assert last == final
-    with pytest.raises(UserError, match="not evaluated yet"):
+    with pytest.raises(UserError, match="has been evaluated already"):
         evaluate.run_command([str(run), "--checkpoint=all"])
     with pytest.raises(UserError, match="exists; name another file"):
         evaluate.run_command([str(run)])

@@ -62,7 +62,7 @@ def test_a_changed_input_is_refused_and_may_be_allowed_by_name(options, tiny_mod
     assert "warning: the input named by scoring.cost has changed since the run began" in " ".join(text.split())
     again = ["--resume", str(out), "--steps=3", "--scoring.cost=tests.support.scorers:cost"]
     Path(prompts).write_text(Path(prompts).read_text() + '{"prompt": "One more?"}\n')
-    with pytest.raises(UserError, match="what data.train names has changed"):
+    with pytest.raises(UserError, match="the input named by data.train has changed"):
         train.run_command([*again, "--allow-change=scoring.cost"])
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][0] += 1
