@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis.internal.conjecture import providers
 
 from tests.support.products import reduce_products
 
@@ -14,6 +15,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined:
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their subprocesses, have one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Hypothesis draws constants of the modules imported so far, so that a derandomised test would change with any edit of
+# the sources and with the tests before it.
+if hasattr(providers, "_get_local_constants"):
+    providers._get_local_constants = providers.Constants
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -116,7 +116,7 @@ class FeatureCache:
             trunk = Trunk(*self.policy, MAX_PROMPT, max(CUTS))
             return vars(trunk.features([r.prompt for r in part], [r.reply for r in part], LAYER, CUTS))
 
-        return Features(**self._blocks(f"features {name}", rows, compute, (LAYER, MAX_PROMPT, CUTS)))
+        return Features(**self._blocks(f"features {name}", rows, compute, (LAYER, MAX_PROMPT, CUTS, "mean_logp")))
 
     def judge(self, name: str, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Compute the judge's features of the rows at JudgeFeatures.CUTS, or read them from the cache.

@@ -128,10 +128,10 @@ def write_reward(t: Table, reference: Features, kinds: np.ndarray) -> None:
     human = np.isin(t.kinds(), ("objective", "refusal"))
     good = t.y >= 0.5
     head = fit_table(t, np.arange(len(t.rows)), SCORER_STRENGTH)
-    logps = reference.logprob[:, at].numpy().astype(np.float64)
-    floor = float(np.quantile(logps, 0.25))
+    mean_logp = reference.mean_logp[:, at].numpy().astype(np.float64)
+    floor = float(np.quantile(mean_logp, 0.25))
     helpful = head(reference.mean[:, at].numpy())
-    value = helpful - FLUENCY_WEIGHT * np.clip(floor - logps, 0, FLUENCY_CAP)
+    value = helpful - FLUENCY_WEIGHT * np.clip(floor - mean_logp, 0, FLUENCY_CAP)
     spoiled = {}
     for kind in sorted(set(t.kinds()) - {"objective", "refusal", "on-policy", "everyday"}):
         bad = t.kinds() == kind
@@ -152,7 +152,7 @@ def write_reward(t: Table, reference: Features, kinds: np.ndarray) -> None:
         fluency_weight=FLUENCY_WEIGHT,
         fluency_floor=floor,
         fluency_cap=FLUENCY_CAP,
-        reference=reference_figures(helpful, kinds, None) | {"logprob_mean": float(logps.mean())},
+        reference=reference_figures(helpful, kinds, None) | {"logprob_mean": float(mean_logp.mean())},
         fit=figures,
     )
     write_fitted("reward", asdict(manifest), {"weight": head.weight, "bias": head.bias})

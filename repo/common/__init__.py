@@ -1,1 +1,1 @@
-"""What every part of the loop uses: errors, files, seeds, memory of the C library, processes."""
+"""Helpers that every package of `repo` uses: errors, files, seeds, the C library's memory, processes, renamed names."""

@@ -1,4 +1,4 @@
-"""UserError: a mistake in what the user gave, told in one sentence and without a traceback."""
+"""Errors: mistakes in the user's input, reported in one sentence without a traceback."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """The message says what is wrong, what was found and what to do."""
+    """A mistake in the user's input. The message names the field or file, the value it has and the values it takes."""
 
 
 def first_line(error: BaseException) -> str:
-    """The type and first line of a library's error, for a sentence of ours."""
+    """Return "Type: first line of the message" of a library's exception, to quote it in a sentence."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def require_package(name: str, what: str) -> None:
-    """UserError that says how to install a package that is missing. what: what needs it."""
+    """Raise UserError with the install command if the package `name` is missing. what: the feature that needs it."""
     if importlib.util.find_spec(name) is None:
         raise UserError(f"{what} needs the package {name}: pip install {name}")
 
 
 def exit_with_sentence(main: Callable[[], None]) -> None:
-    """Run a command; a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Run a command. Turn UserError into one line on stderr and exit code 2, and an interrupt into exit code 130."""
     try:
         main()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Malloc: how the C library keeps freed memory."""
+"""Malloc: settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step instead of returning them to the kernel.
+    """Make glibc keep freed blocks for the next step instead of returning them to the kernel.
 
-    A training step on a CPU allocates and frees gigabytes of activations; by default each block is mapped, zeroed page
-    by page and unmapped again, which took a third of the update's time. Does nothing on other C libraries.
+    A training step on a CPU allocates and frees gigabytes of activations. By default each block is mapped, zeroed page
+    by page and unmapped again, which took a third of the update's time. Has no effect with other C libraries.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""Renamed: keyword arguments of public functions under their old names, for one release."""
+"""Renamed: old names of keyword arguments, which public functions accept for one release."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Let a function take keywords under old names too, with a DeprecationWarning that gives the new one.
+    """Make a decorator that lets a function accept keywords under their old names, with a DeprecationWarning.
 
-    names: old name = new name. A call that gives both raises TypeError.
+    names: old name = new name. A call that gives both names raises TypeError.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -25,7 +25,7 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]
                 if old in kwargs:
                     if new in kwargs:
                         raise TypeError(f"{function.__name__}: got both {old} and {new}, its new name")
-                    message = f"{function.__name__}: {old} is now {new}; the old name goes with the next release"
+                    message = f"{function.__name__}: {old} is now {new}; the next release removes the old name"
                     warnings.warn(message, DeprecationWarning, stacklevel=2)
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)

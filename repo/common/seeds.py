@@ -1,4 +1,4 @@
-"""Seeds that depend on names and numbers only, so that a draw never depends on what was drawn before it."""
+"""Seeds derived from names and numbers alone, so that no draw depends on the draws before it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch
 
 
 def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed from the parts, e.g. (run seed, step, prompt id, sample)."""
+    """Hash the parts, e.g. (run seed, step, prompt id, sample), into a 63-bit seed."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by the parts."""
+    """Make a CPU generator seeded with `seed_from(*parts)`."""
     return torch.Generator().manual_seed(seed_from(*parts))
 
 
 def random_state() -> dict[str, Any]:
-    """States of the global generators of PyTorch (CPU), NumPy and Python, as JSON. The loop draws from none of them;
-    scorers of the user's own may."""
+    """Return the states of the global generators of PyTorch (CPU), NumPy and Python, in values that JSON can hold.
+
+    The training loop draws from none of them, but the user's own scorers may.
+    """
     numpy_state: Any = np.random.get_state()
     kind, keys, *rest = numpy_state
     version, words, gauss = random.getstate()
@@ -35,7 +37,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on drawing from where `random_state` was called."""
+    """Restore the global generators to a state that `random_state` returned."""
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

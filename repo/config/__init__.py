@@ -1,1 +1,1 @@
-"""The configuration of a run: its fields, how it is read, and the presets."""
+"""The configuration of a run: its fields, the parser, old names of fields, and the presets."""

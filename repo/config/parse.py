@@ -1,4 +1,4 @@
-"""Parse YAML files, presets and dotted overrides into a checked Config; say what is wrong in one sentence."""
+"""Parse YAML files, presets and dotted overrides into a checked Config; report mistakes in one sentence."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def preset_names() -> list[str]:
-    """Names of the configurations that come with the package."""
+    """List the names of the configurations that come with the package, sorted."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that --config reads."""
+    """Write the resolved config as YAML text, which --config reads."""
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
-    """Never breaks a line within a switch."""
+    """A help formatter that never breaks a line inside the name of an option."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         text = " ".join(text.split())
@@ -46,9 +46,10 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
 def make_parser(
     prog: str, description: str, flags: argparse.ArgumentParser | None = None
 ) -> jsonargparse.ArgumentParser:
-    """A parser of Config with --config, --print_config, --help and dotted overrides.
+    """Make the parser of Config, with --config, --print_config, --help and an option --group.field for every field.
 
-    flags: a parser of the command's own switches, which are read before and appear in --help only.
+    prog, description: name and text of the command in --help.
+    flags: parser of the command's own switches. It reads them before this parser; here they only appear in --help.
     """
     epilog = ""
     if flags is not None:
@@ -68,12 +69,13 @@ def make_parser(
 
 
 def _out_of_range(match: re.Match[str]) -> str:
+    """Rewrite jsonargparse's message about a restriction, e.g. "v>0", as "field must be > 0; got value"."""
     takes = re.sub(r"v([<>=]+)", r"\1 ", match[3])
     return f"{match[1]} must be {takes}; got {match[2]}"
 
 
 def _explain(error: Exception) -> UserError:
-    """One sentence; for an unknown key, with the nearest name."""
+    """Turn an error of jsonargparse into a UserError of one sentence. For an unknown key it names the nearest field."""
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(str(error).split()))
     text = re.sub(r"([\w.]+): Not of type (\w+): \D+(?: 10)?: ('.*')", r"\1 must be a \2; got \3", text)
     text = re.sub(r"([\w.]+): Not of type \w+: (\S+) does not conform to restriction (.*)", _out_of_range, text)
@@ -98,14 +100,18 @@ def _explain(error: Exception) -> UserError:
 
 
 def warn_user(sentence: str) -> None:
-    """Print a warning of the command line."""
+    """Print a warning to stderr."""
     print(f"warning: {sentence}", file=sys.stderr)
 
 
 def parse_config(
     parser: jsonargparse.ArgumentParser, argv: list[str], warn: Callable[[str], None] = warn_user
 ) -> Config:
-    """Parse and check. warn: is told of fields under old names. Raises UserError on bad input."""
+    """Parse command-line arguments into a Config and check it.
+
+    argv: arguments without the program's name. warn: called with a sentence for each field that has its old name.
+    Raises UserError, in one sentence, for an unknown field, a wrong type or value, or fields that do not go together.
+    """
     try:
         init = parser.instantiate(parser.parse_args(rename_arguments(argv, warn)))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
@@ -114,7 +120,7 @@ def parse_config(
 
 
 def _plain(value: Any) -> Any:
-    """The value with int and float in place of the parser's own subclasses of them."""
+    """Replace jsonargparse's subclasses of int and float by plain numbers, in dataclasses, lists and tuples too."""
     if is_dataclass(value) and not isinstance(value, type):
         return type(value)(**{f.name: _plain(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, (list, tuple)):
@@ -124,5 +130,5 @@ def _plain(value: Any) -> Any:
 
 
 def load_config(path: Path) -> Config:
-    """Load the configuration that a run folder holds, also one of version 0.1."""
+    """Load and check the configuration file of a run folder; fields may have their names of version 0.1."""
     return parse_config(make_parser("repo", ""), ["--config", str(path)], warn=lambda _: None)

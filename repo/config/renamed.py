@@ -1,4 +1,4 @@
-"""Renamed: configuration fields under the names of version 0.1, which keep working for one release with a warning."""
+"""Renamed: names that configuration fields had in version 0.1. They work for one more release, with a warning."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ OPTION = re.compile(r"--(?P<name>[a-z_]+\.[a-z_]+)(?P<value>=.*)?", re.DOTALL)
 
 
 def new_name(field: str) -> str:
-    """Give a field's present name, whichever of its names it is called by."""
+    """Return the present dotted name of a field. field: its old or its present name."""
     return RENAMED.get(field, field)
 
 
 def rename_arguments(argv: list[str], warn: Callable[[str], None]) -> list[str]:
-    """Rewrite command-line options, and the YAML files behind --config, that use old names.
+    """Rewrite command-line options, and the YAML files given with --config, that use old names.
 
-    warn: called with a sentence for each old name that is used. Raises UserError where a file gives a field both names.
+    warn: called with a sentence for each old name that is used.
+    Returns the arguments with present names; a file that uses old names is replaced by its rewritten YAML text.
+    Raises UserError if a file gives a field under both names.
     """
     return list(_renamed(iter(argv), warn))
 
@@ -46,18 +48,18 @@ def _renamed(argv: Iterator[str], warn: Callable[[str], None]) -> Iterator[str]:
         elif argument.startswith("--config="):
             yield f"--config={_rename_file(argument.removeprefix('--config='), warn)}"
         elif (option := OPTION.fullmatch(argument)) and option["name"] in RENAMED:
-            warn(f"--{option['name']} is now --{RENAMED[option['name']]}; the old name goes with the next release")
+            warn(f"--{option['name']} is now --{RENAMED[option['name']]}; the next release removes the old name")
             yield f"--{RENAMED[option['name']]}{option['value'] or ''}"
         else:
             yield argument
 
 
 def _rename_file(path: str, warn: Callable[[str], None]) -> str:
-    """The path itself, or YAML text in its place where the file uses old names."""
+    """Return the path, or the file's YAML text with present names if the file uses old ones."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return path  # the parser says what is wrong with it
+        return path  # the parser reports what is wrong with it
     old = [name for name in RENAMED if _has(content, name)]
     for name in old:
         group, field = name.split(".")
@@ -65,11 +67,12 @@ def _rename_file(path: str, warn: Callable[[str], None]) -> str:
         if field_now in content[group]:
             raise UserError(f"{path} gives both {name} and {RENAMED[name]}, its new name; leave {name} out")
         content[group][field_now] = content[group].pop(field)
-        warn(f"{path}: {name} is now {RENAMED[name]}; the old name goes with the next release")
+        warn(f"{path}: {name} is now {RENAMED[name]}; the next release removes the old name")
     return yaml.safe_dump(content, sort_keys=False) if old else path
 
 
 def _has(content: Any, name: str) -> bool:
+    """Tell whether parsed YAML sets the field with this dotted name."""
     group, field = name.split(".")
     fields = content.get(group) if isinstance(content, dict) else None
     return isinstance(fields, dict) and field in fields

@@ -1,4 +1,4 @@
-"""Configuration: small dataclasses with a docstring per field; YAML, dotted overrides and --help come from them.
+"""Configuration: small dataclasses with a docstring per field, which define the YAML format, the options and --help.
 
 python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 """
@@ -16,215 +16,242 @@ from ..common.errors import UserError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Policy and reference."""
+    """The policy and the reference, which start as the same model."""
 
     path: str = "embedded"
-    """Folder or hub name of a causal LM; "embedded" is SmolLM2-135M-Instruct from the assets folder ($REPO_ASSETS)."""
+    """Folder or hub name of a causal LM. "embedded": SmolLM2-135M-Instruct from the assets folder ($REPO_ASSETS)."""
     device: str = "auto"
-    """"auto" (CUDA where there is one, else CPU) or a torch device."""
+    """Torch device, e.g. "cpu" or "cuda". "auto": CUDA if it is available, else the CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the policy's forward passes and of frozen weights, which are rounded to it (exact for those saved in it);
-    trained weights and critics of their own stay fp32."""
+    """Type of the policy's forward passes and of frozen weights, which are rounded to it when loaded. Trained weights
+    and critics with models of their own stay float32."""
     lora_rank: NonNegativeInt = 0
-    """Rank of LoRA adapters on every linear layer but the head (needs peft), alpha = 2 x rank; 0: train all weights."""
+    """Rank of LoRA adapters on every linear layer except the LM head, with alpha = 2 x rank; needs the package peft. 0:
+    no adapters, all weights are trained."""
     gradient_checkpointing: bool = False
-    """Recompute the policy's activations in the backward pass: less memory, one more forward."""
+    """Recompute the policy's activations in the backward pass: takes less memory and one more forward pass."""
     shard: NonNegativeInt = 1
-    """Processes (of torchrun) that share one copy of trained weights, gradients and optimiser states by FSDP2; divides
-    their number. 1: each has its own (data parallel); 0: all share one; between: several copies, as one per node."""
+    """Number of torchrun processes that FSDP2 splits one copy of trained weights, gradients and optimiser states over;
+    must divide the number of processes. 1: no splitting, each process has a copy. 0: all processes split one copy."""
     compile: bool = False
-    """Compile the policy's decoder layers with torch.compile (CUDA: faster update; first steps are slow)."""
+    """Compile the policy's decoder layers with torch.compile: the update is faster on CUDA, the first steps are slow.
+    """
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts: JSON lines, parquet, or a Hugging Face dataset (saved folder or hub name, `name#split`), with `prompt`
-    (a text, or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`."""
+    """The prompts of training and evaluation."""
 
     train: str = "embedded"
-    """Training prompts: file, folder or hub name; "embedded"."""
+    """Training prompts: a JSON lines or parquet file, or a Hugging Face dataset (folder or hub name, with #split or
+    #config/split; else the split "train"). "embedded": the prompts of the assets folder. A record has `prompt` (a text,
+    or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`."""
     eval: str = "embedded"
-    """Held-out prompts, as train."""
+    """Held-out prompts, given like data.train; without #split the split "test" is read. Training prompts that are held
+    out too are dropped."""
     column: str = "prompt"
-    """Column that holds the prompt."""
+    """Name of the column that holds the prompt; in records where it is null or missing, `messages` is read."""
     system_prompt: str | None = None
-    """System message before every prompt that has none; null leaves it to the chat template."""
+    """System message to put before every prompt that has none. null: add none; the chat template may add its own."""
     max_prompt_tokens: PositiveInt = 256
-    """Longer prompts are dropped, and counted in a message."""
+    """Limit of a prompt's length in tokens, chat template included; longer prompts are dropped and counted."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Sampling of responses."""
+    """The sampling of responses from the policy."""
 
     prompts_per_step: PositiveInt = 4
-    """Prompts in one rollout batch."""
+    """Number of prompts in one rollout batch, the data of one step."""
     samples_per_prompt: PositiveInt = 4
-    """Responses per prompt (the group of the leave-one-out baseline); at least 2 unless algorithm.advantages is gae."""
+    """Number of responses to each prompt, the group of the leave-one-out baseline; at least 2 unless
+    algorithm.advantages is gae."""
     max_response_tokens: PositiveInt = 40
-    """Response length limit in tokens."""
+    """Limit of a response's length in tokens, its end-of-sequence token included."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; the loss uses the same."""
+    """Divide the logits by this when sampling, and in the loss."""
     top_p: ClosedUnitInterval = 1.0
-    """Nucleus mass. Below 1 the sampled distribution is not the policy's, which biases the ratio."""
+    """Sample from the most likely tokens that together have this probability; > 0. 1: from all. Below 1 responses are
+    not drawn from the policy's own distribution, which biases the ratio."""
     batch_size: PositiveInt = 64
-    """Responses decoded together at most; the samples of one prompt are never split."""
+    """Largest number of responses to decode together; the samples of one prompt always stay together."""
 
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """Reward and cost of a response."""
+    """The reward and the cost of a response."""
 
     reward: str | dict[str, float] = "embedded"
-    """"embedded"; a folder or hub name of a sequence-classification model (folder#label) or of a safe-rlhf score model;
-    a Python function `module:function` called with lists of prompts and responses; or several with weights, {a: 1, b:
-    0.5}, whose weighted scores are added."""
+    """Scorer of the reward: "embedded"; a folder or hub name of a sequence-classification model (path#label) or of a
+    safe-rlhf score model; a Python function `module:function` called with lists of prompts and responses; or a weighted
+    sum of several, {a: 1, b: 0.5}."""
     cost: str | dict[str, float] = "embedded"
-    """As reward; higher is more harmful, and a response is safe iff its cost is <= algorithm.cost_limit."""
+    """Scorer of the cost, given like scoring.reward. A higher cost is more harmful; a response is safe iff its cost is
+    <= algorithm.cost_limit."""
     timeout: PositiveFloat = 600.0
-    """Seconds after which a Python function counts as hung, which stops the run."""
+    """Seconds that one call of a scorer function may take; a longer call stops the run."""
     clamp: PositiveFloat = 50.0
-    """Scores are clamped to +- this."""
+    """Clamp reward and cost to [-clamp, clamp]."""
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """The objective (README, "What is computed")."""
+    """The objective: reward R, cost C with limit d, and KL to the reference. docs/method.md gives the formulas."""
 
     method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "crpo", "ppo"] = "repo"
-    """repo: every prompt's cost under the limit; ppo_lagrangian: the mean cost; fixed_penalty: constant lambda; crpo:
-    reward steps while the batch's mean cost is met, cost steps otherwise; ppo: reward only."""
+    """repo: bring each response's cost under the limit. ppo_lagrangian: only the mean cost. fixed_penalty: a constant
+    lambda on the cost. crpo: reward steps while the batch's mean cost is within the limit, else cost steps. ppo: reward
+    only."""
     cost_mode: Literal["rectified", "split"] = "rectified"
-    """Of repo. rectified: exact gradient of E{C-d}+; split: penalise the raw cost on unsafe samples only."""
+    """Form of the cost term of method repo. rectified: the exact gradient of E{C-d}+. split: the raw cost, penalised on
+    unsafe responses only."""
     advantages: Literal["group", "gae"] = "group"
-    """group: leave-one-out over the responses of a prompt; gae: one critic per signal, a value per token."""
+    """Baseline of the advantages. group: the mean of the prompt's other responses. gae: generalised advantage
+    estimation with one critic per signal, a value per token."""
     cost_limit: float = 0.0
-    """d: a response is safe iff its cost is <= d."""
+    """The limit d, in units of the cost: a response is safe iff its cost is <= d."""
     crpo_tolerance: NonNegativeFloat = 0.0
-    """Of crpo: the mean cost may exceed d by this before a cost step."""
+    """Excess of the batch's mean cost over d, in units of the cost, up to which method crpo takes a reward step."""
     beta: NonNegativeFloat = 0.02
-    """Weight of KL(policy || reference)."""
+    """Weight of KL(policy || reference). 0: no KL term."""
     kl_placement: Literal["loss", "reward", "reward-and-cost"] = "loss"
-    """loss: per token, with its exact gradient; reward: -beta k1 of each sampled token is part of the reward;
-    reward-and-cost: and +beta k1 of the cost, as in Safe RLHF."""
+    """Place of the KL. loss: a term per token, with its exact gradient. reward: subtract beta k1 of each sampled token
+    from the reward. reward-and-cost: also add beta k1 to the cost, as in Safe RLHF."""
     kl_target: float | None = None
-    """Adapt beta so that `kl` of the metrics (nats per token) approaches this; null: beta is constant."""
+    """Value > 0 that the metric `kl` (nats per token) is to approach: beta is adapted once per step. null: constant
+    beta."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of KL(policy || reference) in the loss."""
+    """Estimator of KL(policy || reference) in the loss, per token with delta = log policy - log reference. k1: delta.
+    k2: delta^2 / 2. k3: exp(-delta) + delta - 1."""
     kl_importance_weighted: bool = True
-    """Multiply k1 and k3 by the ratio, without which their gradient is not that of the KL (an error for k1)."""
+    """Multiply k1 and k3 by the ratio, without which their gradient is not that of the KL. k1 requires true; k2 ignores
+    it."""
     clip_range: tuple[ClosedUnitInterval, NonNegativeFloat] = (0.2, 0.2)
-    """The ratio is clipped to [1 - the first, 1 + the second]."""
+    """Clip the ratio of new to old probability to [1 - the first number, 1 + the second]."""
     dual_clip: float | None = None
-    """Bound c > 1 of the surrogate for negative advantages; null: none."""
+    """Constant c > 1: where the advantage A is negative, the surrogate loss is at most -c A. null: no such limit."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the policy's entropy (nats per token), which is subtracted from the loss. 0: none."""
     normalize: bool = False
-    """Divide the combined advantage by 1 + lambda."""
+    """Divide the combined advantage by 1 + lambda, so that its scale does not grow with lambda."""
     scale_by_std: bool = False
-    """Divide the combined advantage by its standard deviation in the group."""
+    """Divide the combined advantage by its standard deviation over the responses to the prompt. Needs advantages group.
+    """
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
-    """How per-token losses are averaged (global counts)."""
+    """Average of the losses of tokens over the minibatch. token-mean: over all tokens. seq-mean-token-mean: over the
+    tokens of each response, then over responses. seq-mean-token-sum: sum over tokens, mean over responses."""
 
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """The multiplier lambda and its rule."""
+    """The multiplier lambda, which weights the cost, and its update once per rollout batch."""
 
     initial: NonNegativeFloat = 1.0
-    """lambda_0; the constant of method fixed_penalty."""
+    """Value of lambda in the first step; its constant value with method fixed_penalty. ppo and crpo have no lambda."""
     lr: NonNegativeFloat = 2.0
-    """eta: step size of the update, once per rollout batch; set so that lambda moves within a short run."""
+    """Step size eta of lambda's update. The default moves lambda within a short run. Only for methods repo and
+    ppo_lagrangian."""
     max: NonNegativeFloat = 10.0
-    """lambda_max."""
+    """Upper bound of lambda, with methods repo and ppo_lagrangian."""
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """Value functions of reward and cost, with algorithm.advantages gae."""
+    """The value functions of reward and cost. Only for algorithm.advantages gae."""
 
     init_from: Literal["policy", "scorers"] = "policy"
-    """policy: linear heads on the policy's states, which they do not move; they begin as the embedded scorers' heads if
-    policy and scorers are embedded, else as zero. scorers: models of their own, copies of the reward and cost model."""
+    """policy: linear heads on the policy's hidden states, which their loss does not train. They start as the scorers'
+    heads if policy and scorers are embedded, else at zero. scorers: separate models, copies of the reward and the cost
+    model."""
     lr: PositiveFloat = 1e-4
-    """Learning rate, constant; set for heads that begin as zero, models of their own want 5e-6."""
+    """Learning rate of the critics, constant over the run. The default suits heads that start at zero; for separate
+    models try 5e-6."""
     gamma: ClosedUnitInterval = 1.0
-    """gamma of generalised advantage estimation."""
+    """Discount factor gamma per token in generalised advantage estimation. 1: no discount."""
     gae_lambda: ClosedUnitInterval = 0.95
-    """lambda of generalised advantage estimation."""
+    """Decay lambda in generalised advantage estimation. 1: returns minus values; 0: one-step differences."""
 
 
 @dataclass(frozen=True)
 class PtxConfig:
-    """Supervised examples in the same optimiser step, against forgetting."""
+    """Supervised examples that are trained on in the same optimiser steps, against forgetting."""
 
     data: str | None = None
-    """Examples, as data.train, with `response` or `messages` that end with the assistant's; null: none."""
+    """Examples, given like data.train; a record also has a `response`, or its `messages` end with the assistant's.
+    null: no examples."""
     coef: NonNegativeFloat = 16.0
-    """Weight of their cross-entropy per token, beside a policy loss of weight 1."""
+    """Weight of the examples' cross-entropy in nats per token; the policy loss has weight 1."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the split of a rollout batch."""
+    """AdamW, and the division of a rollout batch into optimiser steps."""
 
     lr: PositiveFloat = 5e-5
-    """Peak learning rate; set for the embedded 135 M parameters, larger models want 1e-6 to 1e-5."""
+    """Peak learning rate of the policy. The default suits the embedded model of 135 M parameters; for larger models try
+    1e-6 to 1e-5."""
     betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.95)
-    """Adam's betas."""
+    """AdamW's decay rates of the first and the second moment, each < 1; at most 0.996 with state_dtype bfloat16."""
     state_dtype: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """Of AdamW's two moments, 8, 4 or about 2 bytes per trained weight."""
+    """Type of AdamW's two moments, which take 8, 4 or about 2 bytes per trained weight. 8bit needs the package
+    bitsandbytes."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    """Decoupled weight decay of matrices, in the policy and the critics; vectors (norms, biases) have none."""
     warmup_steps: NonNegativeInt = 2
-    """Steps of linear warm-up."""
+    """Number of steps over which the policy's learning rate rises linearly. 0: no warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up; cosine and linear would reach 0 one step after the last."""
+    """Course of the policy's learning rate after the warm-up. cosine and linear fall so as to reach 0 one step after
+    the last."""
     clip_norm: PositiveFloat = 1.0
-    """Gradient norm above this is scaled down to it."""
+    """Scale gradients with a larger L2 norm down to this norm; the policy and the critics separately."""
     epochs: PositiveInt = 1
-    """Passes over each rollout batch."""
+    """Number of passes over each rollout batch."""
     minibatches: PositiveInt = 1
-    """Optimiser steps per pass; each minibatch holds whole responses, shuffled."""
+    """Number of optimiser steps per pass. Each takes an equal share of the responses, in random order."""
     micro_batch_tokens: PositiveInt = 2048
-    """Tokens in one forward and backward, padding-free where the model allows it; never changes the result."""
+    """Largest number of tokens in one forward and backward pass, padding included; a longer prompt and response get a
+    pass of their own. Affects memory and speed, and the result by rounding only."""
     max_skipped: PositiveInt = 3
-    """Stop after this many updates in a row with a non-finite gradient; each is skipped."""
+    """Stop the run after this many optimiser steps in a row with a loss or gradient that is not finite. Each such step
+    is skipped."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out prompts, before and after training."""
+    """The evaluation on held-out prompts, before and after training."""
 
     prompts: NonNegativeInt = 200
-    """Held-out prompts to use; 0 switches the evaluation off."""
+    """Largest number of held-out prompts to use. 0: no evaluation."""
     samples_per_prompt: PositiveInt = 1
-    """Responses per held-out prompt."""
+    """Number of responses to each held-out prompt."""
     judge: str = "embedded"
-    """Never used in training: "embedded", "none", or a scorer of your own as in scoring.cost, safe iff its score is
-    <= 0."""
+    """Judge of safety that training never uses: "embedded", "none", or one scorer given like scoring.cost, which calls
+    a response safe iff its score is <= 0."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The configuration of one run."""
 
     out: str | None = None
-    """Run folder; must not exist. Default: runs/<method>-<date>-<time>."""
+    """Run folder to create; it must not exist. null: runs/<method>-<date>-<time>."""
     steps: PositiveInt = 18
-    """Rollout batches to train on."""
+    """Number of steps; each samples and trains on one rollout batch."""
     save_every: NonNegativeInt = 10
-    """Steps between checkpoints; 0: only at the end."""
+    """Number of steps between checkpoints; one is always saved at the end. 0: only that one."""
     keep: PositiveInt = 1
-    """Newest checkpoints to keep, besides the best one: the highest reward among those that reach safety_target."""
+    """Number of newest checkpoints to keep. The best one is kept too: the highest mean reward among those that reach
+    safety_target."""
     safety_target: ClosedUnitInterval = 0.95
-    """Safe rate of the best checkpoint over the steps since the one before; where none reaches it, the safest stays."""
+    """Safe rate, over the steps since the checkpoint before, that a checkpoint needs to be the best by reward. If none
+    reaches it, the safest is the best."""
     seed: NonNegativeInt = 0
-    """Seed of prompts, samples and minibatches."""
+    """Seed of the order of prompts, the sampling of responses and the shuffling of minibatches."""
     sample_every: NonNegativeInt = 5
-    """Steps between samples shown in the console, 0: never; all are in samples.jsonl."""
+    """Number of steps between samples shown in the console. 0: show none. samples.jsonl always holds all of them."""
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Where metrics go besides metrics.jsonl; each needs its package. Project: $WANDB_PROJECT, $TRACKIO_PROJECT."""
+    """Loggers that get the metrics besides metrics.jsonl; each needs its package. $WANDB_PROJECT and $TRACKIO_PROJECT
+    name the project. []: none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -238,7 +265,10 @@ class Config:
 
 
 def field_names(kind: type = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all leaf fields."""
+    """List the dotted names of all fields of a configuration class, those of its groups included.
+
+    kind: the dataclass. prefix: put before each name.
+    """
     names = []
     for f in fields(kind):
         if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
@@ -249,12 +279,16 @@ def field_names(kind: type = Config, prefix: str = "") -> list[str]:
 
 
 def _require(ok: bool, name: str, value: object, takes: str) -> None:
+    """Raise UserError, "name must be takes; got value", unless `ok`."""
     if not ok:
         raise UserError(f"{name} must be {takes}; got {value!r}")
 
 
 def check(config: Config) -> Config:
-    """The same config, or a UserError for fields that do not go together; types and ranges are the parser's."""
+    """Return the config, or raise UserError if some of its fields do not go together.
+
+    Types, and the ranges of single fields, are checked by the parser where the annotation states them.
+    """
     r, a, p, o = config.rollout, config.algorithm, config.penalty, config.optimizer
     group, lagrangian = a.advantages == "group", a.method == "ppo_lagrangian"
     why = ">= 2, since the baseline of a response is the mean of the others of its prompt"

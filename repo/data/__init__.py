@@ -1,1 +1,1 @@
-"""Prompts, token sequences and their layout in one forward pass."""
+"""The data of a run: prompts, token sequences, and their layout in one forward pass."""

@@ -1,4 +1,4 @@
-"""Micro-batches: the rows of a batch dealt out to processes, and cut into forward passes by a token budget."""
+"""Micro-batches: divide the rows of a batch among processes, and into forward passes within a token budget."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from .sequences import Sequences
 
 
 def divide(sequences: Sequences, rows: Tensor, processes: int) -> list[Tensor]:
-    """Deal rows (n,) of a batch out to processes: the largest prompt group first, to whoever has the fewest tokens.
+    """Divide rows (n,) of a batch among processes so that each gets about as many tokens.
 
-    A prompt is not computed twice unless there are fewer prompts than processes. Returns one sorted int64 tensor of
-    rows per process.
+    Prompt groups are assigned from the largest down, each to the process with the fewest tokens so far. A group stays
+    together, so that its prompt is computed once, unless there are fewer prompts than processes.
+    Returns one sorted int64 tensor of rows per process.
     """
     groups: dict[int, list[int]] = {}
     alone = len(sequences.group[rows].unique()) < processes
@@ -33,11 +34,17 @@ def divide(sequences: Sequences, rows: Tensor, processes: int) -> list[Tensor]:
 def micro_batches(
     sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool, padded: bool = False, with_last: bool = False
 ) -> list[Tensor]:
-    """Cut rows (n,) into sets whose forwards take at most `budget` tokens each: first-fit decreasing.
+    """Cut rows (n,) of a batch into sets for forward passes of at most `budget` tokens, by first-fit decreasing.
 
-    Tokens count as `pack` lays them out with the same arguments, its filler included; padded: as `pad` does. A group
-    that fits stays together; a larger one is cut into pieces that have the prompt each. A single row may exceed the
-    budget. Every row is in exactly one set, in ascending order.
+    A prompt group that fits stays together; a larger one is cut into pieces, each with its own copy of the prompt. A
+    row that exceeds the budget by itself gets a set of its own.
+
+    Args:
+        budget: tokens of one forward pass, counted in the layout of `pack` with its filler, or of `pad` with padding.
+        share_prefix, with_last: as given to `pack`. padded: count tokens for `pad` instead.
+
+    Returns:
+        int64 tensors of rows in ascending order; every row is in exactly one of them.
     """
     if not len(rows):
         return []
@@ -48,7 +55,7 @@ def micro_batches(
     groups = sequences.group[rows].tolist() if share_prefix else rows.tolist()
     prompt_of = dict(zip(groups, prompts, strict=True))
     members: dict[int, list[_Item]] = {}
-    empty: list[int] = []  # rows without a response take no room
+    empty: list[int] = []  # rows without a response take no tokens and go into the last set
     for row, group, length in zip(rows.tolist(), groups, responses, strict=True):
         if length:
             members.setdefault(group, []).append((length - (not with_last), [row]))
@@ -60,18 +67,19 @@ def micro_batches(
             pieces.append((prompt_of[group] + sum(tokens for tokens, _ in piece), _rows(piece)))
     sets = [_rows(piece) for piece in _first_fit(pieces, budget)] or [[]]
     sets[-1] += empty
-    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]
+    return [torch.tensor(sorted(part), dtype=torch.int64) for part in sets]
 
 
-_Item = tuple[int, list[int]]  # tokens and rows
+_Item = tuple[int, list[int]]  # number of tokens, and the rows that take them
 
 
 def _rows(items: list[_Item]) -> list[int]:
+    """List the rows of all items."""
     return [row for _, rows in items for row in rows]
 
 
 def _first_fit(items: list[_Item], capacity: int) -> list[list[_Item]]:
-    """First-fit decreasing; an item beyond the capacity is alone."""
+    """Put items into bins of `capacity` tokens by first-fit decreasing; a larger item gets a bin of its own."""
     bins: list[list[_Item]] = []
     room: list[int] = []
     for item in sorted(items, key=lambda item: -item[0]):
@@ -85,7 +93,10 @@ def _first_fit(items: list[_Item], capacity: int) -> list[list[_Item]]:
 
 
 def _padded_batches(rows: list[int], prompts: list[int], responses: list[int], budget: int) -> list[Tensor]:
-    """Rows of similar length together, each as wide as the longest prompt and the longest response of its set."""
+    """Cut rows into sets of similar lengths whose padded rectangles take at most `budget` tokens.
+
+    The rectangle of a set is as wide as its longest prompt and its longest response together.
+    """
     sets: list[list[int]] = []
     prompt = response = 0
     for i in sorted(range(len(rows)), key=lambda i: (-prompts[i], -responses[i])):
@@ -96,4 +107,4 @@ def _padded_batches(rows: list[int], prompts: list[int], responses: list[int], b
         else:
             sets.append([rows[i]])
             prompt, response = prompts[i], responses[i]
-    return [torch.tensor(sorted(found), dtype=torch.int64) for found in sets]
+    return [torch.tensor(sorted(part), dtype=torch.int64) for part in sets]

@@ -1,13 +1,13 @@
-"""Packing: responses and their prompts laid end to end in one row without padding, and their split by token budget.
+"""Packing: lay prompts and responses end to end in one row without padding, or pad them for models that need it.
 
-    a group that shares its prompt   [prompt][response 1 but its last token][response 2 but its last token] ...
-    any other row                    [prompt, response but its last token]
+    a group that shares its prompt   [prompt][response 1 without its last token][response 2 without its last token] ...
+    any other row                    [prompt, response without its last token]
 
-At the end come up to 7 tokens that nobody reads or attends to, because matrix products like numbers of rows that are
-divisible by 8.
+Up to 7 filler tokens at the end, which no token attends to and no result uses, make the length a multiple of 8, because
+matrix products are faster with such numbers of rows.
 
-The state of a prompt's last token predicts the first token of each of its responses. Everything here is index
-arithmetic on the CPU; one copy to the device follows, and no size is ever read back from it.
+The state of a prompt's last token predicts the first token of each of its responses. All index arithmetic runs on the
+CPU and is followed by one copy to the device, so that the host never waits for a size from the device.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ from torch import Tensor
 from .segments import Segments, bounds, make_segments, ranges, send
 from .sequences import Sequences
 
-MULTIPLE = 8
+MULTIPLE = 8  # the length of a packed row is a multiple of this
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What one forward reads for n responses of N tokens in all.
+    """The inputs of a forward pass over n responses with N tokens in all, and the indices that lead back to the batch.
 
-    input_ids, position_ids: (1, T) int64, or (B, L) of padded rows. segments: who attends to whom in the packed row.
-    attention_mask: (B, L) bool of padded rows; exactly one of the two is given. rows: (N,) int64, which of the
-    flattened states predicts each response token. inputs: (N,) int64, which is the state of each response token,
-    None where the last ones are not read. token_ids: (N,) int64, the response tokens. cu_seqlens: (n + 1,) int32,
-    bounds of the responses among the N, whose lengths may be 0.
+    input_ids, position_ids: (1, T) int64 for a packed row, (B, L) for padded rows.
+    segments: which tokens of a packed row attend to which; None for padded rows.
+    attention_mask: (B, L) bool for padded rows; None for a packed row.
+    rows: (N,) int64, for each response token the index of the flattened state that predicts it.
+    inputs: (N,) int64, for each response token the index of its own state; None where last tokens are not inputs.
+    token_ids: (N,) int64, the response tokens.
+    cu_seqlens: (n + 1,) int32, bounds of the responses among the N tokens; a length may be 0.
 
-    On the CPU whatever the device: order: (n,) int64, the batch row of each response; places: (N,) int64, its token's
-    place in the batch's flattened (B, R), with width R; lengths: of the n responses; tokens: T, or B * L with padding.
+    These stay on the CPU:
+    order: (n,) int64, the batch row of each response.
+    places: (N,) int64, the index of each response token in the batch's flattened (B, R) columns.
+    width: R, the columns of the batch. lengths: the tokens of each of the n responses.
     """
 
     input_ids: Tensor
@@ -55,16 +59,16 @@ class Packed:
 
     @property
     def device(self) -> torch.device:
-        """Where the forward runs."""
+        """Return the device of the inputs, on which the forward pass runs."""
         return self.input_ids.device
 
     @property
     def tokens(self) -> int:
-        """Positions of the forward, padding included."""
+        """Return the number of positions in the forward pass: T, or B * L with padding."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Packed:
-        """The same on a device; the copies do not wait."""
+        """Copy the inputs to a device without waiting for the copies; order, places and lengths stay on the CPU."""
         names = ("input_ids", "position_ids", "attention_mask", "rows", "inputs", "token_ids", "cu_seqlens")
         tensors = {name: getattr(self, name) for name in names}
         moved: dict[str, Any] = {
@@ -75,17 +79,19 @@ class Packed:
 
 
 def pack(sequences: Sequences, rows: Tensor, share_prefix: bool, with_last: bool = False) -> Packed:
-    """Lay out rows (n,) of sequences that are on the CPU, as the module says.
+    """Lay rows (n,) of sequences on the CPU end to end, in the layout that the module's docstring shows.
 
-    share_prefix: rows of one group share one copy of their prompt. with_last: the last token of each response is an
-    input too, for readers of its state. A response of no tokens takes no room; where all are, one prompt is laid out.
+    A response without tokens takes no room; if no response has a token, one prompt is laid out.
+
+    share_prefix: let rows of one group share one copy of their prompt.
+    with_last: make the last token of each response an input too, so that its state can be read.
     """
     rows = _in_order(sequences, rows, share_prefix)
     prompts, responses = sequences.prompt_lengths[rows], sequences.response_lengths[rows]
     group = sequences.group[rows] if share_prefix else torch.arange(len(rows))
     live = responses > 0
     live[0] |= not bool(live.any())
-    # the longest response of a group comes first, so that it leads if any of the group does
+    # the longest response of a group comes first, so it can lay out the prompt if any response of the group has a token
     leads = live & torch.cat((torch.ones(1, dtype=torch.bool), group[1:] != group[:-1]))
     leader = torch.where(leads, torch.arange(len(rows)), 0).cummax(0).values
     own = torch.where(live, responses - (0 if with_last else 1), 0).clamp_min(0)
@@ -113,15 +119,17 @@ def pack(sequences: Sequences, rows: Tensor, share_prefix: bool, with_last: bool
 
 
 def _in_order(sequences: Sequences, rows: Tensor, share_prefix: bool) -> Tensor:
-    """Groups together and longest first, because adjacent sequences of equal length are attended to in one call."""
+    """Sort rows by group and then by falling length, because attention takes adjacent equal lengths in one call."""
     size = sequences.response_lengths[rows] + (0 if share_prefix else sequences.prompt_lengths[rows])
     rows = rows[size.argsort(descending=True, stable=True)]
     return rows[sequences.group[rows].argsort(stable=True)] if share_prefix else rows
 
 
 def _segments(parts: Tensor, shared: Tensor, prompt_starts: Tensor, prompts: Tensor, filler: int) -> Segments:
-    """Segments of the laid out parts (n, 2), and of the filler at the end; prompt and response are one where the
-    prompt is not shared."""
+    """Make the segments of the laid out parts (n, 2), and one of the filler at the end.
+
+    A prompt that only one response uses forms one segment with it.
+    """
     none = torch.zeros_like(prompts)
     merged = torch.stack((parts.sum(1), none), 1)
     lengths = torch.where(shared[:, None], parts, merged).flatten()
@@ -133,7 +141,10 @@ def _segments(parts: Tensor, shared: Tensor, prompt_starts: Tensor, prompts: Ten
 
 
 def pad(sequences: Sequences, rows: Tensor, with_last: bool = False) -> Packed:
-    """The same for a model that cannot read packed rows: rows (n,) as a left-padded rectangle, one row per response."""
+    """Lay rows (n,) out as a left-padded rectangle, one row per response, for models that cannot read packed rows.
+
+    with_last: make the last token of each response an input too, so that its state can be read.
+    """
     part = sequences.select(rows)
     stop = None if with_last else -1
     ids = part.input_ids[:, :stop]
@@ -150,20 +161,20 @@ def pad(sequences: Sequences, rows: Tensor, with_last: bool = False) -> Packed:
 
 
 def flat(packed: Packed, values: Tensor) -> Tensor:
-    """A batch's values in packed order, on packed's device: (B, R) -> (N,) by token, (B,) -> (n,) by response."""
+    """Gather a batch's values in packed order on packed's device: (B, R) -> (N,) by token, (B,) -> (n,) by response."""
     if values.ndim == 2 and values.shape[1] != packed.width:
-        raise ValueError(f"values: got {tuple(values.shape)}, needs the {packed.width} columns of the batch")
+        raise ValueError(f"values must have the {packed.width} columns of the batch; got shape {tuple(values.shape)}")
     index = packed.order if values.ndim == 1 else packed.places
     return send(values.reshape(-1)[send(index, values.device)], packed.device)
 
 
 def unflat(packed: Packed, flat_values: Tensor, out: Tensor) -> None:
-    """Write (N,) values by token into a contiguous (B, R) tensor, whose other places stay as they are."""
+    """Write values (N,) by token into a contiguous (B, R) tensor, in place; its other elements stay as they are."""
     out.view(-1)[send(packed.places, out.device)] = flat_values.to(out.device, out.dtype)
 
 
 def _responses(sequences: Sequences, rows: Tensor) -> dict[str, Any]:
-    """The fields that describe the responses, whatever the layout."""
+    """Compute the fields of Packed that describe the responses and do not depend on the layout."""
     lengths, width = sequences.response_lengths[rows], sequences.response_ids.shape[1]
     columns = rows * sequences.input_ids.shape[1] + sequences.prompt_width
     return {

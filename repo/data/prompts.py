@@ -1,4 +1,4 @@
-"""Prompts: read from files or Hugging Face datasets, tokenised once, drawn by a cursor of the step."""
+"""Prompts: read them from files or Hugging Face datasets, tokenise them, and choose those of a step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from ..common.seeds import generator
 T = TypeVar("T")
 Turn = dict[str, str]
 ROLES = ("system", "user", "assistant")
-HUB_NAME = re.compile(r"[\w-]+/[\w-]+(\.\d[\w-]*)*")  # a dot before a letter is that of a file
+HUB_NAME = re.compile(r"[\w-]+/[\w-]+(\.\d[\w-]*)*")  # a dot before a letter means a file name
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: what the user asks, or a transcript of several turns; token_ids: the chat-formatted prompt up to where the
-    response begins; messages: the turns of a conversation, () for a single question; response: a supervised answer."""
+    """A prompt of the training or held-out data.
+
+    id: from the record, else a hash of the text. text: the user's question, or a transcript of several turns.
+    category: "" where the record has none. token_ids: the chat-formatted prompt up to where the response begins, ()
+    before tokenisation. messages: the turns of a conversation, () for a single question. response: a supervised answer,
+    None where there is none.
+    """
 
     id: str
     text: str
@@ -36,13 +41,13 @@ class Prompt:
 
     @property
     def conversation(self) -> list[Turn]:
-        """Messages of role and content that end with the user's."""
+        """Return the messages, dicts of role and content, of which the last is the user's."""
         return list(self.messages) or [{"role": "user", "content": self.text}]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A supervised answer: the chat-formatted prompt, and the response up to its end-of-sequence token."""
+    """A supervised answer as token ids: the chat-formatted prompt, and the response with its end-of-sequence token."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -50,30 +55,32 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokenized(Generic[T]):
-    """What tokenisation kept, and how many it dropped for what reason."""
+    """The result of tokenisation. kept: the items. dropped: reason -> number of items that were dropped for it."""
 
     kept: list[T]
     dropped: dict[str, int]
 
     def report(self) -> str:
-        """One line, e.g. "dropped: 3 longer than 256 tokens, 2 repeated"."""
+        """Describe in one line what was dropped, e.g. "dropped: 3 longer than 256 tokens, 2 repeated"."""
         return f"dropped: {', '.join(f'{n} {why}' for why, n in self.dropped.items()) or 'none'}"
 
 
 def load_prompts(source: str | Path, column: str = "prompt", split: str = "train") -> list[Prompt]:
-    """Prompts of a JSON lines or parquet file, of a folder (datasets.save_to_disk, or data files) or of a hub name.
+    """Read prompts from a JSON lines or parquet file, a folder (datasets.save_to_disk, or data files) or a hub dataset.
 
-    Folders and hub names take `#split` or `#config/split` behind them; without it, `split` is read. A record has
-    `column` or else `messages`, a text or a conversation, and optionally `id`, `category` and `response`. Without an
-    id it gets the hash of its text, so repeated prompts share one. UserError names the line or row (from 1) at fault.
+    A record has the prompt in `column` or else in `messages`, as a text or a conversation, and optionally `id`,
+    `category` and `response`. Without an id it gets the hash of its text, so that repeated prompts share one.
+
+    source: path or hub name; folders and hub names may end with `#split` or `#config/split`. split: read if none is
+    named. Raises UserError that names the line or row at fault, counted from 1.
     """
-    prompts, found_at = [], dict[str, str]()
+    prompts, place_of_id = [], dict[str, str]()
     for where, record in _records(str(source), column, split):
         prompt = _parse(record, column, where)
         if record.get("id") is not None:
-            if prompt.id in found_at:
-                raise UserError(f"{where}: same id {prompt.id!r} as {found_at[prompt.id]}")
-            found_at[prompt.id] = where
+            if prompt.id in place_of_id:
+                raise UserError(f"{where}: same id {prompt.id!r} as {place_of_id[prompt.id]}")
+            place_of_id[prompt.id] = where
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"no prompts in {source}")
@@ -81,7 +88,7 @@ def load_prompts(source: str | Path, column: str = "prompt", split: str = "train
 
 
 def _records(source: str, column: str, split: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, record) of every record."""
+    """Yield (file and line, or source and row; record) for every record of a source."""
     name, _, part = source.rpartition("#") if "#" in source and not Path(source).exists() else (source, "", "")
     path = Path(name)
     if not path.exists() and not HUB_NAME.fullmatch(name):
@@ -99,41 +106,47 @@ def _records(source: str, column: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("path:line", record) for every line that is not blank. Raises UserError for a line that is not JSON."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+                json.dumps(record, ensure_ascii=False).encode()  # refuses half of a surrogate pair, which is not text
                 yield f"{path}:{number}", record
-            except (ValueError, RecursionError) as error:  # or no UTF-8
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
                 raise UserError(f"{path}:{number}: not JSON: {error}") from None
 
 
 def _table(source: str, name: str, part: str, split: str) -> Any:
-    """The datasets.Dataset behind a parquet file, folder or hub name."""
+    """Load the datasets.Dataset of a parquet file, folder or hub name.
+
+    source: for messages, as the user wrote it. name: source without `#part`. part: split or config/split, "" if none is
+    named. split: read if part names none.
+    """
     try:
         import datasets
     except ImportError:
         raise UserError(f"{source} needs the package datasets: pip install datasets") from None
-    path = Path(name).resolve()  # absolute, since load_dataset takes a bare "json" or "csv" for a format
+    path = Path(name).resolve()  # absolute, because load_dataset reads a bare "json" or "csv" as a format
     config, _, chosen = part.rpartition("/")
     try:
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
+            loaded = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(str(path) if path.is_dir() else name, config or None)
-    except Exception as error:  # each format raises its own; the cause of a failed generation says more than it
-        told = " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())
-        raise UserError(f"cannot read {source} as name, name#split or name#config/split: {told:.300}") from error
-    splits = found if isinstance(found, dict) else {} if part else {split: found}
+            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config or None)
+    except Exception as error:  # formats raise many types; the cause of a DatasetGenerationError is the real reason
+        reason = " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())
+        raise UserError(f"cannot read {source} as name, name#split or name#config/split: {reason:.300}") from error
+    splits = loaded if isinstance(loaded, dict) else {} if part else {split: loaded}
     if (chosen or split) not in splits:
         raise UserError(f"{source} has no split {chosen or split!r}; there are: {', '.join(splits) or 'none'}")
     return splits[chosen or split]
 
 
 def _parse(record: Any, column: str, where: str) -> Prompt:
+    """Check one record and make it a Prompt. where: its place, for messages. Raises UserError."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be an object with `{column}`; got {record!r:.80}")
     name = "messages" if record.get(column) is None and record.get("messages") is not None else column
@@ -142,7 +155,7 @@ def _parse(record: Any, column: str, where: str) -> Prompt:
     if turns[-1]["role"] == "assistant" and not response:
         response = turns.pop()["content"]
     if not turns or turns[-1]["role"] != "user":
-        raise UserError(f"{where}: `{name}` must end with a user's turn, or without `response` with one answer to it")
+        raise UserError(f"{where}: `{name}` must end with a user's turn, or if there is no `response` with one answer")
     text = _transcript(turns) if turns[1:] else turns[0]["content"]
     identity = hashlib.sha256(text.encode()).hexdigest()[:16] if identity is None else str(identity)
     messages = tuple(turns) if turns[1:] else ()
@@ -150,7 +163,7 @@ def _parse(record: Any, column: str, where: str) -> Prompt:
 
 
 def _turns(value: Any, where: str) -> list[Turn]:
-    """The turns of a text or a conversation, checked one by one."""
+    """Check the turns of a text or a conversation and return them. Raises UserError that names the turn at fault."""
     if isinstance(value, str) and value.strip():
         return [{"role": "user", "content": value}]
     if not (isinstance(value, list) and value):
@@ -165,28 +178,33 @@ def _turns(value: Any, where: str) -> list[Turn]:
 
 
 def _transcript(turns: Iterable[Turn]) -> str:
+    """Write a conversation as text, one "role: content" per turn."""
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _with_system(prompt: Prompt, system_prompt: str | None) -> list[Turn]:
+    """Return the conversation, with the system prompt first unless it begins with a system message of its own."""
     if system_prompt is None or prompt.conversation[0]["role"] == "system":
         return prompt.conversation
     return [{"role": "system", "content": system_prompt}, *prompt.conversation]
 
 
 def _render(tokenizer: Any, turns: list[Turn], add_generation_prompt: bool) -> list[int]:
+    """Apply the chat template and return token ids. Raises UserError if the template refuses the conversation."""
     try:
         encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, return_dict=True)
-    except Exception as error:  # templates raise what they like, e.g. for a system message
+    except Exception as error:  # a template may raise any type, e.g. for a system message
         raise UserError(f"the model's chat template refuses a prompt: {first_line(error)}") from error
     return list(encoded["input_ids"])
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, system_prompt: str | None = None) -> list[int]:
-    """Token ids up to where the response begins. system_prompt: the first message where the prompt brings none.
+    """Encode a prompt as token ids up to where the response begins.
 
-    Without a chat template: the bare text of a question, after that of the system prompt; a conversation's transcript
-    up to "assistant:".
+    A tokenizer without a chat template gets plain text: for a question the system prompt and the question, for a
+    conversation the transcript that ends with "assistant:".
+
+    system_prompt: the first message where the prompt has no system message; None adds none.
     """
     turns = _with_system(prompt, system_prompt)
     if tokenizer.chat_template is not None:
@@ -198,7 +216,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, system_prompt: str | None = No
 def tokenize_prompts(
     prompts: Sequence[Prompt], tokenizer: Any, system_prompt: str | None, max_tokens: int
 ) -> Tokenized[Prompt]:
-    """Prompts with their token ids: each id once, 1 to max_tokens tokens. UserError when none is left."""
+    """Encode prompts; keep those of 1 to max_tokens tokens, each id once. Raises UserError if none is left."""
     encoded = (replace(p, token_ids=tuple(encode_prompt(tokenizer, p, system_prompt))) for p in prompts)
     return _within(((p.id, p, len(p.token_ids)) for p in encoded), max_tokens)
 
@@ -206,9 +224,10 @@ def tokenize_prompts(
 def tokenize_examples(
     prompts: Sequence[Prompt], tokenizer: Any, system_prompt: str | None, max_tokens: int, eos_ids: Sequence[int] = ()
 ) -> Tokenized[Example]:
-    """Prompts and their responses: each pair once, at most max_tokens together. UserError without a response.
+    """Encode prompts with their responses, and keep those of at most max_tokens together, each pair once.
 
-    eos_ids: the tokens that end a response (default: the tokenizer's own); the first is put where there is none.
+    eos_ids: the tokens that end a response, by default the tokenizer's own; the first is appended where none is.
+    Raises UserError if a prompt has no response or no example is left.
     """
     ends = tuple(eos_ids) or (tokenizer.eos_token_id,)
     pairs = ((p, _encode_example(tokenizer, p, system_prompt, ends)) for p in prompts)
@@ -217,7 +236,11 @@ def tokenize_examples(
 
 
 def _encode_example(tokenizer: Any, prompt: Prompt, system_prompt: str | None, ends: tuple[int, ...]) -> Example:
-    """The response is what the chat template puts after the prompt, or the bare text where it rewrites the prompt."""
+    """Encode a prompt and its response.
+
+    The response's tokens are those that the chat template puts after the prompt. If the template renders the prompt
+    otherwise once a response follows, they are those of the response's bare text.
+    """
     if prompt.response is None:
         raise UserError(f"prompt {prompt.id!r} has no `response`, which a supervised example needs")
     start, whole = encode_prompt(tokenizer, prompt, system_prompt), []
@@ -225,7 +248,7 @@ def _encode_example(tokenizer: Any, prompt: Prompt, system_prompt: str | None, e
         turns = [*_with_system(prompt, system_prompt), {"role": "assistant", "content": prompt.response}]
         whole = _render(tokenizer, turns, add_generation_prompt=False)
     ids = whole[len(start) :] if whole[: len(start)] == start else []
-    while ids and not tokenizer.decode(ids[-1:]).strip():  # the newline that templates put after the end of a turn
+    while ids and not tokenizer.decode(ids[-1:]).strip():  # templates put a newline after the end of a turn
         ids.pop()
     ids = ids or list(tokenizer(prompt.response, add_special_tokens=False).input_ids)
     if not (ids and ids[-1] in ends):
@@ -234,7 +257,10 @@ def _encode_example(tokenizer: Any, prompt: Prompt, system_prompt: str | None, e
 
 
 def _within(items: Iterable[tuple[Any, T, int]], max_tokens: int) -> Tokenized[T]:
-    """The items of (key, item, tokens) that are the first of their key and fit. UserError when none is left."""
+    """Keep the items that fit and are the first with their key, and count the others by reason.
+
+    items: (key, item, number of tokens). Raises UserError if no item is left.
+    """
     kept, dropped, seen = [], Counter[str](), set()
     for key, item, tokens in items:
         fault = "empty" if tokens == 0 else f"longer than {max_tokens} tokens" if tokens > max_tokens else None
@@ -252,7 +278,10 @@ def _within(items: Iterable[tuple[Any, T, int]], max_tokens: int) -> Tokenized[T
 
 
 def batch_at(items: Sequence[T], step: int, size: int, seed: int, stream: str = "epoch") -> list[T]:
-    """The items of a step: consecutive entries of one fresh permutation per epoch, of its own for each stream."""
+    """Return the `size` items of a step, which are consecutive entries of a new permutation for each epoch.
+
+    step: from 0. seed, stream: the permutations depend on these and the epoch alone.
+    """
     count, positions = len(items), range(step * size, (step + 1) * size)
     epochs = {p // count for p in positions}
     orders = {e: torch.randperm(count, generator=generator(seed, stream, e)).tolist() for e in epochs}

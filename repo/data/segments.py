@@ -1,4 +1,4 @@
-"""Segments: which tokens of a packed row attend to which, as bounds for a varlen kernel and as masks for SDPA."""
+"""Segments: which tokens of a packed row attend to which, as bounds for a varlen kernel or masks for SDPA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """`number` adjacent segments of `queries` tokens each, which see `keys` tokens each."""
+    """A run of `number` adjacent segments with `queries` tokens each, which attend to `keys` tokens each."""
 
     number: int
     queries: int
@@ -22,11 +22,15 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Which tokens of a packed row attend to which. The S segments of queries tile its T tokens.
+    """The attention pattern of a packed row: S segments of queries tile its T tokens, and each has a range of keys.
 
-    cu_q, cu_k: (S + 1,) int32, bounds of each segment's queries and keys. keys: (K,) int64, the token that each key
-    is, segment after segment; None where they are the queries' own tokens. Attention is causal, with a segment's last
-    query aligned to its last key. On the host: the longest lengths, and the runs of equal adjacent segments.
+    Attention within a segment is causal, with its last query aligned to its last key.
+
+    cu_q, cu_k: (S + 1,) int32, bounds of each segment's queries and keys.
+    keys: (K,) int64, the index of each key's token, segment after segment; None where each segment attends to its own
+    tokens alone.
+    max_q, max_k: largest number of queries and of keys of a segment. runs: the runs of equal adjacent segments.
+    masks: masks that `mask` has made, for reuse.
     """
 
     cu_q: Tensor
@@ -38,14 +42,18 @@ class Segments:
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> Segments:
-        """The same on a device; the copies do not wait."""
+        """Copy the segments to a device without waiting for the copies."""
         keys = None if self.keys is None else send(self.keys, device)
         return dataclasses.replace(
             self, cu_q=send(self.cu_q, device), cu_k=send(self.cu_k, device), keys=keys, masks={}
         )
 
     def mask(self, run: Run, window: int | None, like: Tensor) -> Tensor | None:
-        """(Lq, Lk) additive, made once for all layers; None where plain causal attention, Lq = Lk, is meant."""
+        """Return the additive mask (queries, keys) of a run, made once for all layers.
+
+        window: number of keys that a query attends to, itself included; None for all. like: gives dtype and device.
+        Returns None where plain causal attention over equal numbers of queries and keys does it.
+        """
         window = window if window is not None and window < run.keys else None
         if run.queries == run.keys and window is None:
             return None
@@ -60,9 +68,10 @@ class Segments:
 
 
 def make_segments(lengths: Tensor, prefix_starts: Tensor, prefix_lengths: Tensor) -> Segments:
-    """Segments of given lengths, end to end; each also sees the prefix_length tokens at prefix_start, which may be 0.
+    """Make segments that lie end to end; each attends to itself and to a prefix elsewhere in the row.
 
-    All (S,) int64 on the CPU, every length at least 1.
+    lengths: (S,) int64 on the CPU, tokens of each segment, >= 1. prefix_starts, prefix_lengths: (S,) int64 on the CPU,
+    the range of each prefix; a length may be 0.
     """
     starts, seen = lengths.cumsum(0) - lengths, lengths + prefix_lengths
     keys = None
@@ -77,24 +86,26 @@ def make_segments(lengths: Tensor, prefix_starts: Tensor, prefix_lengths: Tensor
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The integers of each [start, start + length), one range after another; all int64."""
+    """List the integers of each range [start, start + length), one range after another. All tensors are int64."""
     before = lengths.cumsum(0) - lengths
     return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
 
 
 def bounds(lengths: Tensor) -> Tensor:
-    """(n,) lengths -> (n + 1,) int32 cumulative bounds, from 0."""
+    """Accumulate lengths (n,) into bounds (n + 1,) int32 that start at 0."""
     return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def send(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the copy to a GPU does not wait, for which it goes through page-locked memory."""
+    """Copy a tensor to a device. A copy to a GPU goes through page-locked memory, so that the host does not wait."""
     if device.type == "cuda" and value.device.type == "cpu":
         return value.pin_memory().to(device, non_blocking=True)
     return value.to(device)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first dimension, where an index may come again, by the one of PyTorch's two ways whose
-    backward adds in a fixed order on the device."""
+    """Return x[index] along the first dimension, where `index` may repeat.
+
+    Uses the one of PyTorch's two ways whose backward adds in a fixed order on the device, so that results repeat.
+    """
     return x[index] if x.is_cuda else x.index_select(0, index)

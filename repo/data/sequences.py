@@ -1,4 +1,4 @@
-"""Sequences: prompts and responses of a batch as one rectangle of token ids, with masks from lengths."""
+"""Sequences: the prompts and responses of a batch in one rectangle of token ids, with masks from lengths."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """Left-padded prompts beside right-padded responses, so that all responses begin in column `prompt_width`.
+    """A batch of left-padded prompts followed by right-padded responses, which all begin in column `prompt_width`.
 
-    input_ids: (B, P + R) int64. prompt_lengths, response_lengths: (B,) int64; a response length counts its
+    input_ids: (B, P + R) int64. prompt_lengths, response_lengths: (B,) int64; a response's length counts its
     end-of-sequence token and may be 0. prompt_width: P. group: (B,) int64; rows of one group have the same prompt.
-    Masks come from the lengths, never from the pad id.
+    Masks are made from the lengths, never from the pad id, which may also occur in a text.
     """
 
     input_ids: Tensor
@@ -26,34 +26,34 @@ class Sequences:
 
     @property
     def attention_mask(self) -> Tensor:
-        """(B, P + R) bool: real tokens."""
+        """Return (B, P + R) bool, true on tokens that are not padding."""
         column = torch.arange(self.input_ids.shape[1], device=self.input_ids.device) - self.prompt_width
         return (column >= -self.prompt_lengths[:, None]) & (column < self.response_lengths[:, None])
 
     @property
     def position_ids(self) -> Tensor:
-        """(B, P + R) int64: 0 at the first real token of each row."""
+        """Return (B, P + R) int64 positions, which start from 0 at the first token of each row that is not padding."""
         return (self.attention_mask.to(torch.int64).cumsum(1) - 1).clamp_min(0)
 
     @property
     def response_ids(self) -> Tensor:
-        """(B, R) int64."""
+        """Return the response columns (B, R) int64."""
         return self.input_ids[:, self.prompt_width :]
 
     @property
     def response_mask(self) -> Tensor:
-        """(B, R) bool."""
+        """Return (B, R) bool, true on response tokens."""
         return self.attention_mask[:, self.prompt_width :]
 
     def token_lists(self) -> list[tuple[list[int], list[int]]]:
-        """Prompt and response of each row, without padding."""
+        """Return (prompt ids, response ids) of each row, without padding."""
         lengths = zip(self.prompt_lengths.tolist(), self.response_lengths.tolist(), strict=True)
         middle = self.prompt_width
         rows = zip(self.input_ids.tolist(), lengths, strict=True)
         return [(ids[middle - p : middle], ids[middle : middle + r]) for ids, (p, r) in rows]
 
     def select(self, rows: Tensor) -> Sequences:
-        """The given rows, cut to their own longest prompt and response (at least one response column)."""
+        """Return the given rows (n,), cut to their longest prompt and response but to at least one response column."""
         prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
         width = int(prompts.max())
         stop = self.prompt_width + max(1, int(responses.max()))
@@ -61,7 +61,7 @@ class Sequences:
         return Sequences(ids, prompts, responses, width, self.group[rows])
 
     def to(self, device: torch.device) -> Sequences:
-        """The same on a device."""
+        """Copy all tensors to a device."""
         lengths = self.prompt_lengths.to(device), self.response_lengths.to(device)
         return Sequences(self.input_ids.to(device), *lengths, self.prompt_width, self.group.to(device))
 
@@ -69,9 +69,10 @@ class Sequences:
 def make_sequences(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, group: Tensor | None = None
 ) -> Sequences:
-    """Lay B token lists out in one rectangle; columns are padded with pad_id, which no mask looks at.
+    """Lay B prompts and B responses, lists of token ids, out in one rectangle.
 
-    group: (B,) int64, equal only for rows with the same prompt; None: every row is its own group.
+    pad_id: fills the padding; masks never depend on it. group: (B,) int64, equal only for rows with the same prompt;
+    None makes every row a group of its own.
     """
     prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
     response_lengths = torch.tensor([len(r) for r in responses], dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""The models of a run: policy, reference, critics, their attention and their sharding."""
+"""The models of a run: policy, reference and critics, their attention, and their sharding."""

@@ -1,7 +1,8 @@
-"""Actor: policy and critics as one module whose forward ends with what is made of the hidden states.
+"""Actor: policy and critics in one module, whose forward ends with a readout of the hidden states.
 
-Losses and log-probabilities are formed inside the module, where the hooks of sharded and data-parallel training see the
-LM head. Policy, sampling policy, reference and critics all run through it; only the readout at its end differs.
+The readout, e.g. a loss or log-probabilities, runs inside the module, because only there do the hooks of sharded
+training gather the weights of the LM head. Policy, reference and critics all run through an Actor; they differ in the
+readout.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ T = TypeVar("T")
 
 
 class Actor(nn.Module):
-    """A causal LM and its critics (none for a reference).
+    """A causal LM and its critics; a reference has none.
 
-    attention: the policy's, or that of the first critic that cannot read the policy's layout. Where it packs, prompts
-    and responses are laid end to end and a prompt is computed once for all its responses; otherwise they are padded.
+    attention: the policy's attention, or that of the first model, policy or critic, that cannot read packed rows. If it
+    packs, prompts and responses are laid end to end and a prompt is computed once for all its responses; else they are
+    padded.
     """
 
     attention: Attention
@@ -40,7 +42,7 @@ class Actor(nn.Module):
     def __init__(
         self, policy: Policy, critics: nn.ModuleDict | None = None, world: World = ALONE, shards: int = 1
     ) -> None:
-        """shards: processes of `world` that split the trained weights among them; with 1 each has all of them."""
+        """critics: signal -> Critic, None for none. shards: processes that split one copy of the trained weights."""
         super().__init__()
         self.settings, self.world, self.sharded = policy, world, shards > 1
         self.policy, self.critics = policy.model, nn.ModuleDict() if critics is None else critics
@@ -53,8 +55,8 @@ class Actor(nn.Module):
     def forward(self, packed: Packed, readout: Callable[..., T], *arguments: Any, every_layer: bool = False) -> T:
         """Run the model on packed responses and return readout(states, critics, *arguments).
 
-        readout: a module or function, e.g. training.loss.PolicyLoss. Sharded training needs the tensors of its result
-        in tuples and dicts. every_layer: give it the states of every layer, not of the last alone.
+        readout: a module or function, e.g. training.loss.PolicyLoss. Its result is a tensor, or tensors in tuples and
+        dicts, where sharded training looks for them. every_layer: give it the states of every layer, not only the last.
         """
         with self.settings.running():
             hidden = trunk_states(self.policy.base_model, packed, every_layer or self.reads_layers)
@@ -62,17 +64,17 @@ class Actor(nn.Module):
         return readout(states, self.critics, *arguments)
 
     def parts(self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool = False) -> list[Packed]:
-        """Lay out rows (n,) of a batch as forward passes of at most `budget` tokens, on the CPU.
+        """Lay rows (n,) of a batch out as forward passes of at most `budget` tokens, on the CPU.
 
-        with_last: also read the last token of each response, see packing.pack.
+        with_last: make the last token of each response an input too, so that its state can be read.
         """
         return [self._layout(sequences, part, with_last) for part in self._cut(sequences, rows, budget, with_last)]
 
     def own_parts(self, sequences: Sequences, rows: Tensor, budget: int) -> list[Packed]:
-        """Lay out this process's share of the rows, as at least one forward pass.
+        """Lay this process's share of rows (n,) out as forward passes of at most `budget` tokens, at least one.
 
-        All processes of a sharded run get equally many, since each forward and backward gathers weights: the last ones
-        may be without responses.
+        In a sharded run all processes get equally many passes, because each pass gathers weights from all of them; the
+        last passes of a process may hold no response tokens.
         """
         if self.world.size == 1:
             return self.parts(sequences, rows, budget)
@@ -93,10 +95,10 @@ class Actor(nn.Module):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What policy and critics predict for the tokens of sampled responses.
+    """The policy's log-probabilities and the critics' values for the tokens of sampled responses.
 
-    logps: (B, R) fp32 log-probabilities in nats, None where nothing needs them. values: by signal, (B, R) the critics'
-    values. Both are 0 beyond each response and on rows that were left out.
+    logps: (B, R) fp32 in nats; None where nothing needs them. values: signal -> (B, R) fp32.
+    Both are 0 after each response's end and on rows that were left out.
     """
 
     logps: Tensor | None
@@ -104,7 +106,7 @@ class Predictions:
 
 
 def _logps_and_values(states: States, critics: nn.ModuleDict, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """(N,) log-probabilities of the response tokens and, by signal, (N,) values."""
+    """Compute the log-probabilities (N,) of the response tokens and, for each signal, the values (N,)."""
     return states.logps(temperature), {signal: critic(states) for signal, critic in critics.items()}
 
 
@@ -112,9 +114,10 @@ def _logps_and_values(states: States, critics: nn.ModuleDict, temperature: float
 def predict(
     actor: Actor, sequences: Sequences, temperature: float, budget: int, rows: Tensor | None = None
 ) -> Predictions:
-    """Compute log-probabilities and values of the response tokens of `rows` (n,), default all.
+    """Compute log-probabilities and values of the response tokens. Processes share the work; each gets all results.
 
-    budget: tokens of one forward pass at most. Processes share the work, and each gets the whole result.
+    temperature: divides the logits. budget: token limit of one forward pass. rows: (n,) rows of the batch to compute;
+    None: all.
     """
     shape = sequences.response_ids.shape
     logps, values = torch.zeros(shape), {signal: torch.zeros(shape) for signal in actor.critics}
@@ -130,7 +133,10 @@ def predict(
 def _logps_and_states(
     states: States, _: nn.ModuleDict, temperature: float, layers: Sequence[int]
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """(N,) log-probabilities at the temperature and at 1, and the states before and of each token, by layer."""
+    """Compute log-probabilities (N,) at the temperature and at 1, and select states on the CPU.
+
+    Returns, besides both, (states that predict each response token, states of each response token) for each layer.
+    """
     tempered = states.logps(temperature)
     at_one = tempered if temperature == 1 else states.logps(1.0)
     return tempered, at_one, [(states.before(layer).cpu(), states.of(layer).cpu()) for layer in layers]
@@ -140,9 +146,10 @@ def _logps_and_states(
 def read_reference(
     reference: Actor, sequences: Sequences, temperature: float, budget: int, layers: Sequence[int]
 ) -> tuple[Tensor, Reading | None]:
-    """Compute the reference's log-probabilities (B, R), and keep its states for scorers that read `layers` of it.
+    """Compute the reference's log-probabilities, and keep its states for scorers that read `layers` of it.
 
-    Returns the log-probabilities in nats and the Reading that scorers take, None where `layers` is empty.
+    temperature: divides the logits. budget: token limit of one forward pass. layers: indices into hidden_states.
+    Returns the log-probabilities (B, R) fp32 in nats, and the Reading for scorers, None if `layers` is empty.
     """
     if not layers:
         logps = predict(reference, sequences, temperature, budget).logps

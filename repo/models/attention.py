@@ -1,7 +1,7 @@
-"""Attention over packed rows: who attends to whom, as a function for transformers, and whether a model can use it.
+"""Attention over packed rows: a function for transformers' models, and the test of which models can use it.
 
-Every sequence of a packed row attends to itself alone, causally, and a response that shares its prompt also to that
-prompt. What computes it is in varlen.py.
+Every sequence of a packed row attends causally to itself alone; a response that shares its prompt also attends to that
+prompt. The kernels that compute this are in varlen.py.
 """
 
 from __future__ import annotations
@@ -40,15 +40,25 @@ def packed_attention(
     windows: dict[int, int | None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' models call in each layer: query (1, Hq, T, D), key, value (1, Hk, T, D) -> (1, T, Hq, D).
+    """Compute the attention of one layer over a packed row, with the signature that transformers' models call.
 
-    segments, and windows for a reader of each layer's window, come through the model's keyword arguments. Under
-    autocast the result is of its dtype.
+    Args:
+        query: (1, Hq, T, D). key, value: (1, Hk, T, D). attention_mask: not used.
+        segments: which tokens attend to which; passed through the model's keyword arguments.
+        scaling: factor of the scores, None for D^-1/2. sliding_window: keys that a query attends to at most, None for
+            all. softcap: bound of the scores by softcap * tanh(score / softcap), None for no bound.
+        windows: passed through the model's keyword arguments; filled with each layer's sliding_window.
+
+    Returns:
+        (1, T, Hq, D) in the dtype of autocast, or else of `value`; and None in place of attention weights.
+
+    Raises:
+        ValueError: segments are missing, or dropout is not 0.
     """
     if segments is None:
-        raise ValueError("segments: packed attention takes packing.Segments through the model's arguments, got None")
+        raise ValueError("segments must be given to packed attention through the model's arguments; got None")
     if dropout:
-        raise ValueError(f"dropout: packed attention has none, got {dropout}; put the model in eval mode")
+        raise ValueError(f"dropout must be 0 in packed attention; got {dropout}; put the model in eval mode")
     if windows is not None:
         windows[getattr(module, "layer_idx", len(windows))] = sliding_window
     device = query.device.type
@@ -66,21 +76,24 @@ AttentionInterface.register(IMPLEMENTATION, packed_attention)
 
 
 def using_packed(model: Any) -> AbstractContextManager[None]:
-    """Within it the model's layers attend by `packed_attention`; its forward takes `segments=`, and no attention mask.
+    """Return a context in which the model's layers use `packed_attention`; its forward then takes `segments=`, no mask.
 
-    Layers read the implementation from the config as they run, so layers that are recomputed in the backward need
-    `recompute_contexts` too.
+    Layers read the name of the attention function from the config when they run, so that layers that are recomputed in
+    the backward pass need `recompute_contexts` too.
     """
     return _Implementation(model, [IMPLEMENTATION, IMPLEMENTATION])
 
 
 def recompute_contexts(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """context_fn of torch.utils.checkpoint: layers are recomputed with the attention that they had in the forward."""
+    """Return the contexts of forward and recomputation for torch.utils.checkpoint's context_fn.
+
+    Layers are recomputed with the attention function that they have when this is called, in the forward pass.
+    """
     return nullcontext(), _Implementation(model, [config._attn_implementation for config in _configs(model)])
 
 
 class _Implementation(AbstractContextManager[None]):
-    """Names the attention function that a model's layers look up. It may be entered again, also within itself."""
+    """A context that sets the name of the attention function in a model's configs. It can be reused and nested."""
 
     def __init__(self, model: Any, names: list[str]) -> None:
         self.model, self.names = model, names
@@ -95,19 +108,20 @@ class _Implementation(AbstractContextManager[None]):
 
     def _set(self, names: list[str]) -> None:
         for config, name in zip(_configs(self.model), names, strict=True):
-            config._attn_implementation_internal = name  # the public setter would reach a vision tower's config too
+            config._attn_implementation_internal = name  # the public setter would change a vision tower's config too
 
 
 def _configs(model: Any) -> list[Any]:
-    """The config and the text config, often the same."""
+    """List the model's config and its text config, which are often the same object."""
     return [model.config, model.config.get_text_config()]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """How a model reads prompts and responses. packs: end to end in one row (packing.pack), else padded (packing.pad).
+    """The way a model reads prompts and responses.
 
-    name: what computes it. why: why nothing better does, "" where there is nothing better.
+    packs: True for end to end in one row (packing.pack), False for padded (packing.pad). name: of the kernel or the
+    function that computes attention. why: the reason why no faster one is used, "" if there is none faster.
     """
 
     packs: bool
@@ -115,14 +129,15 @@ class Attention:
     why: str
 
     def describe(self) -> str:
-        """One line."""
+        """Describe it in one line."""
         return f"attention: {self.name}" + ", packed" * self.packs + f" ({self.why})" * bool(self.why)
 
 
 def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Decide by the config of a causal LM or its trunk, then by trying: packed and separate sequences must agree.
+    """Decide how a causal LM or a trunk reads its input: by its config, then by a trial in which packed and separate
+    sequences must give the same states.
 
-    dtype: of the forward, by autocast where it is not that of the weights.
+    dtype: of the forward pass; autocast is used if the weights have another one.
     """
     with torch.autocast(device.type, dtype, enabled=dtype != model.dtype):
         obstacle = _obstacle(model.base_model, device, dtype)
@@ -143,13 +158,13 @@ def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> At
 
 
 def _obstacle(trunk: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model cannot read packed rows; None when it can."""
+    """Return the reason why a model cannot read packed rows, None if it can."""
     name, text = type(trunk).__name__, trunk.config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     if other := set(kinds or ()) - {"full_attention", "sliding_attention"}:
         return f"{name} has layers of {', '.join(sorted(other))}"
     if not getattr(trunk, "_supports_attention_backend", False):
-        return f"{name} does not take attention functions of others"
+        return f"{name} does not accept a custom attention function"
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         return f"{name} takes no position_ids"
     ids = torch.randint(0, text.vocab_size, (4, 9), generator=generator("packing probe")).tolist()
@@ -159,13 +174,13 @@ def _obstacle(trunk: Any, device: torch.device, dtype: torch.dtype) -> str | Non
     windows: dict[int, int | None] = {}
     try:
         difference = _probe(trunk, packed, probe.token_lists(), windows)
-    except Exception as error:  # each model refuses in its own way
+    except Exception as error:  # models raise errors of many types
         return f"{name} failed on packed rows: {first_line(error)}"
     window = getattr(text, "sliding_window", None)
-    kinds = kinds or ["sliding_attention"] * len(windows)  # a window without kinds is every layer's
+    kinds = kinds or ["sliding_attention"] * len(windows)  # without layer_types the window holds for every layer
     expected = {layer: window if kinds[layer] == "sliding_attention" else None for layer in windows}
     if windows != expected:
-        return f"{name} does not tell its attention function the windows of its layers"
+        return f"{name} does not pass the windows of its layers to its attention function"
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     return None if difference < tolerance else f"packed rows change the states of {name} by {difference:.1e}"
 
@@ -174,14 +189,16 @@ def _obstacle(trunk: Any, device: torch.device, dtype: torch.dtype) -> str | Non
 def _probe(
     trunk: Any, packed: Packed, rows: list[tuple[list[int], list[int]]], windows: dict[int, int | None]
 ) -> float:
-    """Largest difference of packed states from those of each row alone, relative to the largest; fills in each layer's
-    window, which the short rows would not show."""
+    """Compare packed states with those of each row alone; returns the largest difference relative to the largest state.
+
+    windows: filled with each layer's sliding window, which has no effect on rows as short as these.
+    """
     arguments = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "segments": packed.segments}
     with using_packed(trunk):
-        found = trunk(**arguments, windows=windows, use_cache=False).last_hidden_state[0, packed.rows]
+        packed_states = trunk(**arguments, windows=windows, use_cache=False).last_hidden_state[0, packed.rows]
     expected = []
     for prompt, response in (rows[row] for row in packed.order.tolist()):
         ids = torch.tensor([prompt + response[:-1]], device=packed.device)
         expected.append(trunk(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 :])
     states = torch.cat(expected)
-    return float((found - states).abs().max() / states.abs().max())
+    return float((packed_states - states).abs().max() / states.abs().max())

@@ -1,4 +1,4 @@
-"""Critics: a value per response token for the reward and for the cost, and what they are trained on."""
+"""Critics: the value functions of reward and cost, with a value per response token, and their loss."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from .attention import choose_attention
 from .hidden_states import States, trunk_states
 from .policy import Policy
 
-VALUE_CLIP = 5.0  # Safe RLHF's
+VALUE_CLIP = 5.0  # as in Safe RLHF
 
 
 class Critic(nn.Module):
-    """A linear head on states of the policy (trunk None), which it reads without moving them, or of its own trunk."""
+    """A linear head on the policy's hidden states, which it does not train, or on those of a trunk of its own."""
 
     def __init__(self, size: int, trunk: Any = None, embedded: HeadManifest | None = None) -> None:
-        """embedded: read states as this scorer does, its layer averaged over the response so far, in its units (but
-        without its fluency penalty), plus a linear term that begins as 0 and leaves the sigmoid's range."""
+        """Make a critic whose linear layers start at 0.
+
+        size: H, the width of the states. trunk: its own trunk; None: read the policy's states.
+        embedded: read states as this scorer does, i.e. average its layer over the response so far and apply a sigmoid,
+        in its units but without the fluency penalty. A second linear layer is added, so that values can leave the
+        sigmoid's range. None: a linear head on the last layer's states.
+        """
         super().__init__()
         self.trunk, self.embedded = trunk, embedded
         self.layer = embedded.layer if embedded is not None and trunk is None else -1
@@ -39,7 +44,10 @@ class Critic(nn.Module):
         self.attention = None if trunk is None else choose_attention(trunk, trunk.device, trunk.dtype)
 
     def forward(self, policy_states: States) -> Tensor:
-        """(N,) fp32 V_t, the value before each response token; the policy's states are read without a trunk only."""
+        """Compute V_t (N,) fp32, the value before each response token.
+
+        policy_states: a critic with its own trunk uses only their packed inputs.
+        """
         packed = policy_states.packed
         if self.trunk is not None:
             states = States(packed, trunk_states(self.trunk, packed), None).before()
@@ -53,8 +61,11 @@ class Critic(nn.Module):
 
 
 def _mean_so_far(states: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(N, H) of responses one after another: row t is the mean over rows 1 to t of its response, those of the tokens
-    before t; row 0 is the prompt's."""
+    """Average states (N, H) of responses, laid one after another, over each response so far.
+
+    Row 0 of a response, the state of the last prompt token, stays. Row t is the mean of rows 1 to t, the states of the
+    tokens before token t.
+    """
     means = []
     for rows in states.split(list(lengths)):
         count = torch.arange(1, max(1, len(rows)), device=states.device)
@@ -63,16 +74,21 @@ def _mean_so_far(states: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float, divisor: int) -> Tensor:
-    """1/2 mean max((V - G)^2, (V_old + clip(V - V_old, +-clip) - G)^2) over tokens. Source: PPO, arXiv 1707.06347.
+    """Compute the clipped value loss, 0-d. Source: PPO, arXiv 1707.06347.
 
-    values, old, returns: (N,) V, V_old, G. divisor: tokens of the whole minibatch. Returns ().
+        1/2 sum max((V - G)^2, (V_old + clip(V - V_old, -clip, clip) - G)^2) / divisor
+
+    values, old, returns: (N,) V, V_old and G of response tokens. divisor: response tokens of the whole minibatch.
     """
     clipped = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2).sum() / divisor
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(G - V) / Var(G) over response tokens: 1 is perfect, 0 a constant; NaN where G is constant."""
+    """Compute 1 - Var(G - V) / Var(G) over response tokens: 1 for perfect values, 0 for constant ones.
+
+    values, returns: (B, R). mask: (B, R) bool, true on response tokens. Returns NaN if G is constant.
+    """
     returns, error = returns[mask].double(), (returns - values)[mask].double()
     return (1 - error.var(correction=0) / returns.var(correction=0)).item() if bool(returns.var() > 0) else float("nan")
 
@@ -80,15 +96,17 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 def make_critics(
     config: CriticConfig, policy: Policy, scorers: Scorers, signals: Sequence[str], same_trunk: bool = False
 ) -> nn.ModuleDict:
-    """One critic per signal ("reward", "cost"), on the policy's device.
+    """Make one critic per signal, "reward" or "cost", on the policy's device.
 
-    same_trunk: the embedded scorers read the model that the policy starts from, so that their heads fit its states.
+    same_trunk: the policy starts as the model that the embedded scorers read, so that their heads fit its states.
+    Raises UserError if critic.init_from is "scorers" and a scorer is not one model, or has another tokenizer.
     """
     critics = {signal: _make_critic(config, policy, scorers, signal, same_trunk) for signal in signals}
     return nn.ModuleDict(critics).to(policy.device)
 
 
 def _make_critic(config: CriticConfig, policy: Policy, scorers: Scorers, signal: str, same_trunk: bool) -> Critic:
+    """Make the critic of one signal, with the scorer's head where it fits, else with a head of zeros."""
     scorer, own = scorers.only(signal), config.init_from == "scorers"
     if isinstance(scorer, HeadScorer) and scorer.manifest.pooling == "mean" and (own or same_trunk):
         trunk = _cut(scorer.trunk.model.base_model, scorer.manifest.layer) if own else None
@@ -112,7 +130,7 @@ def _make_critic(config: CriticConfig, policy: Policy, scorers: Scorers, signal:
 
 
 def _cut(trunk: Any, layers: int) -> Any:
-    """A trainable copy of the first layers, without the final norm."""
+    """Make a trainable copy of a trunk's first `layers` layers, without the final norm."""
     trunk = copy.deepcopy(trunk).requires_grad_(True)
     trunk.layers, trunk.norm = trunk.layers[:layers], nn.Identity()
     return trunk

@@ -1,4 +1,4 @@
-"""Hidden states: what the layers of a causal LM or of a trunk give for packed prompts and responses."""
+"""Hidden states: the outputs of the layers of a causal LM or a trunk for packed prompts and responses."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .lm_head import LmHead
 
 @dataclass(frozen=True)
 class States:
-    """The states of one forward pass over packed responses.
+    """The hidden states of one forward pass over packed responses.
 
-    hidden: (T, H) after the embedding and after each layer, or after the last layer alone. head: None for a trunk.
+    packed: the inputs. hidden: (T, H) states after the embedding and each layer, or after the last layer alone.
+    head: the LM head; None for a trunk.
     """
 
     packed: Packed
@@ -38,7 +39,7 @@ class States:
         return self.hidden[layer].index_select(0, self.packed.inputs)
 
     def head_arguments(self) -> dict[str, Any]:
-        """Give hidden, weight and bias to a linear loss, at the states that predict response tokens."""
+        """Return the arguments hidden (N, H), weight and bias of a linear loss over the response tokens."""
         assert self.head is not None
         hidden, head = self.before().to(self.head.dtype), self.head
         hidden = hidden if head.scale == 1 else hidden * head.scale

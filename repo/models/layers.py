@@ -1,4 +1,4 @@
-"""How the forward of a model's decoder layers runs: as it is, compiled, or again in the backward pass."""
+"""Decoder layers: compile them, run them uncompiled, or recompute their activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Forward = Callable[..., Any]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers itself can recompute."""
+    """List the decoder layers of a model: those that transformers marks as layers for gradient checkpointing."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
-    """Compile each decoder layer, for any number of tokens, at its next call; returns how many there are.
+    """Make each decoder layer compile at its next call, for any number of tokens; returns the number of layers.
 
-    One graph serves all, since they differ in their weights only; modules and state_dict names stay. backend:
-    torch.compile's. UserError for a model without such layers.
+    One graph serves all layers, since they differ in their weights only. Modules and state_dict names do not change.
+    backend: of torch.compile. Raises UserError if the model has no decoder layers.
     """
     layers = decoder_layers(model)
     if not layers:
-        raise UserError(f"model.compile must be false: {type(model).__name__} has no layers that it could compile")
+        raise UserError(f"model.compile must be false: {type(model).__name__} has no decoder layers to compile")
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
     return len(layers)
@@ -39,9 +39,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
 
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing in eval mode; transformers' own needs train mode, hence dropout.
+    """Recompute the decoder layers' activations in the backward pass, while the context is open.
 
-    It is outside what is compiled, where it would break the graph.
+    transformers' own gradient checkpointing needs train mode, which turns dropout on; this works in eval mode. It wraps
+    compiled layers from outside, because inside it would break their graph.
     """
     contexts = partial(recompute_contexts, model)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
@@ -51,13 +52,14 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Compiled layers run as they are: a decode step with its cache would compile anew."""
+    """Run compiled layers without compilation while the context is open, since decoding would compile them anew."""
     with _forwards(model, lambda layer: getattr(layer.forward, "_torchdynamo_orig_callable", layer.forward)):
         yield
 
 
 @contextmanager
 def _forwards(model: nn.Module, forward_of: Callable[[Any], Forward]) -> Iterator[None]:
+    """Replace the forward of each decoder layer by forward_of(layer) while the context is open."""
     layers = decoder_layers(model)
     before = [layer.__dict__.get("forward") for layer in layers]
     try:

@@ -1,4 +1,4 @@
-"""The LM head of a causal LM, as the linear losses take it."""
+"""The LM head of a causal LM, in the form that the linear losses take."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..common.seeds import generator
 
 @dataclass(frozen=True)
 class LmHead:
-    """Logits are softcap(scale * hidden @ weight^T + bias), softcap(z) = softcap * tanh(z / softcap).
+    """An LM head: logits = cap(scale * hidden @ weight^T + bias), where cap(z) = softcap * tanh(z / softcap).
 
-    weight: (V, H). bias: (V,) or None. softcap: None where there is none. dtype: hidden states are rounded to it, as
-    autocast would.
+    weight: (V, H). bias: (V,), None for none. scale: factor of the hidden states. softcap: bound of the logits, None
+    for none. dtype: hidden states are rounded to it, as autocast would.
     """
 
     weight: Tensor
@@ -28,9 +28,9 @@ class LmHead:
 
 
 def lm_head(model: Any, autocast: torch.dtype | None = None) -> LmHead:
-    """Read the head from a model and its config: a linear layer, with Cohere's or Granite's scale and Gemma's softcap.
+    """Read the LM head of a model: its linear layer, Cohere's or Granite's scale, and Gemma's softcap.
 
-    autocast: dtype of the forward pass where it is not that of the weights. Raises UserError for another kind of head.
+    autocast: dtype of the forward pass, None for that of the weights. Raises UserError if the head is not linear.
     """
     linear, text = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(linear, nn.Linear):
@@ -42,7 +42,7 @@ def lm_head(model: Any, autocast: torch.dtype | None = None) -> LmHead:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compare lm_head with the model's own logits on a few tokens. Raises UserError where they differ."""
+    """Compare the logits of `lm_head` with the model's own on a few tokens. Raises UserError if they differ."""
     head = lm_head(model)
     ids = torch.randint(0, head.weight.shape[0], (1, 5), generator=generator("head probe"))
     hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state

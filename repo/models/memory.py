@@ -1,4 +1,4 @@
-"""Memory: what a run will hold, by arithmetic."""
+"""Memory: the bytes that a run will hold, computed from the sizes of its tensors."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from repo_kernels.losses.linear import CHUNK_BYTES
 from ..config.schema import Config
 
 GIB = 2.0**30
-STATE_BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 * 4 / 256}  # per trained weight; 8bit: a scale per 256
+STATE_BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 * 4 / 256}  # per trained weight; 8bit: fp32 scale per 256
 
 
 def describe_memory(
     config: Config, model: nn.Module, vocabulary: int, critics: nn.Module | None = None, shards: int = 1
 ) -> str:
-    """Bytes of a process by arithmetic: weights, AdamW, what the update and the rollout hold besides. Activations come
-    on top.
+    """List what a process holds, in GiB: weights, AdamW's states, and what update and rollout add. Activations, the KV
+    cache and scorers are not counted.
 
-    model: the policy, on any device (the meta device will do), not sharded yet. critics: None where they are not loaded
-    yet. shards: processes that share the trained weights.
+    model: the policy, not sharded yet, on any device, also "meta". vocabulary: rows of the LM head. critics: None if
+    they are not loaded yet. shards: processes that split one copy of the trained weights.
     """
     rollout, optimizer, settings = config.rollout, config.optimizer, config.model
     weights, trained = _parameters(model), _parameters(model, trained_only=True)
@@ -63,4 +63,5 @@ def describe_memory(
 
 
 def _parameters(module: nn.Module, trained_only: bool = False) -> int:
+    """Count the parameters of a module, all or the trained ones only."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)

@@ -1,4 +1,4 @@
-"""The policy: a causal LM as it is loaded, with its tokenizer and how its forward passes run."""
+"""The policy: a causal LM with its tokenizer, its loading and saving, and the context of its forward passes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from .lm_head import check_head
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM in eval mode (no dropout: the ratio is exact), its tokenizer and its stop tokens.
+    """A causal LM, its tokenizer and its stop tokens. The model is in eval mode: without dropout the ratio is exact.
 
-    attention: how it reads prompts and responses. base_only: the model without its LoRA
-    adapter, which is the reference. autocast: dtype of the forward pass where it is not that of the weights.
-    recomputes: gradient checkpointing. compiled: its layers are.
+    model: the causal LM. eos_ids: ids that end a response. pad_id: fills padding. device: of the forward pass.
+    attention: the way it reads prompts and responses.
+    base_only: switch the LoRA adapters off, which makes it the reference.
+    autocast: dtype of the forward pass, None for that of the weights.
+    recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled.
     """
 
     model: Any
@@ -44,7 +46,7 @@ class Policy:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What every forward pass happens in."""
+        """Open the context for every forward pass: adapters on or off, autocast, and fused layers on a CPU."""
         if self.base_only:
             self.model.disable_adapters()
         try:
@@ -56,7 +58,10 @@ class Policy:
 
     @contextmanager
     def _layers(self) -> Iterator[None]:
-        """On a CPU in fp32 linear layers, norms, gated MLPs and rotary embeddings run by repo_kernels meanwhile."""
+        """Run linear layers, norms, gated MLPs and rotary embeddings by repo_kernels, on a CPU in fp32.
+
+        Compiled layers stay as they are.
+        """
         with ExitStack() as stack:
             for replaced in () if self.compiled else (onednn_linears, fused_layers):
                 stack.enter_context(replaced(self.model))
@@ -64,7 +69,7 @@ class Policy:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """What forward and backward happen in: gradient checkpointing, where configured."""
+        """Open the context for a forward and its backward pass: gradient checkpointing, if it is configured."""
         if not self.recomputes:
             yield
             return
@@ -73,7 +78,10 @@ class Policy:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" -> CUDA where there is one, else CPU."""
+    """Return the torch device that model.device names; "auto" is CUDA if it is available, else the CPU.
+
+    Raises UserError if the device cannot be used here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -87,10 +95,18 @@ def choose_device(name: str) -> torch.device:
 def load_policy(
     path: str, device: torch.device, trainable: bool, config: ModelConfig | None = None, trust: bool = False
 ) -> Policy:
-    """Load a folder or hub name. UserError when transformers cannot, or a weight is not finite.
+    """Load a causal LM, add LoRA adapters if configured, and choose its attention.
 
-    config: dtype, lora_rank, gradient_checkpointing and compile (default: fp32, all weights trained). trust: run Python
-    code that comes with the model.
+    Args:
+        path: folder or hub name.
+        trainable: True loads weights to train in fp32, or with LoRA frozen weights in config.dtype and adapters in
+            fp32. False loads frozen weights in config.dtype.
+        config: dtype, lora_rank, gradient_checkpointing and compile; None for the defaults.
+        trust: run Python code that comes with the model.
+
+    Raises:
+        UserError: transformers cannot load the model, a weight is not finite, the logits are not a linear LM head's, or
+            there is no end-of-sequence token.
     """
     config = config or ModelConfig()
     dtype, lora = getattr(torch, config.dtype), trainable and config.lora_rank > 0
@@ -100,7 +116,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32 if full else dtype, trust_remote_code=trust
         )
-    except Exception as error:  # each format and tokenizer library raises its own kind
+    except Exception as error:  # formats and tokenizer libraries raise errors of many types
         raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
     if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
         raise UserError(f"model.path: weight {bad} of {path!r} is not finite")
@@ -122,17 +138,20 @@ def load_policy(
 
 
 def add_lora(model: Any, rank: int) -> None:
-    """Trainable fp32 adapters beside every linear layer but the head; the model starts unchanged."""
+    """Add trainable fp32 LoRA adapters to every linear layer except the LM head; at first they change no output.
+
+    Raises UserError if peft is missing or does not support the model.
+    """
     try:
         from peft import LoraConfig
     except ImportError:
         raise UserError("model.lora_rank needs the package peft: pip install peft") from None
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # every start of a run begins with the same random factor
+        torch.manual_seed(0)  # every run starts with the same random factor
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         try:
             model.add_adapter(config)
-        except (ImportError, ValueError) as error:  # transformers asks for certain versions of peft
+        except (ImportError, ValueError) as error:  # transformers refuses old versions of peft
             raise UserError(f"model.lora_rank: {first_line(error)}") from error
     model.eval()
     for parameter in model.parameters():
@@ -141,29 +160,35 @@ def add_lora(model: Any, rank: int) -> None:
 
 
 def load_reference(policy: Policy, path: str, config: ModelConfig, trust: bool = False) -> Policy:
-    """The frozen reference: the policy without its adapter under LoRA, else a second model."""
+    """Load the frozen reference: with LoRA the policy without its adapters, else a second model from `path`."""
     if config.lora_rank:
         return dataclasses.replace(policy, base_only=True)
     return load_policy(path, policy.device, False, config, trust)
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends a response: of the generation config, the model config and the tokenizer."""
-    found: list[int] = []
+    """List every id that ends a response, from the generation config, the model config and the tokenizer, each once.
+
+    Raises UserError if there is none.
+    """
+    ids: list[int] = []
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
-        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    if not found:
+        ids += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if not ids:
         raise UserError("the model has no end-of-sequence token in its generation config, config or tokenizer")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(ids))
 
 
 def vocabulary(policy: Policy) -> int:
-    """Rows of the LM head."""
+    """Return the size of the vocabulary, the number of rows of the LM head."""
     return int(policy.model.config.get_text_config().vocab_size)
 
 
 def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Weights (safetensors), configs and tokenizer in Hugging Face format. weights: whole ones, of a sharded model."""
+    """Save weights (safetensors), configs and tokenizer into a folder, in Hugging Face format.
+
+    weights: name -> whole tensor, needed for a sharded model; None: the model's own.
+    """
     policy.model.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..scoring.safety import is_safe
 from .run_history import History, column
 from .style import (
     BAD,
@@ -197,7 +198,7 @@ def _cumulative(history: History) -> tuple[Figure, str, str] | None:
     mark_limit(axes, history.limit, edges)
     axes.set_ylabel("% of responses at most")
     legend(axes)
-    safe = "; ".join(f"{label} {(costs <= history.limit).mean():.0%}" for label, costs, *_ in curves)
+    safe = "; ".join(f"{label} {is_safe(costs, history.limit).mean():.0%}" for label, costs, *_ in curves)
     caption = f"The height at the limit is the safe rate: {safe}. Same responses as in the distribution of costs."
     return figure, "Cumulative costs", caption
 
@@ -217,10 +218,11 @@ def _scatter(history: History) -> tuple[Figure, str, str] | None:
     for axes, records, title in zip(panels, sides, ("start", "now"), strict=True):
         kept = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, SCATTERED).astype(int))]
         cost, reward = np.clip(column(kept, "cost"), edges[0], edges[-1]), column(kept, "reward")
-        for chosen, colour, marker in ((cost <= history.limit, NOW, "o"), (cost > history.limit, BAD, "D")):
+        safe = is_safe(cost, history.limit)
+        for chosen, colour, marker in ((safe, NOW, "o"), (~safe, BAD, "D")):
             axes.plot(cost[chosen], reward[chosen], marker, color=colour, ms=3.2, mew=0, alpha=0.6)
-        safe = (column(records, "cost") <= history.limit).mean()
-        axes.set_title(f"{title}: {safe:.0%} safe")
+        share = is_safe(column(records, "cost"), history.limit).mean()
+        axes.set_title(f"{title}: {share:.0%} safe")
         mark_limit(axes, history.limit, edges)
         shown.append(f"{len(kept)} of {len(records)}")
     panels[0].set_ylabel("reward")

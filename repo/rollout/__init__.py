@@ -1,1 +1,1 @@
-"""Sampling of responses and the KV cache it decodes with."""
+"""The rollout: sampling of responses, the KV cache for decoding, and the join of what several processes sampled."""

@@ -1,4 +1,4 @@
-"""Gather: what several processes sampled and scored, as one rollout batch that each of them then has."""
+"""Gather: join what all processes have sampled and scored into one rollout batch, which each of them gets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from .sample import Rollout, make_rollout
 def gather(
     world: World, rollout: Rollout, scores: Scores, ref_logps: Tensor, pad_id: int
 ) -> tuple[Rollout, Scores, Tensor]:
-    """Join the rollouts, scores and reference log-probabilities (b, r) of all processes, in the order of prompts."""
+    """Join the rollouts, scores and reference log-probabilities of all processes, in the order of the prompts.
+
+    ref_logps: (b, r) of this process's b responses. pad_id: fills the padding. Every process calls it.
+    Returns the whole batch; its log-probabilities are (B, R) with zeros after each response.
+    """
     if world.size == 1:
         return rollout, scores, ref_logps
     rollouts, parts, logps = zip(*world.gather((rollout, scores, ref_logps)), strict=True)
@@ -24,7 +28,7 @@ def gather(
 
 
 def merge(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
-    """Make one rollout of several, prompts in their order."""
+    """Join rollouts into one, in their order; groups are numbered on from one to the next."""
     if len(rollouts) == 1:
         return rollouts[0]
     starts = torch.tensor([0] + [int(r.group.max()) + 1 for r in rollouts]).cumsum(0)
@@ -39,6 +43,6 @@ def merge(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
 
 
 def concatenate(rows: Sequence[Tensor]) -> Tensor:
-    """Stack tensors (b, r) of different widths below each other, with zeros on the right: (B, R)."""
+    """Concatenate tensors (b, r) of different widths along the first dimension into (B, R), zeros on the right."""
     width = max(part.shape[1] for part in rows)
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in rows])

@@ -1,7 +1,7 @@
-"""Decoding: the KV cache of a batch, and the forward pass that adds a token to each of its rows.
+"""Decoding: the KV cache of a batch, and the forward pass that adds one token to each of its rows.
 
-A growing cache serves every model and device. On CUDA models of full attention decode in buffers of fixed size, so that
-a step is one CUDA graph.
+A growing cache serves every model and device. On CUDA, models with full attention in every layer decode in buffers of
+fixed size instead, so that a step can be replayed as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,26 +18,32 @@ from transformers.cache_utils import DynamicLayer
 from ..data.sequences import Sequences, make_sequences
 from ..models.policy import Policy
 
-COLUMNS = 16  # lengths of fixed buffers are multiples of this, as fast attention kernels want masks aligned
-WARM_UP_STEPS = 3
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # these rotary embeddings read positions on the host
+COLUMNS = 16  # lengths of fixed buffers are multiples of this, because fast attention kernels need aligned masks
+WARM_UP_STEPS = 3  # steps before a CUDA graph is captured
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types that read positions on the host, which a graph cannot
 
 
 class Decoder(Protocol):
-    """start, then step after step; logits are (B, V) for B = prompts x samples and hold until the next call."""
+    """A decoder of B = prompts x samples rows. Call `start` once per batch, then `step` for each further token.
+
+    The logits (B, V) that they return stay valid until the next call.
+    """
 
     def start(self, prefix: Sequences, samples: int) -> Tensor:
-        """Logits of the first token. prefix: prompts without responses, each computed once for its samples."""
+        """Begin a batch and return the logits of the first token.
+
+        prefix: prompts without responses; each is computed once. samples: rows per prompt, which are adjacent.
+        """
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits of the token after `tokens` (B,)."""
+        """Append `tokens` (B,) int64, one to each row, and return the logits of the next token."""
 
     def keep(self, rows: Tensor) -> bool:
-        """Go on with `rows` (n,) of the B alone, or return False where the batch cannot shrink."""
+        """Drop all rows but `rows` (n,) int64 and return True, or return False if the batch cannot shrink."""
 
 
 class BufferedLayer(DynamicLayer):
-    """A cache layer with room for `extra` tokens, which it writes in place where DynamicLayer copies everything."""
+    """A cache layer that reserves room for `extra` tokens and writes them in place, where DynamicLayer copies all."""
 
     keys: Tensor
     values: Tensor
@@ -48,7 +54,7 @@ class BufferedLayer(DynamicLayer):
         self.room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, n, dim) keys and values; returns all so far."""
+        """Append keys and values (B, heads, n, dim), and return all keys and values so far."""
         if not self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
         past = self.keys.shape[-2]
@@ -63,6 +69,7 @@ class BufferedLayer(DynamicLayer):
 
 
 def _with_room(states: Tensor, extra: int) -> Tensor:
+    """Copy states (B, heads, length, dim) into a new buffer of length + extra columns."""
     batch, heads, length, dim = states.shape
     room = states.new_empty((batch, heads, length + extra, dim))
     room[..., :length, :] = states
@@ -70,19 +77,19 @@ def _with_room(states: Tensor, extra: int) -> Tensor:
 
 
 def make_cache(model: Any, extra: int) -> DynamicCache:
-    """The model's own cache, with its plain layers buffered (sliding-window and other layers keep their own kind)."""
+    """Make a model's own growing cache, in which layers with full attention reserve room for `extra` tokens."""
     cache = DynamicCache(config=model.config)
     cache.layers = [BufferedLayer(extra) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def _as_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """The cache as an argument of the model's forward, which transformers 5.24 gave another name."""
+    """Return the cache as a keyword argument of the model's forward; transformers 5.24 renamed that argument."""
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def prefill(model: Any, prefix: Sequences, cache: DynamicCache) -> Tensor:
-    """(prompts, V) logits after each prompt, whose keys and values go into the cache."""
+    """Run the prompts, write their keys and values into the cache, and return the logits (prompts, V) after each."""
     width = prefix.prompt_width
     out = model(
         input_ids=prefix.input_ids[:, :width],
@@ -96,13 +103,14 @@ def prefill(model: Any, prefix: Sequences, cache: DynamicCache) -> Tensor:
 
 
 class GrowingDecoder:
-    """A cache that grows by a token per step, up to `limit`, and whose finished rows can leave."""
+    """A decoder whose cache grows by one token per step and which can drop finished rows. It serves every model."""
 
     def __init__(self, model: Any, limit: int) -> None:
+        """limit: largest number of tokens of a response."""
         self.model, self.limit = model, limit
 
     def start(self, prefix: Sequences, samples: int) -> Tensor:
-        """See Decoder."""
+        """Begin a batch and return the logits of the first token; see Decoder."""
         self.cache = make_cache(self.model, self.limit)
         logits = prefill(self.model, prefix, self.cache)
         if samples > 1:
@@ -113,7 +121,7 @@ class GrowingDecoder:
         return logits.repeat_interleave(samples, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See Decoder."""
+        """Append a token to each row and return the logits of the next one; see Decoder."""
         self.length += 1
         out = self.model(
             input_ids=tokens[:, None],
@@ -127,7 +135,7 @@ class GrowingDecoder:
         return out.logits[:, -1]
 
     def keep(self, rows: Tensor) -> bool:
-        """See Decoder."""
+        """Drop all rows but `rows`; return False if a layer's cache cannot shrink."""
         if not all(isinstance(layer, DynamicLayer) for layer in self.cache.layers):
             return False
         self.cache.batch_select_indices(rows)
@@ -136,31 +144,36 @@ class GrowingDecoder:
 
 
 class StaticLayer(DynamicLayer):
-    """Keys and values in (rows, heads, length, dim) buffers; a step writes them into the column of all layers.
+    """A cache layer with keys and values in buffers (rows, heads, length, dim) of fixed size.
 
-    transformers' StaticLayer gives keys and values one dtype, which they do not have under autocast.
+    transformers' StaticLayer requires one dtype for keys and values, which may differ under autocast.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        """keys, values: the buffers. column: (1,) int64, the column that the next step writes, shared by all layers."""
         super().__init__()
         self.keys, self.values, self.column, self.is_initialized = keys, values, column, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (rows, heads, 1, dim) keys and values; returns the whole buffers."""
+        """Write keys and values (rows, heads, 1, dim) into the current column, and return the whole buffers."""
         self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
         return self.keys, self.values
 
 
 class StaticDecoder:
-    """`rows` rows of `length` columns in buffers that every batch reuses; what a row may see is in a mask.
+    """A decoder in buffers of fixed size, which every batch reuses; a mask says which columns a row attends to.
 
-    captures: the step is recorded as a CUDA graph at the first start and replayed for every batch of this decoder, so
-    the weights must stay where they are while it is in use. Each rollout builds a decoder and records once. A batch of
-    fewer rows leaves the last ones idle.
+    A batch of fewer rows leaves the last ones idle.
     """
 
     def __init__(self, model: Any, rows: int, length: int, captures: bool) -> None:
+        """Allocate the inputs and the mask.
+
+        rows: largest number of rows of a batch. length: largest number of tokens of a prompt and its response together.
+        captures: record the step as a CUDA graph at the first start, and replay it for every batch. The weights must
+        then stay at their addresses while the decoder is in use, so that each rollout makes a new decoder.
+        """
         self.model, self.rows, self.length, self.captures = model, rows, -(-length // COLUMNS) * COLUMNS, captures
         self.graph: torch.cuda.CUDAGraph | None = None
         self.cache: DynamicCache | None = None
@@ -172,28 +185,28 @@ class StaticDecoder:
         self.mask = torch.zeros((rows, 1, 1, self.length), dtype=self.dtype, device=device)
 
     def start(self, prefix: Sequences, samples: int) -> Tensor:
-        """See Decoder."""
-        found = DynamicCache(config=self.model.config)
-        logits = prefill(self.model, prefix, found)
+        """Begin a batch and return the logits of the first token; see Decoder."""
+        prompts = DynamicCache(config=self.model.config)
+        logits = prefill(self.model, prefix, prompts)
         if self.cache is None:
             self.cache = DynamicCache(config=self.model.config)
-            self.cache.layers = [self._layer(layer.keys, layer.values) for layer in found.layers]
+            self.cache.layers = [self._layer(layer.keys, layer.values) for layer in prompts.layers]
         if self.captures and self.graph is None:
-            self._capture()  # before the prompts come in: it writes into columns that they may reach
+            self._capture()  # before the prompts are copied in, since capturing writes into columns they may reach
         self.count = len(logits) * samples
-        for mine, given in zip(self.cache.layers, found.layers, strict=True):
-            for buffer, states in ((mine.keys, given.keys), (mine.values, given.values)):
+        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
+            for buffer, states in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
                 buffer[: self.count, :, : prefix.prompt_width] = states.repeat_interleave(samples, 0)
         self.mask.fill_(torch.finfo(self.dtype).min)
         visible = prefix.attention_mask[:, : prefix.prompt_width].repeat_interleave(samples, 0)
         self.mask[: self.count, 0, 0, : prefix.prompt_width].masked_fill_(visible, 0)
-        self.positions.zero_()  # idle rows would count on beyond the model's positions
+        self.positions.zero_()  # else idle rows would count on beyond the model's last position
         self.positions[: self.count] = prefix.prompt_lengths.repeat_interleave(samples)
         self.column.fill_(prefix.prompt_width)
         return logits.repeat_interleave(samples, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """See Decoder."""
+        """Append a token to each row and return the logits of the next one; see Decoder."""
         self.tokens[: self.count] = tokens
         if self.graph is None:
             self._step()
@@ -202,16 +215,19 @@ class StaticDecoder:
         return self.logits[: self.count]
 
     def keep(self, rows: Tensor) -> bool:
-        """The buffers keep their size."""
+        """Return False: the buffers have a fixed size."""
         return False
 
     def _layer(self, keys: Tensor, values: Tensor) -> StaticLayer:
+        """Allocate the buffers of one layer, with the heads and dims of `keys` and `values`."""
+
         def buffer(x: Tensor) -> Tensor:
             return x.new_zeros((self.rows, x.shape[1], self.length, x.shape[3]), dtype=self.dtype)
 
         return StaticLayer(buffer(keys), buffer(values), self.column)
 
     def _step(self) -> None:
+        """Run one step on the buffers: `tokens` in, `logits` out, and positions and column moved on."""
         self.mask.index_fill_(3, self.column, 0)
         out = self.model(
             input_ids=self.tokens[:, None],
@@ -226,14 +242,15 @@ class StaticDecoder:
         self.column += 1
 
     def _warm_up(self) -> None:
-        """The steps that come before a capture, which chooses kernels and workspaces, write into the last columns."""
+        """Run steps on the last columns, in which libraries choose kernels and workspaces before the capture."""
         self.column.fill_(self.length - WARM_UP_STEPS)
         for _ in range(WARM_UP_STEPS):
             self._step()
 
     def _capture(self) -> None:
+        """Record the step as a CUDA graph, after a warm-up on a stream of its own."""
         cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # its copies would die with the context and live on in the graph
+        torch.set_autocast_cache_enabled(False)  # the graph would use cached casts after autocast has freed them
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -248,14 +265,14 @@ class StaticDecoder:
 
 
 def make_decoder(policy: Policy, rows: int, width: int, limit: int) -> Decoder:
-    """What decodes batches of up to `rows` rows with prompts of up to `width` tokens and `limit` new ones."""
+    """Make a decoder for batches of at most `rows` rows, prompts of at most `width` tokens and responses of `limit`."""
     if policy.device.type == "cuda" and not _why_growing(policy):
         return StaticDecoder(policy.model, rows, width + limit, captures=True)
     return GrowingDecoder(policy.model, limit)
 
 
 def describe_decoding(policy: Policy) -> str:
-    """One line: how responses are decoded, and why not by CUDA graph on CUDA."""
+    """Describe in one line how responses are decoded, and on CUDA why not by a CUDA graph."""
     if policy.device.type != "cuda":
         return "decoding: token by token, growing KV cache"
     with policy.running():
@@ -263,13 +280,13 @@ def describe_decoding(policy: Policy) -> str:
     return f"decoding: growing KV cache ({why})" if why else "decoding: CUDA graph over a static KV cache"
 
 
-_static_by_model: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_why_growing_by_model: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _why_growing(policy: Policy) -> str:
-    """Why this model's cache must grow, "" where it need not; found out once per model."""
+    """Return the reason why a model needs a growing cache, "" if it does not. The answer is kept for each model."""
     model = policy.model
-    if model not in _static_by_model:
+    if model not in _why_growing_by_model:
         if not getattr(model, "_can_compile_fullgraph", False):
             why = "the model's step has no fixed shape"
         elif any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
@@ -278,14 +295,16 @@ def _why_growing(policy: Policy) -> str:
             why = "its rotary embedding looks at the length"
         else:
             why = "" if decodes_in_buffers(policy) else "the model does not take a 4-D mask"
-        _static_by_model[model] = why
-    return _static_by_model[model]
+        _why_growing_by_model[model] = why
+    return _why_growing_by_model[model]
 
 
 @torch.no_grad()
 def decodes_in_buffers(policy: Policy) -> bool:
-    """Whether buffers with a mask give the logits of a growing cache, by trying it: no config field tells that a model
-    reads distances from its 2-D mask."""
+    """Tell by a trial whether fixed buffers with a 4-D mask give the same logits as a growing cache.
+
+    They do not for models that compute distances from a 2-D mask, which no config field shows.
+    """
     prefix = make_sequences([[5, 6, 7, 8, 9], [8, 4, 9]], [[], []], policy.pad_id).to(policy.device)
     tokens = torch.tensor([5, 9, 6, 7], device=policy.device)
     growing, static = GrowingDecoder(policy.model, 3), StaticDecoder(policy.model, 4, 8, captures=False)

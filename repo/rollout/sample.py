@@ -1,7 +1,7 @@
-"""Rollout: sample responses from the policy, each from its own seed, so that batching never changes a sample.
+"""Sampling: responses from the policy, each drawn from its own seed, so that batching never changes a sample.
 
-The prefix of a prompt is computed once for all its samples; weights are packed or cast once per rollout; the cache and
-the decode step are decoding.py's.
+A prompt is computed once for all its samples, and weights are packed or cast once per rollout. The cache and the decode
+step are in kv_cache.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from ..models.layers import uncompiled
 from ..models.policy import Policy
 from .kv_cache import Decoder, make_decoder
 
-WORTH_SHRINKING = 0.75  # a batch is cut to its unfinished rows once they are this share of it: the cache is copied
+WORTH_SHRINKING = 0.75  # drop finished rows once at most this share of the batch is left, because that copies the cache
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """B responses. prompts: of each; group: (B,) int64, which of the step's prompts; texts: decoded responses; logps:
-    (B, R) fp32 of the sampled tokens in the distribution they were drawn from, 0 beyond each response."""
+    """B sampled responses.
+
+    prompts: the prompt of each response. group: (B,) int64, the number of its prompt in the batch. sequences: their
+    token ids. texts: decoded responses, without special tokens. logps: (B, R) fp32 log-probabilities in nats of the
+    sampled tokens in the distribution that they were drawn from, 0 after each response.
+    """
 
     prompts: tuple[Prompt, ...]
     group: Tensor
@@ -39,13 +43,17 @@ class Rollout:
 
     @property
     def tokens(self) -> int:
-        """Response tokens in all."""
+        """Return the number of response tokens in all."""
         return int(self.sequences.response_lengths.sum())
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling: one uniform number in [0, 1) decides each token. logits: (B, V); uniforms: (B,) -> tokens
-    (B,) and their log-probabilities (B,) fp32 in the distribution that was drawn from."""
+    """Sample one token per row by inverting the CDF, so that one uniform number decides it.
+
+    logits: (B, V). uniforms: (B,) in [0, 1). temperature: divides the logits. top_p: sample from the most likely tokens
+    that together reach this probability; 1: from all.
+    Returns tokens (B,) int64 and their log-probabilities (B,) fp32 in nats, in the distribution that was drawn from.
+    """
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
@@ -58,9 +66,10 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
 
 
 def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: int, step: int | str) -> Tensor:
-    """(prompts * samples, length) fp64; row i depends on (seed, step, prompt id, sample) only.
+    """Draw the uniform numbers that decide all tokens: (prompts * samples, length) fp64 in [0, 1).
 
-    The samples of a prompt that comes again in the step are numbered onward.
+    Each row depends on seed, step, prompt id and the number of the sample alone. If a prompt occurs twice in a step,
+    the numbering of its samples continues.
     """
     numbers: Counter[str] = Counter()
     rows = []
@@ -76,21 +85,25 @@ def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: in
 def decode(
     policy: Policy, decoder: Decoder, prompts: Sequence[Prompt], samples: int, uniforms: Tensor, config: RolloutConfig
 ) -> tuple[list[list[int]], Tensor]:
-    """Token lists of len(prompts) * samples responses, each ending with an end-of-sequence token or at the limit, and
-    the log-probabilities (prompts * samples, limit) of their tokens."""
+    """Decode one batch of B = len(prompts) * samples responses.
+
+    uniforms: (B, limit), which decide the tokens and give the limit of tokens.
+    Returns B token lists, each ending with an end-of-sequence token or at the limit, and the log-probabilities
+    (B, limit) fp32 of their tokens on the CPU; values after the end of a response have no meaning.
+    """
     device, limit = policy.device, uniforms.shape[1]
     prefix = make_sequences([p.token_ids for p in prompts], [[]] * len(prompts), policy.pad_id).to(device)
     logits = decoder.start(prefix, samples)
     uniforms = uniforms.to(device)
     stop = torch.tensor(policy.eos_ids, device=device)
-    rows = torch.arange(len(uniforms), device=device)  # those still decoded
+    rows = torch.arange(len(uniforms), device=device)  # rows that are still in the decoder
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    found = torch.full(uniforms.shape, policy.eos_ids[0], device=device)
+    sampled = torch.full(uniforms.shape, policy.eos_ids[0], device=device)
     logps = torch.zeros(uniforms.shape, device=device)
-    check_every = 1 if device.type == "cpu" else 16  # asking whether all are done waits for the device
+    check_every = 1 if device.type == "cpu" else 16  # steps; to check whether all are done, the host waits for a GPU
     for t in range(limit):
-        tokens, said = sample_tokens(logits, uniforms[rows, t], config.temperature, config.top_p)
-        found[rows, t], logps[rows, t] = tokens, said
+        tokens, token_logps = sample_tokens(logits, uniforms[rows, t], config.temperature, config.top_p)
+        sampled[rows, t], logps[rows, t] = tokens, token_logps
         done |= torch.isin(tokens, stop)
         if t + 1 == limit:
             break
@@ -102,11 +115,11 @@ def decode(
             if kept is not None and decoder.keep(kept):
                 rows, tokens, done = rows[kept], tokens[kept], done[kept]
         logits = decoder.step(tokens)
-    return [_until_stop(row, policy.eos_ids) for row in found.tolist()], logps.cpu()
+    return [_until_stop(row, policy.eos_ids) for row in sampled.tolist()], logps.cpu()
 
 
 def _until_stop(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """Tokens up to and including the first end-of-sequence token."""
+    """Cut tokens after the first end-of-sequence token, if there is one."""
     for i, token in enumerate(tokens):
         if token in eos_ids:
             return tokens[: i + 1]
@@ -122,9 +135,12 @@ def sample(
     step: int | str,
     part: range | None = None,
 ) -> Rollout:
-    """`samples` responses of each prompt, prompt by prompt, in batches of at most config.batch_size responses.
+    """Sample `samples` responses to each prompt, in the order of the prompts.
 
-    part: which of the prompts, adjacent ones; the samples are those that all prompts would have got together.
+    They are decoded in batches of at most config.batch_size responses, or of one prompt's if `samples` is larger.
+
+    seed, step: decide the samples, together with each prompt's id. part: indices of the prompts to answer, adjacent
+    ones; None: all. A part gets the same samples as in a call for all prompts.
     """
     part = range(len(prompts)) if part is None else part
     uniforms = draw_uniforms(prompts, samples, config.max_response_tokens, seed, step)
@@ -159,7 +175,11 @@ def make_rollout(
     logps: Tensor,
     pad_id: int,
 ) -> Rollout:
-    """From B token lists and log-probabilities (B, limit)."""
+    """Make a Rollout of B responses.
+
+    prompts, texts: one per response. group: (B,) int64. responses: token lists. logps: (B, limit), of which values
+    after the end of a response are ignored. pad_id: fills the padding.
+    """
     sequences = make_sequences([p.token_ids for p in prompts], responses, pad_id, group)
     mask = sequences.response_mask
     return Rollout(prompts, group, sequences, texts, torch.where(mask, logps[:, : mask.shape[1]], 0.0))

@@ -1,1 +1,1 @@
-"""Reward and cost of a response: the scorers, the held-out judge, and what is safe."""
+"""Scores of responses: the scorers of reward and cost, the held-out judge, and the definition of safe."""

@@ -1,4 +1,4 @@
-"""Models as scorers: sequence classifiers of transformers, and the score models that safe-rlhf trains."""
+"""Classifiers: sequence-classification models of transformers, and safe-rlhf's score models, as scorers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 from .signals import field_of
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096  # tokens of one forward pass
 
 
 class ClassifierScorer:
-    """`path` or `path#label` of an AutoModelForSequenceClassification, folder or hub name; the label may be left out
-    when there is one. The score is the label's logit, after the offset and scale of the manifest.
+    """A scorer that reads one label's logit of a sequence classifier, with the manifest's offset and scale.
 
-    It reads the conversation and the response in its own tokenizer's chat template, or as a pair of texts where there
-    is none. Sequences of one length are scored together, so that nothing is padded: models that look for the last token
-    by the pad id then find the same one as for a single sequence.
+    The model reads the conversation and the response in its tokenizer's chat template, or as a pair of texts if there
+    is no template. Sequences of equal length are scored together without padding, because some models look for the
+    last token by the pad id and would find another one in a padded batch.
     """
 
     kind, model_class = "classifier", AutoModelForSequenceClassification
 
     def __init__(self, name: str, signal: str, device: str, trust: bool = False) -> None:
+        """Load the model, its tokenizer and its manifest. Raises UserError if that fails.
+
+        name: `path` or `path#label`, where path is a folder or hub name; the label is needed if there are several.
+        signal: "reward", "cost" or "judge", for messages. trust: run Python code that comes with the model.
+        """
         path, _, label = name.partition("#")
         self.where, self.trust = f"{field_of(signal)} {name!r}", trust
         try:
@@ -51,28 +55,32 @@ class ClassifierScorer:
         self.column = self.labels.index(label)
 
     def _load(self, path: str, device: str) -> Any:
+        """Load the weights, in fp32 on a CPU. Raises ValueError if the checkpoint lacks some of them."""
         trust = {} if self.model_class is ScoreModel else {"trust_remote_code": self.trust}
         config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust)
-        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"  # a GPU keeps the saved one
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"  # "auto" keeps the saved dtype
         model, info = self.model_class.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, **trust
         )
-        if missing := sorted(info["missing_keys"]):  # transformers would leave them random
-            raise ValueError(f"it has no weights {', '.join(missing[:3])}")
+        if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+            raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
         return model
 
     @property
     def labels(self) -> list[str]:
-        """Names of the model's outputs."""
+        """List the names of the model's outputs, in order."""
         return [label for _, label in sorted(self.model.config.id2label.items())]
 
     @property
     def trunk(self) -> Any:
-        """The base model, whose output has last_hidden_state."""
+        """Return the base model, whose output has last_hidden_state."""
         return self.model.base_model
 
     def head(self) -> tuple[Tensor, Tensor]:
-        """Weight (H,) and bias () from the trunk's last state to the score. UserError when it is not that simple."""
+        """Return the weight (H,) and the bias () that map the trunk's last state to the score, manifest included.
+
+        Raises UserError unless the model is its trunk and one linear layer.
+        """
         layers = [m for m in self.model.children() if m is not self.trunk and list(m.parameters())]
         if len(layers) != 1 or not isinstance(layers[0], nn.Linear) or getattr(self.trunk, "pooler", None) is not None:
             raise UserError(f"{self.where} has more than a linear head on its last states, or none")
@@ -82,7 +90,7 @@ class ClassifierScorer:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """(B,) fp32 on the CPU. UserError for a sequence longer than the model's context."""
+        """Score B pairs; returns (B,) fp32 on the CPU. Raises UserError if a sequence exceeds the model's context."""
         encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         by_length: dict[int, list[int]] = defaultdict(list)
         for row, tokens in enumerate(encoded):
@@ -100,28 +108,30 @@ class ClassifierScorer:
         return self.manifest.apply(scores)
 
     def _batch_size(self, length: int) -> int:
-        # without a pad id transformers' classifiers take one sequence at a time
+        """Return how many sequences of `length` tokens one forward pass takes."""
+        # transformers' classifiers refuse more than one sequence if the config has no pad id
         padded = self.model.config.get_text_config().pad_token_id is not None
         return max(1, BATCH_TOKENS // length) if padded else 1
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
+        """Tokenise one pair into the model's inputs. Raises UserError if the chat template refuses it."""
         messages = [*prompt.conversation, {"role": "assistant", "content": response}]
         if self.tokenizer.chat_template is None:
             return dict(self.tokenizer(*self._plain(prompt, messages)))
         try:
             return dict(self.tokenizer.apply_chat_template(messages, return_dict=True))
-        except Exception as error:  # templates raise what they like, e.g. for a system message
+        except Exception as error:  # a template may raise any type, e.g. for a system message
             raise UserError(f"{self.where}: its chat template refuses a prompt: {first_line(error)}") from error
 
     def _plain(self, prompt: Prompt, messages: list[dict[str, str]]) -> tuple[str, ...]:
-        """What a tokenizer without a chat template is given; messages end with the response."""
+        """Return the texts that a tokenizer without a chat template gets. messages: end with the response."""
         return prompt.text, messages[-1]["content"]
 
 
 class ScoreModelScorer(ClassifierScorer):
-    """A score model of safe-rlhf, normalised as its config says; `path#index` chooses one of several scores.
+    """A scorer with a score model of safe-rlhf, normalised as its config says; path#index picks one of several scores.
 
-    Without a chat template it reads safe-rlhf's own format.
+    A tokenizer without a chat template gets safe-rlhf's text format of a conversation.
     """
 
     kind, model_class = "score model", ScoreModel
@@ -133,7 +143,7 @@ class ScoreModelScorer(ClassifierScorer):
 
     @property
     def labels(self) -> list[str]:
-        """Indices of the scores."""
+        """List the indices of the scores, as text."""
         return [str(i) for i in range(self.model.score_head.out_features)]
 
     def _batch_size(self, length: int) -> int:
@@ -144,8 +154,9 @@ class ScoreModelScorer(ClassifierScorer):
 
 
 def load_model(name: str, signal: str, device: str, trust: bool = False) -> ClassifierScorer:
-    """A scorer for the folder or hub name, by the architecture in its config. UserError when it cannot be loaded.
+    """Load the scorer that fits the architecture in the model's config. Raises UserError if it cannot be loaded.
 
+    name: folder or hub name, with #label if needed. signal: "reward", "cost" or "judge", for messages.
     trust: run Python code that comes with the model.
     """
     path = name.partition("#")[0]
@@ -156,7 +167,7 @@ def load_model(name: str, signal: str, device: str, trust: bool = False) -> Clas
             raise UserError(f"{field_of(signal)}: cannot load {path!r} as a model: {first_line(error)}") from error
         raise UserError(
             f"{field_of(signal)} must be 'embedded', a model (folder or hub name) or 'module:function'; got {name!r}, "
-            f"which is no folder and cannot be loaded by name: {first_line(error)}"
+            f"which is not a folder and cannot be loaded by name: {first_line(error)}"
         ) from error
     is_score_model = any(kind.endswith("ForScore") for kind in architectures)
     return (ScoreModelScorer if is_score_model else ClassifierScorer)(name, signal, device, trust)

@@ -1,8 +1,7 @@
-"""The embedded scorers and judge at run time: small heads on frozen features.
+"""The embedded scorers at run time: small linear heads on a frozen causal LM's hidden states.
 
-`HeadScorer` reads a causal LM's hidden states (the reference model can be shared, and one forward serves all
-heads); `Judge` reads MiniLM sentence features and a word list. Nothing here is trained; the manifests beside
-the weights say what was fitted on what (`repo.assets.fit`).
+All heads share one forward pass, and the LM can be the run's reference model. Nothing is trained here: repo.assets.fit
+fits the heads, and the manifest beside the weights says on what data.
 
     reward, cost = score_all([HeadScorer.load(d / "scorers/reward"), HeadScorer.load(d / "scorers/cost")], x, y)
 """
@@ -18,50 +17,57 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 LM_HEAD_ROWS = 512
-"""Rows of logits held at once, so that fluency costs rows x vocabulary bytes and not tokens x vocabulary."""
+"""Rows of logits that exist at once; bounds the memory of fluency, whatever the number of tokens."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the trunk says of N (prompt, response) pairs, cut after each of `cuts` response tokens.
+    """Features of N (prompt, response) pairs, each with its response cut at several lengths.
 
-    mean:    (N, cuts, hidden) layer state averaged over the response tokens; the last prompt token's if empty
+    mean:    (N, cuts, hidden) layer state averaged over the response tokens; for an empty response the last prompt
+             token's state
     last:    (N, cuts, hidden) layer state of the last response token
-    logprob: (N, cuts) mean log-probability per response token in nats; -inf if empty
-    tokens:  (N, cuts) response tokens counted
+    mean_logp: (N, cuts) mean log-probability per response token in nats; -inf for an empty response, 0 if not computed
+    tokens:  (N, cuts) number of response tokens after the cut
     """
 
     mean: Tensor
     last: Tensor
-    logprob: Tensor
+    mean_logp: Tensor
     tokens: Tensor
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a forward of a trunk has found about sampled responses, row by row, all on the CPU.
+    """States and log-probabilities that a forward pass computed for sampled responses, one entry per row, on the CPU.
 
-    ids:      tokens of the prompt and of the response
-    states:   by layer, (1 + T, hidden) fp32 of each row, beginning with the last prompt token; empty if not read
-    logprobs: (T or more,) of the response tokens in nats, at temperature 1
+    It lets scorers that read the same model skip a forward pass of their own.
+
+    model:    the causal LM that ran
+    ids:      token ids of the prompt and of the response
+    states:   layer -> (1 + T, hidden) fp32 of each row, where the first state is the last prompt token's
+    logps: (T or more,) log-probabilities of the response tokens in nats, at temperature 1
     """
 
     model: Any
     ids: Sequence[tuple[list[int], list[int]]]
     states: dict[int, list[Tensor]]
-    logprobs: Sequence[Tensor]
+    logps: Sequence[Tensor]
 
     def find(self, row: int, layer: int, head: list[int], tail: list[int]) -> tuple[Tensor, Tensor] | None:
-        """States and log-probabilities of the tokens `tail` after `head`, if the row begins with them."""
+        """Return the states (1 + n, hidden) and log-probabilities (n,) of the n tokens `tail` after the prompt `head`.
+
+        Returns None unless the row's prompt is `head` and its response begins with `tail`.
+        """
         prompt, response = self.ids[row]
         states, n = self.states[layer][row], len(tail)
         if prompt != head or response[:n] != tail or len(states) <= n:
             return None
-        return states[: n + 1], self.logprobs[row][:n]
+        return states[: n + 1], self.logps[row][:n]
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices by rising length, in batches whose padded size stays within `budget` (or single sequences)."""
+    """Yield batches of indices by rising length, each of at most `budget` padded tokens or of a single sequence."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[i] > budget:
@@ -73,14 +79,15 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 class Trunk:
-    """A frozen causal LM seen as a feature extractor of chat-formatted (prompt, response) pairs."""
+    """A frozen causal LM as a feature extractor of chat-formatted (prompt, response) pairs."""
 
     def __init__(self, model: Any, tokenizer: Any, max_prompt: int, max_response: int):
+        """max_prompt, max_response: tokens at which the texts are cut on the right."""
         self.model, self.tokenizer = model, tokenizer
         self.max_prompt, self.max_response = max_prompt, max_response
 
     def encode(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """Token ids of the templated prompt (user text cut at `max_prompt` tokens) and of the response."""
+        """Tokenise the prompt in the chat template, and the response, each cut to its limit of tokens."""
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         if len(ids) > self.max_prompt:
             prompt = self.tokenizer.decode(ids[: self.max_prompt])
@@ -101,10 +108,14 @@ class Trunk:
         budget: int = 4096,
         reading: Reading | None = None,
     ) -> Features:
-        """Features of N pairs, in their order, from length-sorted batches of `budget` padded tokens.
+        """Compute the features of N pairs, in their order.
 
-        reading: where it begins with the pair's own tokens no forward is needed; text that another tokenisation gave is
-        computed like any other.
+        Args:
+            layer: index into hidden_states whose state is pooled. cuts: response lengths in tokens; default: only the
+                limit max_response. fluency: compute log-probabilities, which needs the LM head.
+            budget: padded tokens of one forward pass.
+            reading: results of an earlier forward pass over the same rows. A pair is computed again only where the
+                reading holds other tokens, as when text does not tokenise back to the sampled ones.
         """
         cuts = tuple(cuts or (self.max_response,))
         pairs = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
@@ -121,9 +132,9 @@ class Trunk:
         return Features(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
     def _forward(self, pairs: list, layer: int, cuts: tuple[int, ...], fluency: bool) -> Iterator[tuple]:
-        """One padded forward; yields (mean, last, logprob, tokens) of each pair on the CPU.
+        """Run one padded forward pass and yield (mean, last, mean_logp, tokens) of each pair on the CPU.
 
-        Right padding under a causal mask never reaches a real token; the mask comes from the lengths.
+        Under a causal mask no token attends to the padding on its right. The mask is made from the lengths.
         """
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(a) + len(b) for a, b in pairs], device=device)
@@ -136,11 +147,11 @@ class Trunk:
         states, final = out.hidden_states[layer], out.last_hidden_state
         for i, (head, tail) in enumerate(pairs):
             start, stop = len(head), len(head) + len(tail)
-            logprobs = self._token_logprobs(final[i, start - 1 : stop - 1], ids[i, start:stop]) if fluency else None
-            yield self._pool(states[i, start - 1 : stop].float(), logprobs, cuts)
+            logps = self._token_logps(final[i, start - 1 : stop - 1], ids[i, start:stop]) if fluency else None
+            yield self._pool(states[i, start - 1 : stop].float(), logps, cuts)
 
-    def _token_logprobs(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities (T,) in fp32 of `targets` (T,) from the final `states` (T, hidden) before them."""
+    def _token_logps(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Compute log-probabilities (T,) fp32 of `targets` (T,) from the final states (T, hidden) that predict them."""
         lm_head = self.model.get_output_embeddings()
         parts = []
         for x, y in zip(states.split(LM_HEAD_ROWS), targets.split(LM_HEAD_ROWS), strict=True):
@@ -149,24 +160,26 @@ class Trunk:
         return torch.cat(parts)
 
     @staticmethod
-    def _pool(states: Tensor, logprobs: Tensor | None, cuts: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Pool one pair at each cut; `states` (1 + T, hidden) begins with the last prompt token."""
+    def _pool(states: Tensor, logps: Tensor | None, cuts: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Pool one pair at each cut. states: (1 + T, hidden), of which the first is the last prompt token's."""
         total = states.shape[0] - 1
-        mean, last, logprob, tokens = [], [], [], []
+        mean, last, mean_logp, tokens = [], [], [], []
         for cut in cuts:
             n = min(cut, total)
             mean.append(states[1 : n + 1].mean(0) if n else states[0])
             last.append(states[n])
-            score = torch.tensor(0.0) if logprobs is None else logprobs[:n].mean() if n else torch.tensor(-torch.inf)
-            logprob.append(score.cpu())
+            score = torch.tensor(0.0) if logps is None else logps[:n].mean() if n else torch.tensor(-torch.inf)
+            mean_logp.append(score.cpu())
             tokens.append(n)
-        return torch.stack(mean).cpu(), torch.stack(last).cpu(), torch.stack(logprob), torch.tensor(tokens)
+        return torch.stack(mean).cpu(), torch.stack(last).cpu(), torch.stack(mean_logp), torch.tensor(tokens)
 
 
 @dataclass(frozen=True)
 class HeadManifest:
-    """`scorer.json` of one signal. score = (sigmoid(head) - penalty - offset) / scale, where the penalty is
-    fluency_weight * clamp(fluency_floor - logprob, 0, fluency_cap) with the mean log-prob per token in nats.
+    """The fields of `scorer.json`, the manifest of one embedded scorer.
+
+    score = (sigmoid(head) - penalty - offset) / scale, where penalty is
+    fluency_weight * clamp(fluency_floor - mean_logp, 0, fluency_cap), with the mean log-probability per token in nats.
     """
 
     signal: str
@@ -174,37 +187,37 @@ class HeadManifest:
     kind: str
     """Always `causal-lm-heads`."""
     model: str
-    """Folder of the trunk, relative to the manifest's."""
+    """Folder of the trunk, relative to the manifest's folder."""
     layer: int
     """Index into `hidden_states` (0 is the embedding)."""
     pooling: str
-    """`mean` over response tokens, or `mean+last`."""
+    """`mean` over response tokens, or `mean+last`, which appends the last token's state."""
     max_prompt_tokens: int
-    """Longer prompts are cut on the right before templating."""
+    """Limit of the prompt in tokens; the rest is cut off before the chat template is applied."""
     max_response_tokens: int
-    """Longer responses are cut on the right."""
+    """Limit of the response in tokens; the rest is cut off."""
     offset: float
-    """For a cost: the harm threshold. For a reward: its mean over reference samples."""
+    """Raw score that counts as 0: for a cost the harm threshold, for a reward the mean over reference samples."""
     scale: float
-    """Standard deviation over reference samples."""
+    """Raw score per unit: the standard deviation over reference samples."""
     units: str
-    """What one unit means."""
+    """Meaning of one unit of the score, in words."""
     fluency_weight: float
-    """Penalty per nat below the floor; 0 needs no LM head."""
+    """Penalty per nat below the floor; with 0 the LM head is not needed."""
     fluency_floor: float
-    """Mean log-prob per token below which a reply is penalised, nats."""
+    """Mean log-probability per token, in nats, below which a response is penalised."""
     fluency_cap: float
-    """Largest shortfall that counts, nats; an empty reply gets all of it."""
+    """Largest shortfall that is penalised, in nats; an empty response gets the penalty of this shortfall."""
     sign_check: dict[str, str]
-    """prompt, lower, higher: two canned answers whose scores must come in that order."""
+    """prompt, lower, higher: a prompt and two canned answers, of which `higher` must get the higher score."""
     reference: dict[str, Any]
-    """Statistics of the reference samples, the safe rate among them."""
+    """Statistics of the reference samples, among them the safe rate."""
     fit: dict[str, Any]
-    """Label counts and grouped cross-validation figures."""
+    """Counts of labels and results of grouped cross-validation."""
 
     @classmethod
     def read(cls, folder: Path) -> "HeadManifest":
-        """Read `scorer.json`; an unknown or missing field is an error that names it."""
+        """Read `scorer.json` of a folder. Raises ValueError that names unknown or missing fields."""
         content = json.loads((folder / "scorer.json").read_text())
         names = {f.name for f in fields(cls)}
         if wrong := names ^ content.keys():
@@ -213,9 +226,13 @@ class HeadManifest:
 
 
 class HeadScorer:
-    """One signal: a linear head on pooled trunk states, a fluency term, and the units of the manifest."""
+    """An embedded scorer of one signal: a linear head on pooled trunk states, and a fluency penalty.
+
+    The manifest gives the offset and scale of its scores.
+    """
 
     def __init__(self, manifest: HeadManifest, weight: Tensor, bias: Tensor, trunk: Trunk, batch_tokens: int):
+        """weight, bias: of the head, (F,) and () fp32. batch_tokens: padded tokens of one forward pass."""
         self.manifest, self.weight, self.bias = manifest, weight, bias
         self.trunk, self.batch_tokens = trunk, batch_tokens
 
@@ -229,8 +246,11 @@ class HeadScorer:
         device: str = "cpu",
         batch_tokens: int = 4096,
     ) -> "HeadScorer":
-        """Load a scorer folder. A given `model` (the frozen reference, say) is shared, else the manifest's is
-        loaded to `device`; scorers that share a model share its forward in `score_all`."""
+        """Load a scorer from its folder.
+
+        model, tokenizer: shared with others, e.g. the frozen reference; None: load the manifest's model to `device`.
+        Scorers that share a model also share its forward pass in `score_all`. batch_tokens: padded tokens of one pass.
+        """
         folder = Path(folder)
         manifest = HeadManifest.read(folder)
         path = (folder / manifest.model).resolve()
@@ -248,30 +268,34 @@ class HeadScorer:
 
     @property
     def signal(self) -> str:
-        """`reward` or `cost`."""
+        """Return "reward" or "cost"."""
         return self.manifest.signal
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Scores (B,) fp32 on the CPU, in the manifest's units."""
+        """Score B pairs; returns (B,) fp32 on the CPU, in the manifest's units."""
         return score_all([self], prompts, responses)[0]
 
     def from_features(self, features: Features, cut: int = 0) -> Tensor:
-        """Scores (B,) of features that were pooled at `cut` (an index into the cuts)."""
+        """Compute scores (B,) from features. cut: index of the response length at which they were pooled."""
         m = self.manifest
         x = features.mean[:, cut]
         if m.pooling == "mean+last":
             x = torch.cat([x, features.last[:, cut]], dim=-1)
         value = torch.sigmoid(x @ self.weight + self.bias)
         if m.fluency_weight:
-            value = value - m.fluency_weight * (m.fluency_floor - features.logprob[:, cut]).clamp(0, m.fluency_cap)
+            value = value - m.fluency_weight * (m.fluency_floor - features.mean_logp[:, cut]).clamp(0, m.fluency_cap)
         return (value - m.offset) / m.scale
 
 
 def score_all(
     scorers: Sequence[HeadScorer], prompts: Sequence[str], responses: Sequence[str], reading: Reading | None = None
 ) -> list[Tensor]:
-    """Scores (B,) of each scorer; one forward serves all that share model, layer and length limits, and none is needed
-    for rows that a reading of that model and layer holds."""
+    """Score B pairs by several scorers; returns (B,) fp32 for each scorer.
+
+    One forward pass serves all scorers with the same model, layer and length limits.
+    reading: results of an earlier forward pass; the rows that it holds for a scorer's model and layer are not computed
+    again.
+    """
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(scorers):
         m = s.manifest

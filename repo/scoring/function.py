@@ -1,4 +1,4 @@
-"""A Python function as a scorer, under a time limit."""
+"""Functions: a Python function as a scorer, called with a time limit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from .signals import field_of
 
 
 class FunctionScorer:
-    """A Python function `module:function` called as f(prompts, responses) with two lists of B strings.
+    """A scorer that calls a Python function as f(prompts, responses) with two lists of B strings.
 
-    It returns B numbers: a list, an array or a tensor; the scores are (number - offset) / scale of its manifest. The
-    module is looked up in the working directory too. Each call runs in a new thread and may take `timeout` seconds.
+    The function returns B numbers in a list, an array or a tensor. The scores are (number - offset) / scale with the
+    values of its attribute `manifest`, a dict, if it has one.
     """
 
     def __init__(self, name: str, signal: str, timeout: float) -> None:
+        """Import the function. Raises UserError if that fails or its manifest is wrong.
+
+        name: `module:function`; the module may lie in the working directory. signal: "reward", "cost" or "judge", for
+        messages. timeout: seconds that a call may take.
+        """
         self.where, self.timeout = f"{field_of(signal)} {name!r}", timeout
         self.function = load_function(name, signal)
         self.source = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
@@ -33,7 +38,10 @@ class FunctionScorer:
         self.manifest = Manifest() if content is None else make_manifest(content, f"{self.where}: its manifest")
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """(B,) fp32 on the CPU; UserError when the function hangs, raises or returns something else than B numbers."""
+        """Score B pairs; returns (B,) fp32 on the CPU.
+
+        Raises UserError if the function takes too long, raises, or returns something else than B numbers.
+        """
         values = self._call([p.text for p in prompts], list(responses))
         takes = f"{self.where} must return {len(prompts)} numbers"
         try:
@@ -45,16 +53,16 @@ class FunctionScorer:
         return self.manifest.apply(scores)
 
     def _call(self, prompts: list[str], responses: list[str]) -> Any:
-        """What the function returns."""
+        """Call the function in a new thread and return its result. Raises UserError on a timeout or an exception."""
         outcome: list[Any] = []
 
         def work() -> None:
             try:
                 outcome.extend((self.function(prompts, responses), None))
-            except BaseException as error:  # SystemExit would end the thread without a word
+            except BaseException as error:  # SystemExit would end the thread silently
                 outcome.extend((None, error))
 
-        # a daemon: a function that hangs must not keep the process alive
+        # a daemon thread, so that a function that hangs does not keep the process alive
         thread = threading.Thread(target=work, name=self.where, daemon=True)
         thread.start()
         thread.join(min(self.timeout, threading.TIMEOUT_MAX))
@@ -67,7 +75,7 @@ class FunctionScorer:
 
 
 def load_function(name: str, signal: str) -> Callable[..., Any]:
-    """The function `module:function`. UserError says which part is missing."""
+    """Import the function named `module:function`. Raises UserError that says which of the two is missing."""
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -82,6 +90,6 @@ def load_function(name: str, signal: str) -> Callable[..., Any]:
 
 
 def _place(error: BaseException) -> str:
-    """File and line where an exception was raised."""
+    """Return "file:line" where an exception was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}:{frame.lineno}"

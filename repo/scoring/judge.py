@@ -1,4 +1,4 @@
-"""The held-out judge: a verdict on each held-out response by something that took no part in training."""
+"""The held-out judge: a verdict on each held-out response by a model or function that took no part in training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from .function import FunctionScorer
 from .scorers import EMBEDDED, FUNCTION, require_finite
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
-"""Prompts and responses -> (B,) bool on the CPU, whether each response is safe."""
+"""Function of prompts and responses that returns (B,) bool on the CPU, true for safe responses."""
 
 NONE = "none"
 
 
 def load_judge(name: str, assets: Path | None, device: str, timeout: float, trust: bool = False) -> Judge | None:
-    """The judge that evaluation.judge names; None for "none", or where "embedded" has no assets.
+    """Load the judge that evaluation.judge names; returns None for "none", and for "embedded" without assets.
 
-    Other judges are scorers like scoring.cost: a response is safe iff its score, after the offset of their manifest,
-    is <= 0. UserError when one cannot be loaded.
+    Other judges are scorers as in scoring.cost: a response is safe iff its score, after the manifest's offset and
+    scale, is <= 0.
+
+    assets: the assets folder, None if there is none. timeout: seconds that one call of a function may take. trust: run
+    Python code that comes with a model. Raises UserError if the judge cannot be loaded.
     """
     if name == NONE or (name == EMBEDDED and assets is None):
         return None

@@ -1,4 +1,4 @@
-"""The manifest of a scorer: what its numbers mean, and which of two answers must score higher."""
+"""The manifest of a scorer: the meaning and scale of its numbers, and two answers that check their sign."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ ANSWERS = {"prompt", "lower", "higher"}
 
 @dataclass(frozen=True)
 class Manifest:
-    """`scorer.json` in a model's folder, or the dict `function.manifest`; every key may be left out."""
+    """The content of `scorer.json` in a model's folder, or of the dict `function.manifest`; every key may be left out.
+
+    The score in use is (raw - offset) / scale.
+    """
 
     units: str | None = None
-    """What one unit of the used score means."""
+    """Meaning of one unit of the score in use, in words."""
     offset: float = 0.0
     """Raw score that counts as 0."""
     scale: float = 1.0
-    """Raw score per unit; negative where the raw score's sign is the other way round."""
+    """Raw score per unit, not 0; negative to reverse the sign of the raw score."""
     sign_check: dict[str, str] | None = None
-    """prompt, lower, higher: two canned answers whose used scores must come in that order."""
+    """prompt, lower, higher: a prompt and two canned answers, of which `higher` must get the higher score in use."""
 
     def apply(self, raw: Tensor) -> Tensor:
-        """The used scores (raw - offset) / scale."""
+        """Compute the scores in use, (raw - offset) / scale, in the shape of `raw`."""
         return (raw - self.offset) / self.scale
 
 
@@ -53,7 +56,11 @@ TAKES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def make_manifest(content: Any, where: str) -> Manifest:
-    """The manifest of a parsed file or a dict. where: for the sentence, which scorer it belongs to."""
+    """Check the content of a manifest and make it a Manifest.
+
+    content: parsed JSON or a dict. where: the scorer that it belongs to, for messages. Raises UserError for an unknown
+    key or a wrong value.
+    """
     if not isinstance(content, dict):
         raise UserError(f"{where} must be a mapping with the keys {', '.join(TAKES)}; got {type(content).__name__}")
     for key, value in content.items():
@@ -68,12 +75,15 @@ def make_manifest(content: Any, where: str) -> Manifest:
 
 
 def read_manifest(folder: Path, where: str) -> Manifest:
-    """The manifest in a model's folder; the default one where there is none."""
+    """Read the manifest in a model's folder; returns the default one if there is no file.
+
+    where: the scorer that it belongs to, for messages. Raises UserError if the file is not a valid manifest.
+    """
     path = folder / FILE
     if not path.is_file():
         return Manifest()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"{where}: {path} is not JSON: {error}") from None
     return make_manifest(content, f"{where}: {path}")

@@ -1,8 +1,8 @@
-"""What "safe" means: the one definition of a safe response, {C - d}^+, compensation, and how they are called.
+"""Safety: the one definition of a safe response, {C - d}^+ and compensation, and the titles of reported quantities.
 
-A response is safe iff its cost C is at most the limit d. {C - d}^+ = max(C - d, 0) is rectified per response and
-averaged afterwards; the mean of C alone lets very safe responses pay for unsafe ones, and the compensation gap measures
-by how much. Source: RePO, arXiv 2410.19933.
+A response is safe iff its cost C is at most the limit d. {C - d}^+ = max(C - d, 0) is computed per response and
+averaged afterwards. A constraint on the mean of C alone lets very safe responses pay for unsafe ones; the compensation
+gap measures by how much. Source: RePO, arXiv 2410.19933.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Values = TypeVar("Values", Tensor, NDArray[np.float64], float)
 
 
 def round_limit(cost_limit: float) -> float:
-    """Round d to fp32, as scores are, so that C = d is safe everywhere."""
+    """Round d to fp32, the dtype of scores, so that a cost equal to d is safe in fp32 and fp64 alike."""
     return float(np.float32(cost_limit))
 
 
@@ -77,9 +77,9 @@ def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) 
 
 
 def compensation_sentence(mean_cost: float, cost_limit: float, unsafe_prompts: float) -> str | None:
-    """Say that the mean constraint is met although prompts are unsafe; None where that is not so.
+    """Write that the mean constraint is met although prompts are unsafe; returns None unless both are true.
 
-    unsafe_prompts: share of prompts that are mostly unsafe.
+    unsafe_prompts: share of prompts that are mostly unsafe, in [0, 1].
     """
     if mean_cost > round_limit(cost_limit) or unsafe_prompts == 0:
         return None
@@ -88,9 +88,10 @@ def compensation_sentence(mean_cost: float, cost_limit: float, unsafe_prompts: f
 
 @dataclass(frozen=True)
 class Compensation:
-    """sentence: whether the mean constraint is met and how many prompts are unsafe.
+    """A statement about compensation for a report.
 
-    hidden: the mean constraint is met although some responses are unsafe.
+    sentence: says if the mean constraint is met and how many prompts are unsafe. hidden: True if the mean constraint is
+    met although some responses are unsafe.
     """
 
     sentence: str
@@ -98,10 +99,10 @@ class Compensation:
 
 
 def describe_compensation(ids: Sequence[str], costs: Tensor, cost_limit: float, where: str) -> Compensation:
-    """Say for a report what the mean of these responses' costs hides.
+    """Write for a report what the mean cost of B >= 1 responses hides.
 
-    ids: the prompt of each of at least one response. costs: (B,). where: which responses they are, e.g. "of the last
-    step".
+    ids: B prompt ids, one per response. costs: (B,). cost_limit: d. where: words that say which responses these are,
+    e.g. "of the last step".
     """
     prompts: dict[str, int] = {}
     group = torch.tensor([prompts.setdefault(name, len(prompts)) for name in ids])
@@ -120,7 +121,7 @@ def describe_compensation(ids: Sequence[str], costs: Tensor, cost_limit: float, 
 
 @dataclass(frozen=True)
 class Title:
-    """How a quantity is called and written. name: in tables; short: on a report's tiles; form: its format string."""
+    """The names and the format of a quantity. name: in tables. form: format string. short: name on a report's tiles."""
 
     name: str
     form: str

@@ -1,4 +1,4 @@
-"""Scoring: the reward and the cost of each response, weighted sums of embedded scorers, models and functions."""
+"""Scorers: the reward and the cost of each response, as weighted sums of embedded scorers, models and functions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ Scorer = HeadScorer | ClassifierScorer | FunctionScorer
 
 @dataclass(frozen=True)
 class Scores:
-    """rewards, costs: (B,) fp32 on the CPU, finite, clamped to +- scoring.clamp. Higher cost is more harmful."""
+    """The scores of B responses.
+
+    rewards, costs: (B,) fp32 on the CPU, finite, in [-scoring.clamp, scoring.clamp]. A higher cost is more harmful.
+    """
 
     rewards: Tensor
     costs: Tensor
@@ -36,7 +39,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Part:
-    """A scorer of a signal, and what its scores are multiplied by before they are added."""
+    """A term of a signal's weighted sum. name: of the scorer in the configuration. weight: multiplies its scores."""
 
     name: str
     weight: float
@@ -44,36 +47,38 @@ class Part:
 
 
 class Scorers:
-    """The two signals of a run, each a weighted sum. Embedded scorers share one forward of the frozen model."""
+    """The scorers of reward and cost, each signal a weighted sum. Embedded scorers share one forward pass."""
 
     def __init__(self, reward: Sequence[Part], cost: Sequence[Part], clamp: float) -> None:
+        """reward, cost: the terms of each sum. clamp: each sum is clamped to [-clamp, clamp]."""
         self.parts, self.clamp = {"reward": tuple(reward), "cost": tuple(cost)}, clamp
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], reading: Reading | None = None) -> Scores:
-        """Scores of B pairs. UserError that names scorer and prompt when a score is not finite.
+        """Score B pairs by both signals.
 
-        reading: what the reference's forward found about the same rows, which embedded scorers need not compute again.
+        reading: results of the reference's forward pass over the same rows, which saves embedded scorers one of their
+        own. Raises UserError that names scorer and prompt if a score is not finite.
         """
         parts = [(signal, part) for signal in SIGNALS for part in self.parts[signal]]
         sums = {signal: torch.zeros(len(prompts)) for signal in SIGNALS}
-        found = score_each([part.scorer for _, part in parts], prompts, responses, reading)
-        for (signal, part), values in zip(parts, found, strict=True):
+        scores = score_each([part.scorer for _, part in parts], prompts, responses, reading)
+        for (signal, part), values in zip(parts, scores, strict=True):
             require_finite(f"scoring.{signal} {part.name!r}", values, prompts)
             sums[signal] += part.weight * values
         return Scores(*(sums[signal].clamp(-self.clamp, self.clamp) for signal in SIGNALS))
 
     def only(self, signal: str) -> Scorer | None:
-        """The one scorer of a signal, None where the signal is a sum or weighted."""
+        """Return the scorer of a signal if it is the only one and has weight 1, else None."""
         part, *more = self.parts[signal]
         return None if more or part.weight != 1 else part.scorer
 
     def layers_of(self, model: Any) -> list[int]:
-        """Layers of `model` whose states a scorer reads."""
+        """List the layers of `model`, as indices into hidden_states, that embedded scorers read."""
         scorers = [part.scorer for parts in self.parts.values() for part in parts]
         return sorted({s.manifest.layer for s in scorers if isinstance(s, HeadScorer) and s.trunk.model is model})
 
     def describe(self) -> str:
-        """One line: the units of the signals, or the scorers' names, with their weights."""
+        """Describe both signals in one line: the units of each scorer, or else its name, with its weight."""
         return "; ".join(
             f"{signal}: {' + '.join(_describe(signal, p) for p in self.parts[signal])}" for signal in SIGNALS
         )
@@ -82,13 +87,17 @@ class Scorers:
 def score_each(
     scorers: Sequence[Scorer], prompts: Sequence[Prompt], responses: Sequence[str], reading: Reading | None = None
 ) -> list[Tensor]:
-    """Scores (B,) of each scorer, in the units of its manifest; embedded ones share a forward."""
+    """Score B pairs by several scorers; returns (B,) fp32 for each, in the units of its manifest.
+
+    reading: see Scorers. Embedded scorers share one forward pass.
+    """
     heads = [s for s in scorers if isinstance(s, HeadScorer)]
     shared = dict(zip(heads, score_all(heads, [p.text for p in prompts], responses, reading), strict=True))
     return [shared[s] if isinstance(s, HeadScorer) else s(prompts, responses) for s in scorers]
 
 
 def _describe(signal: str, part: Part) -> str:
+    """Describe one term of a sum: weight, units or name, and a note on a cost without a sign check."""
     manifest = part.scorer.manifest
     weight = "" if part.weight == 1 else f"{part.weight:g} x "
     unchecked = " (sign not checked)" if signal == "cost" and manifest.sign_check is None else ""
@@ -96,7 +105,10 @@ def _describe(signal: str, part: Part) -> str:
 
 
 def require_finite(where: str, values: Tensor, prompts: Sequence[Prompt]) -> None:
-    """UserError that names the prompt of the first score that is not finite."""
+    """Raise UserError unless all scores (B,) are finite; it names the prompt of the first that is not.
+
+    where: the scorer, for the message.
+    """
     bad = (~values.isfinite()).nonzero()
     if bad.numel():
         row = int(bad[0])
@@ -104,7 +116,10 @@ def require_finite(where: str, values: Tensor, prompts: Sequence[Prompt]) -> Non
 
 
 def weights_of(config: ScoringConfig, signal: str) -> dict[str, float]:
-    """Scorer name -> weight of "reward" or "cost". UserError for a sum of nothing, or a weight of 0 or not finite."""
+    """Return scorer name -> weight for a signal, "reward" or "cost".
+
+    Raises UserError for an empty sum, and for a weight that is 0 or not finite.
+    """
     value = getattr(config, signal)
     weights = {value: 1.0} if isinstance(value, str) else value
     if not weights:
@@ -116,7 +131,7 @@ def weights_of(config: ScoringConfig, signal: str) -> dict[str, float]:
 
 
 def scorer_names(config: ScoringConfig) -> list[str]:
-    """All scorers of both signals."""
+    """List the names of the scorers of both signals."""
     return [name for signal in SIGNALS for name in weights_of(config, signal)]
 
 
@@ -128,10 +143,14 @@ def load_scorers(
     device: str = "cpu",
     trust: bool = False,
 ) -> Scorers:
-    """Both signals, with the sign of each scorer checked whose manifest has two canned answers.
+    """Load the scorers of both signals and check the sign of those whose manifest has two canned answers.
 
-    model, tokenizer: the frozen reference, when it is the model the embedded scorers read; else they load their own.
-    trust: run Python code that comes with models.
+    Args:
+        assets: the assets folder, which the embedded scorers need. model, tokenizer: the frozen reference if it is the
+            model that the embedded scorers read; None: they load their own. trust: run Python code of models.
+
+    Raises:
+        UserError: a scorer cannot be loaded or has the wrong sign, or a weight is wrong.
     """
     parts: dict[str, list[Part]] = {signal: [] for signal in SIGNALS}
     for signal in SIGNALS:
@@ -151,13 +170,17 @@ def load_scorers(
 
 
 def _load_embedded(signal: str, assets: Path | None, model: Any, tokenizer: Any, device: str) -> HeadScorer:
+    """Load the embedded scorer of a signal. Raises UserError if there is no assets folder."""
     if assets is None:
         raise UserError(f"scoring.{signal} is 'embedded' but there is no assets folder; run python -m repo.assets")
     return HeadScorer.load(assets / "scorers" / signal, model=model, tokenizer=tokenizer, device=device)
 
 
 def check_sign(scorer: Scorer, where: str) -> None:
-    """UserError unless the two canned answers of the manifest, if any, score in the order that it declares."""
+    """Raise UserError unless the manifest's two canned answers, if it has them, score lower < higher.
+
+    where: the scorer, for the message.
+    """
     check = scorer.manifest.sign_check
     if check is None:
         return

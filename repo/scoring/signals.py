@@ -1,6 +1,6 @@
-"""The signals of a run and the configuration fields that name their scorers."""
+"""Signals: the configuration fields that name the scorers of reward, cost and judge."""
 
 
 def field_of(signal: str) -> str:
-    """The configuration field that names the scorer of "reward", "cost" or "judge"."""
+    """Return the configuration field that names the scorer of `signal`: "reward", "cost" or "judge"."""
     return "evaluation.judge" if signal == "judge" else f"scoring.{signal}"

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repo import train
+from repo import launch, train
 from repo.common.errors import UserError
 from tests.support.run_folders import lines, run, without_times
 
@@ -120,7 +120,7 @@ def test_a_resume_that_fails_to_start_loses_nothing(finished, monkeypatch):
         raise UserError("a package is missing")
 
     before = files()
-    monkeypatch.setattr(train, "load_parts", missing)
+    monkeypatch.setattr(launch, "load_parts", missing)
     with pytest.raises(UserError, match="a package is missing"):
         train.run_command(["--resume", str(finished), "--steps=9"])
     assert files() == before

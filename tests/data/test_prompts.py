@@ -69,7 +69,7 @@ def test_bad_lines_are_told_by_line_and_field(tmp_path, content, message):
 
 
 def test_a_response_beside_a_trailing_answer_is_ambiguous(tmp_path):
-    with pytest.raises(UserError, match="must end with a user's turn, or without `response` with one answer to it"):
+    with pytest.raises(UserError, match="must end with a user's turn, or if there is no `response` with one answer"):
         load(tmp_path, {"messages": [*CHAT, ANSWER], "response": "Another."})
 
 

@@ -79,10 +79,10 @@ def test_every_family_is_packed(family):
     ("kind", "why"),
     [
         ("state space", "layers of linear_attention"),
-        ("position bias", "does not take attention functions"),
-        ("local layers", "does not take attention functions"),
+        ("position bias", "does not accept a custom attention function"),
+        ("local layers", "does not accept a custom attention function"),
         ("sinks", "packed rows change the states"),
-        ("window not told", "does not tell its attention function the windows"),
+        ("window not told", "does not pass the windows of its layers to its attention function"),
     ],
 )
 def test_a_model_that_cannot_be_packed_is_recognised(kind, why):
@@ -181,7 +181,7 @@ def test_adapters_are_packed_too():
 def test_the_own_attention_is_back_after_a_packed_forward_also_after_an_error():
     model = build(FAMILIES["gemma2"])
     with using_packed(model):
-        with pytest.raises(ValueError, match="segments: .* got None"), using_packed(model):
+        with pytest.raises(ValueError, match="segments must be given .* got None"), using_packed(model):
             model(input_ids=torch.tensor([[5, 6]]))
         assert model.config._attn_implementation == IMPLEMENTATION
     assert model.config._attn_implementation == "eager"
@@ -190,5 +190,5 @@ def test_the_own_attention_is_back_after_a_packed_forward_also_after_an_error():
 def test_dropout_in_attention_is_refused():
     q = torch.zeros(1, 2, 3, 4)
     segments = make_segments(*torch.tensor([[3], [0], [0]]))
-    with pytest.raises(ValueError, match="dropout: .* got 0.1"):
+    with pytest.raises(ValueError, match="dropout must be 0 .* got 0.1"):
         packed_attention(torch.nn.Identity(), q, q, q, None, segments=segments, dropout=0.1)

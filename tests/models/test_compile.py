@@ -90,7 +90,7 @@ def test_a_rollout_does_not_compile(pair):
 
 
 def test_a_model_without_decoder_layers_is_refused():
-    with pytest.raises(UserError, match="model.compile must be false: Linear has no layers"):
+    with pytest.raises(UserError, match="model.compile must be false: Linear has no decoder layers"):
         compile_layers(torch.nn.Linear(2, 2))
 
 

@@ -20,7 +20,9 @@ def test_a_single_step_is_enough(tmp_path):
     assert "There are no responses to check" in Page(write_report(run).read_text()).text
 
 
-@pytest.mark.parametrize("algorithm", [{"method": "ppo"}, {"advantages": "gae", "mode": "split"}, {"cost_limit": 0.1}])
+@pytest.mark.parametrize(
+    "algorithm", [{"method": "ppo"}, {"advantages": "gae", "cost_mode": "split"}, {"cost_limit": 0.1}]
+)
 def test_other_methods_and_unknown_numbers(tmp_path, algorithm):
     run = write_run(tmp_path / "run", steps=12, **algorithm)
     unknown = {"reward_safe_mean": None, "kl": None, "reward_cost_grad_ratio": None, "cost_explained_variance": 0.1}

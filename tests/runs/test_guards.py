@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from repo import train
+from repo import launch, train
 from repo.common.distributed import ALONE
 from repo.common.errors import UserError
 from repo.evaluation.evaluator import Evaluator
@@ -85,7 +85,7 @@ def test_a_scorer_may_be_any_callable(options, tmp_path):
 
 
 def test_a_name_that_another_run_took_meanwhile_is_left_alone(options, tmp_path, monkeypatch):
-    out, plain = tmp_path / "run", train.load_parts
+    out, plain = tmp_path / "run", launch.load_parts
 
     def slow(*arguments):
         if not out.exists():
@@ -93,7 +93,7 @@ def test_a_name_that_another_run_took_meanwhile_is_left_alone(options, tmp_path,
             (out / "theirs").write_text("precious")
         return plain(*arguments)
 
-    monkeypatch.setattr(train, "load_parts", slow)
+    monkeypatch.setattr(launch, "load_parts", slow)
     with pytest.raises(UserError, match="cannot create .*run: it exists; choose another folder"):
         train.run_command([*options, f"--out={out}"])
     assert files(tmp_path) == {out / "theirs": b"precious"}

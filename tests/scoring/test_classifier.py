@@ -100,7 +100,9 @@ def test_a_folder_that_is_no_classifier_is_a_sentence(tmp_path):
 
 def test_a_language_model_is_no_classifier(tiny_model):
     # transformers itself would load it with a random head
-    with pytest.raises(UserError, match=r"cannot load .* as a classifier: ValueError: it has no weights score.weight"):
+    with pytest.raises(
+        UserError, match=r"cannot load .* as a classifier: ValueError: it lacks the weights score.weight"
+    ):
         ClassifierScorer(str(tiny_model), "reward", "cpu")
 
 

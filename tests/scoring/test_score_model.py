@@ -98,8 +98,8 @@ def test_the_head_of_a_score_model_speaks_in_the_units_of_the_score(tmp_path):
     ("change", "message"),
     [
         ({"score_type": "harm"}, "score_type of the config must be reward, cost or critic; got 'harm'"),
-        ({"num_hidden_layers": 3}, "as a score model: ValueError: it has no weights model.layers.2."),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "it has no weights score.weight"),
+        ({"num_hidden_layers": 3}, "as a score model: ValueError: it lacks the weights model.layers.2."),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "it lacks the weights score.weight"),
     ],
 )
 def test_a_folder_that_is_no_score_model_is_a_sentence(change, message, tmp_path):

@@ -32,7 +32,7 @@ def make_model():
 
 
 def optimizer_of(model, states, betas=(0.9, 0.95)):
-    config = Config(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, states=states, betas=betas))
+    config = Config(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, state_dtype=states, betas=betas))
     return make_optimizer(model, nn.ModuleDict(), config)
 
 
@@ -102,7 +102,7 @@ def test_the_bytes_of_the_states_are_those_promised(states):
 
 def test_memory_counts_the_states(states):
     model = nn.Linear(2**14, 2**14, bias=False, device="meta")
-    text = describe_memory(Config(optimizer=OptimizerConfig(states=states)), model, 1000)
+    text = describe_memory(Config(optimizer=OptimizerConfig(state_dtype=states)), model, 1000)
     assert f"{BYTES[states] / 4:.2f} GiB  AdamW states {states}" in text
 
 

@@ -1,4 +1,4 @@
-"""Contract numerics 11 to 13: whole graphs, dynamic shapes, operator checks, no recompilation, no host sync."""
+"""Numerics, cases 11 to 13: whole graphs, dynamic shapes, operator checks, no recompilation, no host sync."""
 
 from __future__ import annotations
 

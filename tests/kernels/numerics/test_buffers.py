@@ -1,4 +1,4 @@
-"""Contract numerics, continued: gradient buffers, in-place and retained (10), and reproducible bits (14)."""
+"""Numerics, continued: gradient buffers, in-place and retained (10), and reproducible bits (14)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract numerics, continued: views and odd shapes (9), 0-d scalars (13), kinks (16), one-sided batches (17)."""
+"""Numerics, continued: views and odd shapes (9), 0-d scalars (13), kinks (16), one-sided batches (17)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 from tests.support.kernels.cases import AGGREGATIONS, loss_arguments, make_batch
-
-from .test_numerics import alive, compare
+from tests.support.kernels.comparison import alive, compare
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.pairwise]
 

@@ -24,8 +24,8 @@ ESTIMATORS = ("k1", "k2", "k3", "full")
 class Batch:
     """Everything a loss may read. leading: (T,) or (B, L); sequences: the number of sequences; cu_seqlens: packed only.
 
-    Costs, limits, baselines and advantages are fp32 values; `dead` rows carry NaN and infinities where the contract
-    says that they are not read.
+    Costs, limits, baselines and advantages are fp32 values; `dead` rows carry NaN and infinities in what a
+    loss must not read.
     """
 
     leading: tuple[int, ...]

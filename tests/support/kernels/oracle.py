@@ -122,7 +122,7 @@ def combined_advantage(
     lam: float,
     normalize: bool,
 ) -> float:
-    """A_R - lambda A_C of algorithm.md section 4."""
+    """Combine the advantages of reward and cost: A_R - lambda A_C."""
     if mode == "rectified" and cost_advantage is None and cost is not None:
         cost_advantage = max(cost - limit, 0.0) - baseline
     if mode == "split" and not cost > limit:

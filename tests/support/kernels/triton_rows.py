@@ -119,7 +119,7 @@ def oracle(logits: Tensor, ref: Tensor | None, rows: LossRows) -> Expected:
 
 
 def check(losses: Tensor, tokens: Tensor, grad: Tensor | None, expected: Expected, dtype: torch.dtype) -> None:
-    """Within the contract's tolerances."""
+    """Assert losses, values by token and gradient within tolerance of the oracle."""
     torch.testing.assert_close(losses.double(), expected.losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tokens.double(), expected.tokens, rtol=1e-5, atol=1e-5)
     for name in ("logp", "entropy"):
