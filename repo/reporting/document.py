@@ -104,7 +104,8 @@ def assemble(history: History, drawn: Iterable[Drawn]) -> str:
 def _head(history: History, comparison: Comparison | None) -> str:
     config, algorithm = history.config, history.config["algorithm"]
     done, planned = int(history.steps[-1]), config.get("steps")
-    kinds = ("mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
+    # "mode" is the name that version 0.1 wrote
+    kinds = ("cost_mode", "mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
     form = ", ".join(str(algorithm[k]) for k in kinds if k in algorithm)
     facts = (
         ("Method", f"{algorithm['method']} ({form})"),
