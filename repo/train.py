@@ -3,7 +3,7 @@
 python -m repo.train                                  RePO on the embedded default
 python -m repo.train --preset paper                   the paper's form: critics, cost mode split, KL in the reward
 python -m repo.train --config run.yaml --steps 100    your own model, prompts, reward and cost
-python -m repo.train --resume runs/repo-...           go on from the last checkpoint
+python -m repo.train --resume runs/repo-...           continue from the last checkpoint
 """
 
 from __future__ import annotations

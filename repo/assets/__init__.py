@@ -1,4 +1,4 @@
-"""The embedded default's assets: where they are, and building them (`python -m repo.assets`)."""
+"""Assets of the embedded default: policy, scorers, judge and prompts. Built by `python -m repo.assets` or on use."""
 
 import os
 from pathlib import Path
@@ -10,20 +10,24 @@ __all__ = ["AssetError", "assets_dir", "build", "ensure"]
 
 
 def assets_dir(override: str | Path | None = None) -> Path:
-    """The assets folder: the argument, else the environment variable REPO_ASSETS, else a cache folder."""
+    """Return the assets folder: `override`, else the environment variable REPO_ASSETS, else ~/.cache/repo-assets."""
     chosen = override or os.environ.get("REPO_ASSETS") or "~/.cache/repo-assets"
     return Path(chosen).expanduser().absolute()
 
 
 def build(override: str | Path | None = None, force: bool = False, report: Report = silent) -> bool:
-    """Build the assets folder unless it is current (always if `force`); returns whether it was built.
+    """Build the assets folder if it is missing or out of date; return whether it was built.
 
-    `report(step, done, total)` is called as the build goes on.
+    override: the folder; None for the default of assets_dir.
+    force: build even if the folder is current.
+    report: called as report(step, done, total) to show progress.
+
+    Raises AssetError if a package is missing or altered.
     """
     return build_folder(assets_dir(override), force, report)
 
 
 def ensure(override: str | Path | None = None) -> Path:
-    """The assets folder, built first if it is missing or out of date; returns at once otherwise."""
+    """Return the assets folder, after building it if it is missing or out of date."""
     build(override)
     return assets_dir(override)

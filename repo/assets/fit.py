@@ -1,9 +1,9 @@
-"""Fits the scorer and judge heads and writes the committed files under `fitted/`.
+"""Fit the scorer and judge heads and write the committed files under `fitted/`.
 
     python -m repo.assets --fit
 
-Scorers learn from one half of the labelled prompts through SmolLM2, the judge from the other half through
-MiniLM. Every figure in a manifest is out-of-fold: five folds, grouped by prompt.
+The scorers learn from features of SmolLM2 on one half of the labelled prompts, the judge from features of MiniLM on the
+other half. Every figure in a manifest is measured out of fold: five folds, grouped by prompt.
 """
 
 from dataclasses import asdict
@@ -32,7 +32,7 @@ SCORER_STRENGTH = 0.01
 """Inverse L2 strength on standardised features, chosen by grouped cross-validation among 0.001 ... 0.03."""
 
 FLUENCY_WEIGHT, FLUENCY_CAP = 0.25, 4.0
-"""Helpfulness lost per nat of mean log-prob below the floor, and the nats after which no more is lost."""
+"""Helpfulness lost per nat by which the mean log-probability is below the floor, and the most nats that count."""
 
 SIGN_CHECKS = {
     "reward": {
@@ -49,14 +49,14 @@ SIGN_CHECKS = {
 
 
 def fit(target: Path, report: Report) -> None:
-    """Refit everything; texts and features are cached in `TARGET-fit`, beside the assets folder."""
+    """Refit all heads. target: the assets folder; texts and features are cached beside it, in `TARGET-fit`."""
     cache = FeatureCache(target.with_name(target.name + "-fit"), report)
     fit_scorers(cache)
     fit_judge(cache)
 
 
 def scorer_rows(cache: FeatureCache) -> list[tuple[str, list[Row]]]:
-    """The scorers' named row sets: labels, harmless replies, spoiled replies."""
+    """List (name, rows) that the scorers learn from: labels, harmless replies, spoiled replies."""
     labels = label_rows("scorer")
     benign = cache.benign("scorer")
     tokenizer = cache.policy[1]
@@ -66,14 +66,14 @@ def scorer_rows(cache: FeatureCache) -> list[tuple[str, list[Row]]]:
 
 
 def fit_scorers(cache: FeatureCache) -> None:
-    """Fit and write the reward and cost folders."""
+    """Fit the reward and cost heads and write their folders."""
     named = scorer_rows(cache)
     rows = [row for _, part in named for row in part]
     parts = [cache.trunk(name, part) for name, part in named]
     x = torch.cat([p.mean for p in parts]).numpy().astype(np.float64)
     tokens = torch.cat([p.tokens for p in parts]).numpy()
     distinct = np.diff(tokens, axis=1, prepend=0) > 0
-    # The shortest cut is learnt from only where it is the whole reply: a label says little of 16 tokens.
+    # use the shortest cut only if it is the whole reply: the label says little about the first 16 tokens of a long one
     distinct[:, 0] = ~distinct[:, 1]
     reference_rows = cache.reference()
     reference = cache.trunk("reference", reference_rows)
@@ -83,7 +83,11 @@ def fit_scorers(cache: FeatureCache) -> None:
 
 
 def write_cost(t: Table, reference: Features, kinds: np.ndarray) -> None:
-    """The harm head; C = (harm - threshold) / sigma."""
+    """Fit and write the harm head of the cost C = (harm - threshold) / sigma.
+
+    t: rows with a harm target. reference: features of the reference samples, whose standard deviation of harm is sigma.
+    kinds: kind of each reference sample.
+    """
     at = CUTS.index(REPLY_TOKENS)
     predicted = out_of_fold(t, SCORER_STRENGTH)
     graded = np.array([row.graded for row in t.rows])
@@ -115,7 +119,10 @@ def write_cost(t: Table, reference: Features, kinds: np.ndarray) -> None:
 
 
 def write_reward(t: Table, reference: Features, kinds: np.ndarray) -> None:
-    """The helpfulness head with the fluency term, standardised over the reference samples."""
+    """Fit and write the helpfulness head, with the fluency term, standardised over the reference samples.
+
+    t: rows with a helpfulness target. reference, kinds: features and kind of each reference sample.
+    """
     at = CUTS.index(REPLY_TOKENS)
     predicted = out_of_fold(t, SCORER_STRENGTH)
     human = np.isin(t.kinds(), ("objective", "refusal"))

@@ -1,4 +1,4 @@
-"""Fits the judge's heads (part of `python -m repo.assets --fit`): MiniLM features, the judge's half of the labels."""
+"""Fit the judge's heads on MiniLM features of its half of the labels, as part of `python -m repo.assets --fit`."""
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ STRENGTH = 0.003
 
 
 def fit_judge(cache: FeatureCache) -> None:
-    """Fit and write the judge's folder: heads for harm and refusal, and the threshold of their combination."""
+    """Fit and write the judge: heads for harm and refusal, and the threshold of their combination with profanity."""
     rows, x = judge_rows(cache)
     words = np.array([len(row.reply.split()) for row in rows])
     distinct = np.stack([words > low for low in (-1, *JudgeFeatures.CUTS[:-1])], axis=1)
@@ -34,7 +34,7 @@ def fit_judge(cache: FeatureCache) -> None:
 
     harm, reference = tables["harm"], cache.reference()
     profane = np.stack([profanity([first_words(r.reply, c) for r in harm.rows]) for c in JudgeFeatures.CUTS], 1)
-    # The refusal head has seen no graded row (they carry no refusal label), so its own fit is out of fold there.
+    # graded rows have no refusal label, so the refusal head was not fitted on them and predicts out of fold
     refused = heads["refusal"](x["refusal"][[row.harm is not None for row in rows]])
     unsafe = combined(predicted["harm"], refused, profane)
     graded = np.array([row.graded for row in harm.rows])
@@ -69,7 +69,7 @@ def fit_judge(cache: FeatureCache) -> None:
 
 
 def judge_rows(cache: FeatureCache) -> tuple[list[Row], dict[str, np.ndarray]]:
-    """The judge's rows and, for each head, their features (N, cuts, F)."""
+    """Return the rows that the judge learns from and, by head, their features (N, cuts, F)."""
     benign = cache.benign("judge")
     named = {
         "labels": label_rows("judge") + benign["on-policy"],
@@ -82,19 +82,19 @@ def judge_rows(cache: FeatureCache) -> tuple[list[Row], dict[str, np.ndarray]]:
 
 
 def combined(harm: np.ndarray, refusal: np.ndarray, profane: np.ndarray) -> np.ndarray:
-    """`unsafe_probability` of NumPy arrays of one shape."""
+    """Compute `unsafe_probability` of NumPy arrays of one shape."""
     return unsafe_probability(*(torch.as_tensor(v).double() for v in (harm, refusal, profane))).numpy()
 
 
 def judge_harm_figures(t: Table, predicted: np.ndarray) -> dict:
-    """Figures of harm scores (N, cuts) on the human grades."""
+    """Measure harm predictions (N, cuts) against the human grades, for the manifest."""
     graded = np.array([row.graded for row in t.rows])
     figures = harm_figures(t.y[graded], t.lengths()[graded], predicted[graded], JudgeFeatures.CUTS)
     return {"rows": by_kind(t.kinds()), **figures}
 
 
 def refusal_figures(t: Table, predicted: np.ndarray) -> dict:
-    """Figures of the refusal head on the human labels."""
+    """Measure refusal predictions (N, cuts) against the human labels, for the manifest."""
     human = t.kinds() == "refusal"
     cuts = enumerate(JudgeFeatures.CUTS)
     return {
@@ -105,7 +105,7 @@ def refusal_figures(t: Table, predicted: np.ndarray) -> dict:
 
 
 def load_profanity(cache: FeatureCache) -> ProfanityModel:
-    """The converted word list, from the cache folder."""
+    """Convert the profanity classifier into the cache folder and load it."""
     folder = cache.folder / "profanity"
     folder.mkdir(exist_ok=True)
     convert_profanity(folder)

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features: the row table, logistic regression on soft targets, grouped folds."""
+"""Linear heads on frozen features: tables of rows, logistic regression on soft targets, grouped folds."""
 
 import json
 from collections.abc import Sequence
@@ -12,29 +12,35 @@ from .build import FITTED
 from .rows import Row
 
 LABELS_OF = {"harm": ("harm", "refusal"), "helpful": ("objective", "refusal"), "refusal": ("refusal",)}
-"""Kinds of rows whose target comes straight from a human label."""
+"""Head -> kinds of rows whose target is a human label."""
 
 MADE_UP_WEIGHT, EVERYDAY_WEIGHT = 0.5, 2.0
-"""Weights of rows that no human labelled, against 1 for one with a label. The repairs, and harm inferred from
-"objective achieved", are many and at full weight cost ranking among the labelled ones; the everyday rows are
-few, and at less weight harmless instructions score as harm."""
+"""Weights of rows without a human label, relative to 1 for a row with one.
+
+Made-up replies, and harm inferred from "objective achieved", are many; at full weight the heads rank the labelled rows
+less well. Everyday rows are few; at less weight harmless instructions score as harm.
+"""
 
 
 @dataclass(frozen=True)
 class Head:
-    """logit = x @ weight + bias, with the standardisation of x folded in."""
+    """Linear head: logit = x @ weight + bias, with the standardisation of x folded in. weight: (F,)."""
 
     weight: np.ndarray
     bias: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Probabilities (N,) of features (N, F)."""
+        """Compute probabilities (...) from features (..., F)."""
         return 1 / (1 + np.exp(-(x @ self.weight + self.bias)))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows for one head: features at every cut (N, cuts, F), targets, weights (N, cuts) and prompt groups."""
+    """N rows that one head is fitted on.
+
+    rows: the pairs of prompt and reply. x: (N, cuts, F) features at every cut. y: (N,) targets in [0, 1].
+    weight: (N, cuts) weights. groups: (N,) int, equal for rows that must stay in one fold.
+    """
 
     rows: list[Row]
     x: np.ndarray
@@ -43,16 +49,20 @@ class Table:
     groups: np.ndarray
 
     def kinds(self) -> np.ndarray:
-        """The kind of each row, (N,) of str."""
+        """Return the kind of each row, (N,) of str."""
         return np.array([row.kind for row in self.rows])
 
     def lengths(self) -> np.ndarray:
-        """Characters of each whole reply (N,)."""
+        """Return the number of characters of each whole reply, (N,)."""
         return np.array([len(row.reply) for row in self.rows])
 
 
 def table(rows: Sequence[Row], x: np.ndarray, distinct: np.ndarray, target: str) -> Table:
-    """Keep rows with this target. A row's weight is shared by the cuts that differ for it, `distinct`."""
+    """Make the table of the rows that have a target.
+
+    x: (N, cuts, F) features. distinct: (N, cuts) bool, the cuts among which a row's weight is divided, since at the
+    others its text is the same or is not used. target: harm, helpful or refusal.
+    """
     keep = np.array([getattr(row, target) is not None for row in rows])
     kept = [row for row, k in zip(rows, keep, strict=True) if k]
     weights = dict.fromkeys(LABELS_OF[target], 1.0) | {"everyday": EVERYDAY_WEIGHT}
@@ -69,7 +79,10 @@ def table(rows: Sequence[Row], x: np.ndarray, distinct: np.ndarray, target: str)
 
 
 def fit_head(x: np.ndarray, y: np.ndarray, weight: np.ndarray, strength: float) -> Head:
-    """Logistic regression on soft targets: each row counts as y positives and 1 - y negatives."""
+    """Fit a logistic regression on soft targets: each row counts as y positives and 1 - y negatives.
+
+    x: (N, F). y, weight: (N,). strength: inverse L2 strength on standardised features.
+    """
     from sklearn.linear_model import LogisticRegression
 
     mean, std = np.average(x, 0, weight), x.std(0) + 1e-6
@@ -83,7 +96,7 @@ def fit_head(x: np.ndarray, y: np.ndarray, weight: np.ndarray, strength: float) 
 
 
 def fit_table(t: Table, index: np.ndarray, strength: float) -> Head:
-    """A head on the rows `index` at all of their cuts."""
+    """Fit a head on some rows at all their cuts. index: (n,) row numbers. strength: inverse L2 strength."""
     weight = t.weight[index].ravel()
     used = weight > 0
     x = t.x[index].reshape(len(weight), -1)[used]
@@ -91,7 +104,7 @@ def fit_table(t: Table, index: np.ndarray, strength: float) -> Head:
 
 
 def out_of_fold(t: Table, strength: float) -> np.ndarray:
-    """Predictions (N, cuts), each by a head that saw no row of the same prompt."""
+    """Predict every row, (N, cuts), with a head fitted on the folds without rows of the same prompt."""
     from sklearn.model_selection import GroupKFold
 
     predicted = np.zeros(t.x.shape[:2])
@@ -102,7 +115,10 @@ def out_of_fold(t: Table, strength: float) -> np.ndarray:
 
 
 def write_fitted(name: str, manifest: dict, arrays: dict) -> None:
-    """Write the committed folder of one head: arrays in fp32, figures of the manifest to six digits."""
+    """Write the committed folder of a head: arrays in fp32, and the manifest with numbers rounded to six digits.
+
+    name: reward, cost or judge.
+    """
     folder = FITTED / name
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: torch.as_tensor(v, dtype=torch.float32).contiguous() for k, v in arrays.items()}

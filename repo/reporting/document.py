@@ -1,4 +1,4 @@
-"""Document: a run's report as one HTML file that needs nothing else, with every figure as a PNG beside it."""
+"""Document: write the report of a run as one self-contained HTML file, and every figure as a PNG beside it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ SECTIONS = {
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of a run and return its path; other files in `out` stay.
+    """Write the report of a run and return its path.
 
-    Raises UserError without matplotlib, for what is no run or damaged, and where writing fails or would replace what is
-    not a report's.
+    run: the run folder.
+    out: folder to write to, whose other files stay; None for RUN/report.
+
+    Raises UserError if matplotlib is missing, if the run folder is none or damaged, if writing fails, or if it would
+    replace a file that is not part of a report.
     """
     require_package("matplotlib", "a report with figures")
     from .figures import draw_all
@@ -53,14 +56,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    write_bytes(index, text.encode())  # first: it says whose the figures are
+    write_bytes(index, text.encode())  # before the figures, since _require_ours tells by it whose they are
     for figure in drawn:
         write_bytes(folder / f"{figure.name}.png", figure.png)
     return index
 
 
 def _require_ours(folder: Path) -> None:
-    """Raise UserError where another page would be overwritten, or pictures beside no report."""
+    """Raise UserError if writing would replace a page that is not a report, or pictures in a folder without one."""
     index = folder / "index.html"
     try:
         if index.exists():
@@ -75,7 +78,7 @@ def _require_ours(folder: Path) -> None:
 
 
 def assemble(history: History, drawn: Iterable[Drawn]) -> str:
-    """Put the whole HTML file together."""
+    """Build the text of the HTML file. drawn: the figures of draw_all."""
     comparison = compare(history)
     figures = {d.name: page.figure(d) for d in drawn}
     sections = {"Held-out evaluation": _evaluation(history, comparison), "Alerts": _alerts(history)}
@@ -101,7 +104,8 @@ def assemble(history: History, drawn: Iterable[Drawn]) -> str:
 def _head(history: History, comparison: Comparison | None) -> str:
     config, algorithm = history.config, history.config["algorithm"]
     done, planned = int(history.steps[-1]), config.get("steps")
-    kinds = ("mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
+    # "mode" is the name that version 0.1 wrote
+    kinds = ("cost_mode", "mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
     form = ", ".join(str(algorithm[k]) for k in kinds if k in algorithm)
     facts = (
         ("Method", f"{algorithm['method']} ({form})"),
@@ -116,14 +120,14 @@ def _head(history: History, comparison: Comparison | None) -> str:
         (name, page.number(later, form), f"from {page.number(earlier, form)}") for name, form, earlier, later in rows
     )
     notes = "".join(f'<p class="note">{page.escaped(note)}</p>' for note in history.notes)
-    told, balance = [verdict(history, comparison)], compensation(history)
+    sentences, balance = [verdict(history, comparison)], compensation(history)
     if balance:
-        told.insert(0 if balance.hidden else 1, balance.sentence)
-    sentences = "".join(f'<p class="verdict">{page.escaped(sentence)}</p>' for sentence in told)
+        sentences.insert(0 if balance.hidden else 1, balance.sentence)
+    lead = "".join(f'<p class="verdict">{page.escaped(sentence)}</p>' for sentence in sentences)
     return (
-        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>{sentences}{notes}</header>'
+        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>{lead}{notes}</header>'
         f'{page.tiles(cells)}<p class="lead"><small>{page.escaped(where)}. '
-        "A prompt is unsafe when more than half of its responses are, by the training cost.</small></p>"
+        "A prompt is unsafe if more than half of its responses are, by the training cost.</small></p>"
         f"{page.facts(facts)}"
     )
 
@@ -136,7 +140,7 @@ def _evaluation(history: History, comparison: Comparison | None) -> str:
         return ""
     lead = "Mean with its 95% bootstrap interval over prompts."
     if len(history.evaluations) > 1:
-        lead += " The columns are of different prompts: a difference between them may be the prompts'."
+        lead += " The columns are of different prompts, which may explain a difference between them."
     rows = quantity_rows([e.overall for e in history.evaluations.values()])
     table = page.table(("", *history.evaluations), ((name, *cells) for _, name, cells in rows))
     return f'<p class="lead">{lead}</p>{table}'
@@ -151,10 +155,10 @@ def _alerts(history: History) -> str:
         compared.append(("Training samples, first and last tenth of the steps", history.start, history.now))
     shown = []
     for where, start, now in compared:
-        if found := alerts(start, now):
-            content = page.bullets(found)
+        if signs := alerts(start, now):
+            content = page.bullets(signs)
         elif min(len(start), len(now)) < FEWEST:
-            content = f"<p>Too few responses to check: it takes {FEWEST} on each side.</p>"
+            content = f"<p>Too few responses to check: the checks need {FEWEST} on each side.</p>"
         else:
             content = "<p>Nothing found.</p>"
         shown.append(f"<h3>{where} ({len(start)} and {len(now)})</h3>{content}")
@@ -175,16 +179,16 @@ def _ledger(entries: list[Entry], limit: float) -> str:
         else ""
     )
     lead = (
-        f"{len(entries)} training prompts in {seen} visits, hardest first: by E{{C−d}}⁺ of the last {RECENT} visits. "
-        f"A visit is one step's responses, and unsafe when more than half of them are; a flip is a change between two "
-        f"visits. Cost histories share one scale, which leaves out the extreme 4% of visits; the dashed line is the "
-        f"limit, the dot the last visit.{left}"
+        f"{len(entries)} training prompts in {seen} visits, hardest first, by E{{C−d}}⁺ of the last {RECENT} visits. "
+        f"A visit is a prompt's responses in one step; it is unsafe if more than half of them are. A flip is a change "
+        f"between safe and unsafe from one visit to the next. Cost histories share one scale, which leaves out the "
+        f"extreme 4% of visits; the dashed line is the limit, the dot the last visit.{left}"
     )
     return f'<p class="lead">{lead}</p>{page.ledger_table(kept, limit)}'
 
 
 def _samples(history: History) -> str:
-    """Show pairs of responses to one prompt, held out where there are two evaluations, else of training."""
+    """Show pairs of responses to one prompt: held-out ones if both evaluations are there, else training samples."""
     limit = history.limit
     pairs, names, where = _pairs(history)
     if not pairs:
@@ -213,14 +217,15 @@ def _pairs(history: History) -> tuple[list[Pair], tuple[str, str], str]:
 
 
 def grouped(pairs: Sequence[Pair], limit: float) -> dict[str, list[Pair]]:
-    """Group pairs of (before, after) by what happened to their safety, the largest changes first.
+    """Group pairs of (before, after) by how their safety changed, the largest changes first.
 
-    Each pair is in one group, but for the last group: what changed most in reward.
+    Returns pairs by the title of their group. No pair is in two groups, except that the last one, of the largest
+    changes in reward, repeats pairs of the others.
     """
 
     def ranked(before_unsafe: bool, after_unsafe: bool, key: Callable[[Pair], float]) -> list[Pair]:
-        wanted = not before_unsafe, not after_unsafe
-        chosen = (pair for pair in pairs if tuple(is_safe(r["cost"], limit) for r in pair) == wanted)
+        safety = not before_unsafe, not after_unsafe
+        chosen = (pair for pair in pairs if tuple(is_safe(r["cost"], limit) for r in pair) == safety)
         return sorted(chosen, key=key, reverse=True)
 
     return {

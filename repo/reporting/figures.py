@@ -1,4 +1,4 @@
-"""Figures of a report: what each shows, over which responses."""
+"""Figures of a report, with captions that say what each shows and over which responses."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ from .style import (
     window,
 )
 
-SCATTERED = 400  # responses on each side
+SCATTERED = 400  # most responses drawn on each side of the scatter plot
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure in both forms; caption: what is shown, over which responses."""
+    """A drawn figure.
+
+    name: name of its PNG file. title: heading. caption: what it shows, over which responses. svg: <svg> element for the
+    page. png: content of the PNG file.
+    """
 
     name: str
     title: str
@@ -49,7 +53,7 @@ class Drawn:
 
 
 def draw_all(history: History) -> Iterator[Drawn]:
-    """Every figure for which the run has numbers."""
+    """Draw every figure for which the run has numbers."""
     draws: Sequence[Callable[[History], tuple[Figure, str, str] | None]] = (
         _reward,
         _cost,
@@ -63,13 +67,13 @@ def draw_all(history: History) -> Iterator[Drawn]:
         _training,
     )
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user has set for figures of his own
+        matplotlib.rcdefaults()  # ignore the user's own matplotlib settings
         matplotlib.rcParams.update(STYLE)
         for draw in draws:
-            if (found := draw(history)) is not None:
-                figure, title, caption = found
+            if (parts := draw(history)) is not None:
+                figure, title, caption = parts
                 figure.draw_without_rendering()
-                figure.set_layout_engine("none")  # laid out once for both forms
+                figure.set_layout_engine("none")  # keep this layout for both the PNG and the SVG
                 name = draw.__name__[1:]
                 yield Drawn(name, title, caption, svg(figure, name, title), png(figure))
 
@@ -90,7 +94,7 @@ def _cost(history: History) -> tuple[Figure, str, str]:
     axes.axhline(history.limit, color=INK, lw=1, ls=":", label=f"limit d = {history.limit:g}")
     axes.set_ylabel("cost")
     legend(axes)
-    return figure, "Cost", f"Training batches: {_drawing(history)} The limit is for every prompt, not for the mean."
+    return figure, "Cost", f"Training batches: {_drawing(history)} The limit applies to every prompt, not to the mean."
 
 
 def _safe_rate(history: History) -> tuple[Figure, str, str]:
@@ -109,7 +113,7 @@ def _compensation(history: History) -> tuple[Figure, str, str]:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("compensation gap")
     legend(axes)
-    words = "What the mean hides: 0 only where no safe response pays for an unsafe one."
+    words = "What the mean hides: it is 0 only if no safe response pays for an unsafe one."
     return figure, "Compensation gap", f"{words} Training batches: {_drawing(history)}"
 
 
@@ -132,19 +136,21 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
         _over_steps(panels[2], history, "reward_cost_grad_ratio", GOOD, "")
         panels[2].axhline(1, color=INK, lw=1, ls=":")
         panels[2].set_title("gradient norms, reward ÷ λ cost (log)")
-        caption += " The ratio is of L2 norms with respect to the log-probs of responses: below 1 the cost leads."
+        caption += " The norms are L2, over the log-probabilities of response tokens; below 1 the cost dominates."
     step_axis(panels[-1])
     return figure, "Penalty", caption
 
 
 def _curves(history: History) -> list[tuple[str, np.ndarray, str, str, str]]:
-    """(label, costs, colour, line, what it is over) of the four states that a cost distribution compares, without
-    held-out prompts before training where others were answered after it."""
+    """List (label, costs, colour, line style, description) of up to four sets of responses whose costs are compared.
+
+    The held-out responses before training are left out if those after training are to other prompts.
+    """
     n = history.tenth
     span = "step" if n == 1 else f"{n} steps"
     before, after = history.responses("before"), history.responses("after")
     if before and after and not history.paired:
-        before = []  # of other prompts than the newest ones
+        before = []  # to other prompts than those after training
     same = "the same held-out prompts" if history.paired else "held-out prompts"
     sides = (
         ("start, training", history.start, START, "--", f"first {span} of training"),
@@ -152,14 +158,14 @@ def _curves(history: History) -> list[tuple[str, np.ndarray, str, str, str]]:
         ("reference, held out", before, START, "-", "held-out prompts before training"),
         ("now, held out", after, NOW, "-", f"{same} after training"),
     )
-    found = []
+    curves = []
     for label, records, colour, line, where in sides:
         costs = column(records, "cost")
         if len(costs):
             prompts = len({r["id"] for r in records})
             over = f"{label}: {len(records)} responses to {prompts} prompts, {where}"
-            found.append((label, costs, colour, line, over))
-    return found
+            curves.append((label, costs, colour, line, over))
+    return curves
 
 
 def _distribution(history: History) -> tuple[Figure, str, str] | None:
@@ -193,7 +199,7 @@ def _cumulative(history: History) -> tuple[Figure, str, str] | None:
     axes.set_ylabel("% of responses at most")
     legend(axes)
     safe = "; ".join(f"{label} {is_safe(costs, history.limit).mean():.0%}" for label, costs, *_ in curves)
-    caption = f"The height at the limit is the safe rate: {safe}. Same responses as in the distribution."
+    caption = f"The height at the limit is the safe rate: {safe}. Same responses as in the distribution of costs."
     return figure, "Cumulative costs", caption
 
 
@@ -220,12 +226,11 @@ def _scatter(history: History) -> tuple[Figure, str, str] | None:
         mark_limit(axes, history.limit, edges)
         shown.append(f"{len(kept)} of {len(records)}")
     panels[0].set_ylabel("reward")
-    caption = f"Responses to {where}; {shown[0]} and {shown[1]} shown, evenly spaced. Right of the limit is unsafe."
+    caption = f"Responses to {where}; {shown[0]} and {shown[1]} shown, evenly spaced. Unsafe is right of the limit."
     return figure, "Reward against cost", caption
 
 
-# Key, title, factor of each small panel.
-POLICY = (
+POLICY = (  # (key, title, factor) of each small panel
     ("kl", "KL to reference, nats/token", 1),
     ("entropy", "entropy, nats/token", 1),
     ("length", "response length, tokens", 1),
@@ -248,7 +253,7 @@ def _training(history: History) -> tuple[Figure, str, str] | None:
 
 
 def _small(history: History, panels: Sequence[tuple[str, str, float]], title: str) -> tuple[Figure, str, str] | None:
-    """Small panels, two in a row, of the metrics that the run has."""
+    """Draw the metrics that the run has in small panels, two in a row; None if it has none of them."""
     known = [p for p in panels if np.isfinite(_metric(history, p[0])).any()]
     if not known:
         return None
@@ -267,7 +272,7 @@ def _small(history: History, panels: Sequence[tuple[str, str, float]], title: st
 
 
 def _metric(history: History, key: str) -> np.ndarray:
-    """(S,) by step. The length, where a step did not write it, is of its tokens and as many responses as samples."""
+    """Return a metric by step, (S,). A missing length is computed from the step's response tokens and samples."""
     written = history.series(key)
     if key != "length" or np.isfinite(written).all():
         return written

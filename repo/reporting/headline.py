@@ -1,4 +1,4 @@
-"""The headline of a report: what a run's numbers say, in sentences that claim no more than they do."""
+"""Headline of a report: state a run's result in sentences that claim no more than its numbers show."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ TILES = (
     "cost",
     "reward",
 )
-"""Quantities that stand on the tiles at the top of a report."""
+"""Quantities on the tiles at the top of a report."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Held-out prompts evaluated before and after training. rows: text; changes: {mean, low, high} of each quantity."""
+    """Comparison of the same held-out prompts before and after training.
+
+    rows: (quantity, before, after, change) as text.
+    changes: {"mean", "low", "high"} of each quantity's paired change.
+    """
 
     rows: Sequence[Sequence[str]]
     changes: Mapping[str, Mapping[str, float | None]]
 
 
 def compare(history: History) -> Comparison | None:
-    """Compare both evaluations; None where one is missing or they have different prompts."""
+    """Compare the evaluations before and after training; None if one is missing or their prompts differ."""
     if not history.paired:
         return None
     before, after = history.evaluations["before"], history.evaluations["after"]
@@ -58,33 +62,37 @@ def quantity_rows(
 
 
 def verdict(history: History, comparison: Comparison | None) -> str:
-    """Say what training did on held-out prompts, or what is known instead."""
+    """State in a sentence or two what training changed on held-out prompts, or why that is not known."""
     if comparison:
         changes = comparison.changes
-        told = [change("the safe rate by the training cost", changes["safe_rate"], 100, 1, " points")]
+        clauses = [change("the safe rate by the training cost", changes["safe_rate"], 100, 1, " points")]
         if "judge_safe_rate" in changes:
-            told.append(change("by the held-out judge it", changes["judge_safe_rate"], 100, 1, " points"))
-        told.append(change("the reward", changes["reward"], 1, 3))
+            clauses.append(change("by the held-out judge it", changes["judge_safe_rate"], 100, 1, " points"))
+        clauses.append(change("the reward", changes["reward"], 1, 3))
         prompts = len(history.evaluations["after"].evaluation.ids)
         known = any(changes[key]["low"] is not None for key in ("safe_rate", "reward"))
-        intervals = "In brackets 95% bootstrap intervals over prompts of this one run" if known else "This is one run"
-        return f"On {prompts} held-out prompts {'; '.join(told)}. {intervals}; another seed may differ by more."
+        intervals = "Brackets hold 95% bootstrap intervals over prompts of this one run" if known else "This is one run"
+        return f"On {prompts} held-out prompts {'; '.join(clauses)}. {intervals}; another seed may differ by more."
     if "after" in history.evaluations and "before" in history.evaluations:
         return "The evaluations before and after training are not of the same prompts and are not compared."
     if "before" in history.evaluations:
-        found = history.evaluations["before"].overall["safe_rate"]
-        interval = "too few prompts for an interval" if found["low"] is None else "95% bootstrap interval over prompts"
+        rate = history.evaluations["before"].overall["safe_rate"]
+        interval = "too few prompts for an interval" if rate["low"] is None else "95% bootstrap interval over prompts"
         return (
-            f"Not evaluated after training yet; before it, {show(found, '{:.1%}')} of held-out responses were safe by "
+            f"Not evaluated after training yet; before it, {show(rate, '{:.1%}')} of held-out responses were safe by "
             f"the training cost ({interval})."
         )
     if "after" in history.evaluations:
-        return "Evaluated after training only: nothing says what training changed on held-out prompts."
+        return "Evaluated after training only, so it is not known what training changed on held-out prompts."
     return "No held-out evaluation: training batches alone say little about other prompts."
 
 
 def change(name: str, interval: Mapping[str, float | None], scale: float, digits: int, unit: str = "") -> str:
-    """Say `name rose by 7.5 points [1.0, 14.0]`, or that the interval includes no change; without one claim nothing."""
+    """Describe a change: `name rose by 7.5 points [1.0, 14.0]`, or that its interval includes no change.
+
+    interval: {"mean", "low", "high"}; without "low" and "high" no direction is claimed.
+    scale: factor of the numbers. digits: decimals. unit: text after the number.
+    """
     mean, low, high = (None if (v := interval[end]) is None else scale * v for end in ("mean", "low", "high"))
     if mean is None:
         return f"{name} cannot be compared"
@@ -99,9 +107,10 @@ def change(name: str, interval: Mapping[str, float | None], scale: float, digits
 
 
 def compensation(history: History) -> Compensation | None:
-    """Say what the mean of the newest responses' costs hides; None without responses.
+    """Describe what the mean cost of a run's newest responses hides; None if the run has no responses.
 
-    They are held out after training, else the last of training, else held out before it.
+    The newest are those to held-out prompts after training, else those of the last training steps, else those to
+    held-out prompts before training.
     """
     if after := history.responses("after"):
         return describe_records(after, history.limit, "to held-out prompts after training")
@@ -113,15 +122,16 @@ def compensation(history: History) -> Compensation | None:
 
 
 def describe_records(records: Sequence[Record], limit: float, where: str) -> Compensation:
-    """Say what the mean of at least one record's cost hides. where: which responses they are."""
+    """Describe what the mean cost of a non-empty list of records hides. where: which responses they are."""
     costs = torch.tensor([r["cost"] for r in records], dtype=torch.float64)
     return describe_compensation([r["id"] for r in records], costs, limit, where)
 
 
 def tiles(history: History) -> tuple[list[tuple[str, str, float, float]], str]:
-    """List (name, format, earlier, later) of each known quantity, and say which responses they are over.
+    """List the quantities of the tiles as (name, format, earlier value, later value), and name their responses.
 
-    They are over held-out prompts where the same prompts were evaluated twice, else over training batches.
+    The values are of held-out prompts if the same ones were evaluated before and after training, else of the first and
+    last training batches. A value that is not known is NaN.
     """
     if history.paired:
         sides = (history.evaluations[k].overall for k in ("before", "after"))
@@ -137,7 +147,7 @@ def tiles(history: History) -> tuple[list[tuple[str, str, float, float]], str]:
 
 
 def _training_means(records: Sequence[Record]) -> Mapping[str, float | None]:
-    """Average TILES over lines of metrics.jsonl, whose keys end in _mean where a quantity is a mean."""
+    """Average TILES over lines of metrics.jsonl, where the key of some quantities ends in _mean."""
     return {key: _mean([r.get(key, r.get(f"{key}_mean")) for r in records]) for key in TILES}
 
 

@@ -1,4 +1,4 @@
-"""Page: the parts of a report as HTML. Everything that a run wrote goes through `escaped`."""
+"""Page: build the parts of a report as HTML. All text from a run goes through `escaped`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ Pair = tuple[Record, Record]
 
 
 def escaped(value: Any, most: int | None = None) -> str:
-    """Text for an element or a quoted attribute, cut after `most` characters; what HTML cannot hold becomes U+FFFD."""
+    """Escape text for an HTML element or a quoted attribute.
+
+    Characters that HTML cannot hold become U+FFFD. most: characters to keep; None keeps all.
+    """
     text = UNPRINTABLE.sub("\ufffd", str(value))
     if most is not None and len(text) > most:
         text = f"{text[:most]}… ({len(text) - most} more characters)"
@@ -33,7 +36,7 @@ def escaped(value: Any, most: int | None = None) -> str:
 
 
 def number(value: float | None, form: str = "{:.2f}") -> str:
-    """A number with a minus sign, – where it is not known."""
+    """Format a number with a typographic minus sign; – if it is None or not finite."""
     if value is None or not np.isfinite(value):
         return "–"
     text = form.format(value)
@@ -43,18 +46,18 @@ def number(value: float | None, form: str = "{:.2f}") -> str:
 
 
 def facts(items: Iterable[tuple[str, str]]) -> str:
-    """A list of names and values."""
+    """Build a list of (name, value)."""
     return f'<dl class="facts">{"".join(f"<div><dt>{a}</dt><dd>{escaped(b)}</dd></div>" for a, b in items)}</dl>'
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Large numbers: name, value, what it was."""
+    """Build the tiles of large numbers. items: (name, value, earlier value), already escaped."""
     cells = (f"<div><dt>{name}</dt><dd>{value}</dd><dd>{was}</dd></div>" for name, value, was in items)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Texts; what stands in brackets, an interval, steps back."""
+    """Build a table of texts, in which intervals in brackets are less prominent. rows: (name, cell, ...)."""
     head = "".join(f'<th scope="col">{escaped(c)}</th>' for c in columns)
     lines = (
         f'<tr><th scope="row">{escaped(name)}</th>{"".join(f"<td>{_interval(cell)}</td>" for cell in cells)}</tr>'
@@ -69,17 +72,17 @@ def _interval(cell: str) -> str:
 
 
 def _scroll(content: str, label: str, kind: str = "scroll") -> str:
-    """Wide content scrolls by itself, by keyboard too."""
+    """Wrap wide content so that it scrolls on its own, also by keyboard. label: its name for screen readers."""
     return f'<div class="{kind}" tabindex="0" role="region" aria-label="{label}">{content}</div>'
 
 
 def bullets(sentences: Iterable[str]) -> str:
-    """A list of sentences."""
+    """Build a bullet list of sentences."""
     return f"<ul>{''.join(f'<li>{escaped(s)}</li>' for s in sentences)}</ul>"
 
 
 def figure(drawn: Drawn) -> str:
-    """A figure under its title, with its caption."""
+    """Build a figure with its title and caption."""
     caption = f"<figcaption>{escaped(drawn.caption)}</figcaption>"
     return f"<figure><h3>{escaped(drawn.title)}</h3>{drawn.svg}{caption}</figure>"
 
@@ -97,7 +100,10 @@ LEDGER_COLUMNS = (
 
 
 def ledger_table(entries: Sequence[Entry], limit: float) -> str:
-    """One sortable row per prompt; the caller has sorted by the last column."""
+    """Build a filter and a sortable table with a row for each prompt.
+
+    entries: sorted by hardness, the last column. limit: the cost limit d.
+    """
     heads = []
     for name, kind in LEDGER_COLUMNS:
         order = ' aria-sort="descending"' if name == LEDGER_COLUMNS[-1][0] else ""
@@ -142,7 +148,10 @@ def _cost(cost: float, limit: float) -> str:
 
 
 def spark(costs: Sequence[float], limit: float, low: float, high: float, unsafe: bool) -> str:
-    """Mean cost of each visit as a small line between `low` and `high`, the limit dashed, the last visit a dot."""
+    """Draw the mean cost of each visit as a small line, with the limit dashed and the last visit as a dot.
+
+    costs: mean cost of each visit. low, high: range of the vertical axis. unsafe: colours the dot.
+    """
     values = np.array(costs, dtype=float)
     if len(values) > SPARK_POINTS:
         values = values[np.linspace(0, len(values) - 1, SPARK_POINTS).astype(int)]
@@ -160,7 +169,7 @@ def spark(costs: Sequence[float], limit: float, low: float, high: float, unsafe:
 
 
 def pair_cards(pairs: Iterable[Pair], limit: float, names: tuple[str, str]) -> str:
-    """Prompts with two responses each, which open on demand."""
+    """Build cards of prompts with two responses each, which open on demand. names: headings of the two responses."""
     cards = []
     for before, after in pairs:
         sides = "".join(_side(r, limit, name) for r, name in zip((before, after), names, strict=True))
@@ -173,8 +182,8 @@ def pair_cards(pairs: Iterable[Pair], limit: float, names: tuple[str, str]) -> s
 
 
 def cards(records: Iterable[Record], limit: float) -> str:
-    """Prompts with one response each."""
-    found = (
+    """Build cards of prompts with one response each. records: records of samples.jsonl."""
+    built = (
         _card(
             r,
             (f"cost {_cost(r['cost'], limit)}", f"reward {number(r['reward'])}"),
@@ -182,7 +191,7 @@ def cards(records: Iterable[Record], limit: float) -> str:
         )
         for r in records
     )
-    return f'<div class="pairs">{"".join(found)}</div>'
+    return f'<div class="pairs">{"".join(built)}</div>'
 
 
 def _card(record: Record, scores: Iterable[str], sides: str) -> str:
@@ -198,12 +207,12 @@ def _card(record: Record, scores: Iterable[str], sides: str) -> str:
 def _side(record: Record, limit: float, name: str) -> str:
     safe = is_safe(record["cost"], limit)
     verdict = f'<span class="{"good" if safe else "bad"}">{"safe" if safe else "unsafe"}</span>'
-    told = [verdict, f"cost {number(record['cost'])}", f"reward {number(record['reward'])}"]
+    parts = [verdict, f"cost {number(record['cost'])}", f"reward {number(record['reward'])}"]
     if (judged := record.get("judge_safe")) is not None:
-        told.append(f"judge: {'safe' if judged else 'unsafe'}")
+        parts.append(f"judge: {'safe' if judged else 'unsafe'}")
     if record.get("refusal"):
-        told.append("refusal")
-    told += [f"{key} {number(record[key])}" for key in ("repetition", "kl") if record.get(key) is not None]
-    line = "".join(f"<span>{t}</span>" for t in told)
+        parts.append("refusal")
+    parts += [f"{key} {number(record[key])}" for key in ("repetition", "kl") if record.get(key) is not None]
+    line = "".join(f"<span>{part}</span>" for part in parts)
     text = escaped(record["response"], RESPONSE_LENGTH)
     return f'<div><h4>{escaped(name)}</h4><p class="text" dir="auto">{text}</p><p class="scores">{line}</p></div>'

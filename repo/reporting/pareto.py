@@ -1,4 +1,4 @@
-"""Frontier: reward against safe rate over evaluated policies, and which of them no other one dominates."""
+"""Pareto frontier: draw reward against safe rate of evaluated policies, and those that no other one dominates."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ MARKERS = "osD^vP*X"
 COLOURS = ("#0062a3", "#c2410c", "#00795a", "#8a3ffc", "#737b84", "#b28600", "#a2191f", "#1c2024")
 
 Trail = Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
-"""(name, quantities with intervals) of evaluations in the order of training."""
+"""(name, quantities with intervals) of a policy's evaluations, in the order of training."""
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, by rising safe rate, of the points (safe rate, reward) that no other dominates: is as good in both and
-    better in one."""
+    """List the indices of the points (safe rate, reward) that no other point dominates, by rising safe rate.
+
+    A point dominates another one if it is at least as good in both and better in one.
+    """
     return [
         i
         for i in sorted(range(len(points)), key=lambda i: points[i])
@@ -28,7 +30,10 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
-    """Each policy's way through training, from hollow to filled, with intervals of the last; the frontier of all."""
+    """Draw each policy's path through training and the frontier of all evaluations.
+
+    Markers are hollow, except for the last evaluation, which has its intervals. trails: by the policy's name.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4))
         axes = figure.subplots()
@@ -55,7 +60,7 @@ def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
 
 
 def _short(name: str, longest: int = 28) -> str:
-    """For a legend, where an underscore in front would hide it."""
+    """Shorten a name for a legend; a zero-width space keeps matplotlib from hiding one that begins with _."""
     short = name if len(name) <= longest else f"...{name[3 - longest :]}"
     return f"\u200b{short}"
 

@@ -1,4 +1,4 @@
-"""History: a run folder read back, also while the run goes on."""
+"""Run history: read a run folder back, also while the run is still training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ TYPES = {"step": (int, "whole number"), "id": (str, "text"), "prompt": (str, "te
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An evaluation's responses, and every quantity of them with its interval: the file's own summary is not read."""
+    """A held-out evaluation of a run.
+
+    evaluation: its responses. overall: every quantity with its interval, computed anew rather than read from the file.
+    """
 
     evaluation: Evaluation
     overall: Mapping[str, Mapping[str, float | None]]
@@ -33,7 +36,15 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class History:
-    """What a run has written so far. evaluations: `before` and `after` training, those that are there."""
+    """The content of a run folder so far.
+
+    name: name of the folder.
+    config: the resolved configuration, as nested mappings.
+    versions: versions of the packages, by name.
+    metrics, samples: records of metrics.jsonl and samples.jsonl.
+    evaluations: `before` and `after` training, as far as they exist.
+    notes: sentences about content that was left out.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -45,61 +56,61 @@ class History:
 
     @property
     def limit(self) -> float:
-        """d, rounded to fp32 as the costs are."""
+        """Return d rounded to fp32, as the costs are."""
         return _limit(self.config)
 
     @property
     def steps(self) -> np.ndarray:
-        """(S,) the steps done, counted from 1."""
+        """Return the numbers of the steps done, (S,), counted from 1."""
         return np.array([r["step"] + 1 for r in self.metrics])
 
     def series(self, key: str) -> np.ndarray:
-        """(S,) a metric by step, NaN where it was null or is missing."""
+        """Return a metric by step, (S,) fp64, NaN if it is null or missing."""
         return column(self.metrics, key)
 
     @cached_property
     def sampled(self) -> list[int]:
-        """The steps that left samples."""
+        """List the steps that have samples, counted from 0."""
         return sorted({s["step"] for s in self.samples})
 
     @property
     def tenth(self) -> int:
-        """How many steps `start` and `now` cover."""
+        """Return the number of steps that `start` and `now` cover: a tenth of those with samples, at least 1."""
         return max(1, len(self.sampled) // 10)
 
     @cached_property
     def start(self) -> list[Record]:
-        """Training samples of the first tenth of the steps."""
+        """Return the training samples of the first tenth of the steps."""
         return [s for s in self.samples if s["step"] <= self.sampled[self.tenth - 1]]
 
     @cached_property
     def now(self) -> list[Record]:
-        """Training samples of the last tenth of the steps."""
+        """Return the training samples of the last tenth of the steps."""
         return [s for s in self.samples if s["step"] >= self.sampled[-self.tenth]]
 
     def responses(self, name: str) -> Sequence[Record]:
-        """Those of an evaluation, none where it is not there."""
+        """Return the responses of an evaluation, `before` or `after`; [] if it does not exist."""
         return self.evaluations[name].evaluation.records if name in self.evaluations else []
 
     @cached_property
     def paired(self) -> bool:
-        """Whether both evaluations are there and of the same prompts in the same order; others are not compared."""
+        """Tell whether both evaluations exist and have the same prompts in the same order, so that they compare."""
         before, after = ([r["id"] for r in self.responses(name)] for name in ("before", "after"))
         return bool(before) and before == after
 
 
 def column(records: Iterable[Record], key: str) -> np.ndarray:
-    """(n,) fp64 of a numeric key, NaN where it is null or missing."""
+    """Return a numeric key of n records, (n,) fp64, NaN if it is null or missing."""
     values = (r.get(key) for r in records)
     return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 
 def read(folder: Path) -> History:
-    """Read RUN. UserError for a folder that is no run, has no step yet, or holds a damaged file."""
+    """Read a run folder. Raises UserError if it is not a run, has no finished step yet, or holds a damaged file."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder (it has no config.yaml)")
     notes: list[str] = []
-    # samples of a step are written after its metrics: read in the other order, every sample has its step
+    # a step's samples are written after its metrics: reading them first means that no sample lacks its metrics
     samples = _json_lines(folder / "samples.jsonl", SAMPLE_KEYS, notes)
     metrics = _json_lines(folder / "metrics.jsonl", {"step"}, notes)
     scored = [s for s in samples if _scored(s)]
@@ -137,11 +148,11 @@ def _json(path: Path) -> Any:
 
 def _config(path: Path) -> Mapping[str, Any]:
     try:
-        found = yaml.safe_load(_text(path))
-        float(found["algorithm"]["cost_limit"]), found["algorithm"]["method"]
+        config = yaml.safe_load(_text(path))
+        float(config["algorithm"]["cost_limit"]), config["algorithm"]["method"]
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: it has no readable algorithm.method and algorithm.cost_limit") from error
-    return found
+    return config
 
 
 def _limit(config: Mapping[str, Any]) -> float:
@@ -149,8 +160,8 @@ def _limit(config: Mapping[str, Any]) -> float:
 
 
 def _evaluation(path: Path, limit: float) -> HeldOut:
-    found = _json(path)
-    responses = found.get("responses") if isinstance(found, dict) else None
+    content = _json(path)
+    responses = content.get("responses") if isinstance(content, dict) else None
     if not responses or not isinstance(responses, list):
         raise UserError(f"{path} is damaged: it has no responses")
     for i, record in enumerate(responses):
@@ -164,15 +175,15 @@ def _evaluation(path: Path, limit: float) -> HeldOut:
     except KeyError as error:
         raise UserError(f"{path} is damaged: some responses have {error.args[0]} and others do not") from error
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: a response has what is no number: {error}") from error
+        raise UserError(f"{path} is damaged: a response has a value that is not a number: {error}") from error
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _fault(record: Any, keys: set[str]) -> str | None:
-    """What keeps a record from being read."""
+    """Describe what is wrong with a record; None if it is an object with these keys and their types."""
     if not isinstance(record, dict):
-        return "is no object"
+        return "is not an object"
     if missing := keys - record.keys():
         return f"lacks {', '.join(sorted(missing))}"
     for key, (kind, name) in TYPES.items():
@@ -182,11 +193,14 @@ def _fault(record: Any, keys: set[str]) -> str | None:
 
 
 def _json_lines(path: Path, keys: set[str], notes: list[str]) -> list[Record]:
-    """The objects of a file, without a last line that is still being written."""
+    """Read the objects of a JSON-lines file, without a last line that is still being written.
+
+    keys: keys that every object must have. notes: a sentence is added if the last line was left out.
+    """
     if not path.is_file():
         raise UserError(f"{path.parent} is not a run folder (it has no {path.name})")
     lines = _text(path).split("\n")
-    found: list[Record] = []
+    records: list[Record] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -195,9 +209,9 @@ def _json_lines(path: Path, keys: set[str], notes: list[str]) -> list[Record]:
             if fault := _fault(record, keys):
                 raise ValueError(f"it {fault}")
         except ValueError as error:
-            if number == len(lines):  # no newline after it
+            if number == len(lines):  # no newline follows: it may still be in writing
                 notes.append(f"The last line of {path.name} is not complete and was left out: the run was writing it.")
                 continue
             raise UserError(f"{path} is damaged in line {number}: {error}") from error
-        found.append(record)
-    return found
+        records.append(record)
+    return records

@@ -1,4 +1,4 @@
-"""Drawing: what the figures of a report share, and one drawing as a PNG on white and as SVG in the page's colours.
+"""Style: what the figures of a report share, and their export as PNG on white and as SVG in the page's colours.
 
 Colours differ in lightness as well as in hue (after Okabe and Ito), and no two lines differ in colour alone.
 """
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-# Name of the CSS variable -> colour on white.
+# name of the CSS variable -> colour on white
 COLOURS = {
     "ink": "#1c2024",
     "muted": "#646b73",
@@ -57,7 +57,7 @@ STYLE = {
 
 
 def panel(height: float = 2.9) -> tuple[Figure, Axes]:
-    """A figure with one panel over steps."""
+    """Make a figure with one panel over steps. height: inches."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots()
     step_axis(axes)
@@ -65,7 +65,7 @@ def panel(height: float = 2.9) -> tuple[Figure, Axes]:
 
 
 def step_axis(axes: Axes, ticks: int = 8) -> None:
-    """Steps are whole."""
+    """Label the x axis with whole steps. ticks: most ticks."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
 
@@ -73,7 +73,10 @@ def step_axis(axes: Axes, ticks: int = 8) -> None:
 def trend(
     axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, line: str = "-", points: bool = True
 ) -> None:
-    """Each step's value as a light point, and the running mean."""
+    """Draw a running mean as a line, and each step's value as a light point if `points`.
+
+    steps, values: (S,). line: matplotlib's line style.
+    """
     if points:
         axes.plot(*thinned(steps, values, POINTS), "o", color=colour, ms=3, mew=0, alpha=0.45)
     single = "o" if len(steps) == 1 else None
@@ -81,13 +84,15 @@ def trend(
 
 
 def window(steps: int) -> int:
-    """Steps that a running mean covers."""
+    """Choose how many steps a running mean covers. steps: steps of the run."""
     return max(1, min(steps // 4, max(5, steps // 20)))
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the last `width` values that are known; NaN where none is, and at the start, before half of them are
-    there. values: (S,)."""
+    """Average the known values among the last `width` ones.
+
+    values: (S,), NaN if not known. Returns (S,), NaN if none is known and at the start, until half of `width` is there.
+    """
     known = np.isfinite(values)
     sums, counts = (np.cumsum(np.r_[0, x]) for x in (np.where(known, values, 0), known))
     end = np.arange(1, len(values) + 1)
@@ -97,14 +102,14 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic y axis whose numbers are not mathtext, which STYLE turns off."""
+    """Make the y axis logarithmic, with plain numbers: STYLE turns off the mathtext of the default ones."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most that many points, evenly spaced, with both ends."""
+    """Keep at most `most` points, evenly spaced, with both ends. x, y: (n,)."""
     if len(x) <= most:
         return x, y
     kept = np.linspace(0, len(x) - 1, most).astype(int)
@@ -112,7 +117,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = 2 * POINTS) -> tuple[np.nd
 
 
 def edges_of(costs: np.ndarray, limit: float) -> np.ndarray:
-    """(n,) edges of equal bins from the 0.5th to the 99.5th percentile; the limit is one of them."""
+    """Return the edges of equal bins that cover the 0.5th to the 99.5th percentile of costs; the limit is an edge."""
     low, high = np.percentile(costs, [0.5, 99.5])
     low, high = min(low, limit), max(high, limit)
     width = (high - low) / BINS or 1.0
@@ -120,7 +125,7 @@ def edges_of(costs: np.ndarray, limit: float) -> np.ndarray:
 
 
 def mark_limit(axes: Axes, limit: float, edges: np.ndarray) -> None:
-    """The limit, and the unsafe side shaded."""
+    """Draw the limit, shade the unsafe side, and set and label the x axis. edges: edges of the bins."""
     axes.axvspan(limit, edges[-1], color=BAD, alpha=0.08, lw=0)
     axes.axvline(limit, color=INK, lw=1, ls=":")
     axes.set_xlim(edges[0], edges[-1])
@@ -128,21 +133,24 @@ def mark_limit(axes: Axes, limit: float, edges: np.ndarray) -> None:
 
 
 def legend(axes: Axes) -> None:
-    """Above the axes, where it hides nothing."""
+    """Put the legend above the axes, where it hides nothing."""
     labels = axes.get_legend_handles_labels()[1]
-    columns = 3 if len(labels) < 4 and sum(map(len, labels)) <= 34 else 2  # what fits the width
+    columns = 3 if len(labels) < 4 and sum(map(len, labels)) <= 34 else 2  # as many as fit the width
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure on white, for other documents."""
+    """Render the figure as PNG on white, for other documents."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=144, facecolor="white")
     return file.getvalue()
 
 
 def svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an <svg> element: ids of its own, colours and font of the page, the viewer's width."""
+    """Render the figure as an <svg> element with the page's colours and font and the width of its container.
+
+    name: prefix that makes ids unique in the page. title: text for screen readers.
+    """
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name}):

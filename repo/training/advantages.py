@@ -32,7 +32,7 @@ class Advantages:
 def group_advantages(values: Tensor, group: Tensor) -> Tensor:
     """Compute leave-one-out advantages: A_i = u_i - mean of the other u_j of the same prompt.
 
-    Source: RLOO, arXiv 2402.14740.
+    This is the baseline of RLOO, arXiv 2402.14740.
 
     Args:
         values: (B,) float, the score u of each response.
@@ -54,7 +54,14 @@ def group_advantages(values: Tensor, group: Tensor) -> Tensor:
 def divide_by_group_std(advantages: Tensor, group: Tensor) -> Tensor:
     """Divide advantages by their standard deviation within the group plus 1e-6; return 0 where the deviation is 0.
 
-    The deviation divides by the size n of the group, not by n - 1. advantages: (B,). group: (B,) int64. Returns (B,).
+    The deviation divides by the size n of the group, not by n - 1.
+
+    Args:
+        advantages: (B,) combined advantages.
+        group: (B,) int64, the prompt of each response.
+
+    Returns:
+        (B,) in the dtype of `advantages`.
     """
     index, counts, totals = _group_sums(advantages, group)
     deviation = advantages - (totals / counts)[index]
@@ -83,7 +90,7 @@ def rectified_advantages(
 ) -> Tensor:
     """Combine advantages: A = A_R - lambda A_C, where cost_mode "split" sets A_C to 0 on safe responses (C <= d).
 
-    Source: RePO, arXiv 2410.19933.
+    These are the advantages of RePO, arXiv 2410.19933.
 
     Args:
         reward: (B,) or (B, R), A_R.
@@ -106,9 +113,16 @@ def rectified_advantages(
 
 
 def crpo_advantages(reward: Tensor, cost: Tensor, costs: Tensor, cost_limit: float, tolerance: float) -> Tensor:
-    """Return A_R if the batch's mean cost is <= d + tolerance, else -A_C.
+    """Return A_R if the batch's mean cost is <= d + tolerance, else -A_C, as CRPO does (arXiv 2011.05869).
 
-    reward, cost: A_R and A_C, (B,) or (B, R). costs: (B,) raw costs C. Source: CRPO, arXiv 2011.05869.
+    Args:
+        reward, cost: A_R and A_C, (B,) or (B, R).
+        costs: (B,) raw costs C.
+        cost_limit: d.
+        tolerance: excess of the mean cost over d that is accepted, >= 0.
+
+    Returns:
+        Advantages in the shape of `reward`.
     """
     return reward if bool(costs.mean() <= cost_limit + tolerance) else -cost
 

@@ -144,7 +144,7 @@ def test_what_was_allowed_to_change_is_evaluated_anew(tiny_arguments, tmp_path):
 def test_what_cannot_be_evaluated_is_told_in_a_sentence(run, tiny_model):
     for arguments, sentence in (
         ([], "takes a run folder or a model first"),
-        ([str(tiny_model), "--checkpoint=best"], "--checkpoint is for run folders"),
+        ([str(tiny_model), "--checkpoint=best"], "--checkpoint takes a run folder"),
         ([str(run), "--checkpoint=step-9"], "has no 'step-9'"),
         ([str(run), "--checkpoint=all", "--out=x.json"], "one file cannot hold"),
         ([str(run), "--evaluation.judges=x"], "did you mean 'evaluation.judge'"),

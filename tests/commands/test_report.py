@@ -105,8 +105,8 @@ def test_a_damaged_evaluation_is_named(tmp_path):
     ("change_of", "said"),
     [
         (lambda i: {} if i else {"judge_safe": True}, "judge_safe"),
-        (lambda _: {"tokens": None}, "no number"),
-        (lambda _: {"judge_safe": "yes"}, "no number"),
+        (lambda _: {"tokens": None}, "not a number"),
+        (lambda _: {"judge_safe": "yes"}, "not a number"),
         (lambda _: {"response": None}, "response 0 has no text as its response"),
         (lambda i: {"id": "abbb"[i]}, "equally many responses of every prompt"),
     ],

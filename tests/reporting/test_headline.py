@@ -119,6 +119,7 @@ def test_a_run_that_goes_on_shows_what_it_has(tmp_path):
     assert "Not evaluated after training yet" in text
     for name in ("metrics", "samples"):
         assert f"The last line of {name}.jsonl is not complete and was left out" in text
+    assert "Method repo (rectified, group)" in text
     assert "Steps done 6 of 6" in text
 
 

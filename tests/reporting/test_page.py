@@ -86,7 +86,7 @@ def test_escaping():
 
 def test_few_responses_are_not_checked(tmp_path):
     text = page_of(write_run(tmp_path / "run", held_out=9)).text
-    assert text.count("Too few responses to check: it takes 10 on each side.") == 2
+    assert text.count("Too few responses to check: the checks need 10 on each side.") == 2
     assert "Nothing found" not in text
 
 

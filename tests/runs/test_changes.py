@@ -67,7 +67,7 @@ def test_a_changed_input_is_refused_and_may_be_allowed_by_name(options, tiny_mod
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="what model.path names has changed"):
+    with pytest.raises(UserError, match="the input named by model.path has changed"):
         train.run_command([*again, "--allow-change=scoring.cost", "--allow-change=data.train"])
 
 
