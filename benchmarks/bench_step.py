@@ -165,7 +165,7 @@ def _beyond_states(model: str, way: str) -> int:
     before = 0 if cuda else resident("VmRSS")
     step = load_step(model)
     trained = sum(p.numel() for p in step.endless.model.parameters() if p.requires_grad)
-    models = {id(m): m for m in (step.endless.model, step.reference.settings.model)}.values()
+    models = {id(m): m for m in (step.endless.model, step.reference.lm.model)}.values()
     weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     held = weights + 12 * trained  # gradients and two moments
     batch = step.random_batch(step.random_sequences(step.first(PROMPTS)))

@@ -76,7 +76,7 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
     if flags.preset:
         rest = ["--config", str(PRESETS / f"{flags.preset}.yaml"), *rest]
     if flags.resume:
-        require_run(flags.resume)
+        require_run(flags.resume, "--resume")
         rest = ["--config", str(flags.resume / "config.yaml"), *rest]
     flags.allow_change = [new_name(field) for field in flags.allow_change]
     return Switches(**vars(flags)), parse_config(make_parser("repo.train", description, command), rest)

@@ -32,7 +32,7 @@ def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
 
     Raises UserError if `out` exists or the checkpoint is missing or damaged.
     """
-    require_run(folder)
+    require_run(folder, "RUN")
     config, source = load_config(folder / "config.yaml"), find_named(folder, name)
     target = out or folder / f"export-{source.name}"
     if target.exists():

@@ -56,19 +56,19 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
     """Load everything, print what the run will do and how, and train."""
     path, resumed = choose_folder(switches, config, world)
     parts = load_parts(config, console, world, switches.trust_remote_code)
-    folder = open_folder(switches, config, path, resumed, parts, console, world)
-    console.print(f"run: {folder.folder}   {describe_batch(config, world)}", markup=False, highlight=False)
+    run = open_folder(switches, config, path, resumed, parts, console, world)
+    console.print(f"run: {run.path}   {describe_batch(config, world)}", markup=False, highlight=False)
     actor = make_actor(config, parts, console, world)
     evaluator = Evaluator(
         config, parts.eval_prompts, parts.scorers, parts.judge, Actor(parts.reference), console, world
     )
     try:
         with StopRequest(console.print, world.size > 1) as stop:
-            train(Session(config, parts, actor, evaluator, folder, resumed, console, world, stop))
+            train(Session(config, parts, actor, evaluator, run, resumed, console, world, stop))
     except Stopped:
-        console.print(f"stopped; continue with: {folder.resume_command}", markup=False, highlight=False)
+        console.print(f"stopped; continue with: {run.resume_command}", markup=False, highlight=False)
     finally:
-        folder.close()
+        run.close()
 
 
 def choose_folder(switches: Switches, config: Config, world: World) -> tuple[Path, Resumed]:
@@ -94,13 +94,13 @@ def open_folder(
     inputs = world.from_first(lambda: fingerprints(parts.reference.model, parts.scorers, *prompts))
     if switches.resume:
         warnings = world.from_first(lambda: check_inputs(path, inputs, switches.allow_change))
-        folder = reopen(path, config, resumed.state, inputs, world)
+        run = reopen(path, config, resumed.state, inputs, world)
         for warning in (*resumed.warnings, *warnings):
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     else:
-        folder = create(config, path, inputs, world)
-    folder.switches = " --trust-remote-code" if switches.trust_remote_code else ""
-    return folder
+        run = create(config, path, inputs, world)
+    run.switches = " --trust-remote-code" if switches.trust_remote_code else ""
+    return run
 
 
 def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:

@@ -28,7 +28,7 @@ class Session:
     parts: models, scorers and prompts, as loaded.
     actor: policy and critics in their trained form, sharded if configured.
     evaluator: measures a policy on the held-out prompts.
-    folder: the run folder.
+    run: the run folder.
     resumed: the checkpoint that a resumed run continues from; empty for a new run.
     console: where this process prints; quiet on all processes but the first.
     world: the processes of the run.
@@ -39,7 +39,7 @@ class Session:
     parts: Parts
     actor: Actor
     evaluator: Evaluator
-    folder: Run
+    run: Run
     resumed: Resumed
     console: Console
     world: World
@@ -51,13 +51,13 @@ def finish(session: Session, before: Evaluation | None) -> None:
 
     before: the evaluation before training; None leaves the comparison out.
     """
-    config, parts, console, folder = session.config, session.parts, session.console, session.folder
+    config, parts, console, run = session.config, session.parts, session.console, session.run
     copy_weights(parts.policy.model, parts.sampler.model)
-    after = session.evaluator.into_run(folder, "after", parts.sampler)
+    after = session.evaluator.into_run(run, "after", parts.sampler)
     rows = comparison_rows(before, after) if before and after else []
     whole = None if parts.sampler is parts.policy else whole_weights(parts.policy.model)
-    final = folder.export(parts.policy, model_card(config, config.steps, rows), whole)
+    final = run.export(parts.policy, model_card(config, config.steps, rows), whole)
     if before and after:
         print_comparison(console, before, after)
         print_compensation(console, after)
-    console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {folder.folder}", markup=False)
+    console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {run.path}", markup=False)

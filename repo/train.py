@@ -32,16 +32,16 @@ def train(session: Session) -> None:
 
     Raises Stopped, after a checkpoint is written, if SIGINT or SIGTERM asked for it.
     """
-    config, parts, actor, folder, world = session.config, session.parts, session.actor, session.folder, session.world
+    config, parts, actor, run, world = session.config, session.parts, session.actor, session.run, session.world
     algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.micro_batch_tokens
     multipliers, updater = Multipliers(algorithm, config.penalty), Updater(actor, config, parts.examples)
     reference, layers = Actor(parts.reference), parts.scorers.layers_of(parts.reference.model)
     with session.stop.at_once():
-        before = session.evaluator.into_run(folder, "before", parts.reference)
+        before = session.evaluator.into_run(run, "before", parts.reference)
     first = resume(session, multipliers, updater)
     records = []  # metrics since the last checkpoint
     with (
-        Saver(folder.folder, config.keep, config.safety_target, world, actor.sharded) as saver,
+        Saver(run.path, config.keep, config.safety_target, world, actor.sharded) as saver,
         Display(session.console, config, first) as display,
     ):
         for step in range(first, config.steps):
@@ -67,13 +67,13 @@ def train(session: Session) -> None:
             record = step_record(step, algorithm, rollout, scores, batch, result, agreed, timer.seconds)
             multipliers.update(scores.costs.tolist(), record["rectified_cost"], record["kl"])
             samples = sample_records(step, rollout, scores, batch.advantages, algorithm.cost_limit)
-            folder.write(step, record, samples)
+            run.write(step, record, samples)
             records.append(record)
             display.step(record, samples, describe_mismatch(agreed, config))
             done, stopping = step + 1, world.any(session.stop.requested)
             if stopping or done == config.steps or (config.save_every and done % config.save_every == 0):
                 skipped = updater.skipped_in_a_row
-                state = make_state(done, multipliers.state_dict(), skipped, folder.offsets, records, world)
+                state = make_state(done, multipliers.state_dict(), skipped, run.offsets, records, world)
                 saver.start(state, actor, updater.optimizer)
                 records = []
             if stopping and done < config.steps:
@@ -86,12 +86,12 @@ def train(session: Session) -> None:
 
 def resume(session: Session, multipliers: Multipliers, updater: Updater) -> int:
     """Restore the state of a resumed run; return the step to begin with, 0 for a new run."""
-    state, folder = session.resumed.state, session.resumed.checkpoint
-    if state is None or folder is None:
+    state, checkpoint = session.resumed.state, session.resumed.checkpoint
+    if state is None or checkpoint is None:
         return 0
     updater.skipped_in_a_row = state.skipped_in_a_row
     multipliers.load_state_dict(state.penalty)
-    restore(folder, session.actor, updater.optimizer, session.world)
+    restore(checkpoint, session.actor, updater.optimizer, session.world)
     return state.step
 
 

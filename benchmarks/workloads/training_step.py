@@ -67,7 +67,7 @@ class Step:
         ids = [p.token_ids for p in self.prompts[:count] for _ in range(SAMPLES)]
         rows = make_sequences(ids, [[]] * len(ids), self.endless.pad_id)
         width, on = rows.prompt_width, self.endless.device
-        return self.reference.settings.model.generate(
+        return self.reference.lm.model.generate(
             input_ids=rows.input_ids[:, :width].to(on),
             attention_mask=rows.attention_mask[:, :width].to(on, torch.int64),
             do_sample=True,

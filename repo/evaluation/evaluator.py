@@ -77,7 +77,7 @@ class Evaluator:
             "surprise": (-rollout.logps.double().sum(1)).tolist(),
         }
         if self.reference is not None:
-            layers, budget = self.scorers.layers_of(self.reference.settings.model), config.optimizer.micro_batch_tokens
+            layers, budget = self.scorers.layers_of(self.reference.lm.model), config.optimizer.micro_batch_tokens
             ref_logps, reading = read_reference(self.reference, rollout.sequences, r.temperature, budget, layers)
             columns["kl"] = (rollout.logps.double() - ref_logps.double()).sum(1).tolist()
         scores = self.scorers(rollout.prompts, texts, reading)
@@ -101,7 +101,7 @@ class Evaluator:
         self.console.print(line, highlight=False, markup=False)
         return evaluation
 
-    def into_run(self, folder: Run, name: str, policy: Policy) -> Evaluation | None:
+    def into_run(self, run: Run, name: str, policy: Policy) -> Evaluation | None:
         """Evaluate a policy into RUN/eval/<name>.json, or read that file if a resumed run already has it.
 
         A file made with other settings, which --allow-change permits, is replaced. Returns None if there are no
@@ -109,7 +109,7 @@ class Evaluator:
         """
         if not self.prompts:
             return None
-        known, ids = folder.read_evaluation(name), [p.id for p in self.prompts]
+        known, ids = run.read_evaluation(name), [p.id for p in self.prompts]
         if isinstance(known, dict):
             known = {RENAMED.get(key, key): value for key, value in known.items()}
             same = all(known.get(key) == value for key, value in settings_of(self.config).items())
@@ -117,7 +117,7 @@ class Evaluator:
             if same and [r["id"] for r in known["responses"]][::every] == ids:
                 return Evaluation(known["responses"], self.config.algorithm.cost_limit)
         evaluation = self.with_progress(f"evaluation {name} training", policy)
-        folder.write_evaluation(name, content_of(self.config, evaluation, policy=name))
+        run.write_evaluation(name, content_of(self.config, evaluation, policy=name))
         return evaluation
 
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 class Actor(nn.Module):
     """A causal LM and its critics; a reference has none.
 
-    attention: the policy's attention, or that of the first model, policy or critic, that cannot read packed rows. If it
+    lm: the model as it was loaded, with its tokenizer and device; its module is `policy`. attention: the policy's attention, or that of the first model, policy or critic, that cannot read packed rows. If it
     packs, prompts and responses are laid end to end and a prompt is computed once for all its responses; else they are
     padded.
     """
@@ -44,7 +44,7 @@ class Actor(nn.Module):
     ) -> None:
         """critics: signal -> Critic, None for none. shards: processes that split one copy of the trained weights."""
         super().__init__()
-        self.settings, self.world, self.sharded = policy, world, shards > 1
+        self.lm, self.world, self.sharded = policy, world, shards > 1
         self.policy, self.critics = policy.model, nn.ModuleDict() if critics is None else critics
         choices: list[Any] = [policy.attention, *(c.attention for c in self.critics.values() if c.trunk is not None)]
         self.attention = next((choice for choice in choices if not choice.packs), choices[0])
@@ -58,9 +58,9 @@ class Actor(nn.Module):
         readout: a module or function, e.g. training.loss.PolicyLoss. Its result is a tensor, or tensors in tuples and
         dicts, where sharded training looks for them. every_layer: give it the states of every layer, not only the last.
         """
-        with self.settings.running():
+        with self.lm.running():
             hidden = trunk_states(self.policy.base_model, packed, every_layer or self.reads_layers)
-        states = States(packed, hidden, lm_head(self.policy, self.settings.autocast))
+        states = States(packed, hidden, lm_head(self.policy, self.lm.autocast))
         return readout(states, self.critics, *arguments)
 
     def parts(self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool = False) -> list[Packed]:
@@ -123,7 +123,7 @@ def predict(
     logps, values = torch.zeros(shape), {signal: torch.zeros(shape) for signal in actor.critics}
     rows = torch.arange(shape[0]) if rows is None else rows
     for packed in actor.own_parts(sequences, rows, budget) if len(rows) else []:
-        part_logps, part_values = actor(packed.to(actor.settings.device), _logps_and_values, temperature)
+        part_logps, part_values = actor(packed.to(actor.lm.device), _logps_and_values, temperature)
         unflat(packed, part_logps, logps)
         for signal, value in part_values.items():
             unflat(packed, value, values[signal])
@@ -159,7 +159,7 @@ def read_reference(
     logps, at_one = torch.zeros(sequences.response_ids.shape), torch.zeros(sequences.response_ids.shape)
     states: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * count for layer in layers}
     for packed in reference.parts(sequences, torch.arange(count), budget, with_last=True):
-        part = packed.to(reference.settings.device)
+        part = packed.to(reference.lm.device)
         part_logps, part_at_one, by_layer = reference(part, _logps_and_states, temperature, layers, every_layer=True)
         unflat(packed, part_logps, logps)
         unflat(packed, part_at_one, at_one)

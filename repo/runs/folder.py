@@ -59,7 +59,7 @@ class Run:
     def __init__(
         self, folder: Path, config: Config, world: World = ALONE, state: State | None = None, resumed: bool = False
     ) -> None:
-        self.folder, self.world = folder, world
+        self.path, self.world = folder, world
         self.switches = ""  # command-line switches that resuming the run needs again
         self.loggers: list[Logger] = []
         self.files: dict[str, JsonLines] = {}
@@ -80,7 +80,7 @@ class Run:
         launch = "python"
         if self.world.size > 1:
             launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', self.world.size)}"
-        return f"{launch} -m repo.train --resume {shlex.quote(str(self.folder))}{self.switches}"
+        return f"{launch} -m repo.train --resume {shlex.quote(str(self.path))}{self.switches}"
 
     def write(self, step: int, record: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         """Write the metrics and samples of a step to the files, and the metrics to the configured loggers."""
@@ -93,20 +93,22 @@ class Run:
             logger.log(record, step)
 
     def close(self) -> None:
-        """Close the loggers."""
+        """Close the files and the loggers."""
+        for file in self.files.values():
+            file.close()
         for logger in self.loggers:
             logger.close()
 
     def write_evaluation(self, name: str, value: Any) -> None:
         """Write an evaluation to RUN/eval/<name>.json."""
         if self.world.first:
-            (self.folder / "eval").mkdir(exist_ok=True)
+            (self.path / "eval").mkdir(exist_ok=True)
             text = json.dumps(value, indent=1, ensure_ascii=False)
-            write_text(self.folder / "eval" / f"{name}.json", text)
+            write_text(self.path / "eval" / f"{name}.json", text)
 
     def read_evaluation(self, name: str) -> Any:
         """Read RUN/eval/<name>.json on the first process, for all of them; None if it is missing or damaged."""
-        return self.world.from_first(lambda: read_json(self.folder / "eval" / f"{name}.json"))
+        return self.world.from_first(lambda: read_json(self.path / "eval" / f"{name}.json"))
 
     def export(self, policy: Policy, card: str, weights: Iterable[tuple[str, Tensor]] | None = None) -> Path:
         """Write the policy in Hugging Face format to RUN/final/ and return that folder.
@@ -114,7 +116,7 @@ class Run:
         card: text of its README.md, the model card.
         weights: the full weights of a sharded model, which all processes must gather together; None if not sharded.
         """
-        final = self.folder / "final"
+        final = self.path / "final"
         gathered = None
         if weights is not None:
             gathered = {name: w.cpu() for name, w in weights if self.world.first}
@@ -138,9 +140,7 @@ def folder_of(config: Config) -> Path:
     """Choose the folder of a new run. Raises UserError if it exists."""
     folder = Path(config.out or f"runs/{config.algorithm.method}-{datetime.now():%Y%m%d-%H%M%S}")
     if folder.exists():
-        raise UserError(
-            f"--out: {folder} exists; choose another folder, or continue that run with --resume {folder}"
-        ) from None
+        raise UserError(f"--out: {folder} exists; choose another folder, or continue that run with --resume {folder}")
     return folder
 
 
@@ -170,10 +170,10 @@ def create(config: Config, folder: Path, inputs: dict[str, str], world: World = 
         raise
 
 
-def require_run(folder: Path) -> None:
-    """Raise UserError unless the folder is a run folder."""
+def require_run(folder: Path, given_as: str) -> None:
+    """Raise UserError unless the folder is a run folder. given_as: the argument that names it."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"--resume: {folder} is not a run folder (it has no config.yaml)")
+        raise UserError(f"{given_as}: {folder} is not a run folder (it has no config.yaml)")
 
 
 def read_json(path: Path) -> Any:

@@ -13,7 +13,7 @@ from ..models.critic import explained_variance
 from ..rollout.sample import Rollout
 from ..scoring.safety import is_safe, summarize
 from ..scoring.scorers import Scores
-from ..training.advantages import Advantages, loss_mode
+from ..training.advantages import Advantages, loss_mode, on_unsafe
 from ..training.batch import Batch
 from ..training.mismatch import Agreement
 from ..training.update import UpdateResult
@@ -75,8 +75,7 @@ def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
     if cost is None or loss_mode(algorithm) is None:
         return math.nan
     if loss_mode(algorithm) == "split":
-        safe = is_safe(batch.costs, algorithm.cost_limit).reshape(-1, *[1] * (cost.ndim - 1))
-        cost = cost.masked_fill(safe, 0.0)
+        cost = on_unsafe(cost, batch.costs, algorithm.cost_limit)
     lengths, mask = batch.sequences.response_lengths, batch.sequences.response_mask
     weights = 1 / lengths.clamp_min(1) if algorithm.loss_agg_mode == "seq-mean-token-mean" else lengths.clamp_max(1)
 

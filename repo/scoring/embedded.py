@@ -266,11 +266,6 @@ class HeadScorer:
         trunk = Trunk(model, tokenizer, manifest.max_prompt_tokens, manifest.max_response_tokens)
         return cls(manifest, heads["weight"].float(), heads["bias"].float(), trunk, batch_tokens)
 
-    @property
-    def signal(self) -> str:
-        """Return "reward" or "cost"."""
-        return self.manifest.signal
-
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Score B pairs; returns (B,) fp32 on the CPU, in the manifest's units."""
         return score_all([self], prompts, responses)[0]

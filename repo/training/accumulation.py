@@ -42,9 +42,9 @@ class Accumulator:
         divisor = tokens if self.algorithm.loss_agg_mode == "token-mean" else sequences
         results = list[MicroBatchLoss]()
         seen = torch.zeros(batch.ref_logps.shape)
-        with self.actor.settings.recomputing():
+        with self.actor.lm.recomputing():
             for packed in self.actor.own_parts(batch.sequences, rows, self.budget):
-                part = packed.to(self.actor.settings.device)
+                part = packed.to(self.actor.lm.device)
                 targets = make_targets(batch, part, self.algorithm, divisor, tokens)
                 result = self.actor(part, self.policy_loss, targets)
                 torch.stack(list(result.losses.values())).sum().backward()
@@ -60,10 +60,10 @@ class Accumulator:
 
     def supervised_backward(self, examples: Sequence[Example]) -> float:
         """Add the gradient of ptx.coef x mean cross-entropy and return that mean, in nats per response token."""
-        pad_id, device = self.actor.settings.pad_id, self.actor.settings.device
+        pad_id, device = self.actor.lm.pad_id, self.actor.lm.device
         sequences = make_sequences([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id)
         tokens, total = int(sequences.response_lengths.sum()), torch.zeros((), device=device)
-        with self.actor.settings.recomputing():
+        with self.actor.lm.recomputing():
             for packed in self.actor.own_parts(sequences, torch.arange(len(examples)), self.budget):
                 loss = self.actor(packed.to(device), self.supervised_loss, tokens)
                 (self.ptx_coef * loss).backward()

@@ -106,10 +106,14 @@ def rectified_advantages(
     """
     combined = reward
     if cost is not None:
-        safe = is_safe(costs, cost_limit).reshape(-1, *[1] * (cost.ndim - 1))
-        gated = cost.masked_fill(safe, 0.0) if cost_mode == "split" else cost
-        combined = reward - lam * gated
+        combined = reward - lam * (on_unsafe(cost, costs, cost_limit) if cost_mode == "split" else cost)
     return combined / (1 + lam) if normalize else combined
+
+
+def on_unsafe(cost: Tensor, costs: Tensor, cost_limit: float) -> Tensor:
+    """Set cost advantages (B,) or (B, R) to 0 on safe responses. costs: (B,) raw costs C."""
+    safe = is_safe(costs, cost_limit).reshape(-1, *[1] * (cost.ndim - 1))
+    return cost.masked_fill(safe, 0.0)
 
 
 def crpo_advantages(reward: Tensor, cost: Tensor, costs: Tensor, cost_limit: float, tolerance: float) -> Tensor:

@@ -57,7 +57,7 @@ def heads(size: int) -> nn.ModuleDict:
 def batch_for(updater: Updater, rollout, lam: float = 1.5) -> Batch:
     generator = torch.Generator().manual_seed(1)
     rewards, costs = (torch.randn(len(rollout.texts), generator=generator) for _ in range(2))
-    ref = response_logps(updater.actor.settings, rollout.sequences, 1.0, 500)
+    ref = response_logps(updater.actor.lm, rollout.sequences, 1.0, 500)
     ref = ref + 0.1 * torch.randn(ref.shape, generator=generator)
     predictions = updater.predict(rollout.sequences, 0)
     return make_batch(updater.config, rollout.sequences, Scores(rewards, costs), ref, lam, 0.02, predictions)
