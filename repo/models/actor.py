@@ -32,7 +32,8 @@ T = TypeVar("T")
 class Actor(nn.Module):
     """A causal LM and its critics; a reference has none.
 
-    lm: the model as it was loaded, with its tokenizer and device; its module is `policy`. attention: the policy's attention, or that of the first model, policy or critic, that cannot read packed rows. If it
+    lm: the model as it was loaded, with its tokenizer and device; its module is `policy`.
+    attention: the policy's attention, or that of the first model, policy or critic, that cannot read packed rows. If it
     packs, prompts and responses are laid end to end and a prompt is computed once for all its responses; else they are
     padded.
     """
