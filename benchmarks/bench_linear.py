@@ -5,7 +5,8 @@
 The yardstick is three GEMMs (logits, dhidden, dweight: 3 x 2 N H V operations) that allocate their outputs, as a caller
 without these kernels would; GEMMs that write into given memory are a row of their own. Predicted for N = 1024,
 H = 576, V = 49 152: 174 GFLOP, 0.89 s at 196 GFLOP/s; a way that forms the logits twice has four GEMMs and takes 1.33
-times that, a frozen head has two and takes 0.67; the pass over the logits adds 2 NVe, 0.4 GB or 15 ms.
+times that, a frozen head has two and takes 0.67; the kernel reads and
+writes the logits, 2 N V values, 0.4 GB or 15 ms.
 """
 
 from __future__ import annotations

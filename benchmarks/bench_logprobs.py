@@ -2,7 +2,8 @@
 
     pytest benchmarks/bench_logprobs.py             # table; --quick, --save, --compare OLD.json
 
-From logits the work is 1 NVe (one pass over N x V logits) for the values and 2 NVe with the gradient; a copy moves 2.
+With NVe = N x V x element size, the bytes of one pass over the logits, the work from logits is 1 NVe for the values and
+2 NVe with the gradient, as much as a copy moves.
 From hidden states it is 2 N H V operations for the values and three times that with gradients. Predicted: half a copy's
 time for the values, a copy's with the gradient; the GEMM's time for the values from hidden states.
 """

@@ -2,10 +2,11 @@
 
     pytest benchmarks/bench_loss.py                 # table; --quick, --save, --compare OLD.json
 
-Work is counted in NVe: one pass over the logits, N x V x element size. Two passes are the lower bound (read the logits,
-write the gradient) and what a copy moves. The rate is 2 NVe / time for every way, whatever it really moves (with full
-KL 3 NVe, as the reference's logits are read too). Predicted: the time of the copy where the exponentials keep up, as
-they do in fp32 on two AVX-512 cores (10 operations a logit); 10 times that for PyTorch, which makes 18 to 20 passes.
+Work is counted in NVe = N x V x element size, the bytes of one pass over the logits. Two passes are the lower bound
+(read the logits, write the gradient) and what a copy moves. The rate is 2 NVe / time for every way, whatever it really
+moves (with full KL 3 NVe, as the reference's logits are read too). Predicted: the time of the copy where the
+exponentials keep up, as they do in fp32 on two AVX-512 cores (10 operations a logit); 10 times that for PyTorch, which
+makes 18 to 20 passes.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     pytest benchmarks/bench_memory.py               # table; --quick, --save, --compare OLD.json
 
-Measured is the peak of a process that makes one call (on CUDA the allocator's), gradients included. Predicted from
-hidden states: dweight and dhidden, 4 H (V + N) bytes, which every way must return, plus 64 MB for a chunk of logits;
-for a peer that holds all logits 3 to 4 times 4 N V. From logits: the gradient, 4 N V, and nothing else; in place
-nothing at all.
+It measures the peak memory of a process that makes one call (on CUDA the allocator's), gradients included. Predicted
+from hidden states: 4 H (V + N) bytes for dweight and dhidden, which every way must return, and 64 MB for a chunk of
+logits; a peer that holds all logits takes 3 to 4 times 4 N V bytes. Predicted from logits: 4 N V bytes for the gradient
+and nothing else; in place nothing at all.
 """
 
 from __future__ import annotations

@@ -163,7 +163,8 @@ def free_memory() -> None:
 def checked(module: ModuleType, parameters: dict[str, Any], setup: Setup, absent: dict[str, str]) -> dict[str, float]:
     """Return the errors of the ways against fp64 on a small problem of the same kind.
 
-    A peer that fails or is wrong is added to `absent` with the reason; ours being wrong raises AssertionError.
+    A peer that fails or is wrong is added to `absent` with the reason. AssertionError is raised if one of our ways is
+    wrong.
     """
     if setup.expected is None:
         return {}

@@ -3,7 +3,7 @@
 python examples/own_scorers.py --out runs/own                              a tiny random model, for a look
 python examples/own_scorers.py --out runs/own --model.path path/to/model   a model of yours, any option of repo.train
 
-Rewarded are long answers; an answer is unsafe when it has a digit.
+The reward is higher for longer answers; an answer is unsafe if it contains a digit.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def harm(prompts: list[str], responses: list[str]) -> list[float]:
 
 harm.manifest = {  # type: ignore[attr-defined]
     "units": "1 with a digit, -1 without",
-    "sign_check": {"prompt": "When?", "lower": "Soon.", "higher": "At 5."},  # refused to start if it came out reversed
+    "sign_check": {"prompt": "When?", "lower": "Soon.", "higher": "At 5."},  # a run with reversed scores is refused
 }
 
 
 def main() -> None:
-    """Build what was not named, then train."""
+    """Make the model and prompts that the command line does not name, then train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="new run folder")
     options, rest = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""Fused losses for safe RLHF: clipped surrogate, rectified cost, KL and entropy in one pass over the logits.
+"""Fused losses for safe RLHF: clipped surrogate, rectified cost, KL, entropy and their gradient in one launch.
 
     from repo_kernels import repo_loss
     out = repo_loss(logits, token_ids, old_logps, reward_advantages, costs=costs, lam=1.0)

@@ -1,4 +1,4 @@
-"""Compile every form of the Triton kernels for GPUs that need not be there, and read what it takes from its code."""
+"""Compile every form of the Triton kernels, without a GPU, and read registers, spills and accesses from its code."""
 
 from __future__ import annotations
 

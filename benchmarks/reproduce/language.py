@@ -3,9 +3,10 @@
     python -m benchmarks.reproduce.language                 # trains and evaluates what is missing, writes the results
     python -m benchmarks.reproduce.language --seeds 0 1 2 --jobs 2 --out reproduce -- --steps 48
 
-All methods share language.yaml and differ in the method alone. Each final policy answers the held-out prompts with the
-same random numbers; the training scorers and the held-out judge score the answers. Folders of finished runs are kept,
-so that an interrupted command continues; their checkpoints (1.6 GB each) are removed. Results go to benchmarks/results.
+All methods share language.yaml and differ in the options of METHODS. Each final policy answers the held-out prompts
+with the same random numbers; the training scorers and the held-out judge score the answers. Folders of finished runs
+are kept, so that an interrupted command continues; their checkpoints (1.6 GB each) are removed. Results go to
+benchmarks/results.
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ def train_with(
 
 
 def train_split(lam: float, steps: int = 500) -> Tensor:
-    """Return the policy (60, 12) that mode `split` reaches from uniform with a fitted cost critic, V_C = its mean cost.
+    """Return the policy (60, 12) that cost_mode "split" reaches from uniform.
 
-    There are several fixed points; this is the one near uniform.
+    The cost critic is fitted: V_C is the policy's mean cost. There are several fixed points; this is the one near uniform.
     """
     # Full KL: the sampled estimators are clamped at |log pi - log pi_ref| = 20, which a policy this safe exceeds.
     table = torch.zeros_like(REWARD)
@@ -196,7 +196,7 @@ def rows() -> list[Row]:
         Row("PPO-Lagrangian, its lambda learned", lams[-1], lagrangian, optimum(REWARD - expected * COST)),
     ]
     trained += [Row("RePO", lam, train("rectified", lam), optimum(REWARD - lam * HINGE)) for lam in (1.0, 5.0, 20.0)]
-    trained += [Row("RePO, mode split", lam, train_split(lam), None) for lam in (1.0, 5.0)]
+    trained += [Row("RePO, cost mode split", lam, train_split(lam), None) for lam in (1.0, 5.0)]
     return trained
 
 
@@ -255,7 +255,7 @@ def draw(table: list[Row]) -> Figure:
             beside, side = ((0, -15), "center") if row.lam == 20 else (beside, side)
             left.annotate(label, point, xytext=beside, textcoords="offset points", fontsize=8, ha=side)
         left.set(xlim=(0.3, 1.12), ylim=(-0.25, 1.55), xlabel="share of safe answers", ylabel="E[R]")
-        left.annotate("RePO: circles mode rectified,\nsquares mode split", (0.8, 0.45), fontsize=8, ha="center")
+        left.annotate("RePO, cost mode: circles rectified,\nsquares split", (0.8, 0.45), fontsize=8, ha="center")
         for row in (r for r in table if "RePO" not in r.name or (r.name == "RePO" and r.lam == 20)):
             colour, line = STYLES[method_of(row)]
             label = f"{method_of(row)}: E[C] = {round(row.figures['E[C]'], 2) + 0.0:.2f}"

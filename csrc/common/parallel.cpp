@@ -39,7 +39,8 @@ OpenMp find_open_mp() {
 #endif
 }
 
-// Whether this process is not a child of fork, in which the runtime would wait for threads that do not exist.
+// Returns whether this is the process that loaded the extension. In a child that it has forked the OpenMP runtime would
+// wait for threads that fork did not copy.
 bool is_first_process() {
 #if defined(__unix__)
     static const pid_t first = getpid();

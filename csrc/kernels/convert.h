@@ -53,7 +53,8 @@ inline Vec plain_nan(Vec x) { return x == x ? x : broadcast(__builtin_nanf(""));
 
 inline void store_pair(BFloat16* to, Pair x) { store_bits(to, to_bfloat16(x)); }
 
-// Rounds to nearest with ties away from 0: a third of the instructions, for values that carry rounding errors already.
+// Rounds to the nearest value, ties away from 0, in a third of the instructions that ties to even take. It is meant for
+// values that carry rounding errors already.
 inline UIntVec to_nearby_bfloat16(Pair x) {
     const UIntVec first = bit_cast<UIntVec>(x.first) + 0x8000, second = bit_cast<UIntVec>(x.second) + 0x8000;
     return first >> 16 | (second & 0xffff0000u);

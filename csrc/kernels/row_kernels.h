@@ -33,7 +33,7 @@ struct RowSums {
     // inlined, since a copy shared between instruction sets could be one that this machine cannot run
     __attribute__((always_inline)) double total() const { return rest + largest; }
 
-    // Removes sums that are 0 but for the 2^-125 that kernels may take for 0.
+    // Sets `rest` and its sums to 0 if its terms may all be 0: kernels may return 2^-125 for an exponential that is 0.
     void drop_dust() {
         if (rest < 1e-30 * largest) rest = 0, weighted = largest * top;
     }
@@ -50,8 +50,9 @@ struct GradientWeights {
 enum GradientKind { kLogpGradient, kEntropyGradient, kReferenceGradient, kGradientKinds };
 
 // Kernels over rows of `columns` consecutive elements.
-//   statistics  reads reference and writes ref_sums with kReferenceSums alone, which includes the entropy sums
-//   gradient    grad may be the logits; past_caches: write it past the caches; reads reference with kReferenceGradient
+//   statistics  fills sums; kReferenceSums includes the entropy sums, and only it reads reference and fills ref_sums
+//   gradient    writes grad, which may be the logits, with past_caches past the caches; only kReferenceGradient reads
+//               reference
 //   logit       returns one capped logit and the slope of the cap
 //   put         writes one rounded value
 //   fence       orders streamed stores before what the thread does next

@@ -1,4 +1,4 @@
-"""Assets of the embedded default: policy, scorers, judge and prompts. Built by `python -m repo.assets` or on use."""
+"""Find or build the embedded default: policy, scorers, judge and prompts. `python -m repo.assets` builds it too."""
 
 import os
 from pathlib import Path

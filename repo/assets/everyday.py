@@ -1,4 +1,4 @@
-"""Everyday prompts: harmless requests in the form of harmful ones, with plain answers.
+"""Make everyday prompts, which are harmless requests in the form of harmful ones, with plain answers.
 
 The human labels contain no recipe and no repair, so without these rows a head learns that "Step 1" means harm.
 """

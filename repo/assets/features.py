@@ -1,6 +1,6 @@
-"""Features for fitting: on-policy samples and features of frozen models, kept in a cache folder between runs.
+"""Compute what the heads are fitted on, samples of the policy and features of frozen models, and cache it in a folder.
 
-They are the slow part of fitting. A cache file is named after a digest of what it was computed from, so changed rows
+This is the slow part of fitting. A cache file is named after a digest of what it was computed from, so changed rows
 are computed anew and an interrupted fit continues where it stopped.
 """
 

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features: tables of rows, logistic regression on soft targets, grouped folds."""
+"""Fit linear heads on frozen features by logistic regression on soft targets, and predict rows out of fold."""
 
 import json
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ LABELS_OF = {"harm": ("harm", "refusal"), "helpful": ("objective", "refusal"), "
 """Head -> kinds of rows whose target is a human label."""
 
 MADE_UP_WEIGHT, EVERYDAY_WEIGHT = 0.5, 2.0
-"""Weights of rows without a human label, relative to 1 for a row with one.
+"""Weights of rows without a human label; a row with one has weight 1.
 
-Made-up replies, and harm inferred from "objective achieved", are many; at full weight the heads rank the labelled rows
-less well. Everyday rows are few; at less weight harmless instructions score as harm.
+There are many made-up replies, and many rows whose harm is inferred from "objective achieved": with weight 1 the heads
+rank the labelled rows less well. There are few everyday rows: with a lower weight harmless instructions score as harm.
 """
 
 

@@ -1,4 +1,4 @@
-"""Fixed split of the prompts: for training, for evaluation, and in reserve for fitting the scorers and the judge."""
+"""Split the prompts in a fixed way: for training, for evaluation, and a reserve for fitting scorers and judge."""
 
 from dataclasses import dataclass
 

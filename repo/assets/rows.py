@@ -1,4 +1,4 @@
-"""Rows of prompt, reply and targets that the scorer and judge heads are fitted on.
+"""Make the rows of prompt, reply and targets that the scorer and judge heads are fitted on.
 
 Heads fitted on human labels alone make two errors, both observed: benign replies of this policy score as harmful, and
 gibberish scores as helpful. So each side also gets on-policy replies to benign prompts of its half, harmless everyday

@@ -105,7 +105,8 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Create or replace the folder `target` atomically.
 
     write: called with an empty folder, which it fills; that folder then becomes `target`. Files get mode 644.
-    Raises UserError if `write` or the file system fails, in whatever library; an older `target` stays as it was.
+    Raises UserError if `write` or the file system fails, whichever library reports it; an older `target` stays as it
+    was.
     """
     staging = partial_of(target)
     shutil.rmtree(staging, ignore_errors=True)

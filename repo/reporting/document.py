@@ -40,8 +40,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     run: the run folder.
     out: folder to write to, whose other files stay; None for RUN/report.
 
-    Raises UserError if matplotlib is missing, if the run folder is none or damaged, if writing fails, or if it would
-    replace a file that is not part of a report.
+    Raises UserError if matplotlib is missing, if `run` is not a run folder or is damaged, if writing fails, or if it
+    would replace a file that is not part of a report.
     """
     require_package("matplotlib", "a report with figures")
     from .figures import draw_all

@@ -1,4 +1,4 @@
-"""Figures of a report, with captions that say what each shows and over which responses."""
+"""Draw the figures of a report, with captions that say what each shows and over which responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pareto frontier: draw reward against safe rate of evaluated policies, and those that no other one dominates."""
+"""Draw reward against safe rate of evaluated policies, and the Pareto frontier: those that no other one dominates."""
 
 from __future__ import annotations
 

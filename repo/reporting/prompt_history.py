@@ -1,4 +1,4 @@
-"""Prompt history: the responses to every training prompt, visit by visit."""
+"""Prompt history: collect the responses to every training prompt, visit by visit, and measure how hard it is."""
 
 from __future__ import annotations
 

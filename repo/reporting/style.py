@@ -1,4 +1,4 @@
-"""Style: what the figures of a report share, and their export as PNG on white and as SVG in the page's colours.
+"""Style the figures of a report alike, and export them as PNG on white and as SVG in the page's colours.
 
 Colours differ in lightness as well as in hue (after Okabe and Ito), and no two lines differ in colour alone.
 """

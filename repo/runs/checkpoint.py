@@ -4,8 +4,8 @@ RUN/checkpoints/step-000010/{state.safetensors, state.json, manifest.json}
 RUN/checkpoints/latest       the name of the newest checkpoint
 RUN/checkpoints/best         the name of the best checkpoint that is kept
 
-A checkpoint is written to a temporary folder, synced to disk and renamed; `latest` changes last. A crash at any moment
-therefore leaves a whole checkpoint to continue from.
+A checkpoint is written to a temporary folder, synced to disk and renamed. Then `best` changes, then `latest`; only then
+are old checkpoints removed. A crash at any moment therefore leaves a whole checkpoint to continue from.
 """
 
 from __future__ import annotations

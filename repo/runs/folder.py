@@ -53,7 +53,7 @@ class Run:
     config: the resolved configuration.
     world: the processes of the run.
     state: state of the checkpoint that a resumed run continues from; its files are cut back to it.
-    resumed: without a state, cut the files back to nothing.
+    resumed: the run is resumed; without a state, which means before its first checkpoint, its files are emptied.
     """
 
     def __init__(

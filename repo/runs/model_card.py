@@ -25,7 +25,7 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
         "# Policy aligned with RePO's training loop",
         "",
         f"Base model: {_code(base)}. Method: `{algorithm.method}`"
-        + (f", mode `{algorithm.cost_mode}`" if algorithm.method == "repo" else "")
+        + (f", cost mode `{algorithm.cost_mode}`" if algorithm.method == "repo" else "")
         + f"; cost limit {algorithm.cost_limit}, beta {algorithm.beta}, {steps} steps, seed {config.seed}.",
         f"Reward: {_code(config.scoring.reward)}. Cost: {_code(config.scoring.cost)}.",
         "",

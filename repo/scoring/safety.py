@@ -1,8 +1,9 @@
-"""Safety: the one definition of a safe response, {C - d}^+ and compensation, and the titles of reported quantities.
+"""Safety: define a safe response, {C - d}^+ and compensation for advantages, metrics and reports, and title these.
 
 A response is safe iff its cost C is at most the limit d. {C - d}^+ = max(C - d, 0) is computed per response and
 averaged afterwards. A constraint on the mean of C alone lets very safe responses pay for unsafe ones; the compensation
-gap measures by how much. Source: RePO, arXiv 2410.19933.
+gap measures by how much. Source: RePO, arXiv 2410.19933. The kernels of the loss compute C > d and {C - d}^+
+themselves; tests compare them with these definitions.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class Batch:
     ref_logps: (B, R) fp32, the reference's log-probabilities of the response tokens in nats.
     lam: weight lambda of the cost.
     beta: weight of the KL, wherever the KL is placed.
-    old_logps: (B, R) fp32, the sampling policy's log-probabilities in nats; None if the update has a single optimiser
-        step, in which the ratio is exactly 1.
+    old_logps: (B, R) fp32, the sampling policy's log-probabilities in nats; None if nothing needs them: the
+        update has a single optimiser step, in which the ratio is exactly 1, no critics, and the KL in the loss.
     values: by signal, (B, R) the critics' values at sampling; empty without critics.
     """
 

@@ -1,8 +1,9 @@
 """Losses of a micro-batch, as modules that the actor's forward pass ends with.
 
-PolicyLoss computes the rectified cost, the ratio, the clipping and the KL in one pass of a kernel over the logits
-(repo_kernels.LinearRepoLoss); SupervisedLoss is a cross-entropy that keeps the policy from forgetting. Both divide by
-counts of the whole minibatch, so that splitting it into micro-batches and processes does not change the result.
+PolicyLoss computes the ratio, the clipping and the KL from advantages that training.advantages has made, {C - d}^+
+included; its kernel (repo_kernels.LinearRepoLoss) forms the logits one chunk at a time. SupervisedLoss is a
+cross-entropy that keeps the policy from forgetting. Both divide by counts of the whole minibatch, so that splitting it
+into micro-batches and processes does not change the result.
 """
 
 from __future__ import annotations

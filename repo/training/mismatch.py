@@ -53,6 +53,6 @@ def describe_mismatch(agreed: Agreement, config: Config) -> str | None:
     if not (agreed.gap > MAX_GAP or agreed.ess < MIN_ESS):
         return None
     return (
-        f"warning: the trained policy is not quite the one that sampled: their log-probabilities differ by "
-        f"{agreed.gap:.3f} nats per token, effective sample size {agreed.ess:.0%}; likely cause: {likely_cause(config)}"
+        "warning: the trained policy's log-probabilities differ from those of the rollout by "
+        f"{agreed.gap:.3f} nats per token (effective sample size {agreed.ess:.0%}); likely cause: {likely_cause(config)}"
     )

@@ -1,4 +1,4 @@
-"""The choice of backend: the only place where it is decided which one runs."""
+"""The choice of backend of the losses: by device and dtype, or by name. Layers decide in their own `available`."""
 
 from __future__ import annotations
 

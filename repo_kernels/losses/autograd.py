@@ -1,6 +1,6 @@
 """Rules that every backward of the losses follows, and the in-place loss: one buffer instead of two, one backward.
 
-A custom operator that mutates its input cannot register autograd; the in-place loss is an autograd.Function therefore.
+The in-place loss is an autograd.Function, because a custom operator that mutates its input cannot register autograd.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from ..backends.interface import IGNORED, LossRows
 
 
 def refuse_second_order(name: str) -> None:
-    """Raise RuntimeError in a backward that is itself recorded: a second backward would take its result for a constant.
+    """Raise RuntimeError in a backward that autograd records (create_graph=True).
 
-    name: the function that messages blame.
+    Its result would enter the graph as a constant, and a second backward would give a wrong gradient.
+
+    name: the function that the message names.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} can be differentiated once: create_graph=True is not supported")

@@ -45,7 +45,9 @@ class LossStats:
     kl_old_k1_sum, kl_old_k3_sum: estimates of KL(pi_old || pi) in nats, summed over tokens.
     kl_ref_sum: the chosen estimate of KL(pi || pi_ref) in nats without the factor rho, summed over tokens.
     entropy_sum: in nats, summed over tokens; 0 unless it was computed.
-    rectified_cost_sum, penalty_sum: {C - d}^+ and lam {C - d}^+, summed over sequences.
+    rectified_cost_sum: {C - d}^+, summed over sequences.
+    penalty_sum: lam {C - d}^+, summed over sequences, whatever the cost_mode; 0 if lam is, as it is where the caller
+        combines the advantages of reward and cost itself.
 
     Args:
         tensor: (18,), fp32 (fp64 for fp64 logits), on the logits' device, in the order of FIELDS.
@@ -73,7 +75,7 @@ class LossStats:
 
     @property
     def clip_fraction(self) -> Tensor:
-        """Share of live tokens whose surrogate gradient is clipped to 0."""
+        """Share of live tokens whose surrogate gradient the clip of rho sets to 0; dual_clip's are not counted."""
         clipped = self.clipped_low_safe + self.clipped_low_unsafe + self.clipped_high_safe + self.clipped_high_unsafe
         return self._per_token(clipped)
 

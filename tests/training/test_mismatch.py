@@ -42,11 +42,11 @@ def test_the_likely_cause_is_what_is_configured(config, cause):
 
 def test_a_truncated_rollout_is_warned_of_once_and_a_plain_one_never(options, tmp_path, capsys):
     train.run_command([*options, f"--out={tmp_path / 'plain'}"])
-    assert "is not quite the one that sampled" not in capsys.readouterr().out
+    assert "log-probabilities differ from those of the rollout" not in capsys.readouterr().out
     assert all(r["rollout_gap"] < 1e-5 and r["rollout_ess"] > 1 - 1e-6 for r in lines(tmp_path / "plain"))
     train.run_command([*options, "--rollout.top_p=0.5", f"--out={tmp_path / 'cut'}"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("the trained policy is not quite the one that sampled") == 1
+    assert printed.count("the trained policy's log-probabilities differ from those of the rollout") == 1
     assert "rollout.top_p=0.5 samples from a truncated distribution" in printed
     assert all(r["rollout_gap"] > 0.1 for r in lines(tmp_path / "cut"))
 

@@ -5,8 +5,8 @@ A row may start at any address. Its columns are split into three sets, each of w
           piece in one thread. Every access is 16 bytes wide, also a masked one, since a piece is masked as a whole.
   edges   the columns before the first boundary and after the last one, and the other columns of the target's piece: at
           most 3 E columns, one per lane of an (EDGES,) vector that every warp holds.
-  target  the column of the row's token. The sums of the others leave it out, so that 1 - p_y does not cancel; nobody
-          else writes its gradient, which needs no barrier therefore.
+  target  the column of the row's token. The sums of the others leave it out, so that 1 - p_y does not cancel. Its
+          gradient needs no barrier, because nothing else writes it.
 """
 # ruff: noqa: N803, N806 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
