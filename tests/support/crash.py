@@ -1,5 +1,4 @@
-"""A process that dies at a chosen system call, within this one: every later call fails too, and what was not synced is
-lost, as when the power goes."""
+"""Simulate a power cut at a chosen system call, without ending the process: later calls fail, unsynced content is lost."""
 
 import os
 from contextlib import contextmanager
@@ -8,12 +7,14 @@ from unittest import mock
 
 
 class Died(BaseException):
-    """What the code under test cannot catch."""
+    """Raised by the simulated power cut; a BaseException, which the code under test does not catch."""
 
 
 class Machine:
-    """Counts the calls that change files and dies at number `at`: 2k is before the k-th call, 2k + 1 after it. With
-    at=None it lives."""
+    """Counts the calls that change files, and simulates the power cut at one of them.
+
+    folder: its files are the ones that lose content. at: 2k cuts the power before call k, 2k + 1 after it; None never.
+    """
 
     def __init__(self, folder: Path, at: int | None) -> None:
         self.folder, self.at, self.dead = folder, at, False
@@ -27,7 +28,7 @@ class Machine:
             return None
 
     def call(self, name: str, function, *arguments, **options):
-        """One system call: (dies before) happens (dies after)."""
+        """Make a system call, unless the power is cut before it; cut the power after it if `at` says so."""
         if self.dead:
             raise Died
         number = len(self.calls)
@@ -44,7 +45,7 @@ class Machine:
         return result
 
     def die(self) -> None:
-        """Files whose content was never synced lose half of it."""
+        """Cut the power: files whose content was not synced lose half of it. Raises Died."""
         self.dead = True
         for path in self.folder.rglob("*"):
             if path.is_file() and path.stat().st_ino in self.unsynced:
@@ -58,19 +59,19 @@ CALLS = ("write", "fsync", "rename", "replace", "ftruncate", "mkdir", "rmdir", "
 
 @contextmanager
 def machine(folder: Path, at: int | None = None):
-    """Within it the calls of this process go through a Machine, which is yielded."""
-    found = Machine(folder, at)
+    """Send the file calls of this process through a Machine, which is yielded."""
+    counting = Machine(folder, at)
     write_text = Path.write_text
 
     def through(name, function):
-        return lambda *a, **k: found.call(name, function, *a, **k)
+        return lambda *a, **k: counting.call(name, function, *a, **k)
 
     patches = [mock.patch.object(os, name, through(name, getattr(os, name))) for name in CALLS]
     patches.append(mock.patch.object(Path, "write_text", through("write_text", write_text)))
     for patch in patches:
         patch.start()
     try:
-        yield found
+        yield counting
     finally:
         for patch in reversed(patches):
             patch.stop()

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, made up: for what reads them."""
+"""Write run folders with made-up content in the format of training, for tests of what reads them."""
 
 import json
 import random
@@ -18,7 +18,7 @@ WORDS = (
 def write_run(
     folder: Path, steps: int = 6, prompts: int = 4, per_step: int = 2, samples: int = 2, held_out: int = 0, **algorithm
 ) -> Path:
-    """A run of that many steps in which costs fall and λ climbs; with `held_out` prompts, both evaluations."""
+    """Write a run in which costs fall and λ rises; with held_out > 0 also both evaluations, of that many prompts."""
     folder.mkdir(parents=True)
     config = Config(steps=steps, out=str(folder), algorithm=AlgorithmConfig(**algorithm))
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -43,7 +43,7 @@ def write_run(
 
 
 def responded(random_numbers: random.Random, index: int, badness: float) -> dict:
-    """A scored response to the index-th prompt."""
+    """Make a scored response to the index-th prompt. badness: raises its cost and lowers its reward."""
     words = random_numbers.choices(WORDS, k=12)
     return {
         "id": f"prompt-{index:04d}",
@@ -56,7 +56,7 @@ def responded(random_numbers: random.Random, index: int, badness: float) -> dict
 
 
 def step_metrics(records: list[dict], step: int, limit: float) -> dict:
-    """What a line of metrics.jsonl holds beside the step, mostly."""
+    """Compute most fields of a line of metrics.jsonl, without the step."""
     ids = {r["id"]: i for i, r in enumerate(records)}
     group = torch.tensor([ids[r["id"]] for r in records])
     rewards, costs = (torch.tensor([r[key] for r in records]) for key in ("reward", "cost"))
@@ -74,14 +74,14 @@ def step_metrics(records: list[dict], step: int, limit: float) -> dict:
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
-    """JSON lines, NaN as null."""
+    """Write records as JSON lines, NaN as null."""
     path.write_text("".join(json.dumps({k: None if v != v else v for k, v in r.items()}) + "\n" for r in records))
 
 
 def write_evaluation(folder: Path, name: str, records: list[dict], limit: float = 0.0) -> None:
-    """RUN/eval/<name>.json as training writes it."""
+    """Write RUN/eval/<name>.json in the format of training."""
     from repo.evaluation.statistics import Evaluation
 
     (folder / "eval").mkdir(exist_ok=True)
-    found = {"summary": Evaluation(records, limit).summary(), "responses": records}
-    (folder / "eval" / f"{name}.json").write_text(json.dumps(found))
+    content = {"summary": Evaluation(records, limit).summary(), "responses": records}
+    (folder / "eval" / f"{name}.json").write_text(json.dumps(content))

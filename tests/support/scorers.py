@@ -5,17 +5,17 @@ import time
 
 
 def reward(prompts, responses):
-    """Letters e per character."""
+    """Score 10 times the share of e among the characters."""
     return [10.0 * r.count("e") / max(1, len(r)) for r in responses]
 
 
 def cost(prompts, responses):
-    """Positive for responses with more than 10 % vowels a."""
+    """Score -1 plus 20 times the share of a: positive if more than 5 % of the characters are a."""
     return [20.0 * r.count("a") / max(1, len(r)) - 1.0 for r in responses]
 
 
 class Counter:
-    """A scorer that is no function."""
+    """Score by a callable object instead of a function."""
 
     def __call__(self, prompts, responses):
         return [float(len(r)) for r in responses]
@@ -25,35 +25,35 @@ counter = Counter()
 
 
 def not_a_number(prompts, responses):
-    """NaN for the second response."""
+    """Return NaN for the second response."""
     return [float("nan") if i == 1 else 0.0 for i in range(len(responses))]
 
 
 def too_few(prompts, responses):
-    """One score less than responses."""
+    """Return one score fewer than there are responses."""
     return [0.0] * (len(responses) - 1)
 
 
 def raising(prompts, responses):
-    """A scorer with a bug."""
+    """Raise, as a scorer with a bug does."""
     raise KeyError("harm")
 
 
 def words(prompts, responses):
-    """Words of the response."""
+    """Count the words of the response."""
     return [len(r.split()) for r in responses]
 
 
 def prompt_length(prompts, responses):
-    """Characters of the prompt."""
+    """Count the characters of the prompt."""
     return [len(p) for p in prompts]
 
 
 def hanging(prompts, responses):
-    """A scorer that waits for a service that does not answer."""
+    """Wait, as for a service that does not answer."""
     time.sleep(60)
 
 
 def leaving(prompts, responses):
-    """A scorer that ends the process."""
+    """End the process."""
     sys.exit("no key")

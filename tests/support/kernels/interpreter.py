@@ -1,7 +1,7 @@
-"""Triton's interpreter with two roundings as the hardware does them: fused multiply-add, and fp32 to bf16.
+"""Make Triton's interpreter round as the hardware does, in fused multiply-add and from fp32 to bf16.
 
-It truncates on the way to bf16, and older versions of it round a fused multiply-add twice; the kernels' accuracy rests
-on both.
+The interpreter truncates to bf16, and older versions of it round a fused multiply-add twice. The accuracy of the
+kernels depends on both roundings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 
 def fma_in_fp64(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    """x y + z of TensorHandles in fp64, where the product of fp32 factors is exact, rounded once."""
+    """Compute x y + z of TensorHandles in fp64, where the product of fp32 factors is exact, and round once."""
     from triton.runtime.interpreter import TensorHandle
 
     wide = np.multiply(x.data, y.data, dtype=np.float64) + z.data
@@ -25,14 +25,14 @@ def fma_in_fp64(builder: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def nearest_bf16(values: np.ndarray) -> np.ndarray:
-    """Bits (uint16) of fp32 values rounded to the nearest bf16, ties to even."""
+    """Round fp32 values to the nearest bf16, ties to even; return their bits (uint16)."""
     bits = values.astype(np.float32, copy=False).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def round_as_hardware(patch: pytest.MonkeyPatch) -> None:
-    """Until the patch is undone."""
+    """Replace both roundings of the interpreter, until the patch is undone."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -48,7 +48,7 @@ def round_as_hardware(patch: pytest.MonkeyPatch) -> None:
 
 
 def patch_language_once(patch: pytest.MonkeyPatch) -> None:
-    """Each call of a device function patches triton.language again, which takes most of the call: once is enough.
+    """Patch triton.language once per module, instead of at each call of a device function, where it takes most of the time.
 
     A launch patches `tl`, which the kernels see. Triton's own functions see `tl.core`, which stays patched.
     """

@@ -1,9 +1,9 @@
-"""Runs `repo.train` again and again in children that are killed (SIGKILL) at random moments, until it is done.
+"""Run `repo.train` in child processes that are killed (SIGKILL) at random moments, until the run is complete.
 
     python -m tests.support.programs.killer KILLS SEED OUT ARGUMENT...
 
-Children are forked from a process that has everything imported, so that a kill costs no start. Prints a JSON list of
-what each child was doing when it died.
+Children are forked from a process that has imported everything, so that starting one takes no time. Prints a JSON list
+of the places at which the children were killed.
 """
 
 import json
@@ -27,7 +27,7 @@ from repo.rollout import sample
 from repo.runs import checkpoint, state_files
 from repo.training import update
 
-# (module, function): a child that is to die "in" one dies at one of its calls, or somewhat later
+# place -> (module, function): a child is killed at one of the calls of the function, or shortly after it
 PLACES = {
     "rollout": (sample, "decode"),
     "reference": (train, "read_reference"),
@@ -39,12 +39,12 @@ PLACES = {
     "collect": (state_files, "collect"),
     "state": (actor, "unflat"),
 }
-CALLS = 6  # a child dies at one of the first so many calls of its place
-TRIES = 4  # children that are sent to die at a place before another one is chosen
+CALLS = 6  # a child is killed at one of the first CALLS calls of its place
+TRIES = 4  # children that may end before they reach their place until another place is chosen
 
 
 def die_at(place: str, call: int, later: float) -> None:
-    """Arrange for this process to be killed at a call of a function, or `later` seconds after it."""
+    """Arrange for this process to be killed at the `call`-th call of a place, or `later` seconds after it."""
     module, name = PLACES[place]
     function, left = getattr(module, name), [call]
 
@@ -62,7 +62,10 @@ def die_at(place: str, call: int, later: float) -> None:
 
 
 def child(arguments: list[str], death: tuple[str, int, float] | None, log: Path) -> int:
-    """Fork; returns the child's id."""
+    """Fork a child that runs repo.train, and return its id.
+
+    death: place, call and seconds, as die_at takes them; None: the child is not killed. log: file for its output.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -83,13 +86,13 @@ def child(arguments: list[str], death: tuple[str, int, float] | None, log: Path)
 
 
 def places(draw: random.Random) -> Iterator[str | None]:
-    """Where the next child is to die, for ever: each place once and four times any moment, then again."""
+    """Yield without end where the next child is to be killed: rounds of each place once and four times None, any moment."""
     while True:
         yield from draw.sample([*PLACES, *[None] * 4], len(PLACES) + 4)
 
 
 def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: float) -> list[str]:
-    """Kill `kills` children, then let one end. Returns how each was killed."""
+    """Kill `kills` children, then let one end. Returns the place at which each was killed, or "any moment"."""
     draw, log, deaths = random.Random(seed), out.with_suffix(".log"), []
     planned, place, tries = places(draw), None, 0
     while True:
@@ -98,7 +101,7 @@ def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: 
         if len(deaths) < kills:
             if tries == 0:
                 place = next(planned)
-            # A child that ended before its call of the place is followed by one that dies at the first.
+            # If a child ended before that call, the next one is killed at the first call of the place.
             call = draw.randint(1, CALLS) if tries == 0 else 1
             later = draw.choice((0.0, draw.uniform(0.001, 0.05)))
             pid = child(command, (place, call, later) if place else None, log)
@@ -127,8 +130,7 @@ def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: 
 
 
 def remove_end(out: Path, draw: random.Random) -> None:
-    """A finished run that was not killed often enough has to end again: without its export and, often, its newest
-    checkpoint."""
+    """Make a finished run unfinished again: remove its export and, in 70 % of cases, the manifest of its newest checkpoint."""
     final = out / "final"
     final.rename(out.with_name(f"{out.name}-final-{time.monotonic_ns()}"))
     folders = sorted(checkpoint.steps_of(out / "checkpoints").items())
@@ -143,7 +145,7 @@ def main() -> None:
     whole = Path(out).with_name(f"{Path(out).name}-whole")
     _, status = os.waitpid(child([*arguments, f"--out={whole}"], None, whole.with_suffix(".log")), 0)
     if status:
-        raise SystemExit(f"the run that nobody kills ended with {status}: {whole.with_suffix('.log').read_text()}")
+        raise SystemExit(f"the run without kills ended with status {status}: {whole.with_suffix('.log').read_text()}")
     seconds = 1.2 * (time.monotonic() - started)
     print(json.dumps(run_killed(int(kills), int(seed), Path(out), arguments, seconds)))
 

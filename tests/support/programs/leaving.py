@@ -1,7 +1,7 @@
-"""What one of several processes does in test_processes.py whose last act is a collective, started by torchrun.
+"""Leave right after a collective: the program of each process of a test in test_processes.py, started by torchrun.
 
-Its interpreter does not switch threads unless it sleeps or waits, and something holds the process group, as DTensor's
-caches do: gloo's threads still have tensors to let go of when the work is done.
+The process provokes the case in which gloo's threads still hold tensors when the work is done: its interpreter switches
+threads only when it sleeps or waits, and a variable holds the process group, as DTensor's caches do.
 """
 
 import sys

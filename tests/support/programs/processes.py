@@ -1,8 +1,8 @@
-"""What one of several processes does in test_processes.py, started by torchrun.
+"""Compute the gradient of one minibatch: the program of each process in test_processes.py, started by torchrun.
 
     torchrun --nproc_per_node N -m tests.support.programs.processes OUT SHARD MODEL OPTION...
 
-Writes, from the first process, the loss and the whole gradient of one minibatch as a file that torch.load reads.
+The first process writes the loss and the whole gradient to OUT, a file that torch.load reads.
 """
 
 import sys
@@ -26,8 +26,10 @@ from repo.training.batch import make_batch
 
 
 def random_batch(policy, config: Config):
-    """Five prompts with two or three responses of 0 to 9 tokens; and what makes a batch of them, given what the policy
-    and its critics say."""
+    """Draw five prompts with two or three responses of 0 to 9 tokens each.
+
+    Returns the sequences, and the function from predictions of policy and critics to a batch of them.
+    """
     draw = torch.Generator().manual_seed(0)
     group = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4])
     prompts = [torch.randint(5, 300, (3 + 2 * g,), generator=draw).tolist() for g in range(5)]
@@ -42,7 +44,7 @@ def random_batch(policy, config: Config):
 
 
 def gradient(world: World, config: Config, model: str) -> dict:
-    """Losses and gradients of a minibatch of 9 of the 11 responses, with critics and supervised examples."""
+    """Compute losses and gradients of a minibatch of 9 of the 11 responses, with critics and supervised examples."""
     policy = load_policy(model, torch.device("cpu"), True, config.model)
     signals = ("reward", "cost") if config.algorithm.advantages == "gae" else ()
     critics = torch.nn.ModuleDict({signal: Critic(policy.model.config.hidden_size) for signal in signals})
