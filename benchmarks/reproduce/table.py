@@ -106,7 +106,8 @@ def train_with(
 def train_split(lam: float, steps: int = 500) -> Tensor:
     """Return the policy (60, 12) that cost_mode "split" reaches from uniform.
 
-    The cost critic is fitted: V_C is the policy's mean cost. There are several fixed points; this is the one near uniform.
+    The cost critic is fitted: V_C is the policy's mean cost. There are several fixed points; this is the one near
+    uniform.
     """
     # Full KL: the sampled estimators are clamped at |log pi - log pi_ref| = 20, which a policy this safe exceeds.
     table = torch.zeros_like(REWARD)

@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """Raised to stop a run once nothing is left to save."""
+    """Raised to end an interrupted run, after a checkpoint or where a resumed run repeats the work."""
 
 
 class StopRequest:

@@ -54,5 +54,5 @@ def describe_mismatch(agreed: Agreement, config: Config) -> str | None:
         return None
     return (
         "warning: the trained policy's log-probabilities differ from those of the rollout by "
-        f"{agreed.gap:.3f} nats per token (effective sample size {agreed.ess:.0%}); likely cause: {likely_cause(config)}"
+        f"{agreed.gap:.3f} nats per token, effective sample size {agreed.ess:.0%}; likely cause: {likely_cause(config)}"
     )

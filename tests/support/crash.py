@@ -1,4 +1,4 @@
-"""Simulate a power cut at a chosen system call, without ending the process: later calls fail, unsynced content is lost."""
+"""Simulate a power cut at a chosen system call, within this process: later calls fail, unsynced content is lost."""
 
 import os
 from contextlib import contextmanager

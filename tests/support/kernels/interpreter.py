@@ -48,7 +48,7 @@ def round_as_hardware(patch: pytest.MonkeyPatch) -> None:
 
 
 def patch_language_once(patch: pytest.MonkeyPatch) -> None:
-    """Patch triton.language once per module, instead of at each call of a device function, where it takes most of the time.
+    """Patch triton.language once per module, not at each call of a device function, where it takes most of the time.
 
     A launch patches `tl`, which the kernels see. Triton's own functions see `tl.core`, which stays patched.
     """

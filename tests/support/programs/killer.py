@@ -86,7 +86,7 @@ def child(arguments: list[str], death: tuple[str, int, float] | None, log: Path)
 
 
 def places(draw: random.Random) -> Iterator[str | None]:
-    """Yield without end where the next child is to be killed: rounds of each place once and four times None, any moment."""
+    """Yield without end where to kill the next child: in a round each place once, and None (any moment) four times."""
     while True:
         yield from draw.sample([*PLACES, *[None] * 4], len(PLACES) + 4)
 
@@ -130,7 +130,7 @@ def run_killed(kills: int, seed: int, out: Path, arguments: list[str], seconds: 
 
 
 def remove_end(out: Path, draw: random.Random) -> None:
-    """Make a finished run unfinished again: remove its export and, in 70 % of cases, the manifest of its newest checkpoint."""
+    """Make a finished run unfinished: move its export away and, in 70 % of cases, damage its newest checkpoint."""
     final = out / "final"
     final.rename(out.with_name(f"{out.name}-final-{time.monotonic_ns()}"))
     folders = sorted(checkpoint.steps_of(out / "checkpoints").items())
