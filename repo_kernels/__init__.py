@@ -1,4 +1,4 @@
-"""Fused losses for safe RLHF: clipped surrogate, rectified cost, KL, entropy and their gradient in one launch.
+"""Fused losses for safe RLHF: clipped surrogate, rectified cost, KL and entropy, with their gradient.
 
     from repo_kernels import repo_loss
     out = repo_loss(logits, token_ids, old_logps, reward_advantages, costs=costs, lam=1.0)
