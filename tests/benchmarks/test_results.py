@@ -183,6 +183,7 @@ def run(ticks: int, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "tests.benchmarks.ticks", "-p", "no:cacheprovider"]
     command += ["benchmarks/bench_loss.py", "--quick", "-k", "fp32", *more]
     environment = {**os.environ, "TICKS": str(ticks)}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # with which pytest-benchmark measures nothing
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
