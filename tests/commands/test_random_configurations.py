@@ -186,7 +186,7 @@ def property_test(examples: int):
     return run
 
 
-@pytest.mark.parametrize("examples", [80, pytest.param(600, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [40, pytest.param(600, marks=pytest.mark.long)])
 def test_a_users_mistake_is_a_sentence_and_leaves_nothing_half_done(examples, arguments, tmp_path, capsys):
     ENDS.clear()
     property_test(examples)(arguments, tmp_path / "here")
