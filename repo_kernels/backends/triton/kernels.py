@@ -71,7 +71,10 @@ def open_row(pointer, ref_pointer, target, columns, scalars, softcap, SOFTCAP: t
 @triton.jit
 def close_row(lanes, start, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr):
     """Compute the row's statistics from its lanes, edges and target."""
-    _, (_, live, edges, ref_edges), (_, z_y, ref_z_y), (_, scale, inverse_softcap) = start
+    _, at_edges, at_target, scales = start
+    _, live, edges, ref_edges = at_edges
+    _, z_y, ref_z_y = at_target
+    _, scale, inverse_softcap = scales
     FINITE: tl.constexpr = ENTROPY or FULL_KL
     z, _ = prepare(edges, live, softcap, inverse_softcap, SOFTCAP, FINITE)
     ref_z = z
@@ -84,7 +87,10 @@ def close_row(lanes, start, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexp
 def store_ends(start, grad_pointer, state, slopes, factor, softcap, IN_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
                FULL_KL: tl.constexpr):  # fmt: skip
     """Write the gradient of the edges and of the target."""
-    place, (column, live, edges, ref_edges), (x_y, _, ref_z_y), (temperature, scale, inverse_softcap) = start
+    place, edge_values, target_values, scales = start
+    column, live, edges, ref_edges = edge_values
+    x_y, _, ref_z_y = target_values
+    temperature, scale, inverse_softcap = scales
     DTYPE: tl.constexpr = grad_pointer.dtype.element_ty
     at_edges = gradient_of(edges, ref_edges, factor, state[3], state[5], scale, softcap, inverse_softcap,
                            IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
@@ -123,7 +129,8 @@ def fused(
     else:
         ref_row = ref_logits + row_offset(row, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
         start = open_row(x_row, ref_row, target, columns, scalars, softcap, SOFTCAP, FULL_KL)
-        place, _, _, (temperature, scale, inverse_softcap) = start
+        place, _, _, scales = start
+        temperature, scale, inverse_softcap = scales
         _, head, pieces, hole, _ = place
         if HELD > 0:
             x0, x1, x2 = hold(aligned(x_row, head), hole, pieces, R, HELD)
@@ -179,7 +186,8 @@ def statistics(
         x_row = logits + row_offset(row, length, stride_b, stride_t)
         ref_row = ref_logits + row_offset(row, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
         start = open_row(x_row, ref_row, target, columns, scalars, softcap, SOFTCAP, FULL_KL)
-        place, _, _, (_, scale, inverse_softcap) = start
+        place, _, _, scales = start
+        _, scale, inverse_softcap = scales
         lanes = empty_lanes(scale, R)
         lanes = sweep_statistics(lanes, place, ref_row, scale, softcap, inverse_softcap, R, E, "evict_first",
                                  ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
