@@ -64,7 +64,7 @@ def open_row(pointer, ref_pointer, target, columns, scalars, softcap, SOFTCAP: t
         _, ref_z_y = read_target(ref_pointer, y, columns, softcap, SOFTCAP)
     inverse_softcap = 1 / softcap if SOFTCAP else softcap
     place = (pointer, head, pieces, hole, tl.minimum(tl.maximum(y, 0), columns - 1))
-    scales = (temperature, LOG2E / temperature, inverse_softcap)
+    scales = (temperature, tl.fdiv(LOG2E, temperature), inverse_softcap)
     return place, (column, live, edges, ref_edges), (x_y, z_y, ref_z_y), scales
 
 

@@ -72,7 +72,7 @@ def fused(
     length, *strides = row_strides(logits)
     launch(
         variant, count, logits, ref, out, rows.ids, rows.values, rows.scalars, losses, tokens, count, length, *strides,
-        *row_strides(ref)[1:], *row_strides(out)[1:], columns, rows.code, rows.softcap, rows.entropy, grad is not None,
+        *row_strides(ref)[1:], *row_strides(out)[1:], columns, rows.code, rows.softcap, rows.entropy, int(grad is not None),
     )  # fmt: skip
     if grad is not None and out is not grad:
         grad.copy_(out)
