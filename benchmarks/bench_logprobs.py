@@ -32,8 +32,6 @@ Values = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
     """Return cases of values alone, with the gradient, and with the entropy."""
     logits = {"tokens": 128 if quick else 1024, "vocabulary": 50_257}
-    if torch.cuda.is_available() and not quick:
-        logits = {"tokens": 8192, "vocabulary": 151_936}
     hidden = next(iter(bench_linear.cases(quick).values()))
     chosen = {
         "fp32 logits, values": {"dtype": "fp32", "gradient": False, **logits},
