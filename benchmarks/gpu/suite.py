@@ -13,16 +13,16 @@ from benchmarks.harness.machine import ROOT, installed
 from benchmarks.harness.results import OURS, Case, Row
 
 PARTS = ("tests", "rest of tests")
-KERNELS = "tests/kernels/backends/test_gpu.py"
+KERNELS = ["tests/kernels/backends/test_gpu.py", "tests/kernels/backends/test_gpu_call.py"]
 SHOWN = 8  # failures whose message is told
 
 
 def files(part: str) -> list[str]:
     """Return the test files of a part: the kernels', or all others that have tests marked gpu."""
     if part == "tests":
-        return [KERNELS]
+        return KERNELS
     paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py") if marked(path)]
-    return sorted(path for path in paths if path != KERNELS)
+    return sorted(set(paths) - set(KERNELS))
 
 
 def marked(path: Path) -> bool:

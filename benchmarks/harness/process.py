@@ -44,7 +44,8 @@ class Process:
     """A module of this repository, run by this Python in a process group of its own, with its output in a file."""
 
     def __init__(self, module: str, arguments: Sequence[str], limit: float, log: Path, more: Mapping[str, str]) -> None:
-        self.deadline, self.log, self.started = Deadline.in_seconds(limit), log, time.monotonic()
+        self.limit, self.deadline = limit, Deadline.in_seconds(limit)
+        self.log, self.started = log, time.monotonic()
         self._output: IO[bytes] = log.open("ab")
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
@@ -58,7 +59,7 @@ class Process:
             status = self._process.wait(max(self.deadline.left, 0))
             reason = f"exit status {status}: {self.last_line()}" if status else None
         except subprocess.TimeoutExpired:
-            reason = f"stopped at its limit of {self.deadline.moment - self.started:.0f} s"
+            reason = f"stopped at its limit of {self.limit:.0f} s"
         self.stop()
         return reason
 

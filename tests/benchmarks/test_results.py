@@ -22,7 +22,6 @@ from benchmarks.harness import limits, memory, results
 from benchmarks.harness.cases import Setup, Way, error
 from benchmarks.harness.machine import ROOT, provenance, slug
 from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Change, Row, changes, ratio, read, save
-from benchmarks.reporting import charts
 from benchmarks.reporting.tables import case_table, changes_table
 from repo_kernels.backends import cpu
 
@@ -258,8 +257,7 @@ def test_the_docs_show_the_committed_results() -> None:
     text = page.read_text(encoding="utf-8")
     cases_of = report.machines(results.FOLDER)
     assert cases_of
-    parts = [report.docs_part(folder, cases, list(charts.draw(cases)), page) for folder, cases in cases_of.items()]
-    assert report.replaced(text, "\n\n".join(parts)) == text
+    assert report.written(text, cases_of, page) == text
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:
