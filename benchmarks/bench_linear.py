@@ -24,7 +24,7 @@ from benchmarks.bench_loss import BETA
 from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.machine import device
 from benchmarks.harness.results import LIMIT, OURS
-from benchmarks.workloads.peers import NEEDS_GPU, missing
+from benchmarks.workloads.peers import missing, missing_on_gpu
 from repo_kernels import linear_repo_loss
 from repo_kernels.layers import onednn_linear
 
@@ -162,21 +162,22 @@ def peers(way: Callable[..., Way]) -> tuple[dict[str, Way], dict[str, str]]:
         "PyTorch, all logits, compiled": way(torch.compile(materialised, dynamic=False), compiled=True),
         "F.linear_cross_entropy + PyTorch": way(torch_chunked, slow=True),
     }
-    packages: dict[str, dict[str, tuple[Loss, bool, str]]] = {
+    packages: dict[str, dict[str, tuple[Loss, bool]]] = {
         "liger-kernel": {
-            "Liger chunked GRPO": (liger, False, ""),
-            "Liger chunked GRPO, compiled": (functools.partial(liger, compiled=True), True, ""),
+            "Liger chunked GRPO": (liger, False),
+            "Liger chunked GRPO, compiled": (functools.partial(liger, compiled=True), True),
         },
-        "trl": {"TRL ChunkedLogProbFunction + PyTorch": (trl, False, "")},
+        "trl": {"TRL ChunkedLogProbFunction + PyTorch": (trl, False)},
         "cut-cross-entropy": {
-            "cut-cross-entropy + PyTorch": (functools.partial(cut, kind="cce"), False, NEEDS_GPU),
-            "cut-cross-entropy's torch_compile + PyTorch": (functools.partial(cut, kind="torch_compile"), True, ""),
+            "cut-cross-entropy + PyTorch": (functools.partial(cut, kind="cce"), False),
+            "cut-cross-entropy's torch_compile + PyTorch": (functools.partial(cut, kind="torch_compile"), True),
         },
     }
     absent = {}
     for package, named in packages.items():
-        for name, (loss, compiled, reason) in named.items():
-            if why := missing(package) or reason:
+        for name, (loss, compiled) in named.items():
+            own_kernels = package == "cut-cross-entropy" and not compiled
+            if why := missing_on_gpu(package) if own_kernels else missing(package):
                 absent[name] = why
             else:
                 ways[name] = way(loss, compiled=compiled)

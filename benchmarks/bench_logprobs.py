@@ -21,7 +21,7 @@ from benchmarks import bench_linear, bench_loss
 from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.limits import copy
 from benchmarks.harness.results import LIMIT, OURS
-from benchmarks.workloads.peers import NEEDS_GPU, missing
+from benchmarks.workloads.peers import missing, missing_on_gpu
 from repo_kernels import linear_selective_log_softmax, selective_log_softmax
 from repo_kernels.layers import onednn_linear
 
@@ -153,7 +153,7 @@ def _from_hidden(tokens: int, hidden: int, vocabulary: int, gradient: bool) -> S
     absent = {}
     others = {
         "TRL ChunkedLogProbFunction": (trl_chunked, missing("trl")),
-        "cut-cross-entropy": (cut, missing("cut-cross-entropy") or NEEDS_GPU),
+        "cut-cross-entropy": (cut, missing_on_gpu("cut-cross-entropy")),
     }
     for name, (values, reason) in others.items():
         if reason:

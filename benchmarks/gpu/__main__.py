@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,9 +27,10 @@ from benchmarks.gpu import suite
 from benchmarks.gpu.plan import PARTS, PLANS, Part
 from benchmarks.harness import results
 from benchmarks.harness.process import GRACE, Deadline, Process
-from benchmarks.harness.results import Case
+from benchmarks.harness.results import OURS, Case
 
 LEAST = 8.0  # seconds that are worth starting a part for
+SLOWER = 4  # times longer limits in a rehearsal, beside other work on few cores
 
 
 @dataclass
@@ -57,10 +59,11 @@ class Run:
 
     def environment(self) -> dict[str, str]:
         """Return what is set for every process: empty caches, no network, the interpreter in a rehearsal."""
-        triton, inductor = self.cache / "triton", self.cache / "inductor"
         common = {
-            "TRITON_CACHE_DIR": str(triton),
-            "TORCHINDUCTOR_CACHE_DIR": str(inductor),
+            "TRITON_CACHE_DIR": str(self.cache / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.cache / "inductor"),
+            "QUACK_CACHE_DIR": str(self.cache / "quack"),
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looking for a device does not keep a process from forking
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TRITON_INTERPRET": "0",
             "HF_HUB_OFFLINE": "1",
@@ -71,20 +74,14 @@ class Run:
 
     def start(self, part: Part) -> Process | None:
         """Start a part, or say that there is no time."""
-        limit = min(part.limit, self.deadline.left)
+        limit = min(part.limit * (SLOWER if self.rehearsal else 1), self.deadline.left)
         if limit < LEAST:
             self.failures[part.name] = "no time left"
             print(f"{part.name}: not started, {limit:.0f} s left", flush=True)
             return None
         module, arguments = "benchmarks.gpu.part", [part.name, "--out", str(self.out / "parts")]
-        arguments += [
-            "--cache",
-            str(self.cache),
-            "--until",
-            str(Deadline.in_seconds(limit - GRACE).moment),
-            "--plan",
-            self.plan,
-        ]
+        until = str(Deadline.in_seconds(limit - GRACE).moment)
+        arguments += ["--cache", str(self.cache), "--until", until, "--plan", self.plan]
         if part.name in suite.PARTS:
             module, arguments = "pytest", suite.arguments(part.name, PLANS[self.plan], self.outcomes(part))
         return Process(module, arguments, limit, self.cache / f"{part.name}.log", self.environment())
@@ -101,6 +98,7 @@ class Run:
         if part.name in suite.PARTS:
             case = suite.case_of(part.name, PLANS[self.plan], self.outcomes(part), process.seconds, reason)
             results.save([case], self.out / "parts")
+        self.save()
         left = f"{self.deadline.left:.0f} s left"
         print(f"{part.name}: {process.seconds:.0f} s, {reason or process.last_line()}; {left}", flush=True)
 
@@ -111,32 +109,45 @@ class Run:
         order = [f"gpu_{part.name}" for part in PARTS]
         return sorted(found, key=lambda case: order.index(case.suite))
 
-    def write(self) -> None:
-        """Write the merged JSON, the tables and the log."""
+    def save(self) -> str:
+        """Write the merged JSON, the tables and the log. Return the tables."""
         from benchmarks.reporting.gpu_tables import page
 
         cases = self.cases()
+        if wrong := failed_rows(cases):
+            self.failures["repo_kernels"] = "; ".join(wrong)
         document = {"suite": self.name, "failures": self.failures, "cases": [asdict(case) for case in cases]}
         (self.out / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         text = page(cases, self.failures)
         (self.out / f"{self.name}.md").write_text(text, encoding="utf-8")
         logs = [f"== {log.stem}\n{log.read_text(errors='replace')}" for log in sorted(self.cache.glob("*.log"))]
         (self.out / f"{self.name}.log").write_text("\n".join(logs), encoding="utf-8")
-        print(text)
+        return text
+
+
+def failed_rows(cases: Sequence[Case]) -> list[str]:
+    """Return rows of ours that failed or differ from fp64, with the reason; a form that is only tried may."""
+    rows = [(case, row) for case in cases if case.suite != "gpu_tests" for row in case.rows if row.role == OURS]
+    kept = [(case, row) for case, row in rows if case.suite != "gpu_forms" or row.way == case.subject]
+    return [f"{row.way} ({case.name}): {row.reason}" for case, row in kept if row.reason]
 
 
 def run(parts: Sequence[Part], one: Run) -> None:
     """Run the parts in order, two at once where the plan says so."""
     running: list[tuple[Part, Process]] = []
+
+    def finish_all() -> None:
+        while running:
+            one.finish(*running[0])
+            running.pop(0)
+
     try:
         for part in parts:
             if not part.together:
-                while running:
-                    one.finish(*running.pop(0))
+                finish_all()
             process = one.start(part)
             running += [(part, process)] if process else []
-        while running:
-            one.finish(*running.pop(0))
+        finish_all()
     finally:
         for _, process in running:
             process.stop()
@@ -180,12 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.cache.mkdir(parents=True)
     try:
         run(parts, one)
-        one.write()
-    finally:
-        shutil.rmtree(one.cache, ignore_errors=True)
+    except KeyboardInterrupt:
+        one.failures["run"] = "interrupted"
+    print(one.save())
+    shutil.rmtree(one.cache, ignore_errors=True)
     print(f"written to {one.out}")
     return 1 if one.failures else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is kept then, too
     sys.exit(main())

@@ -1,4 +1,7 @@
-"""The fused kernel alone, in any launch form: the only module here that knows how the Triton backend launches."""
+"""The fused kernel alone, in any launch form: the only module here that knows how the Triton backend launches.
+
+After a change of the backend's launches, `Form`, `all_forms`, `captured_launch` and `time_form` are what must follow.
+"""
 
 from __future__ import annotations
 

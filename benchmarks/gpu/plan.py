@@ -56,8 +56,8 @@ REAL = Plan(
 )  # fmt: skip
 
 REHEARSAL = Plan(
-    losses=((8, 67, "bf16"), (4, 64, "fp32")),
-    compiled=((4, 64, "fp32"),),
+    losses=((4, 67, "bf16"),),
+    compiled=((4, 67, "bf16"),),
     heads=((8, 16, 64),),
     chunks=(4,),
     calls=((4, 64),),
@@ -89,5 +89,5 @@ PARTS = (
     Part("call", 30),
     Part("linear", 50),
     Part("forms", 45),
-    Part("rest of tests", 120),
+    Part("other-tests", 120),
 )

@@ -12,7 +12,7 @@ from benchmarks.gpu.plan import Plan
 from benchmarks.harness.machine import ROOT, installed
 from benchmarks.harness.results import OURS, Case, Row
 
-PARTS = ("tests", "rest of tests")
+PARTS = ("tests", "other-tests")
 KERNELS = ["tests/kernels/backends/test_gpu.py", "tests/kernels/backends/test_gpu_call.py"]
 SHOWN = 8  # failures whose message is told
 

@@ -19,8 +19,8 @@ from benchmarks.gpu.agreement import Finding
 from benchmarks.gpu.plan import PARTS, REAL, REHEARSAL, Part
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.process import Deadline, Process
-from benchmarks.harness.results import OURS, read
-from tests.support import gpu_part
+from benchmarks.harness.results import OURS, PEER, Case, Row, read
+from tests.support.programs import gpu_part
 
 MEASURING = ("gpu_call", "gpu_forms", "gpu_linear", "gpu_losses")
 IN_SECONDS = {"timeout": 400, "capture_output": True, "text": True}
@@ -63,7 +63,7 @@ def test_every_size_that_was_measured_on_an_h200_is_in_the_plan() -> None:
     assert {vocabulary for _, vocabulary in REAL.forms} == widths | {65_536, 100_352}
     assert [head[1] for head in REAL.heads] == [4096, 896]
     assert set(REAL.compiled) <= set(REAL.losses)
-    assert sum(part.limit for part in PARTS if not part.together and part.name != "rest of tests") <= 230 + 30
+    assert sum(part.limit for part in PARTS if not part.together and part.name != "other-tests") <= 230 + 30
 
 
 @pytest.mark.parametrize("part", [losses, linear, call, forms], ids=lambda part: part.NAME)
@@ -78,7 +78,7 @@ def test_a_part_checks_the_widths_that_it_times(part) -> None:
 
 def test_agreement_survives_ways_that_raise_end_their_process_or_hang(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(agreement, "LONGEST", 4.0)
-    monkeypatch.setattr(agreement, "PRELOADED", ["tests.support.gpu_part"])
+    monkeypatch.setattr(agreement, "PRELOADED", ["tests.support.programs.gpu_part"])
     file, plan = tmp_path / "agreement.jsonl", REAL
     agreement.check([gpu_part], plan, file, Deadline.in_seconds(120))
     found = {way: one for (_, case, way), one in agreement.read(file).items() if case == "small"}
@@ -156,6 +156,14 @@ def test_a_failed_part_costs_itself_and_the_exit_status(tmp_path: Path, monkeypa
     assert "nothing: not started" in capsys.readouterr().out
 
 
+def test_a_row_of_ours_that_is_wrong_fails_the_run_and_a_form_that_is_tried_does_not() -> None:
+    rows = [Row("as launched", OURS, [1.0]), Row("32 warps", OURS, reason="differs"), Row("Liger", PEER, reason="x")]
+    tried = Case("gpu_forms", "8 x 9 bf16", {}, "bytes", "", "as launched", rows, {})
+    assert command.failed_rows([tried]) == []
+    wrong = dataclasses.replace(tried, suite="gpu_losses")
+    assert command.failed_rows([tried, wrong]) == ["32 warps (8 x 9 bf16): differs"]
+
+
 def test_unknown_parts_and_a_missing_gpu_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         command.main(["--rehearse", "--parts", "losess"])
@@ -196,8 +204,29 @@ def test_outcomes_of_a_stopped_pytest_are_kept_with_the_reasons(tmp_path: Path) 
     assert case.rows[0].work == 1
 
 
+def test_the_process_that_forks_the_others_does_not_look_for_the_device() -> None:
+    modules = ", ".join(agreement.PRELOADED)
+    watched = f"import torch; torch.cuda.is_available = torch._C._cuda_getDeviceCount = None; import {modules}"
+    done = subprocess.run([sys.executable, "-c", watched], cwd=ROOT, **IN_SECONDS)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_tests_of_the_kernels_come_first_and_the_others_are_found_by_their_mark() -> None:
     assert set(suite.files("tests")) == {path for path in suite.KERNELS if (ROOT / path).exists()}
-    rest = suite.files("rest of tests")
+    rest = suite.files("other-tests")
     assert "tests/models/test_varlen.py" in rest
     assert not set(rest) & set(suite.KERNELS)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    arguments = ["-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path), "--parts", "tests,losses"]
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("tests: ")
+        process.terminate()
+        rest = process.stdout.read()
+    assert process.returncode == 1
+    assert "run: interrupted" in rest
+    assert [case.suite for case in read(tmp_path / "rehearsal.json")] == ["gpu_tests"]
+    assert not (tmp_path / "cache").exists()
