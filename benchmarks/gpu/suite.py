@@ -34,6 +34,7 @@ def marked(path: Path) -> bool:
 def arguments(part: str, plan: Plan, outcomes: Path) -> list[str]:
     """Return the arguments of pytest for a part. outcomes: the file that gets a line per test."""
     options = ["-m", "gpu", "-p", "benchmarks.gpu.outcomes", "--outcomes", str(outcomes), "-p", "no:cacheprovider"]
+    options += ["--continue-on-collection-errors"]
     if installed("pytest-xdist") and not plan.rehearsal:
         options += ["-n", str(max(1, min(5, (os.cpu_count() or 1) // 3)))]
     return [*options, *files(part)]
