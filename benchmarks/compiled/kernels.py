@@ -68,7 +68,6 @@ def compile_variant(variant: Any, target: str) -> CompiledKernel:
         fn=variant.kernel,
         signature=dict(variant.signature),
         constexprs=dict(variant.constexprs),
-        attrs={(i,): [["tt.divisibility", 16]] for i in variant.divisible},
     )
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=variant.options)
     if "cubin" in compiled.asm:
