@@ -21,8 +21,8 @@ from .codes import NO_AGGREGATION, ROWS
 class RowArguments:
     """The tensors of a loss by row or sequence, as the caller gave them, with any strides.
 
-    "Leading shape" is that of the logits without V: (T,) of packed rows or (B, L). "Either" is the leading shape, or (B,)
-    with one value per sequence; for T = B it is the leading shape. Floating-point tensors are fp32 (fp64 for fp64
+    "Leading shape" is that of the logits without V: (T,) of packed rows or (B, L). "Either" is the leading shape, or
+    (B,) with one value per sequence; for T = B it is the leading shape. Floating-point tensors are fp32 (fp64 for fp64
     logits). None: absent.
 
     Args:

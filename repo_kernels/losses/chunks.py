@@ -30,7 +30,7 @@ def row_bytes(
         vocabulary, width: V and H.
         factors, result: dtypes of the factors and of the sums of the GEMMs.
         sides: 1, or 2 with the logits of a reference.
-        with_gradient: whether there is a gradient of the logits. It lies over them, unless its GEMMs take another dtype.
+        with_gradient: whether there is a gradient of the logits. It lies over them unless its GEMMs take another dtype.
     """
     size = sides * row_stride(vocabulary) * result.itemsize
     if with_gradient:

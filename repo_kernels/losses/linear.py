@@ -37,7 +37,7 @@ class LiveRows:
 
     @staticmethod
     def of(alive: Tensor) -> LiveRows:
-        """Find the live rows of alive (N,), bool. Their number decides the chunks: here the host waits for the device."""
+        """Find the rows where `alive` (N,) is True; the host waits for their number, which decides the chunks."""
         index = alive.nonzero().squeeze(1)
         total, count = alive.numel(), index.numel()
         return LiveRows(total, count, None if count == total else index)

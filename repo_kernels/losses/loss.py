@@ -268,9 +268,8 @@ def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> None:
         raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
     if not direct:
         raise ValueError(
-            "inplace=True takes plain tensors, which can be written where they lie; got logits or another argument that "
-            f"is a subclass, negated, or seen by a transform or a dispatch mode (logits: {type(logits).__name__}); use "
-            "inplace=False"
+            "inplace=True writes where the logits lie, and takes plain tensors only: no subclass, no lazy negation, no "
+            f"transform or dispatch mode around the call; got logits of type {type(logits).__name__}; use inplace=False"
         )
     reach = 1  # elements that the dimensions of smaller stride cover
     for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):

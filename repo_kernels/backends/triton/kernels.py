@@ -14,9 +14,9 @@ from .device.row_gradient import factors, target_gradient
 from .device.row_layout import edge_columns, peel, row_offset, target_piece
 from .device.row_statistics import empty_lanes, meet, prepare
 from .device.row_sweeps import gradient_of, load_edges, scale_row, sweep_gradient, sweep_statistics, zero_row
-from .runtime_jit import runtime_jit
 from .device.scalar_math import LOG2E
 from .device.token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, row_inputs, store_row, token_terms
+from .runtime_jit import runtime_jit
 
 STATE = tl.constexpr(len(codes.STATE))
 

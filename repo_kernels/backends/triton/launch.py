@@ -5,26 +5,31 @@ A loss takes three launches, whatever its options: `prepare`, `fused` and `reduc
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..codes import ENTROPY_NONE, SLOPES, STATE, STATS
+from ..codes import SLOPES, STATE, STATS
 from ..interface import ALL_ROWS, Loss, RowArguments, RowRange, RowResults
 from ..memory_layout import gradient_buffer, gradient_layout, row_strides
-from .device import loss_arguments as bits
 from .columns import Columns, split_scalars
+from .device import loss_arguments as bits
+from .forms import Target
 from .variants import Variant, apply_variant, fused_variant, scale_variant, sequence_variant, statistics_variant
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SCALE_PROGRAMS = 2048  # enough to fill a GPU, few enough to end at once where nothing has to be scaled
 
 
-def warp_size() -> int:
-    """Return the threads per warp of the GPU that Triton compiles for here: 64 on AMD, 32 otherwise."""
-    return 64 if torch.version.hip else 32
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """Return the target that Triton compiles for on this device; that of a Hopper GPU in the interpreter."""
+    if torch.version.hip:
+        return Target(64)
+    return Target(32, device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10)
 
 
 def launch(variant: Variant, device: torch.device, programs: int, *args: Any) -> None:
@@ -35,7 +40,7 @@ def launch(variant: Variant, device: torch.device, programs: int, *args: Any) ->
 
 
 def phase(matrix: Tensor, step: int = 16) -> tuple[int, ...]:
-    """Return how rows lie relative to boundaries `step` bytes apart: remainders of the base and the strides that count."""
+    """Return how rows lie relative to boundaries every `step` bytes: remainders of base and strides that count."""
     strides = [s for s, n in zip(matrix.stride()[:-1], matrix.shape[:-1], strict=True) if n > 1]
     return matrix.data_ptr() % step, *(s * matrix.element_size() % step for s in strides)
 
@@ -106,9 +111,9 @@ def prepare(logits: Tensor, loss: Loss) -> Prepared:
     columns = Columns.of(loss, numbers, sequence_of)
     floats, tensors, which = split_scalars(loss.scalars, numbers)
     launch(
-        sequence_variant("prepare", count // max(sequences, 1), warp_size()), device, 1, *floats, *tensors, which, *columns.ids,
-        *columns.mask, columns.bounds, shared, counts, sequence_of, count, columns.length, sequences, loss.code,
-        columns.given,
+        sequence_variant("prepare", count // max(sequences, 1), target_of(device)), device, 1, *floats, *tensors, which,
+        *columns.ids, *columns.mask, columns.bounds, shared, counts, sequence_of, count, columns.length, sequences,
+        loss.code, columns.given,
     )  # fmt: skip
     return Prepared(columns, shared, counts, sequence_of)
 
@@ -130,7 +135,7 @@ def fused(
     out = logits if grad is None else grad if in_step(grad, logits) else empty_in_phase(logits)
     variant = fused_variant(
         DTYPES[logits.dtype], DTYPES[out.dtype], columns, loss.entropy, loss.softcap != 0, ref_logits is not None,
-        warp_size(),
+        target_of(logits.device),
     )  # fmt: skip
     length, *strides = row_strides(logits)
     of, index = prepared.columns, where.index
@@ -150,17 +155,14 @@ def fused(
 
 def reduce(loss: Loss, prepared: Prepared, results: RowResults) -> tuple[Tensor, Tensor]:
     """Return the loss, 0-d, and the statistics (18,) by STATS."""
-    of, device, count, sequences = (
-        prepared.columns,
-        results.rows.device,
-        results.flags.shape[0],
-        loss.arguments.sequences,
-    )
+    of, device = prepared.columns, results.rows.device
+    count, sequences = results.flags.shape[0], loss.arguments.sequences
+    variant = sequence_variant("reduce", count // max(sequences, 1), target_of(device))
     value = torch.empty((), dtype=torch.float32, device=device)
     stats = torch.empty(len(STATS), dtype=torch.float32, device=device)
     launch(
-        sequence_variant("reduce", count // max(sequences, 1), warp_size()), device, 1, results.rows, results.flags, *of.costs(),
-        of.bounds, prepared.shared, value, stats, count, of.length, sequences, of.given,
+        variant, device, 1, results.rows, results.flags, *of.costs(), of.bounds, prepared.shared, value, stats, count,
+        of.length, sequences, of.given,
     )  # fmt: skip
     return value, stats
 
@@ -179,7 +181,7 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float,
     """Compute the STATE (7, N) of the rows; 0 on dead rows."""
     count = ids.shape[0]
     state = temperature.new_empty(len(STATE), count)
-    variant = statistics_variant(DTYPES[logits.dtype], entropy, softcap != 0, warp_size())
+    variant = statistics_variant(DTYPES[logits.dtype], entropy, softcap != 0, target_of(logits.device))
     length, *strides = row_strides(logits)
     launch(
         variant, logits.device, count, logits, ids.contiguous(), temperature, state, count, length, *strides,
@@ -195,7 +197,7 @@ def apply(
     count = ids.shape[0]
     assert slopes.shape == (len(SLOPES), count)
     out = grad if in_step(grad, logits) else empty_in_phase(logits)
-    variant = apply_variant(DTYPES[logits.dtype], DTYPES[out.dtype], softcap != 0, warp_size())
+    variant = apply_variant(DTYPES[logits.dtype], DTYPES[out.dtype], softcap != 0, target_of(logits.device))
     length, *strides = row_strides(logits)
     launch(
         variant, logits.device, count, logits, out, ids.contiguous(), state.contiguous(), slopes.contiguous(),
@@ -212,8 +214,9 @@ def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None) -> None:
     """
     length, *strides = row_strides(grad)
     count = grad.shape[:-1].numel()
+    programs, given = min(count, SCALE_PROGRAMS), 0 if flags is None else bits.FLAGS.value
     launch(
-        scale_variant(DTYPES[grad.dtype], warp_size()), grad.device, min(count, SCALE_PROGRAMS), grad, upstream,
-        upstream.stride(0) if upstream.ndim else 0, upstream if flags is None else flags, count, length, *strides,
-        grad.shape[-1], 0 if flags is None else bits.FLAGS.value,
+        scale_variant(DTYPES[grad.dtype], target_of(grad.device)), grad.device, programs, grad, upstream,
+        upstream.stride(0) if upstream.ndim else 0, upstream.view(torch.int32) if flags is None else flags, count,
+        length, *strides, grad.shape[-1], given,
     )  # fmt: skip

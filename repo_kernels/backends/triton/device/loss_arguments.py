@@ -15,7 +15,7 @@ MASK, BOUNDS, PACKED, COSTS, COST_LIMITS, BASELINES, IMPORTANCE, UPSTREAM, INDEX
     tl.constexpr(1 << place) for place in range(10)
 )
 
-# Indices into the vector that `prepare` fills: the scalars, and behind them what every aggregation weight is divided by.
+# Indices into the vector that `prepare` fills: the scalars, and behind them the divisor of all aggregation weights.
 LAM = tl.constexpr(codes.SCALARS.index("lam"))
 BETA = tl.constexpr(codes.SCALARS.index("beta"))
 EPS_LOW = tl.constexpr(codes.SCALARS.index("eps_low"))
