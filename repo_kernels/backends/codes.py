@@ -115,5 +115,5 @@ class Code:
     @staticmethod
     def unpack(code: int) -> Code:
         """Read the options from one integer."""
-        bits = (bool(code >> place & 1) for place in (5, 6, 7))
-        return Code(code & 3, code >> 2 & 7, *bits, aggregation=code >> 8 & 7, divisor=bool(code >> 11 & 1))
+        weighted, normalize, on_policy, divisor = (bool(code >> place & 1) for place in (5, 6, 7, 11))
+        return Code(code & 3, code >> 2 & 7, weighted, normalize, on_policy, code >> 8 & 7, divisor)

@@ -8,6 +8,7 @@ Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -50,6 +51,11 @@ class RowArguments:
     def tensors(self) -> list[Tensor | None]:
         """All fields in their order."""
         return [getattr(self, name) for name in ARGUMENTS]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor | None]) -> RowArguments:
+        """Name a list like `tensors`."""
+        return RowArguments(*tensors)  # type: ignore[arg-type]  # the first and the fourth are never None
 
     @property
     def leading(self) -> tuple[int, ...]:

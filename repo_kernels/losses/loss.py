@@ -245,10 +245,11 @@ def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> boo
 
 def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:
     """Name the outputs of a loss: its value, ROWS (5, N) and STATS (18,)."""
-    leading, rows = loss.arguments.leading, rows.detach()
+    leading = loss.arguments.token_ids.shape
 
     def row(name: str) -> Tensor:
-        return rows[ROWS.index(name)].view(leading)
+        values = rows.select(0, ROWS.index(name))
+        return values if len(leading) == 1 else values.view(leading)
 
     return RepoLossOutput(
         loss=value.view(leading) if loss.per_token else value,
