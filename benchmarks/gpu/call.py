@@ -29,7 +29,6 @@ NAME = "call"
 SUBJECT = "repo_loss"
 PEAKS = False
 DTYPE = "bf16"
-DEVICE_ROUNDS = 5
 
 
 def cases(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -56,10 +55,10 @@ def clock(plan: Plan) -> Callable[[Callable[[], object], float], float]:
     return in_loop
 
 
-def more(call: Callable[[], object]) -> dict[str, Any]:
+def more(call: Callable[[], object], plan: Plan) -> dict[str, Any]:
     """Return the fields of a row that a loop of calls does not tell: kernels launched, and the device's time."""
     lead = min(2 * host_seconds(call), LONGEST_LEAD) if torch.cuda.is_available() else 0.0
-    device_seconds = statistics.median(clocked(call, lead) for _ in range(DEVICE_ROUNDS))
+    device_seconds = statistics.median(clocked(call, lead) for _ in range(plan.rounds[NAME]))
     return {"launches": count_launches(call), "device_seconds": device_seconds}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.bench_loss import TOLERANCE, gradient, make_problem, plain
-from benchmarks.gpu.kernel import all_forms, captured_launch, time_form
+from benchmarks.gpu.kernel import all_forms, captured_launch, name_of, time_form
 from benchmarks.gpu.plan import Plan
 from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.limits import device_copy
@@ -48,7 +48,7 @@ def setup(tokens: int, vocabulary: int, copied: int, rehearsal: bool) -> Setup:
         return gradient(plain, p.in_fp64())[1:]
 
     launch = captured_launch(p)
-    forms = {SUBJECT: None} | {form.name: form for form in all_forms(rehearsal)}
+    forms = {SUBJECT: None} | {name_of(form): form for form in all_forms(rehearsal)}
     ways = {name: Way(time_form(form, launch), OURS, 2.0 * one_pass, TOLERANCE[DTYPE]) for name, form in forms.items()}
     formula = f"1 NVe = {tokens} x {vocabulary} x {p.logits.element_size()} = {one_pass / 1e6:.0f} MB"
     return Setup(ways | device_copy(copied), SUBJECT, "bytes", formula, expected=exact)

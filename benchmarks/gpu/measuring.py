@@ -110,7 +110,7 @@ class Measurement:
         """Return the row of a way, with its memory and further fields if it was timed and the part asks for them."""
         more: dict[str, Any] = {}
         if seconds and hasattr(self.part, "more"):
-            more = self.part.more(way.call)
+            more = self.part.more(way.call, self.plan)
         if seconds and self.part.PEAKS and way.role != LIMIT:
             more["extra_peak"] = memory.extra_peak(way.call)
         kept = [round(value, DIGITS) for value in seconds or []]
