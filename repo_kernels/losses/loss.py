@@ -91,6 +91,10 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     fp32 if they can. Elsewhere bf16 and fp16 are computed in fp32, with an fp32 copy of the weight during the call.
     Autocast changes nothing. The host waits for the device once per call, for the number of live tokens.
 
+    Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
+    the gradients of hidden and weight in fp32, where wanted. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
+    4 c V for the logits of a reference.
+
     Returns:
         RepoLossOutput, as `repo_loss`.
 

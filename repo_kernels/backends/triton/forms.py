@@ -27,6 +27,12 @@ class Target:
     blackwell: bool = False
 
 
+# How `fused` takes its rows. SWEPT: each is read twice. KEPT: the block that the first sweep reads last stays in
+# registers for the second. PERSISTENT: a program takes several rows, and loads the first block of the next one before
+# it writes the last of this one. The public functions use SWEPT; the others are there to be measured.
+SWEPT, KEPT, PERSISTENT = range(3)
+
+
 @dataclass(frozen=True)
 class LaunchForm:
     """One form.
@@ -35,11 +41,13 @@ class LaunchForm:
         warps: of a program.
         pieces: pieces of 16 bytes in a block.
         max_registers: of a thread, or None for what the compiler takes.
+        rows: SWEPT, KEPT or PERSISTENT, for `fused`.
     """
 
     warps: int
     pieces: int
     max_registers: int | None = None
+    rows: int = SWEPT
 
 
 def fused_form(
@@ -63,7 +71,7 @@ def fused_form(
     share = 1 if entropy == ENTROPY_NONE and not target.blackwell else 2
     share *= 2 if softcap or full_kl or narrowed else 1
     if row_bytes <= NARROW and not narrowed:
-        return LaunchForm(128 // warp_size, 512 // share)
+        return LaunchForm(128 // warp_size, 512 // share, None if softcap or full_kl or not limited else 64)
     if row_bytes <= WIDE:
         return LaunchForm(256 // warp_size, max(1024 // share, 256), 64 if limited else None)
     pieces = 2048 if item_bytes == 2 else 1024

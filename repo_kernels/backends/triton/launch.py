@@ -17,8 +17,16 @@ from ..interface import ALL_ROWS, Loss, RowArguments, RowRange, RowResults
 from ..memory_layout import gradient_buffer, gradient_layout, row_strides
 from .columns import Columns, split_scalars
 from .device import loss_arguments as bits
-from .forms import Target
-from .variants import Variant, apply_variant, fused_variant, scale_variant, sequence_variant, statistics_variant
+from .forms import PERSISTENT, LaunchForm, Target
+from .variants import (
+    Variant,
+    apply_variant,
+    fused_variant,
+    make_variant,
+    scale_variant,
+    sequence_variant,
+    statistics_variant,
+)
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SCALE_PROGRAMS = 2048  # enough to fill a GPU, few enough to end at once where nothing has to be scaled
@@ -37,6 +45,13 @@ def launch(variant: Variant, device: torch.device, programs: int, *args: Any) ->
     if programs:
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             variant.kernel[(programs,)](*args, **variant.constexprs, **variant.options)
+
+
+def resident_programs(form: LaunchForm, device: torch.device) -> int:
+    """Return how many programs of at most 64 registers a thread run on the device at once; 2 in the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count * (32 // form.warps)
 
 
 def phase(matrix: Tensor, step: int = 16) -> tuple[int, ...]:
@@ -128,8 +143,12 @@ def fused(
     where: RowRange = ALL_ROWS,
     upstream: Tensor | None = None,
     zeroed: bool = False,
+    form: LaunchForm | None = None,
 ) -> None:
-    """Write ROWS and flags of the rows `where`, and dL/dlogits times grad_scale into `grad` if it is given."""
+    """Write ROWS and flags of the rows `where`, and dL/dlogits times grad_scale into `grad` if it is given.
+
+    form: another launch form than that of the table, to measure it; for losses without softcap and full KL.
+    """
     count, columns = logits.shape[:-1].numel(), logits.shape[-1]
     ref = logits if ref_logits is None else in_phase(ref_logits, logits)
     out = logits if grad is None else grad if in_step(grad, logits) else empty_in_phase(logits)
@@ -137,17 +156,23 @@ def fused(
         DTYPES[logits.dtype], DTYPES[out.dtype], columns, loss.entropy, loss.softcap != 0, ref_logits is not None,
         target_of(logits.device),
     )  # fmt: skip
+    programs = count
+    if form is not None:
+        switches = {"ENTROPY": loss.entropy, "SOFTCAP": False, "FULL_KL": False}
+        variant = make_variant("fused", variant.dtype, form, target_of(logits.device), variant.grad_dtype, **switches)
+        if form.rows == PERSISTENT:
+            programs = min(count, resident_programs(form, logits.device))
     length, *strides = row_strides(logits)
     of, index = prepared.columns, where.index
     given = (
         of.given | (bits.UPSTREAM.value if upstream is not None else 0) | (bits.INDEX.value if index is not None else 0)
     )
     launch(
-        variant, logits.device, count, logits, ref, out, *of.ids, *of.mask, prepared.sequence_of, *of.values,
+        variant, logits.device, programs, logits, ref, out, *of.ids, *of.mask, prepared.sequence_of, *of.values,
         prepared.shared if upstream is None else upstream.contiguous(), of.ids[0] if index is None else index,
-        prepared.shared, prepared.counts, results.rows, results.flags, where.first, results.flags.shape[0], of.length,
-        length, *strides, *row_strides(ref)[1:], *row_strides(out)[1:], columns, loss.code, given, loss.softcap,
-        loss.entropy, grad is not None,
+        prepared.shared, prepared.counts, results.rows, results.flags, where.first, count, results.flags.shape[0],
+        of.length, length, *strides, *row_strides(ref)[1:], *row_strides(out)[1:], columns, loss.code, given,
+        loss.softcap, loss.entropy, int(grad is not None),
     )  # fmt: skip
     if grad is not None and out is not grad:
         grad.copy_(out)

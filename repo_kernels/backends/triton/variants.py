@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..codes import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
 from . import kernels, sequence_kernels
-from .forms import LaunchForm, Target, fused_form, single_sweep_form
+from .forms import KEPT, PERSISTENT, LaunchForm, Target, fused_form, single_sweep_form
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # The dtypes of logits and their gradient. The linear losses have fp32 logits and write the gradient for their GEMMs.
@@ -91,6 +91,8 @@ def make_variant(
     kernel, grad_dtype = getattr(kernels, kind), grad_dtype or dtype
     elements = 16 // min(ELEMENT_BYTES[dtype], ELEMENT_BYTES[grad_dtype])
     constexprs = {"R": form.pieces, "E": elements, **switches}
+    if kind == "fused":
+        constexprs["FORM"] = form.rows
     entropy = ("", "entropy", "entropy-gradient")[switches.get("ENTROPY", ENTROPY_NONE)]
     parts = [
         kind,
@@ -99,6 +101,7 @@ def make_variant(
         entropy,
         "softcap" * switches.get("SOFTCAP", False),
         "full-kl" * switches.get("FULL_KL", False),
+        ("", "kept", "persistent")[form.rows],
         f"{form.warps}x{form.pieces}",
     ]
     return Variant(
@@ -156,6 +159,21 @@ def sequence_variant(kind: str, mean_length: int, target: Target) -> Variant:
     return Variant(
         f"{kind}-{positions}", kind, "fp32", "fp32", kernel, signature, constexprs, 512 // target.warp_size, None, 0
     )
+
+
+def candidates(target: Target = HOPPER) -> list[Variant]:
+    """List variants of the plain loss that no public function reaches: forms to be measured beside the present ones."""
+    wide = target.warp_size == 32
+    share = 2 if target.blackwell else 1
+    wanted = [
+        LaunchForm(256 // target.warp_size, 1024 // share, 80 if wide else None, KEPT),  # 64 registers do not hold it
+        LaunchForm(256 // target.warp_size, 1024 // share, 80 if wide else None, PERSISTENT),
+        LaunchForm(512 // target.warp_size, 1024, 64 if wide else None, PERSISTENT),
+    ]
+    return [
+        make_variant("fused", "bf16", form, target, ENTROPY=ENTROPY_NONE, SOFTCAP=False, FULL_KL=False)
+        for form in wanted
+    ]
 
 
 def variants(target: Target = HOPPER) -> list[Variant]:

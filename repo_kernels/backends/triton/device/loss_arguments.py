@@ -45,14 +45,14 @@ def at(column, sequence, token):
 
 
 @triton.jit
-def place_of(row, sequences, length, given):
+def place_of(row, sequences, length, given, exists):
     """Return (sequence, token within it) of a row; the token of packed rows is the row. Sequence -1: out of bounds."""
     sequence, token = row // length, row % length
     if given & PACKED != 0:
         token = row
         sequence = row
         if given & BOUNDS != 0:
-            sequence = tl.load(sequences + row)
+            sequence = tl.load(sequences + row, mask=exists, other=-1)
     return sequence, token
 
 
