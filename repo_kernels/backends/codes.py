@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 IGNORED = -100
 
-# Scalars of a loss and what an absent one is. cost_limit: d where it is the same for all rows. divisor, max_length: read
-# if the code says so.
+# Scalars of a loss and what an absent one is. cost_limit: d where it is the same for all rows. divisor and max_length
+# are read if the code says so.
 ABSENT_SCALARS = {
     "lam": 0.0,
     "beta": 0.0,
@@ -27,8 +27,8 @@ ABSENT_SCALARS = {
 }
 SCALARS = tuple(ABSENT_SCALARS)
 
-# Rows of the matrix (5, N) that a loss returns. loss: times the aggregation weight. kl: the chosen estimator without the
-# factor rho, 0 without a reference. entropy: 0 unless computed. log_ratio: log rho, clamped.
+# Rows of the matrix (5, N) that a loss returns. loss: times the aggregation weight. kl: the chosen estimator without
+# the factor rho, 0 without a reference. entropy: 0 unless computed. log_ratio: log rho, clamped.
 ROWS = ("loss", "logp", "entropy", "kl", "log_ratio")
 
 # Bits of the flags (N,) of a row; 0 on dead rows. Unsafe: C > d.
@@ -74,7 +74,8 @@ AGGREGATIONS = (
 )
 TOKEN_MEAN, TOKEN_SUM, SEQ_TOKEN_MEAN, SEQ_TOKEN_SUM, SEQ_TOKEN_SUM_NORM, NO_AGGREGATION = range(6)
 
-# code = cost | kl << 2 | kl_importance_weighted << 5 | normalize << 6 | on_policy << 7 | aggregation << 8 | divisor << 11
+# code = cost | kl << 2 | kl_importance_weighted << 5 | normalize << 6 | on_policy << 7 | aggregation << 8
+#        | divisor << 11
 COST_NONE, COST_GIVEN, COST_GATED, COST_HINGE = range(4)
 KL_NONE, KL_K1, KL_K2, KL_K3, KL_FULL = range(5)
 KL_NAMES = ("none", "k1", "k2", "k3", "full")
@@ -114,5 +115,5 @@ class Code:
     @staticmethod
     def unpack(code: int) -> Code:
         """Read the options from one integer."""
-        bits = (bool(code >> place & 1) for place in (5, 6, 7))
-        return Code(code & 3, code >> 2 & 7, *bits, aggregation=code >> 8 & 7, divisor=bool(code >> 11 & 1))
+        weighted, normalize, on_policy, divisor = (bool(code >> place & 1) for place in (5, 6, 7, 11))
+        return Code(code & 3, code >> 2 & 7, weighted, normalize, on_policy, code >> 8 & 7, divisor)

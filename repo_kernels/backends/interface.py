@@ -8,6 +8,7 @@ Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -21,8 +22,8 @@ from .codes import NO_AGGREGATION, ROWS
 class RowArguments:
     """The tensors of a loss by row or sequence, as the caller gave them, with any strides.
 
-    "Leading shape" is that of the logits without V: (T,) of packed rows or (B, L). "Either" is the leading shape, or (B,)
-    with one value per sequence; for T = B it is the leading shape. Floating-point tensors are fp32 (fp64 for fp64
+    "Leading shape" is that of the logits without V: (T,) of packed rows or (B, L). "Either" is the leading shape, or
+    (B,) with one value per sequence; for T = B it is the leading shape. Floating-point tensors are fp32 (fp64 for fp64
     logits). None: absent.
 
     Args:
@@ -50,6 +51,11 @@ class RowArguments:
     def tensors(self) -> list[Tensor | None]:
         """All fields in their order."""
         return [getattr(self, name) for name in ARGUMENTS]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor | None]) -> RowArguments:
+        """Name a list like `tensors`."""
+        return RowArguments(*tensors)  # type: ignore[arg-type]  # the first and the fourth are never None
 
     @property
     def leading(self) -> tuple[int, ...]:

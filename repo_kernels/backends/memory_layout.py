@@ -30,7 +30,7 @@ def gradient_layout(logits: Tensor) -> tuple[tuple[int, ...], int, int]:
 
 def gradient_buffer(logits: Tensor) -> Tensor:
     """Allocate dL/dlogits, uninitialised; contiguous if the logits are and begin at a 16-byte boundary."""
+    if logits.is_contiguous() and logits.storage_offset() * logits.element_size() % 16 == 0:
+        return torch.empty_like(logits)
     strides, offset, elements = gradient_layout(logits)
-    if logits.is_contiguous() and offset == 0:
-        return logits.new_empty(logits.shape)
     return logits.new_empty(elements).as_strided(logits.shape, strides, offset)

@@ -21,22 +21,48 @@ def row_stride(vocabulary: int) -> int:
     return ROW_STEP * (-(-vocabulary // ROW_STEP) | 1)
 
 
-def row_bytes(
-    vocabulary: int, width: int, factors: torch.dtype, result: torch.dtype, sides: int, with_gradient: bool
-) -> int:
-    """Return the bytes that one row of a chunk takes.
+@dataclass(frozen=True)
+class HeadSizes:
+    """What a linear loss computes for a head, as far as memory depends on it.
 
     Args:
         vocabulary, width: V and H.
         factors, result: dtypes of the factors and of the sums of the GEMMs.
         sides: 1, or 2 with the logits of a reference.
-        with_gradient: whether there is a gradient of the logits. It lies over them, unless its GEMMs take another dtype.
+        with_gradient: whether there is a gradient of the logits. It lies over them unless its GEMMs take another dtype.
+        with_weight: whether there is a gradient of the weight.
     """
-    size = sides * row_stride(vocabulary) * result.itemsize
-    if with_gradient:
-        narrow = row_stride(vocabulary) * factors.itemsize if factors != result else 0
-        size += narrow + width * result.itemsize
-    return size
+
+    vocabulary: int
+    width: int
+    factors: torch.dtype
+    result: torch.dtype
+    sides: int = 1
+    with_gradient: bool = True
+    with_weight: bool = True
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row of a chunk takes."""
+        stride = row_stride(self.vocabulary)
+        size = self.sides * stride * self.result.itemsize
+        if self.with_gradient:
+            narrow = stride * self.factors.itemsize if self.factors != self.result else 0
+            size += narrow + self.width * self.result.itemsize
+        return size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of dL/dweight in the sums' dtype; 0 if there is none."""
+        return self.vocabulary * self.width * self.result.itemsize * self.with_weight
+
+    def peak_bytes(self, live: int, rows: int) -> int:
+        """Return the most bytes that a loss of `live` rows holds beside its inputs, in chunks of `rows` rows.
+
+        That is one chunk, dL/dhidden and dL/dweight in the sums' dtype.
+        """
+        hidden = live * self.width * self.result.itemsize * self.with_gradient
+        return rows * self.row_bytes + hidden + self.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -54,31 +80,14 @@ class Budget:
     tokens: int | None = None
     size: int | None = None
 
-    def rows(
-        self,
-        live: int,
-        vocabulary: int,
-        width: int,
-        factors: torch.dtype,
-        result: torch.dtype,
-        sides: int,
-        with_gradient: bool,
-        with_weight: bool,
-    ) -> int:
-        """Return the rows per chunk, at least 1: as few chunks as the budget allows, equally long.
-
-        Args:
-            live: number of live rows.
-            with_weight: whether dL/dweight is computed.
-            vocabulary, width, factors, result, sides, with_gradient: as in `row_bytes`.
-        """
+    def rows(self, live: int, head: HeadSizes) -> int:
+        """Return the rows per chunk, at least 1: as few chunks of `live` rows as the budget allows, equally long."""
         if self.tokens is not None:
             return max(1, min(self.tokens, live))
         size, least = self.size, 1
         if size is None and self.device == "cpu":
             size = CPU_BYTES
         elif size is None:
-            size = max(GPU_BYTES, 2 * vocabulary * width * result.itemsize * with_weight)
-            least = GPU_ROWS
-        most = max(least, size // row_bytes(vocabulary, width, factors, result, sides, with_gradient))
+            size, least = max(GPU_BYTES, 2 * head.weight_bytes), GPU_ROWS
+        most = max(least, size // head.row_bytes)
         return max(1, -(-live // max(1, -(-live // most))))

@@ -17,7 +17,7 @@ from ..backends.codes import IGNORED, SCALARS, STATE
 from ..backends.eager import dense
 from ..backends.eager.kernels import take_rows
 from ..backends.interface import Loss, RowArguments, RowRange, RowResults
-from .chunks import Budget, row_stride
+from .chunks import Budget, HeadSizes, row_stride
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
 
 
@@ -37,7 +37,7 @@ class LiveRows:
 
     @staticmethod
     def of(alive: Tensor) -> LiveRows:
-        """Find the live rows of alive (N,), bool. Their number decides the chunks: here the host waits for the device."""
+        """Find the rows where `alive` (N,) is True; the host waits for their number, which decides the chunks."""
         index = alive.nonzero().squeeze(1)
         total, count = alive.numel(), index.numel()
         return LiveRows(total, count, None if count == total else index)
@@ -83,6 +83,11 @@ class LinearHead:
         """
         factors = factor_dtype(hidden.dtype, hidden.device, result)
         return LinearHead(weight.detach().to(factors), None if bias is None else bias.detach().to(result))
+
+    def sizes(self, result: torch.dtype, sides: int, with_gradient: bool, with_weight: bool) -> HeadSizes:
+        """Return what the memory of a chunk depends on."""
+        vocabulary, width = self.weight.shape
+        return HeadSizes(vocabulary, width, self.weight.dtype, result, sides, with_gradient, with_weight)
 
     def logits(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Compute the logits (n, V) of x (n, H), which has the factors' dtype, in `out` or in new memory."""
@@ -235,9 +240,7 @@ def loss_chunks(
     assert isinstance(loss.scalars, Tensor)
     kernels, result, graded = choice.load(backend), loss.scalars.dtype, any(wanted)
     live = LiveRows.of(_alive(loss.arguments))
-    vocabulary, width = head.weight.shape
-    sides = 1 if reference is None else 2
-    size = budget.rows(live.count, vocabulary, width, head.weight.dtype, result, sides, graded, wanted[1])
+    size = budget.rows(live.count, head.sizes(result, 1 if reference is None else 2, graded, wanted[1]))
     side = Side.of(hidden, head, live, size, result)
     other = None if reference is None else Side.of(reference[0], reference[1], live, size, result)
     gradients = HeadGradients(hidden, head, live, result, wanted)
@@ -277,8 +280,7 @@ def statistics_chunks(
 ) -> Tensor:
     """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`."""
     kernels, result, live = choice.load(backend), temperature.dtype, LiveRows.of(ids != IGNORED)
-    vocabulary, width = head.weight.shape
-    size = budget.rows(live.count, vocabulary, width, head.weight.dtype, result, 1, False, False)
+    size = budget.rows(live.count, head.sizes(result, 1, False, False))
     side, ids = Side.of(hidden, head, live, size, result), live.take(ids)
     state = temperature.new_empty(len(STATE), live.count)
     for start, stop in chunks(live.count, size):
@@ -302,8 +304,7 @@ def slope_chunks(
 ) -> HeadGradients:
     """Compute gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again."""
     kernels, result, live = choice.load(backend), temperature.dtype, LiveRows.of(ids != IGNORED)
-    vocabulary, width = head.weight.shape
-    size = budget.rows(live.count, vocabulary, width, head.weight.dtype, result, 1, True, wanted[1])
+    size = budget.rows(live.count, head.sizes(result, 1, True, wanted[1]))
     side, gradients = Side.of(hidden, head, live, size, result), HeadGradients(hidden, head, live, result, wanted)
     narrow = gradient_rows(head, size, result)
     ids, state, slopes = live.take(ids), live.take(state), live.take(slopes)

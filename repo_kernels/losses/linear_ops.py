@@ -86,7 +86,7 @@ def linear_loss(
     The loss is 0-d or, without aggregation, (N,), whose gradients backward computes. wanted: which of hidden, weight
     and bias get a gradient. arguments to entropy are the fields of a `Loss`.
     """
-    loss, result = Loss(RowArguments(*arguments), scalars, code, softcap, entropy), scalars.dtype
+    loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
     now, budget = (False,) * 3 if loss.per_token else wanted, Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
         head = LinearHead.of(hidden, weight, bias, result)
@@ -158,7 +158,7 @@ def linear_loss_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of hidden, weight and bias of losses (N,) with upstream (N,); empty if not wanted."""
-    loss, result = Loss(RowArguments(*arguments), scalars, code, softcap, entropy), scalars.dtype
+    loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
         head = LinearHead.of(hidden, weight, bias, result)

@@ -91,6 +91,10 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     fp32 if they can. Elsewhere bf16 and fp16 are computed in fp32, with an fp32 copy of the weight during the call.
     Autocast changes nothing. The host waits for the device once per call, for the number of live tokens.
 
+    Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
+    the gradients of hidden and weight in fp32, where wanted. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
+    4 c V for the logits of a reference.
+
     Returns:
         RepoLossOutput, as `repo_loss`.
 
@@ -245,10 +249,11 @@ def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> boo
 
 def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:
     """Name the outputs of a loss: its value, ROWS (5, N) and STATS (18,)."""
-    leading, rows = loss.arguments.leading, rows.detach()
+    leading = loss.arguments.token_ids.shape
 
     def row(name: str) -> Tensor:
-        return rows[ROWS.index(name)].view(leading)
+        values = rows.select(0, ROWS.index(name))
+        return values if len(leading) == 1 else values.view(leading)
 
     return RepoLossOutput(
         loss=value.view(leading) if loss.per_token else value,
@@ -268,9 +273,8 @@ def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> None:
         raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
     if not direct:
         raise ValueError(
-            "inplace=True takes plain tensors, which can be written where they lie; got logits or another argument that "
-            f"is a subclass, negated, or seen by a transform or a dispatch mode (logits: {type(logits).__name__}); use "
-            "inplace=False"
+            "inplace=True writes where the logits lie, and takes plain tensors only: no subclass, no lazy negation, no "
+            f"transform or dispatch mode around the call; got logits of type {type(logits).__name__}; use inplace=False"
         )
     reach = 1  # elements that the dimensions of smaller stride cover
     for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):

@@ -36,7 +36,7 @@ def fused_loss(
     The loss is 0-d, or (N,) without aggregation. The gradient is empty without want_grad. arguments: the fields of
     `RowArguments`; they and the next four are the fields of a `Loss`.
     """
-    kernels, loss = choice.load(backend), Loss(RowArguments(*arguments), scalars, code, softcap, entropy)
+    kernels, loss = choice.load(backend), Loss(RowArguments.of(arguments), scalars, code, softcap, entropy)
     grad, zeroed = kernels.new_gradient(logits, loss.arguments) if want_grad else (None, False)
     value, stats, results = kernels.whole(logits, ref_logits, loss, grad, zeroed)
     value = results.rows[0].clone() if loss.per_token else value

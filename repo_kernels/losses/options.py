@@ -18,7 +18,6 @@ from ..checks import (
     describe,
 )
 
-
 SEQUENCE_MODES = AGGREGATIONS[2:5]
 MODES_WITHOUT_COUNT = ("token-sum", "none")
 

@@ -54,9 +54,9 @@ def new_gradient(logits: Tensor, arguments: RowArguments | None) -> tuple[Tensor
         logits: (T, V) or (B, L, V).
         arguments: whose ids and mask say which rows are dead; None: not known.
     """
-    rows = logits.shape[:-1].numel()
-    if rows * logits.shape[-1] * logits.element_size() < LARGE:
+    if logits.numel() * logits.element_size() < LARGE:
         return gradient_buffer(logits), False
+    rows = logits.shape[:-1].numel()
     strides, offset, elements = gradient_layout(logits)
     size = elements * logits.element_size()
     mostly_dead = arguments is not None and 2 * _cpu.count_dead(arguments.tensors) > rows

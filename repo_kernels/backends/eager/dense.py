@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codes import IGNORED, SEQ_TOKEN_MEAN, SEQ_TOKEN_SUM_NORM, TOKEN_MEAN, TOKEN_SUM, NO_AGGREGATION, Code
+from ..codes import IGNORED, NO_AGGREGATION, SEQ_TOKEN_MEAN, SEQ_TOKEN_SUM_NORM, TOKEN_MEAN, TOKEN_SUM, Code
 from ..interface import Loss, RowArguments, compute_dtype, scalar_vector
 from .terms import Coefficients, coefficients
 

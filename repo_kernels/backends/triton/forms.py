@@ -15,6 +15,25 @@ NARROW, WIDE = 24_000, 120_000  # bytes of a row: V = 12 000 and 60 000 in bf16
 
 
 @dataclass(frozen=True)
+class Target:
+    """What the forms depend on of a GPU.
+
+    Args:
+        warp_size: threads of a warp, 32 or 64.
+        blackwell: compute capability 10 or later. Its compiler needs more registers for the same block.
+    """
+
+    warp_size: int
+    blackwell: bool = False
+
+
+# How `fused` takes its rows. SWEPT: each is read twice. KEPT: the block that the first sweep reads last stays in
+# registers for the second. PERSISTENT: a program takes several rows, and loads the first block of the next one before
+# it writes the last of this one. The public functions use SWEPT; the others are there to be measured.
+SWEPT, KEPT, PERSISTENT = range(3)
+
+
+@dataclass(frozen=True)
 class LaunchForm:
     """One form.
 
@@ -22,40 +41,43 @@ class LaunchForm:
         warps: of a program.
         pieces: pieces of 16 bytes in a block.
         max_registers: of a thread, or None for what the compiler takes.
+        rows: SWEPT, KEPT or PERSISTENT, for `fused`.
     """
 
     warps: int
     pieces: int
     max_registers: int | None = None
+    rows: int = SWEPT
 
 
 def fused_form(
-    row_bytes: int, narrowed: bool, entropy: int, softcap: bool, full_kl: bool, warp_size: int
+    row_bytes: int, item_bytes: int, narrowed: bool, entropy: int, softcap: bool, full_kl: bool, target: Target
 ) -> LaunchForm:
     """Choose the form of `fused`.
 
-    More per logit than the plain loss computes takes more registers: blocks are half as large then, or a quarter.
+    What the entropy, a softcap and the full KL compute for each logit takes registers, which smaller blocks give back.
 
     Args:
         row_bytes: V times the size of a logit.
+        item_bytes: the size of a logit.
         narrowed: the gradient has a narrower type than the logits, so that a piece is twice as large.
         entropy, softcap, full_kl: what the variant computes.
-        warp_size: 32, or 64, where a limit of registers is not known to the compiler.
+        target: the GPU. The compiler takes no limit of registers for warps of 64 threads.
     """
-    small = 1 if entropy == ENTROPY_NONE else 2
-    small *= 2 if softcap or full_kl or narrowed else 1
-    limit = 64 if warp_size == 32 else None
+    warp_size, limited = target.warp_size, target.warp_size == 32
+    if softcap and full_kl:  # no form of 64 registers holds it
+        threads, pieces = (128, 128) if row_bytes <= NARROW and not narrowed else (256, 256)
+        return LaunchForm(threads // warp_size, pieces, 128 if limited else None)
+    share = 1 if entropy == ENTROPY_NONE and not target.blackwell else 2
+    share *= 2 if softcap or full_kl or narrowed else 1
     if row_bytes <= NARROW and not narrowed:
-        return LaunchForm(_warps(128, warp_size), 512 // small)
+        return LaunchForm(128 // warp_size, 512 // share, None if softcap or full_kl or not limited else 64)
     if row_bytes <= WIDE:
-        return LaunchForm(_warps(256, warp_size), 1024 // small, limit)
-    return LaunchForm(_warps(512, warp_size), 2048 // small, limit)
+        return LaunchForm(256 // warp_size, max(1024 // share, 256), 64 if limited else None)
+    pieces = 2048 if item_bytes == 2 else 1024
+    return LaunchForm(512 // warp_size, max(pieces // share, 512), 64 if limited else None)
 
 
-def single_sweep_form(more: bool, warp_size: int) -> LaunchForm:
+def single_sweep_form(more: bool, target: Target) -> LaunchForm:
     """Choose the form of a kernel that sweeps once: many programs of few warps. more: it has a softcap or entropy."""
-    return LaunchForm(_warps(128, warp_size), 256 if more else 512)
-
-
-def _warps(threads: int, warp_size: int) -> int:
-    return threads // warp_size
+    return LaunchForm(128 // target.warp_size, 256 if more else 512)

@@ -9,16 +9,34 @@ import triton
 import triton.language as tl
 
 from .. import codes
+from . import forms
+from .device.first_block import first_gradient, first_statistics, load_first, rest_of
 from .device.loss_arguments import FLAGS, IGNORED, INDEX, MASK, TEMPERATURE, UPSTREAM, at, place_of
 from .device.row_gradient import factors, target_gradient
 from .device.row_layout import edge_columns, peel, row_offset, target_piece
 from .device.row_statistics import empty_lanes, meet, prepare
 from .device.row_sweeps import gradient_of, load_edges, scale_row, sweep_gradient, sweep_statistics, zero_row
-from .runtime_jit import runtime_jit
 from .device.scalar_math import LOG2E
 from .device.token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, row_inputs, store_row, token_terms
+from .runtime_jit import runtime_jit
 
 STATE = tl.constexpr(len(codes.STATE))
+SWEPT, KEPT, PERSISTENT = (tl.constexpr(form) for form in (forms.SWEPT, forms.KEPT, forms.PERSISTENT))
+
+
+@triton.jit
+def row_of(i, first, index, ids, mask, sequence_of, length, given, exists):
+    """Return (row of the loss, sequence, token within it, target, whether it is live) of row i of the logits."""
+    row = first + i
+    if given & INDEX != 0:
+        row = tl.load(index + i, mask=exists, other=0).to(tl.int32)
+    sequence, token = place_of(row, sequence_of, length, given, exists)
+    alive = (sequence >= 0) & exists
+    target = tl.load(at(ids, sequence, token), mask=alive, other=IGNORED)
+    alive = target != IGNORED
+    if given & MASK != 0:
+        alive = alive & (tl.load(at(mask, sequence, token), mask=alive, other=0) != 0)
+    return row, sequence, token, target, alive
 
 
 @triton.jit
@@ -29,13 +47,6 @@ def read_target(pointer, target, columns, softcap, SOFTCAP: tl.constexpr):
     x = tl.where(valid, x, float("nan"))
     z, _ = prepare(x, None, softcap, 1 / softcap if SOFTCAP else softcap, SOFTCAP, False)
     return x, z
-
-
-@triton.jit
-def zero_column(matrix, row, count, ROWS: tl.constexpr):
-    """Fill one column of a matrix (ROWS, count) with zeros, ROWS <= 16."""
-    lane = tl.arange(0, 16)
-    tl.store(matrix + row + lane * count, tl.zeros([16], tl.float32), mask=lane < ROWS)
 
 
 @triton.jit
@@ -54,7 +65,7 @@ def open_row(pointer, ref_pointer, target, columns, temperature, softcap, E: tl.
         _, ref_z_y = read_target(ref_pointer, y, columns, softcap, SOFTCAP)
     inverse_softcap = 1 / softcap if SOFTCAP else softcap
     place = (pointer, head, pieces, hole, tl.minimum(tl.maximum(y, 0), columns - 1))
-    scales = (temperature, LOG2E / temperature, inverse_softcap)
+    scales = (temperature, tl.fdiv(LOG2E, temperature), inverse_softcap)
     return place, (column, live, edges, ref_edges), (x_y, z_y, ref_z_y), scales
 
 
@@ -98,64 +109,94 @@ def fused(
     limits_t: tl.int64, baselines, baselines_b: tl.int64, baselines_t: tl.int64, old_logps, old_logps_b: tl.int64,
     old_logps_t: tl.int64, ref_logps, ref_logps_b: tl.int64, ref_logps_t: tl.int64, importance, importance_b: tl.int64,
     importance_t: tl.int64, upstream, index, shared, counts, rows, flags,
-    first: tl.int32, count: tl.int32, loss_length: tl.int32, length: tl.int32, stride_b: tl.int64, stride_t: tl.int64,
-    ref_stride_b: tl.int64, ref_stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_t: tl.int64,
-    columns: tl.int32, code: tl.int32, given: tl.int32, softcap: tl.float32, entropy_mode: tl.int32,
+    first: tl.int32, many: tl.int32, count: tl.int32, loss_length: tl.int32, length: tl.int32, stride_b: tl.int64,
+    stride_t: tl.int64, ref_stride_b: tl.int64, ref_stride_t: tl.int64, grad_stride_b: tl.int64,
+    grad_stride_t: tl.int64, columns: tl.int32, code: tl.int32, given: tl.int32, softcap: tl.float32,
+    entropy_mode: tl.int32,
     want_grad: tl.int32, R: tl.constexpr, E: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
-    FULL_KL: tl.constexpr,
+    FULL_KL: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Compute results and gradient of one row of the logits.
+    """Compute results and gradient of rows of the logits, one a program; with FORM = PERSISTENT, several.
 
-    The row is read twice, the second time backwards. Its arguments and results are those of row `first` + i of the
-    loss, or of row `index`[i].
+    A row is read twice, the second time backwards. Row i of `many` has the arguments and results of row `first` + i of
+    the loss, or of row `index`[i].
     """
     IN_GRADIENT: tl.constexpr = ENTROPY == ENTROPY_GRADIENT
-    i = tl.program_id(0)
-    row = first + i
-    if given & INDEX != 0:
-        row = tl.load(index + i).to(tl.int32)
-    sequence, token = place_of(row, sequence_of, loss_length, given)
-    alive = sequence >= 0
-    target = tl.load(at((ids, ids_b, ids_t), sequence, token), mask=alive, other=IGNORED)
-    alive = target != IGNORED
-    if given & MASK != 0:
-        alive = alive & (tl.load(at((mask, mask_b, mask_t), sequence, token), mask=alive, other=0) != 0)
-    x_row = logits + row_offset(i, length, stride_b, stride_t)
-    g_row = grad + row_offset(i, length, grad_stride_b, grad_stride_t)
-    if alive == 0:
-        store_row(rows, row, count, 0.0, 0.0, 0.0, 0.0, 0.0)
-        tl.store(flags + row, 0)
-        if want_grad != 0:
-            head, pieces = peel(x_row, columns, E)
-            zero_row(g_row, head, pieces, columns, R, E)
-    else:
-        ref_row = ref_logits + row_offset(i, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
-        temperature = tl.load(shared + TEMPERATURE)
-        start = open_row(x_row, ref_row, target, columns, temperature, softcap, E, SOFTCAP, FULL_KL)
-        place, _, _, scales = start
-        _, scale, inverse_softcap = scales
-        inputs = row_inputs(
-            (rewards, rewards_b, rewards_t), (cost_advantages, cost_advantages_b, cost_advantages_t),
-            (costs, costs_b, costs_t), (limits, limits_b, limits_t), (baselines, baselines_b, baselines_t),
-            (old_logps, old_logps_b, old_logps_t), (ref_logps, ref_logps_b, ref_logps_t),
-            (importance, importance_b, importance_t), shared, counts, sequence, token, code, given,
-        )  # fmt: skip
-        lanes = empty_lanes(scale, R)
-        lanes = sweep_statistics(lanes, place, ref_row, scale, softcap, inverse_softcap, R, E, "evict_last",
-                                 ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
-        logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, total = close_row(
-            lanes, start, softcap, ENTROPY, SOFTCAP, FULL_KL
+    start, stop, step = tl.program_id(0), tl.program_id(0) + 1, 1
+    if FORM == PERSISTENT:
+        stop, step = many, tl.num_programs(0)
+    at_ids, at_mask = (ids, ids_b, ids_t), (mask, mask_b, mask_t)
+    ahead = 0.0
+    if FORM == PERSISTENT:
+        earliest = row_of(start, first, index, at_ids, at_mask, sequence_of, loss_length, given, start < stop)
+        first_row = logits + row_offset(start, length, stride_b, stride_t)
+        first_head, first_pieces = peel(first_row, columns, E)
+        ahead = load_first(first_row, first_head, tl.where(earliest[4], first_pieces, 0), R, E)
+    for i in range(start, stop, step):
+        row, sequence, token, target, alive = row_of(
+            i, first, index, at_ids, at_mask, sequence_of, loss_length, given, True
         )
-        slopes = token_terms(inputs, logp, entropy, kl, shared, code, entropy_mode, rows, flags, row, count)
-        if want_grad != 0:
-            g_logp, g_entropy, g_kl = slopes
-            factor = tl.load(upstream + row, mask=given & UPSTREAM != 0, other=1.0)
-            slopes = g_logp * factor, g_entropy * factor, g_kl * factor
+        x_row = logits + row_offset(i, length, stride_b, stride_t)
+        g_row = grad + row_offset(i, length, grad_stride_b, grad_stride_t)
+        next_pieces, next_head, next_row = 0, 0, x_row
+        if FORM == PERSISTENT:
+            following = row_of(
+                i + step, first, index, at_ids, at_mask, sequence_of, loss_length, given, i + step < stop
+            )
+            next_row = logits + row_offset(i + step, length, stride_b, stride_t)
+            next_head, next_pieces = peel(next_row, columns, E)
+            next_pieces = tl.where(following[4], next_pieces, 0)
+        if alive == 0:
+            store_row(rows, row, count, 0.0, 0.0, 0.0, 0.0, 0.0)
+            tl.store(flags + row, 0)
+            if want_grad != 0:
+                head, pieces = peel(x_row, columns, E)
+                zero_row(g_row, head, pieces, columns, R, E)
+            if FORM == PERSISTENT:
+                ahead = load_first(next_row, next_head, next_pieces, R, E)
+        else:
+            ref_row = ref_logits + row_offset(i, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
+            temperature = tl.load(shared + TEMPERATURE)
+            opened = open_row(x_row, ref_row, target, columns, temperature, softcap, E, SOFTCAP, FULL_KL)
+            place = opened[0]
+            scale, inverse_softcap = opened[3][1], opened[3][2]
+            inputs = row_inputs(
+                (rewards, rewards_b, rewards_t), (cost_advantages, cost_advantages_b, cost_advantages_t),
+                (costs, costs_b, costs_t), (limits, limits_b, limits_t), (baselines, baselines_b, baselines_t),
+                (old_logps, old_logps_b, old_logps_t), (ref_logps, ref_logps_b, ref_logps_t),
+                (importance, importance_b, importance_t), shared, counts, sequence, token, code, given,
+            )  # fmt: skip
+            lanes = empty_lanes(scale, R)
+            swept = place if FORM == SWEPT else rest_of(place, R, E)
+            if FORM == PERSISTENT:
+                lanes = first_statistics(lanes, ahead, place, scale, ENTROPY)
+            lanes = sweep_statistics(lanes, swept, ref_row, scale, softcap, inverse_softcap, R, E, "evict_last",
+                                     ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
+            kept = 0.0
+            if FORM == KEPT:
+                kept = load_first(x_row, place[1], place[2], R, E)
+                lanes = first_statistics(lanes, kept, place, scale, ENTROPY)
+            logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, total = close_row(
+                lanes, opened, softcap, ENTROPY, SOFTCAP, FULL_KL
+            )
+            slopes = token_terms(inputs, logp, entropy, kl, shared, code, entropy_mode, rows, flags, row, count)
             state = (logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum)
-            factor_of = factors(state, slopes, 1 / total, temperature, IN_GRADIENT, FULL_KL)
-            sweep_gradient(place, ref_row, g_row, factor_of, max2, ref_max2, scale, softcap, inverse_softcap, R, E,
-                           IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
-            store_ends(start, g_row, state, slopes, factor_of, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
+            g_logp, g_entropy, g_kl = slopes
+            by = tl.load(upstream + row, mask=given & UPSTREAM != 0, other=1.0)
+            slopes = g_logp * by, g_entropy * by, g_kl * by
+            factor = factors(state, slopes, tl.fdiv(1.0, total), temperature, IN_GRADIENT, FULL_KL)
+            if want_grad != 0:
+                if FORM == KEPT:
+                    first_gradient(kept, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
+                sweep_gradient(swept, ref_row, g_row, factor, max2, ref_max2, scale, softcap, inverse_softcap, R, E,
+                               IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
+                store_ends(opened, g_row, state, slopes, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
+            if FORM == PERSISTENT:
+                # the next row is on its way while the last block of this one is written
+                again = load_first(x_row, place[1], place[2], R, E)
+                ahead = load_first(next_row, next_head, next_pieces, R, E)
+                if want_grad != 0:
+                    first_gradient(again, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
 
 
 @runtime_jit

@@ -5,26 +5,39 @@ A loss takes three launches, whatever its options: `prepare`, `fused` and `reduc
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..codes import ENTROPY_NONE, SLOPES, STATE, STATS
+from ..codes import SLOPES, STATE, STATS
 from ..interface import ALL_ROWS, Loss, RowArguments, RowRange, RowResults
 from ..memory_layout import gradient_buffer, gradient_layout, row_strides
-from .device import loss_arguments as bits
 from .columns import Columns, split_scalars
-from .variants import Variant, apply_variant, fused_variant, scale_variant, sequence_variant, statistics_variant
+from .device import loss_arguments as bits
+from .forms import PERSISTENT, LaunchForm, Target
+from .variants import (
+    Variant,
+    apply_variant,
+    fused_variant,
+    make_variant,
+    scale_variant,
+    sequence_variant,
+    statistics_variant,
+)
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SCALE_PROGRAMS = 2048  # enough to fill a GPU, few enough to end at once where nothing has to be scaled
 
 
-def warp_size() -> int:
-    """Return the threads per warp of the GPU that Triton compiles for here: 64 on AMD, 32 otherwise."""
-    return 64 if torch.version.hip else 32
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """Return the target that Triton compiles for on this device; that of a Hopper GPU in the interpreter."""
+    if torch.version.hip:
+        return Target(64)
+    return Target(32, device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10)
 
 
 def launch(variant: Variant, device: torch.device, programs: int, *args: Any) -> None:
@@ -34,8 +47,15 @@ def launch(variant: Variant, device: torch.device, programs: int, *args: Any) ->
             variant.kernel[(programs,)](*args, **variant.constexprs, **variant.options)
 
 
+def resident_programs(form: LaunchForm, device: torch.device) -> int:
+    """Return how many programs of at most 64 registers a thread run on the device at once; 2 in the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count * (32 // form.warps)
+
+
 def phase(matrix: Tensor, step: int = 16) -> tuple[int, ...]:
-    """Return how rows lie relative to boundaries `step` bytes apart: remainders of the base and the strides that count."""
+    """Return how rows lie relative to boundaries every `step` bytes: remainders of base and strides that count."""
     strides = [s for s, n in zip(matrix.stride()[:-1], matrix.shape[:-1], strict=True) if n > 1]
     return matrix.data_ptr() % step, *(s * matrix.element_size() % step for s in strides)
 
@@ -106,9 +126,9 @@ def prepare(logits: Tensor, loss: Loss) -> Prepared:
     columns = Columns.of(loss, numbers, sequence_of)
     floats, tensors, which = split_scalars(loss.scalars, numbers)
     launch(
-        sequence_variant("prepare", count // max(sequences, 1), warp_size()), device, 1, *floats, *tensors, which, *columns.ids,
-        *columns.mask, columns.bounds, shared, counts, sequence_of, count, columns.length, sequences, loss.code,
-        columns.given,
+        sequence_variant("prepare", count, sequences, target_of(device)), device, 1, *floats, *tensors, which,
+        *columns.ids, *columns.mask, columns.bounds, shared, counts, sequence_of, count, columns.length, sequences,
+        loss.code, columns.given,
     )  # fmt: skip
     return Prepared(columns, shared, counts, sequence_of)
 
@@ -123,26 +143,36 @@ def fused(
     where: RowRange = ALL_ROWS,
     upstream: Tensor | None = None,
     zeroed: bool = False,
+    form: LaunchForm | None = None,
 ) -> None:
-    """Write ROWS and flags of the rows `where`, and dL/dlogits times grad_scale into `grad` if it is given."""
+    """Write ROWS and flags of the rows `where`, and dL/dlogits times grad_scale into `grad` if it is given.
+
+    form: another launch form than that of the table, to measure it; for losses without softcap and full KL.
+    """
     count, columns = logits.shape[:-1].numel(), logits.shape[-1]
     ref = logits if ref_logits is None else in_phase(ref_logits, logits)
     out = logits if grad is None else grad if in_step(grad, logits) else empty_in_phase(logits)
     variant = fused_variant(
         DTYPES[logits.dtype], DTYPES[out.dtype], columns, loss.entropy, loss.softcap != 0, ref_logits is not None,
-        warp_size(),
+        target_of(logits.device),
     )  # fmt: skip
+    programs = count
+    if form is not None:
+        switches = {"ENTROPY": loss.entropy, "SOFTCAP": False, "FULL_KL": False}
+        variant = make_variant("fused", variant.dtype, form, target_of(logits.device), variant.grad_dtype, **switches)
+        if form.rows == PERSISTENT:
+            programs = min(count, resident_programs(form, logits.device))
     length, *strides = row_strides(logits)
     of, index = prepared.columns, where.index
     given = (
         of.given | (bits.UPSTREAM.value if upstream is not None else 0) | (bits.INDEX.value if index is not None else 0)
     )
     launch(
-        variant, logits.device, count, logits, ref, out, *of.ids, *of.mask, prepared.sequence_of, *of.values,
+        variant, logits.device, programs, logits, ref, out, *of.ids, *of.mask, prepared.sequence_of, *of.values,
         prepared.shared if upstream is None else upstream.contiguous(), of.ids[0] if index is None else index,
-        prepared.shared, prepared.counts, results.rows, results.flags, where.first, results.flags.shape[0], of.length,
-        length, *strides, *row_strides(ref)[1:], *row_strides(out)[1:], columns, loss.code, given, loss.softcap,
-        loss.entropy, grad is not None,
+        prepared.shared, prepared.counts, results.rows, results.flags, where.first, count, results.flags.shape[0],
+        of.length, length, *strides, *row_strides(ref)[1:], *row_strides(out)[1:], columns, loss.code, given,
+        loss.softcap, loss.entropy, int(grad is not None),
     )  # fmt: skip
     if grad is not None and out is not grad:
         grad.copy_(out)
@@ -150,17 +180,14 @@ def fused(
 
 def reduce(loss: Loss, prepared: Prepared, results: RowResults) -> tuple[Tensor, Tensor]:
     """Return the loss, 0-d, and the statistics (18,) by STATS."""
-    of, device, count, sequences = (
-        prepared.columns,
-        results.rows.device,
-        results.flags.shape[0],
-        loss.arguments.sequences,
-    )
+    of, device = prepared.columns, results.rows.device
+    count, sequences = results.flags.shape[0], loss.arguments.sequences
+    variant = sequence_variant("reduce", count, sequences, target_of(device))
     value = torch.empty((), dtype=torch.float32, device=device)
     stats = torch.empty(len(STATS), dtype=torch.float32, device=device)
     launch(
-        sequence_variant("reduce", count // max(sequences, 1), warp_size()), device, 1, results.rows, results.flags, *of.costs(),
-        of.bounds, prepared.shared, value, stats, count, of.length, sequences, of.given,
+        variant, device, 1, results.rows, results.flags, *of.costs(), of.bounds, prepared.shared, value, stats, count,
+        of.length, sequences, of.given,
     )  # fmt: skip
     return value, stats
 
@@ -179,7 +206,7 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float,
     """Compute the STATE (7, N) of the rows; 0 on dead rows."""
     count = ids.shape[0]
     state = temperature.new_empty(len(STATE), count)
-    variant = statistics_variant(DTYPES[logits.dtype], entropy, softcap != 0, warp_size())
+    variant = statistics_variant(DTYPES[logits.dtype], entropy, softcap != 0, target_of(logits.device))
     length, *strides = row_strides(logits)
     launch(
         variant, logits.device, count, logits, ids.contiguous(), temperature, state, count, length, *strides,
@@ -195,7 +222,7 @@ def apply(
     count = ids.shape[0]
     assert slopes.shape == (len(SLOPES), count)
     out = grad if in_step(grad, logits) else empty_in_phase(logits)
-    variant = apply_variant(DTYPES[logits.dtype], DTYPES[out.dtype], softcap != 0, warp_size())
+    variant = apply_variant(DTYPES[logits.dtype], DTYPES[out.dtype], softcap != 0, target_of(logits.device))
     length, *strides = row_strides(logits)
     launch(
         variant, logits.device, count, logits, out, ids.contiguous(), state.contiguous(), slopes.contiguous(),
@@ -212,8 +239,9 @@ def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None) -> None:
     """
     length, *strides = row_strides(grad)
     count = grad.shape[:-1].numel()
+    programs, given = min(count, SCALE_PROGRAMS), 0 if flags is None else bits.FLAGS.value
     launch(
-        scale_variant(DTYPES[grad.dtype], warp_size()), grad.device, min(count, SCALE_PROGRAMS), grad, upstream,
-        upstream.stride(0) if upstream.ndim else 0, upstream if flags is None else flags, count, length, *strides,
-        grad.shape[-1], 0 if flags is None else bits.FLAGS.value,
+        scale_variant(DTYPES[grad.dtype], target_of(grad.device)), grad.device, programs, grad, upstream,
+        upstream.stride(0) if upstream.ndim else 0, upstream.view(torch.int32) if flags is None else flags, count,
+        length, *strides, grad.shape[-1], given,
     )  # fmt: skip

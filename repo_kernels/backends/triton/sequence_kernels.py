@@ -2,7 +2,7 @@
 
 A tile has S sequences and P positions in each. Both kernels add in an order that depends on the shapes alone.
 """
-# ruff: noqa: N803, N806 (compile-time values are upper case)
+# ruff: noqa: N803 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
 
 import triton
@@ -30,8 +30,8 @@ from .device.loss_arguments import (
     bounds_of,
     hinge,
 )
-from .runtime_jit import runtime_jit
 from .device.scalar_math import exp, expm1
+from .runtime_jit import runtime_jit
 
 UNSAFE, CLIPPED_LOW, CLIPPED_HIGH = (tl.constexpr(bit) for bit in (codes.UNSAFE, codes.CLIPPED_LOW, codes.CLIPPED_HIGH))
 LOSS, ENTROPY, KL, LOG_RATIO = (tl.constexpr(codes.ROWS.index(name)) for name in ("loss", "entropy", "kl", "log_ratio"))

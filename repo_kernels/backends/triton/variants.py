@@ -14,13 +14,14 @@ import triton.language as tl
 
 from ..codes import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
 from . import kernels, sequence_kernels
-from .forms import LaunchForm, fused_form, single_sweep_form
+from .forms import KEPT, PERSISTENT, LaunchForm, Target, fused_form, single_sweep_form
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # The dtypes of logits and their gradient. The linear losses have fp32 logits and write the gradient for their GEMMs.
 PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp16"))
+HOPPER = Target(32)
 TILE = 1024  # rows in a tile of the kernels over sequences
-POSITIONS = (1, 32, 1024)  # of a sequence, in a tile
+SEQUENCES = (1, 8, 32, TILE)  # in a tile; as many as rows where each row is a sequence
 
 _NUMBERS = {tl.float32: "fp32", tl.int32: "i32", tl.int64: "i64"}
 _POINTERS = {"ids": "*i64", "index": "*i64", "mask": "*i1"} | dict.fromkeys(("flags", "bounds", "sequence_of"), "*i32")
@@ -82,7 +83,7 @@ def make_variant(
     kind: str,
     dtype: str,
     form: LaunchForm,
-    warp_size: int,
+    target: Target,
     grad_dtype: str = "",
     **switches: Any,
 ) -> Variant:
@@ -90,6 +91,8 @@ def make_variant(
     kernel, grad_dtype = getattr(kernels, kind), grad_dtype or dtype
     elements = 16 // min(ELEMENT_BYTES[dtype], ELEMENT_BYTES[grad_dtype])
     constexprs = {"R": form.pieces, "E": elements, **switches}
+    if kind == "fused":
+        constexprs["FORM"] = form.rows
     entropy = ("", "entropy", "entropy-gradient")[switches.get("ENTROPY", ENTROPY_NONE)]
     parts = [
         kind,
@@ -98,6 +101,7 @@ def make_variant(
         entropy,
         "softcap" * switches.get("SOFTCAP", False),
         "full-kl" * switches.get("FULL_KL", False),
+        ("", "kept", "persistent")[form.rows],
         f"{form.warps}x{form.pieces}",
     ]
     return Variant(
@@ -110,68 +114,83 @@ def make_variant(
         constexprs=constexprs,
         num_warps=form.warps,
         max_registers=form.max_registers,
-        elements_per_thread=form.pieces * elements // (form.warps * warp_size),
+        elements_per_thread=form.pieces * elements // (form.warps * target.warp_size),
     )
 
 
 @functools.cache
 def fused_variant(
-    dtype: str, grad_dtype: str, columns: int, entropy: int, softcap: bool, full_kl: bool, warp_size: int
+    dtype: str, grad_dtype: str, columns: int, entropy: int, softcap: bool, full_kl: bool, target: Target
 ) -> Variant:
     """Return the variant that runs `fused` on rows of so many columns."""
     if softcap or full_kl:
         entropy = ENTROPY_GRADIENT
-    form = fused_form(columns * ELEMENT_BYTES[dtype], grad_dtype != dtype, entropy, softcap, full_kl, warp_size)
-    return make_variant("fused", dtype, form, warp_size, grad_dtype, ENTROPY=entropy, SOFTCAP=softcap, FULL_KL=full_kl)
+    size = ELEMENT_BYTES[dtype]
+    form = fused_form(columns * size, size, grad_dtype != dtype, entropy, softcap, full_kl, target)
+    return make_variant("fused", dtype, form, target, grad_dtype, ENTROPY=entropy, SOFTCAP=softcap, FULL_KL=full_kl)
 
 
 @functools.cache
-def statistics_variant(dtype: str, entropy: int, softcap: bool, warp_size: int) -> Variant:
+def statistics_variant(dtype: str, entropy: int, softcap: bool, target: Target) -> Variant:
     """Return the variant that runs `statistics`."""
     entropy = ENTROPY_VALUE if softcap or entropy else ENTROPY_NONE
-    form = single_sweep_form(softcap or entropy != ENTROPY_NONE, warp_size)
-    return make_variant("statistics", dtype, form, warp_size, ENTROPY=entropy, SOFTCAP=softcap)
+    form = single_sweep_form(softcap or entropy != ENTROPY_NONE, target)
+    return make_variant("statistics", dtype, form, target, ENTROPY=entropy, SOFTCAP=softcap)
 
 
 @functools.cache
-def apply_variant(dtype: str, grad_dtype: str, softcap: bool, warp_size: int) -> Variant:
+def apply_variant(dtype: str, grad_dtype: str, softcap: bool, target: Target) -> Variant:
     """Return the variant that runs `apply`."""
-    return make_variant("apply", dtype, single_sweep_form(softcap, warp_size), warp_size, grad_dtype, SOFTCAP=softcap)
+    return make_variant("apply", dtype, single_sweep_form(softcap, target), target, grad_dtype, SOFTCAP=softcap)
 
 
 @functools.cache
-def scale_variant(dtype: str, warp_size: int) -> Variant:
+def scale_variant(dtype: str, target: Target) -> Variant:
     """Return the variant that runs `scale`."""
-    return make_variant("scale", dtype, single_sweep_form(False, warp_size), warp_size)
+    return make_variant("scale", dtype, single_sweep_form(False, target), target)
 
 
 @functools.cache
-def sequence_variant(kind: str, mean_length: int, warp_size: int) -> Variant:
-    """Return the variant that runs `prepare` or `reduce` on sequences of so many rows in the mean."""
-    positions = max(size for size in POSITIONS if size <= max(mean_length, 1))
-    kernel, constexprs = getattr(sequence_kernels, kind), {"S": TILE // positions, "P": positions}
-    signature = _signature(kernel, constexprs, "fp32", "fp32")
-    return Variant(
-        f"{kind}-{positions}", kind, "fp32", "fp32", kernel, signature, constexprs, 512 // warp_size, None, 0
-    )
+def sequence_variant(kind: str, count: int, sequences: int, target: Target) -> Variant:
+    """Return the variant that runs `prepare` or `reduce` on so many rows in so many sequences.
+
+    A tile takes as many sequences as there are, up to 32: what is done once for each then runs side by side.
+    """
+    tall = TILE if count <= sequences else max(size for size in SEQUENCES[:-1] if size <= max(sequences, 1))
+    kernel, constexprs = getattr(sequence_kernels, kind), {"S": tall, "P": TILE // tall}
+    signature, warps = _signature(kernel, constexprs, "fp32", "fp32"), 512 // target.warp_size
+    return Variant(f"{kind}-{tall}x{TILE // tall}", kind, "fp32", "fp32", kernel, signature, constexprs, warps, None, 0)
 
 
-def variants(warp_size: int = 32) -> list[Variant]:
-    """List all variants that public functions can reach on a target with warps of so many threads."""
+def candidates(target: Target = HOPPER) -> list[Variant]:
+    """List variants of the plain loss that no public function reaches: forms to be measured beside the present ones."""
+    wide = target.warp_size == 32
+    share = 2 if target.blackwell else 1
+    wanted = [
+        LaunchForm(256 // target.warp_size, 1024 // share, 80 if wide else None, KEPT),  # 64 registers do not hold it
+        LaunchForm(256 // target.warp_size, 1024 // share, 80 if wide else None, PERSISTENT),
+        LaunchForm(512 // target.warp_size, 1024, 64 if wide else None, PERSISTENT),
+    ]
+    return [
+        make_variant("fused", "bf16", form, target, ENTROPY=ENTROPY_NONE, SOFTCAP=False, FULL_KL=False)
+        for form in wanted
+    ]
+
+
+def variants(target: Target = HOPPER) -> list[Variant]:
+    """List all variants that public functions can reach on a target."""
     reachable: list[Variant] = []
     for dtype, grad_dtype in PAIRS:
         for columns in (1, 20_000, 100_000):
             for entropy in (ENTROPY_NONE, ENTROPY_VALUE, ENTROPY_GRADIENT):
-                reachable.append(fused_variant(dtype, grad_dtype, columns, entropy, False, False, warp_size))
+                reachable.append(fused_variant(dtype, grad_dtype, columns, entropy, False, False, target))
             for softcap, full_kl in ((True, False), (False, True), (True, True)):
-                reachable.append(
-                    fused_variant(dtype, grad_dtype, columns, ENTROPY_GRADIENT, softcap, full_kl, warp_size)
-                )
-        reachable += [apply_variant(dtype, grad_dtype, softcap, warp_size) for softcap in (False, True)]
+                reachable.append(fused_variant(dtype, grad_dtype, columns, ENTROPY_GRADIENT, softcap, full_kl, target))
+        reachable += [apply_variant(dtype, grad_dtype, softcap, target) for softcap in (False, True)]
     for dtype in ELEMENT_BYTES:
         for entropy, softcap in ((ENTROPY_NONE, False), (ENTROPY_VALUE, False), (ENTROPY_VALUE, True)):
-            reachable.append(statistics_variant(dtype, entropy, softcap, warp_size))
-        reachable.append(scale_variant(dtype, warp_size))
+            reachable.append(statistics_variant(dtype, entropy, softcap, target))
+        reachable.append(scale_variant(dtype, target))
     for kind in ("prepare", "reduce"):
-        reachable += [sequence_variant(kind, length, warp_size) for length in POSITIONS]
+        reachable += [sequence_variant(kind, 2 * size if size < TILE else size, size, target) for size in SEQUENCES]
     return list({variant.name: variant for variant in reachable}.values())

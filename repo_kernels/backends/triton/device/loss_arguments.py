@@ -15,7 +15,7 @@ MASK, BOUNDS, PACKED, COSTS, COST_LIMITS, BASELINES, IMPORTANCE, UPSTREAM, INDEX
     tl.constexpr(1 << place) for place in range(10)
 )
 
-# Indices into the vector that `prepare` fills: the scalars, and behind them what every aggregation weight is divided by.
+# Indices into the vector that `prepare` fills: the scalars, and behind them the divisor of all aggregation weights.
 LAM = tl.constexpr(codes.SCALARS.index("lam"))
 BETA = tl.constexpr(codes.SCALARS.index("beta"))
 EPS_LOW = tl.constexpr(codes.SCALARS.index("eps_low"))
@@ -45,14 +45,14 @@ def at(column, sequence, token):
 
 
 @triton.jit
-def place_of(row, sequences, length, given):
+def place_of(row, sequences, length, given, exists):
     """Return (sequence, token within it) of a row; the token of packed rows is the row. Sequence -1: out of bounds."""
     sequence, token = row // length, row % length
     if given & PACKED != 0:
         token = row
         sequence = row
         if given & BOUNDS != 0:
-            sequence = tl.load(sequences + row)
+            sequence = tl.load(sequences + row, mask=exists, other=-1)
     return sequence, token
 
 
