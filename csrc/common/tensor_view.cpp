@@ -65,6 +65,7 @@ int64_t TensorView::elements() const {
 }
 
 bool TensorView::contiguous() const {
+    if (!elements()) return true;
     int64_t step = 1;
     for (int i = dimensions - 1; i >= 0; --i) {
         if (shape[i] > 1 && stride[i] != step) return false;
@@ -95,8 +96,8 @@ void* contiguous_data(nb::handle tensor, const char* name, Type type, std::initi
     std::string takes = std::string("contiguous ") + kTypeNames[int(type)] + " of shape (";
     int i = 0;
     for (const int64_t size : shape) {
-        fits = fits && view.shape[i++] == size;
-        takes += (i > 1 ? ", " : "") + std::to_string(size);
+        fits = fits && view.shape[i] == size;
+        takes += (i++ ? ", " : "") + std::to_string(size);
     }
     if (!fits) refuse(name, takes + ")");
     return view.data;
