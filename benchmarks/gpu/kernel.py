@@ -16,7 +16,9 @@ from repo_kernels.backends.triton import launch as backend
 from repo_kernels.backends.triton.forms import KEPT, PERSISTENT, SWEPT, LaunchForm
 
 ROWS = {SWEPT: "swept", KEPT: "kept", PERSISTENT: "persistent"}
-REGISTERS = 65_536  # of a multiprocessor
+# Pieces of a row that a thread may take at a time, by its limit of registers: with more the code for sm_90 spills tens
+# of values. Fewer than 8 fit 128 registers without a limit.
+PIECES = {None: range(1, 17), 64: range(1, 5), 128: range(8, 9)}
 GRADIENT = 5  # its position among the arguments of the backend's `fused`
 Launch = Callable[[LaunchForm | None], Outputs]
 
@@ -29,8 +31,8 @@ def name_of(form: LaunchForm) -> str:
 
 def all_forms(rehearsal: bool) -> list[LaunchForm]:
     """Return every form that is tried; one of each kind of rows in a rehearsal."""
-    grid = itertools.product([4, 8, 16, 32], [512, 1024, 2048, 4096], [None, 64, 128])
-    swept = [LaunchForm(*values) for values in grid if values[0] * 32 * (values[2] or 0) <= REGISTERS]
+    grid = itertools.product([4, 8, 16, 32], [512, 1024, 2048, 4096], PIECES)
+    swept = [LaunchForm(*values) for values in grid if max(values[1] // (32 * values[0]), 1) in PIECES[values[2]]]
     best = [(4, 512, None), (8, 512, 64), (8, 1024, 64), (16, 1024, 64), (16, 2048, 64), (16, 2048, None)]
     others = [LaunchForm(*values, rows) for rows in (KEPT, PERSISTENT) for values in best]
     return [swept[0], others[0], others[-2]] if rehearsal else [*others, *swept]

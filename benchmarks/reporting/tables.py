@@ -12,7 +12,6 @@ SCALES = {
     "operations": ("GFLOP/s", 1e9),
     "samples": ("samples/h", 1 / 3600),
     "steps": ("steps/h", 1 / 3600),
-    "calls": ("calls/s", 1.0),
     "tests": ("tests/s", 1.0),
 }
 
