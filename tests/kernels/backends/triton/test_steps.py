@@ -10,8 +10,11 @@ from repo_kernels.backends import triton as gpu
 from repo_kernels.backends.codes import TOKEN_MEAN
 from repo_kernels.backends.memory_layout import gradient_buffer
 from repo_kernels.backends.triton import variants
+from repo_kernels.backends.triton.forms import Target
 from tests.support.kernels.row_cases import TOKENS, make_code, oracle, relative
 from tests.support.kernels.triton_rows import DTYPES, GRADIENT_TOLERANCE, PLAIN, kill, make_rows, placed, random_logits
+
+MOST_VARIANTS = 104  # for each target; compiling them takes minutes
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -71,11 +74,18 @@ def test_scale_rows(dtype: torch.dtype) -> None:
     assert grad.equal((values.float() * expected[:, None]).to(dtype))
 
 
-def test_variants_fit_the_limit_and_their_warps_the_target() -> None:
-    for warp_size in (32, 64):
-        found = variants.variants(warp_size)
-        assert len(found) <= 48
-        assert len({v.name for v in found}) == len(found)
-        assert max(v.num_warps for v in found) * warp_size <= 1024
-        for v in found:
-            assert set(v.signature) == set(v.kernel.arg_names)
+@pytest.mark.parametrize(
+    "target", [Target(32), Target(32, blackwell=True), Target(64)], ids=["wave32", "sm_100", "wave64"]
+)
+@pytest.mark.usefixtures("real_blocks")
+def test_variants_fit_the_limit_and_their_warps_the_target(target: Target) -> None:
+    reachable, measured = variants.variants(target), variants.candidates(target)
+    assert len(reachable) <= MOST_VARIANTS
+    everything = reachable + measured
+    assert len({v.name for v in everything}) == len(everything)
+    assert max(v.num_warps for v in everything) * target.warp_size <= 1024
+    for v in everything:
+        assert set(v.signature) == set(v.kernel.arg_names)
+        assert v.elements_per_thread * v.num_warps * target.warp_size == v.constexprs.get("R", 0) * v.constexprs.get(
+            "E", 0
+        )
