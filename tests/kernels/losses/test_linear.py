@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax
 from repo_kernels.backends import choice
-from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, LossRows
+from repo_kernels.backends.codes import SCALARS, STATS, TOKEN_SUM
+from repo_kernels.backends.interface import Loss
 from repo_kernels.layers import onednn_linear
 from repo_kernels.losses import gemm, linear
-from tests.support.kernels.cases import Batch, loss_arguments, make_batch
+from repo_kernels.losses.chunks import CPU_BYTES, GPU_BYTES, GPU_ROWS, Budget, HeadSizes, row_stride
+from tests.support.kernels.cases import Batch, loss_arguments, make_batch, row_arguments
+from tests.support.kernels.operations import Operations
 from tests.support.kernels.oracle import oracle_gradient, oracle_loss
 
 pytestmark = pytest.mark.pairwise
@@ -167,22 +169,6 @@ def test_the_type_of_the_factors_is_that_of_the_hidden_states_on_cuda_and_of_the
     assert not gemm.returns_fp32(cpu, torch.bfloat16)
 
 
-class Operations(TorchDispatchMode):
-    """Records the name of every operation and the shape of every tensor that it returns in new memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result._base is None:
-            self.shapes.append(tuple(result.shape))
-        return result
-
-
 @pytest.mark.parametrize(("frozen", "gemms"), [(False, 3), (True, 2)])
 def test_gemms_and_dead_rows(frozen: bool, gemms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only live rows enter a GEMM; a frozen head has two of them, a trained one three, the first of which writes."""
@@ -235,31 +221,52 @@ def test_hidden_states_need_not_be_contiguous() -> None:
         assert torch.equal(a, b)
 
 
+GB, V, H = GPU_BYTES, 151_936, 4096
+HALF_HEAD = HeadSizes(V, H, torch.bfloat16, torch.float32)
+HALF_ROW = 6 * row_stride(V) + 4 * H
+
+
 @pytest.mark.parametrize(
-    ("live", "row", "chunk_tokens", "size"),
+    ("live", "head", "budget", "size"),
     [
-        (1024, 4 * 49_152, None, 256),  # 325 would fit: four even chunks, not three and a rest
-        (1024, 8 * 49_152, None, 147),
-        (10, 4 * 49_152, None, 10),
-        (10, 10**9, None, 1),
-        (0, 4, None, 1),
-        (10, 4, 3, 3),
-        (10, 4, 30, 10),
+        # on a CPU 64 MB: 325 rows of fp32 logits would fit, which makes four even chunks, not three and a rest
+        (1024, HeadSizes(49_136, 0, torch.float32, torch.float32), Budget("cpu"), 256),
+        (1024, HeadSizes(49_136, 0, torch.float32, torch.float32, sides=2), Budget("cpu"), 147),
+        (10, HeadSizes(49_136, 0, torch.float32, torch.float32), Budget("cpu"), 10),
+        (10, HeadSizes(10**9, 0, torch.float32, torch.float32), Budget("cpu"), 1),
+        (0, HeadSizes(1, 0, torch.float32, torch.float32), Budget("cpu"), 1),
+        # the caller's number of rows, or of bytes
+        (10, HeadSizes(1, 0, torch.float32, torch.float32), Budget("cpu", tokens=3), 3),
+        (10, HeadSizes(1, 0, torch.float32, torch.float32), Budget("cuda", tokens=30), 10),
+        (10, HeadSizes(1, 4, torch.float32, torch.float32), Budget("cuda", size=5 * (64 + 16)), 5),
+        (10, HeadSizes(1, 4, torch.float32, torch.float32), Budget("cpu", size=1), 1),
+        # on a GPU 1 GB or twice dL/dweight, whichever is more, and at least 1024 rows
+        (8192, HALF_HEAD, Budget("cuda"), 8192 // -(-8192 // (2 * 4 * V * H // HALF_ROW))),
+        (8192, HeadSizes(V, 64, torch.bfloat16, torch.float32), Budget("cuda"), 1024),
+        (8192, HeadSizes(V, H, torch.bfloat16, torch.float32, with_weight=False), Budget("cuda"), 1024),
+        (8192, HeadSizes(1000, 64, torch.bfloat16, torch.float32), Budget("cuda"), 8192),
     ],
 )
-def test_chunks_fill_the_budget_evenly(live: int, row: int, chunk_tokens: int | None, size: int) -> None:
-    assert linear.chunk_size(live, row, chunk_tokens) == size
-    assert size == 1 or chunk_tokens or size * row <= linear.CHUNK_BYTES
+def test_chunks_fill_the_budget_evenly(live: int, head: HeadSizes, budget: Budget, size: int) -> None:
+    assert budget.rows(live, head) == size
+    if budget.tokens is None and size > (1 if budget.device == "cpu" else GPU_ROWS):
+        limit = budget.size or (CPU_BYTES if budget.device == "cpu" else max(GPU_BYTES, 2 * head.weight_bytes))
+        assert size * head.row_bytes <= limit
     assert [stop for _, stop in linear.chunks(live, size)][-1:] == ([live] if live else [])
 
 
 def test_the_reference_and_the_gradient_share_the_budget() -> None:
-    head = linear.LinearHead(torch.empty(50_257, 8), None)
-    one = 4 * linear.row_stride(50_257)
-    assert linear.row_bytes(head, torch.float32, 2, with_gradient=False) == 2 * one
-    assert linear.row_bytes(head, torch.float32, 1, with_gradient=True) == one + 4 * 8
-    half = linear.LinearHead(torch.empty(50_257, 8, dtype=torch.bfloat16), None)
-    assert linear.row_bytes(half, torch.float32, 1, with_gradient=True) == one + 2 * 50_257 + 4 * 8
+    one, vocabulary = 4 * row_stride(50_257), 50_257
+    whole = {"vocabulary": vocabulary, "width": 8, "factors": torch.float32, "result": torch.float32}
+    assert HeadSizes(**whole, sides=2, with_gradient=False).row_bytes == 2 * one
+    assert HeadSizes(**whole).row_bytes == one + 4 * 8
+    half = HeadSizes(**{**whole, "factors": torch.bfloat16})
+    assert half.row_bytes == one + 2 * row_stride(vocabulary) + 4 * 8
+    assert half.weight_bytes == 4 * vocabulary * 8
+    assert half.peak_bytes(100, 7) == 7 * half.row_bytes + 4 * 8 * 100 + half.weight_bytes
+    for columns in (1, 15, 16, 17, 49_152, 50_257):
+        assert row_stride(columns) >= columns
+        assert row_stride(columns) % 32 == 16  # aligned, and no multiple of a power of two
 
 
 def test_an_fp32_head_is_for_half_hidden_states_and_a_half_one_for_those_of_its_type() -> None:
@@ -277,16 +284,20 @@ def test_an_fp32_head_is_for_half_hidden_states_and_a_half_one_for_those_of_its_
 
 def test_one_value_of_the_device_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which rows are live decides the chunks; a GPU is not waited for again."""
-
-    def fused(logits: Tensor, ref_logits: None, rows: LossRows, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.values[0], rows.values[0].expand(len(TOKENS), -1)
-
-    stub = SimpleNamespace(fused=fused, scale_rows=lambda grad, upstream: None)
+    stub = SimpleNamespace(
+        prepare=lambda logits, loss: None,
+        fused=lambda *arguments: None,
+        reduce=lambda loss, prepared, results: (torch.zeros(()), torch.zeros(len(STATS))),
+        scale_rows=lambda grad, upstream, flags: None,
+    )
     monkeypatch.setattr(choice, "load", lambda backend: stub)
     ids, head = torch.tensor([1, -100, 2, 3]), linear.LinearHead(torch.randn(VOCABULARY, WIDTH), None)
-    rows = LossRows(ids, torch.ones(len(VALUES), 4), torch.ones(len(SCALARS)), 0, 0.0, 0)
+    arguments = row_arguments(ids, reward_advantages=torch.ones(4), response_mask=torch.ones(4, dtype=torch.bool))
+    loss = Loss(arguments, torch.ones(len(SCALARS)), TOKEN_SUM << 8, 0.0, 0)
     with Operations() as operations:
-        linear.loss_chunks(torch.randn(4, WIDTH), head, None, rows, (True,) * 3, torch.ones(4), 2, "stub")
+        linear.loss_chunks(
+            torch.randn(4, WIDTH), head, None, loss, (True,) * 3, torch.ones(4), Budget("cpu", tokens=2), "stub"
+        )
     waits = [name for name in operations.seen if name.split(".")[1] in ("nonzero", "_local_scalar_dense", "item")]
     assert waits == ["aten.nonzero.default"]
 
@@ -338,5 +349,5 @@ def test_the_peak_is_one_chunk_beside_the_gradients() -> None:
     )
     for what, line in zip(cases, done.stdout.splitlines(), strict=True):
         extra, gradients = map(int, line.split())
-        assert extra <= linear.CHUNK_BYTES + gradients + 8_000_000, f"{what}: {extra / 1e6:.0f} MB"
+        assert extra <= CPU_BYTES + gradients + 8_000_000, f"{what}: {extra / 1e6:.0f} MB"
         assert extra >= 40_000_000
