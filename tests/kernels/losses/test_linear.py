@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +15,7 @@ from repo_kernels.backends.codes import SCALARS, STATS, TOKEN_SUM
 from repo_kernels.backends.interface import Loss
 from repo_kernels.layers import onednn_linear
 from repo_kernels.losses import gemm, linear
-from repo_kernels.losses.chunks import CPU_BYTES, GPU_BYTES, GPU_ROWS, Budget, HeadSizes, row_stride
+from repo_kernels.losses.chunks import Budget
 from tests.support.kernels.cases import Batch, loss_arguments, make_batch, row_arguments
 from tests.support.kernels.operations import Operations
 from tests.support.kernels.oracle import oracle_gradient, oracle_loss
@@ -221,54 +218,6 @@ def test_hidden_states_need_not_be_contiguous() -> None:
         assert torch.equal(a, b)
 
 
-GB, V, H = GPU_BYTES, 151_936, 4096
-HALF_HEAD = HeadSizes(V, H, torch.bfloat16, torch.float32)
-HALF_ROW = 6 * row_stride(V) + 4 * H
-
-
-@pytest.mark.parametrize(
-    ("live", "head", "budget", "size"),
-    [
-        # on a CPU 64 MB: 325 rows of fp32 logits would fit, which makes four even chunks, not three and a rest
-        (1024, HeadSizes(49_136, 0, torch.float32, torch.float32), Budget("cpu"), 256),
-        (1024, HeadSizes(49_136, 0, torch.float32, torch.float32, sides=2), Budget("cpu"), 147),
-        (10, HeadSizes(49_136, 0, torch.float32, torch.float32), Budget("cpu"), 10),
-        (10, HeadSizes(10**9, 0, torch.float32, torch.float32), Budget("cpu"), 1),
-        (0, HeadSizes(1, 0, torch.float32, torch.float32), Budget("cpu"), 1),
-        # the caller's number of rows, or of bytes
-        (10, HeadSizes(1, 0, torch.float32, torch.float32), Budget("cpu", tokens=3), 3),
-        (10, HeadSizes(1, 0, torch.float32, torch.float32), Budget("cuda", tokens=30), 10),
-        (10, HeadSizes(1, 4, torch.float32, torch.float32), Budget("cuda", size=5 * (64 + 16)), 5),
-        (10, HeadSizes(1, 4, torch.float32, torch.float32), Budget("cpu", size=1), 1),
-        # on a GPU 1 GB or twice dL/dweight, whichever is more, and at least 1024 rows
-        (8192, HALF_HEAD, Budget("cuda"), 8192 // -(-8192 // (2 * 4 * V * H // HALF_ROW))),
-        (8192, HeadSizes(V, 64, torch.bfloat16, torch.float32), Budget("cuda"), 1024),
-        (8192, HeadSizes(V, H, torch.bfloat16, torch.float32, with_weight=False), Budget("cuda"), 1024),
-        (8192, HeadSizes(1000, 64, torch.bfloat16, torch.float32), Budget("cuda"), 8192),
-    ],
-)
-def test_chunks_fill_the_budget_evenly(live: int, head: HeadSizes, budget: Budget, size: int) -> None:
-    assert budget.rows(live, head) == size
-    if budget.tokens is None and size > (1 if budget.device == "cpu" else GPU_ROWS):
-        limit = budget.size or (CPU_BYTES if budget.device == "cpu" else max(GPU_BYTES, 2 * head.weight_bytes))
-        assert size * head.row_bytes <= limit
-    assert [stop for _, stop in linear.chunks(live, size)][-1:] == ([live] if live else [])
-
-
-def test_the_reference_and_the_gradient_share_the_budget() -> None:
-    one, vocabulary = 4 * row_stride(50_257), 50_257
-    whole = {"vocabulary": vocabulary, "width": 8, "factors": torch.float32, "result": torch.float32}
-    assert HeadSizes(**whole, sides=2, with_gradient=False).row_bytes == 2 * one
-    assert HeadSizes(**whole).row_bytes == one + 4 * 8
-    half = HeadSizes(**{**whole, "factors": torch.bfloat16})
-    assert half.row_bytes == one + 2 * row_stride(vocabulary) + 4 * 8
-    assert half.weight_bytes == 4 * vocabulary * 8
-    assert half.peak_bytes(100, 7) == 7 * half.row_bytes + 4 * 8 * 100 + half.weight_bytes
-    for columns in (1, 15, 16, 17, 49_152, 50_257):
-        assert row_stride(columns) >= columns
-        assert row_stride(columns) % 32 == 16  # aligned, and no multiple of a power of two
-
-
 def test_an_fp32_head_is_for_half_hidden_states_and_a_half_one_for_those_of_its_type() -> None:
     ids, one = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     for hidden, weight in (
@@ -300,54 +249,3 @@ def test_one_value_of_the_device_is_read_per_call(monkeypatch: pytest.MonkeyPatc
         )
     waits = [name for name in operations.seen if name.split(".")[1] in ("nonzero", "_local_scalar_dense", "item")]
     assert waits == ["aten.nonzero.default"]
-
-
-MEMORY_PROGRAM = """
-import re, sys
-import torch
-from repo_kernels import linear_repo_loss, linear_selective_log_softmax
-
-width, vocabulary = 64, 50_257
-
-def memory(field):
-    with open("/proc/self/status") as status:
-        return int(re.search(field + r":\\s+(\\d+) kB", status.read())[1]) * 1024
-
-def step(what, count):
-    hidden = torch.randn(count, width, requires_grad=True)
-    weight = (0.02 * torch.randn(vocabulary, width)).requires_grad_(what != "frozen head")
-    ids, one = torch.arange(count), torch.ones(count)
-    if what == "half of the rows":
-        ids[::2] = -100
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the peak is the present from here on
-    before = memory("VmRSS")
-    if what == "log-probs":
-        loss = linear_selective_log_softmax(hidden, weight, ids).sum()
-    else:
-        loss = linear_repo_loss(hidden, weight, ids, -11 * one, one).loss
-    (0.5 * loss).backward()
-    gradients = sum(x.numel() * 4 for x in (hidden, weight) if x.requires_grad)
-    compacted = 4 * width * int((ids >= 0).sum()) if what == "half of the rows" else 0
-    return memory("VmHWM") - before, gradients + compacted
-
-step("trained head", 2)  # imports, threads
-for what in sys.argv[2:]:
-    print(*step(what, int(sys.argv[1])))
-"""
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to reset the peak")
-def test_the_peak_is_one_chunk_beside_the_gradients() -> None:
-    """1500 rows of logits would be 302 MB."""
-    if not choice.load("cpu").available():
-        pytest.skip("the C++ extension was not built")
-    cases = ("trained head", "frozen head", "half of the rows", "log-probs")
-    command = [sys.executable, "-c", MEMORY_PROGRAM, "1500", *cases]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    for what, line in zip(cases, done.stdout.splitlines(), strict=True):
-        extra, gradients = map(int, line.split())
-        assert extra <= CPU_BYTES + gradients + 8_000_000, f"{what}: {extra / 1e6:.0f} MB"
-        assert extra >= 40_000_000

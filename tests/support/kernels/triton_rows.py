@@ -36,9 +36,7 @@ def random_logits(count: int, columns: int, dtype: torch.dtype, seed: int = 0, s
 def make_rows(logits: Tensor, code: codes.Code = PLAIN, entropy: int = 0, **options: Any) -> Case:
     """A loss over the rows of logits, all live; old and reference log-probabilities are near the current ones."""
     scalars = {"lam": 0.7, "beta": 0.3, "eps_high": 0.25, "entropy_coef": 0.2 * (entropy > 1)}
-    return make_case(
-        logits.shape[-1], logits=logits, code=code, entropy=entropy, **{"dead": 0.0, **scalars, **options}
-    )
+    return make_case(logits.shape[-1], logits=logits, code=code, entropy=entropy, **{"dead": 0.0, **scalars, **options})
 
 
 def check(losses: Tensor, tokens: Tensor, grad: Tensor | None, expected: Expected, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ import torch
 from repo_kernels.backends import codes
 from repo_kernels.backends import triton as gpu
 from repo_kernels.backends.codes import CLIPPED_HIGH, CLIPPED_LOW, TOKEN_SUM
-from tests.support.kernels.row_cases import TOKENS, make_code, oracle, relative, token_values
+from tests.support.kernels.row_cases import TOKENS, oracle, relative, token_values
 from tests.support.kernels.triton_rows import (
     BLOCK,
     DTYPES,

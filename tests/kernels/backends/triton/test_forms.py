@@ -59,7 +59,9 @@ def test_a_form_takes_some_rows_of_a_loss(form: str) -> None:
         shape = LaunchForm(1, PIECES, rows=FORMS[form])
         gpu.fused(part, None, case.loss, gpu.prepare(part, case.loss), results, grad, where, form=shape)
         tokens = token_values(results)
-        of_rows = Expected(*(x[..., rows] for x in (expected.losses, expected.tokens, expected.grad.T, expected.slopes)))
+        of_rows = Expected(
+            *(x[..., rows] for x in (expected.losses, expected.tokens, expected.grad.T, expected.slopes))
+        )
         check(results.rows[0, rows], tokens[:, rows], grad.T, of_rows, torch.float32)
         others = [row for row in range(7) if row not in rows]
         assert results.rows[:, others].isnan().all()

@@ -98,9 +98,7 @@ def test_softcap_and_full_kl(softcap: float, full: bool, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("kl", [codes.KL_NONE, codes.KL_K1, codes.KL_K2, codes.KL_K3])
-@pytest.mark.parametrize(
-    "cost", [codes.COST_NONE, codes.COST_GIVEN, codes.COST_GATED, codes.COST_HINGE]
-)
+@pytest.mark.parametrize("cost", [codes.COST_NONE, codes.COST_GIVEN, codes.COST_GATED, codes.COST_HINGE])
 def test_options_of_the_token_terms(cost: int, kl: int) -> None:
     logits = random_logits(8, 41, torch.float32)
     for kl_importance_weighted, normalize, on_policy in (

@@ -74,7 +74,9 @@ def test_scale_rows(dtype: torch.dtype) -> None:
     assert grad.equal((values.float() * expected[:, None]).to(dtype))
 
 
-@pytest.mark.parametrize("target", [Target(32), Target(32, blackwell=True), Target(64)], ids=["wave32", "sm_100", "wave64"])
+@pytest.mark.parametrize(
+    "target", [Target(32), Target(32, blackwell=True), Target(64)], ids=["wave32", "sm_100", "wave64"]
+)
 @pytest.mark.usefixtures("real_blocks")
 def test_variants_fit_the_limit_and_their_warps_the_target(target: Target) -> None:
     reachable, measured = variants.variants(target), variants.candidates(target)
@@ -84,4 +86,6 @@ def test_variants_fit_the_limit_and_their_warps_the_target(target: Target) -> No
     assert max(v.num_warps for v in everything) * target.warp_size <= 1024
     for v in everything:
         assert set(v.signature) == set(v.kernel.arg_names)
-        assert v.elements_per_thread * v.num_warps * target.warp_size == v.constexprs.get("R", 0) * v.constexprs.get("E", 0)
+        assert v.elements_per_thread * v.num_warps * target.warp_size == v.constexprs.get("R", 0) * v.constexprs.get(
+            "E", 0
+        )
