@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 
 
-
 @dataclass(frozen=True)
 class Release:
     """One supported version of Triton.
