@@ -44,18 +44,15 @@ def test_no_spills_and_full_width_accesses_in_every_type(target: str) -> None:
 
 @needs_kernels
 @pytest.mark.slow
-def test_swept_rows_are_loaded_in_loops_and_held_rows_outside(quick: list[CompiledKernel]) -> None:
+def test_rows_are_loaded_in_loops(quick: list[CompiledKernel]) -> None:
     for kernel in quick:
-        if kernel.kind in ("fused-swept", "statistics"):
-            assert kernel.in_loops.loads.get(16), kernel.name
-        elif kernel.kind == "fused-resident":
-            assert not kernel.in_loops.loads, kernel.name
+        assert kernel.in_loops.loads.get(16), kernel.name
 
 
 @needs_kernels
-def test_at_most_48_different_variants_for_each_target() -> None:
+def test_at_most_104_different_variants_for_each_target() -> None:
     for target, listed in forms(TARGETS).items():
-        assert 0 < len(listed) <= 48, target
+        assert 0 < len(listed) <= 104, target
         assert not [name for name, times in Counter(form.name for form in listed).items() if times > 1]
 
 
