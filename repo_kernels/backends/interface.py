@@ -241,7 +241,10 @@ def device_scalar(value: float | Tensor, dtype: torch.dtype, device: torch.devic
     constant of that float and compile anew for each value; a factor may vary.
     """
     if isinstance(value, Tensor):
-        return value.detach().to(device, dtype, non_blocking=True)
+        value = value.detach() if value.requires_grad else value
+        if value.dtype == dtype and value.device == device:  # a call of `to` would cost as much as an operator
+            return value
+        return value.to(device, dtype, non_blocking=True)
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)
