@@ -29,7 +29,7 @@ class RowArguments:
     Args:
         token_ids: leading shape, int64; IGNORED marks a dead row.
         response_mask: leading shape, bool; False marks a dead row.
-        cu_seqlens: (B + 1,) int32, bounds of packed sequences. Without it each packed row is a sequence.
+        cu_seqlens: (B + 1,) int32, contiguous: bounds of packed sequences. Without it each packed row is a sequence.
         reward_advantages, cost_advantages, cost_baselines: either.
         costs, cost_limits: either. Without costs every row is safe. cost_limits replaces the scalar cost_limit.
         old_logps, ref_logps, importance_weights: leading shape.
