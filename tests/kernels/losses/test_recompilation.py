@@ -13,8 +13,6 @@ from torch._dynamo.testing import CompileCounter
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 from tests.support.kernels.option_sets import make_call
 
-pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.slow]
-
 MOST_GRAPHS = 2  # the first with the number as a constant, the second with it as an input
 # Twelve values of each number, 0 among them where it is one that is taken.
 VALUES = {
