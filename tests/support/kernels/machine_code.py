@@ -22,8 +22,9 @@ def check(kernels: Sequence[CompiledKernel]) -> None:
     assert not having("spills")
     assert not having("local_bytes")
     assert not [(k.target, k.name, k.narrow) for k in sweeping if k.narrow]
-    # Softcap with full KL, the largest kernel, keeps ten of gfx942's scalar registers in lanes of a vector register.
-    assert not [k for k in kernels if k.lane_copies > 10 * ("softcap-full-kl" in k.name)]
+    # gfx942 has fewer scalar registers than `fused` has arguments: what does not fit is kept in the 64 lanes of a
+    # vector register, not in memory.
+    assert not [(k.target, k.name, k.lane_copies) for k in kernels if k.lane_copies > 64]
     # What a thread takes of a row, in a trip of its loop or in all, comes in full-width loads.
     assert not [(k.target, k.name, k.wide_elements) for k in kernels if k.wide_elements < k.elements_per_thread]
     # Every target has that much shared memory for a program without asking for more.
