@@ -48,23 +48,20 @@ inline Parts split(Vec t, float bias) {
     return {bit_cast<UIntVec>(rounded), t - (rounded - round)};
 }
 
-// Returns max(t, -127), where NaN stays NaN. 2^-127 counts as 0.
+// Returns max(t, -127), where NaN stays NaN.
 inline Vec clamp_exponent(Vec t) { return larger(broadcast(-127.0f), t); }
 
-// Returns factor 2^t for a clamped t <= 127. 127 is the bias of the exponent: at k = -127 its bits are 0, and so is the
-// result.
+// Returns factor 2^t for t <= 127. Below 2^-126 the result may be 0.
 template <int kDegree>
 inline Vec scaled_exp2(Vec t, const Power<kDegree>& power) {
-    const Parts parts = split(t, 127.0f);
+#if defined(__AVX512F__)
+    const Vec f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT);  // 0 for an infinite t
+    return _mm512_scalef_ps(power(f), t - f);
+#else
+    // 127 is the bias of the exponent: at k = -127 its bits are 0, and so is the result
+    const Parts parts = split(clamp_exponent(t), 127.0f);
     return bit_cast<Vec>(parts.bits << 23) * power(parts.f);
-}
-
-// Variants of clamp_exponent and scaled_exp2 for sums in which one term is 1: no product, and 2^-125 instead of 0.
-inline Vec clamp_summand(Vec t) { return larger(broadcast(-125.0f), t); }
-
-inline Vec exp2_summand(Vec t, const Power<5>& power) {
-    const Parts parts = split(t, 0.0f);
-    return bit_cast<Vec>(bit_cast<UIntVec>(power(parts.f)) + (parts.bits << 23));
+#endif
 }
 
 // cap tanh(z / cap) and its derivative 4 e / (1 + e)^2, e = exp(-2 |z / cap|), which does not cancel near the cap.

@@ -11,18 +11,19 @@ namespace REPO_ISA {
 namespace {
 
 template <class T, SumKind kKind>
-void statistics(const void* logits, const void* reference, int64_t columns, Scaling scaling, RowSums& sums,
-                RowSums& ref_sums) {
+void statistics(const void* logits, const void* reference, int64_t columns, Scaling scaling, const KeptRow& kept,
+                RowSums& sums, RowSums& ref_sums) {
     const auto run = scaling.cap > 0 ? sum_row<T, true, kKind> : sum_row<T, false, kKind>;
-    run(static_cast<const T*>(logits), static_cast<const T*>(reference), columns, scaling, sums, ref_sums);
+    run(static_cast<const T*>(logits), static_cast<const T*>(reference), columns, scaling, kept, sums,
+        ref_sums);
 }
 
 template <class T, GradientKind kKind>
 void gradient_of(const void* logits, const void* reference, void* grad, int64_t columns, Scaling scaling,
-                 const GradientWeights& weights, bool past_caches) {
+                 const GradientWeights& weights, const KeptRow& kept, bool past_caches) {
     const auto run = scaling.cap > 0 ? gradient_row<T, true, kKind> : gradient_row<T, false, kKind>;
     run(static_cast<const T*>(logits), static_cast<const T*>(reference), static_cast<T*>(grad), columns, scaling,
-        weights, past_caches);
+        weights, kept, past_caches);
 }
 
 // Uses the code of the kernels, so that the target's logit has the same bits as there.
@@ -52,8 +53,7 @@ void exp2_of(const float* from, float* to, int64_t count) {
         const int64_t n = count - i < kPair ? count - i : kPair;
         const Pair t = load_first(from + i, n);
         const Power<5> power(1.0f);
-        const Vec first = scaled_exp2(clamp_exponent(t.first), power);
-        store_first(to + i, n, {first, scaled_exp2(clamp_exponent(t.second), power)});
+        store_first(to + i, n, {scaled_exp2(t.first, power), scaled_exp2(t.second, power)});
     }
 }
 
@@ -77,7 +77,8 @@ void soft_cap_of(const float* from, float* value, float* slope, int64_t count, f
 
 using namespace REPO_ISA;
 
-#define REPO_STATISTICS(T) {statistics<T, kLogpSums>, statistics<T, kEntropySums>, statistics<T, kReferenceSums>}
+#define REPO_STATISTICS(T) \
+    {statistics<T, kLogpSums>, statistics<T, kEntropySums>, statistics<T, kReferenceSums>, statistics<T, kAllSums>}
 #define REPO_GRADIENT(T) \
     {gradient_of<T, kLogpGradient>, gradient_of<T, kEntropyGradient>, gradient_of<T, kReferenceGradient>}
 

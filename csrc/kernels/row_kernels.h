@@ -20,26 +20,34 @@ struct Scaling {
 // |fl(max2) - max2| <= 64.
 constexpr float kLowestMax = -2147483648.0f;
 
-// Sums over a row of e_v = 2^t_v, t_v = fma(z_v, c, -max2), max2 = fl(c max z). The term of the maximum is kept apart,
-// so that the others are not lost when it has nearly all the probability.
+// Sums over a row of e_v = 2^t_v, t_v = fma(z_v, c, -max2), max2 = fl(c max z). The terms of the maximum are kept apart,
+// so that the others are not lost when one has nearly all the probability.
 struct RowSums {
     float max2 = kLowestMax;
     double top = 0;         // t of the maximum: the rounding error of max2
-    double largest = 0;     // 2^top
+    double largest = 0;     // 2^top times the number of maxima found together
     double rest = 0;        // sum of the other e_v
     double weighted = 0;    // sum e_v t_v, for the entropy
     double difference = 0;  // sum e_v (t_v - t'_v), t' of the reference, for the full KL
 
     // inlined, since a copy shared between instruction sets could be one that this machine cannot run
     __attribute__((always_inline)) double total() const { return rest + largest; }
-
-    // Sets `rest` and its sums to 0 if its terms may all be 0: kernels may return 2^-125 for an exponential that is 0.
-    void drop_dust() {
-        if (rest < 1e-30 * largest) rest = 0, weighted = largest * top;
-    }
 };
 
-enum SumKind { kLogpSums, kEntropySums, kReferenceSums, kSumKinds };
+// What is summed besides e_v. kReferenceSums: the full KL; kAllSums: entropy and full KL.
+enum SumKind { kLogpSums, kEntropySums, kReferenceSums, kAllSums, kSumKinds };
+
+// The exponentials of one row, which the first pass keeps for the second: e_v before the maximum of a later block was
+// known. null: nothing is kept.
+struct KeptRow {
+    float* exponentials = nullptr;  // (2, plane); see kept_row.h
+    float* max2 = nullptr;          // of each block, the maximum that its exponentials are relative to
+    int64_t plane = 0;
+};
+
+// Sizes of a kept row: its planes end with space for whole vectors.
+constexpr int64_t kept_plane(int64_t columns) { return (columns + 255) / 128 * 64; }
+constexpr int64_t kept_blocks(int64_t columns) { return columns / 1024 + 1; }
 
 // dL/dz_v = e_v (base + by_log t_v + by_difference (t_v - t'_v)) slope_v
 struct GradientWeights {
@@ -50,9 +58,9 @@ struct GradientWeights {
 enum GradientKind { kLogpGradient, kEntropyGradient, kReferenceGradient, kGradientKinds };
 
 // Kernels over rows of `columns` consecutive elements.
-//   statistics  fills sums; kReferenceSums includes the entropy sums, and only it reads reference and fills ref_sums
+//   statistics  fills sums and kept; kReferenceSums and kAllSums read reference and fill ref_sums
 //   gradient    writes grad, which may be the logits, with past_caches past the caches; only kReferenceGradient reads
-//               reference
+//               reference. kept: from the row's statistics, or null
 //   logit       returns one capped logit and the slope of the cap
 //   put         writes one rounded value
 //   fence       orders streamed stores before what the thread does next
@@ -60,10 +68,11 @@ enum GradientKind { kLogpGradient, kEntropyGradient, kReferenceGradient, kGradie
 struct RowKernels {
     const char* name;
     void (*statistics[kDTypes][kSumKinds])(
-        const void* logits, const void* reference, int64_t columns, Scaling, RowSums& sums, RowSums& ref_sums);
+        const void* logits, const void* reference, int64_t columns, Scaling, const KeptRow& kept, RowSums& sums,
+        RowSums& ref_sums);
     void (*gradient[kDTypes][kGradientKinds])(
         const void* logits, const void* reference, void* grad, int64_t columns, Scaling, const GradientWeights&,
-        bool past_caches);
+        const KeptRow& kept, bool past_caches);
     float (*logit[kDTypes])(const void* logits, int64_t column, Scaling, float* slope);
     void (*put[kDTypes])(void* row, int64_t column, float value);
     void (*zero)(void* row, int64_t bytes);

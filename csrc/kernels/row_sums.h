@@ -3,6 +3,7 @@
 
 #include "kernels/convert.h"
 #include "kernels/exponential.h"
+#include "kernels/kept_row.h"
 #include "kernels/row_kernels.h"
 
 extern "C" double exp2(double);
@@ -10,7 +11,7 @@ extern "C" double exp2(double);
 namespace repo::REPO_ISA {
 
 constexpr int kStep = 2 * kPair;  // elements
-constexpr int64_t kBlock = kWidth > 4 ? 2048 : 1024;  // elements: a lane sums 32 to 64 terms in float
+constexpr int64_t kAhead = 16 << 10;  // bytes from where a row is summed to where it is fetched into L2
 
 // `count` logits, a multiple of kStep; those beyond the row's end are -inf.
 template <class T>
@@ -46,184 +47,189 @@ inline Block<float> capped_block_of(const T* from, int64_t count, float cap, flo
     return {buffer, padded};
 }
 
-template <class T>
-inline float block_max(Block<T> block) {
-    Vec m[4];
-    for (Vec& part : m) part = broadcast(-__builtin_inff());
-    for (int64_t i = 0; i < block.count; i += kStep) {
-        const Pair low = load_pair(block.x + i), high = load_pair(block.x + i + kPair);
-        m[0] = larger(low.first, m[0]);
-        m[1] = larger(low.second, m[1]);
-        m[2] = larger(high.first, m[2]);
-        m[3] = larger(high.second, m[3]);
-    }
-    return max_lanes(larger(larger(m[0], m[1]), larger(m[2], m[3])));
+// Returns the bits of 16-bit floats as integers of the same order, or such integers as bits. NaN may be the largest.
+template <class V>
+inline V in_order(V bits) {
+    return bits ^ ((bits >> 15) & int16_t(0x7fff));
 }
 
-// Returns the last index of an element equal to `value`, which must exist.
+// The largest of logits, a step at a time, in every lane. 16-bit types are compared as integers.
 template <class T>
-inline int64_t find(Block<T> block, float value) {
-    const Vec wanted = broadcast(value);
-    IntVec where[2] = {IntVec{} - 1, IntVec{} - 1};
-    for (int64_t i = 0; i < block.count; i += kPair) {
-        const Pair x = load_pair(block.x + i);
-        where[0] = x.first == wanted ? IntVec{} + int32_t(i) : where[0];
-        where[1] = x.second == wanted ? IntVec{} + int32_t(i) : where[1];
+struct Largest {
+    ShortVec lanes[2] = {ShortVec{} + int16_t(INT16_MIN), ShortVec{} + int16_t(INT16_MIN)};
+
+    void add(const T* step) {
+        for (int i = 0; i < 2; ++i) lanes[i] = larger(in_order(load_bits<ShortVec>(step + i * kPair)), lanes[i]);
     }
-    int64_t last = -1;
-    for (int vector = 0; vector < 2; ++vector) {
-        int32_t pair[kWidth];
-        store_bits(pair, where[vector]);
-        for (int lane = 0; lane < kWidth; ++lane) {
-            const int64_t index = pair[lane] + element_of(block.x, vector, lane);
-            if (pair[lane] >= 0 && index > last) last = index;
-        }
+
+    float get() const {
+        const T x = {uint16_t(in_order(max_lanes(larger(lanes[0], lanes[1]))))};
+        return load_first(&x, 1).first[0];
     }
-    return last;
+};
+
+template <>
+struct Largest<float> {
+    Vec lanes[4] = {broadcast(-__builtin_inff()), broadcast(-__builtin_inff()), broadcast(-__builtin_inff()),
+                    broadcast(-__builtin_inff())};
+
+    void add(const float* step) {
+        for (int i = 0; i < 4; ++i) lanes[i] = larger(load_bits<Vec>(step + i * kWidth), lanes[i]);
+    }
+
+    float get() const { return max_lanes(larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]))); }
+};
+
+// Returns the largest logit of a block. The first and the last step are unaligned, and overlap with those between.
+template <class T>
+inline float block_max(Block<T> block) {
+    const T *first = block.x, *last = first + block.count - kStep;
+    Largest<T> largest;
+    largest.add(first);
+    for (const T* step = first + to_line(first); step < last; step += kStep) largest.add(step);
+    largest.add(last);
+    return largest.get();
 }
 
 // Moves the sums to a new maximum: t grows by `shift` <= 0, e_v by the factor 2^shift.
 inline void shift_sums(RowSums& sums, double shift) {
     const double scale = shift < -149 ? 0 : exp2(shift), total = sums.total();
     sums.rest = scale * total;
+    sums.largest = 0;
     sums.weighted = scale * (sums.weighted + total * shift);
     // terms without probability in fp32 count nothing, even if the reference is -inf
     sums.difference = scale == 0 ? 0 : scale * (sums.difference + total * shift);
 }
 
-// Moves the sums to the block's maximum if it is a new one; returns its index in the block, or -1.
-template <class T>
-inline int64_t raise_max(RowSums& sums, Block<T> block, float c) {
-    const float m = block_max(block), max2 = m * c;
-    if (!(max2 > sums.max2)) return -1;
+// Moves the sums to the maximum of a block if it is a new one; returns whether it is.
+inline bool raise_max(RowSums& sums, float max, float c) {
+    const float max2 = max * c;
+    if (!(max2 > sums.max2)) return false;
     shift_sums(sums, double(sums.max2) - max2);
     sums.max2 = max2;
-    sums.top = double(m) * c - max2;
-    sums.largest = max2 < -kLowestMax ? exp2(sums.top) : __builtin_nan("");
-    sums.weighted += sums.largest * sums.top;
-    return find(block, m);
+    sums.top = double(max) * c - max2;
+    return true;
 }
 
-// The constants of all terms.
+// The constants of all terms. max: the block's largest logit if it is a new maximum.
 struct Centre {
-    Vec c, max2, ref_max2;
+    Vec c, max2, ref_max2, max;
     Power<5> power{1.0f};
 };
 
-template <SumKind kKind>
-struct Lanes {
-    Vec e = {}, weighted = {}, difference = {};
+constexpr bool sums_entropy(SumKind kind) { return kind == kEntropySums || kind == kAllSums; }
+constexpr bool sums_kl(SumKind kind) { return kind == kReferenceSums || kind == kAllSums; }
 
-    // x: logits; y: the reference's, read with kReferenceSums alone
-    void add(Vec x, Vec y, const Centre& centre) {
-        Vec t = exact_multiply_subtract(x, centre.c, centre.max2), term;
-        if (kKind == kReferenceSums) {
-            t = clamp_exponent(t);
-            term = scaled_exp2(t, centre.power);
-            const Vec gap = t - exact_multiply_subtract(y, centre.c, centre.ref_max2);
-            difference += term == 0.0f ? Vec{} : term * gap;
+// Sums in every lane of a vector. maxima: how many terms are of the maximum, which are not in `rest`.
+template <SumKind kKind, bool kRaised>
+struct Lanes {
+    Vec rest = {}, maxima = {}, weighted = {}, difference = {};
+
+    // Adds the terms of logits x and, for the KL, of the reference's y; returns e_v.
+    Vec add(Vec x, Vec y, const Centre& centre) {
+        const Vec t = exact_multiply_subtract(x, centre.c, centre.max2), e = scaled_exp2(t, centre.power);
+        if (kRaised) {
+            const IntVec is_max = x == centre.max;
+            maxima += is_max ? broadcast(1) : Vec{};
+            rest += is_max ? Vec{} : e;
         } else {
-            t = clamp_summand(t);
-            term = exp2_summand(t, centre.power);
+            rest += e;
         }
-        e += term;
-        if (kKind != kLogpSums) weighted = multiply_add(term, t, weighted);
+        if (sums_entropy(kKind)) weighted = multiply_add(e, clamp_exponent(t), weighted);
+        if (sums_kl(kKind)) {
+            const Vec gap = t - exact_multiply_subtract(y, centre.c, centre.ref_max2);
+            difference = multiply_add(e, e == 0.0f ? Vec{} : gap, difference);
+        }
+        return e;
     }
 
     void add(const Lanes& other) {
-        e += other.e;
+        rest += other.rest;
+        maxima += other.maxima;
         weighted += other.weighted;
         difference += other.difference;
     }
+
+    void add_to(RowSums& sums) const {
+        sums.rest += sum_lanes(rest);
+        if (kRaised) sums.largest = sum_lanes(maxima) * (sums.max2 < -kLowestMax ? exp2(sums.top) : __builtin_nan(""));
+        if (sums_entropy(kKind)) sums.weighted += sum_lanes(weighted);
+        if (sums_kl(kKind)) sums.difference += sum_lanes(difference);
+    }
 };
 
-template <SumKind kKind, class T>
-inline void add_step(Lanes<kKind> (&lanes)[4], const T* x, const T* y, const Centre& centre) {
-    for (int half = 0; half < 2; ++half) {
-        const Pair p = load_pair(x + half * kPair);
-        const Pair q = kKind == kReferenceSums ? load_pair(y + half * kPair) : p;
-        lanes[2 * half].add(p.first, q.first, centre);
-        lanes[2 * half + 1].add(p.second, q.second, centre);
-    }
-}
+// Where the exponentials of a reference go.
+struct Nowhere {
+    Nowhere from_pair(int64_t) const { return {}; }
+    void store(Pair) const {}
+};
 
-// Adds a block to the sums, without the element `left_out` (-1: none). ahead: the memory of the next block, which is
-// fetched while this one is summed.
-template <SumKind kKind, class T>
-inline void add_block(RowSums& sums, Block<T> block, const T* reference, float ref_max2, float c, int64_t left_out,
-                      const char* ahead, int64_t ahead_bytes) {
-    const Centre centre = {broadcast(c), broadcast(sums.max2), broadcast(ref_max2)};
-    const T* y = kKind == kReferenceSums ? reference : block.x;
-    Lanes<kKind> lanes[4];
-
-    const auto add = [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i += kStep) {
-            for (int64_t line = 0; line < ahead_bytes; line += 64) __builtin_prefetch(ahead + line);
-            ahead += ahead_bytes;
-            add_step(lanes, block.x + i, y + i, centre);
+// Adds a block to the sums, and stores its exponentials. ahead: memory to fetch, kFetch bytes for each step.
+template <SumKind kKind, bool kRaised, int kFetch, class S, class Kept>
+inline void add_terms(RowSums& sums, Block<S> block, float max, const S* reference, float ref_max2, float c, Kept kept,
+                      const char* ahead) {
+    const Centre centre = {broadcast(c), broadcast(sums.max2), broadcast(ref_max2), broadcast(max)};
+    Lanes<kKind, kRaised> lanes[4];
+    for (int64_t step = 0; step < block.count; step += kStep, ahead += kFetch) {
+        for (int line = 0; line < kFetch; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+        for (int half = 0; half < 2; ++half) {
+            const int64_t i = step + half * kPair;
+            const Pair x = load_pair(block.x + i), y = sums_kl(kKind) ? load_pair(reference + i) : x;
+            kept.from_pair(i / kPair).store({lanes[2 * half].add(x.first, y.first, centre),
+                                             lanes[2 * half + 1].add(x.second, y.second, centre)});
         }
-    };
-    if (left_out < 0) {
-        add(0, block.count);
-    } else {
-        // the step with the maximum is taken from a copy with -inf in its place
-        const int64_t step = left_out / kStep * kStep;
-        T patched[kStep];
-        std::memcpy(patched, block.x + step, sizeof(patched));
-        patched[left_out - step] = negative_infinity(block.x);
-        add(0, step);
-        add_step(lanes, patched, y + step, centre);
-        add(step + kStep, block.count);
     }
     lanes[0].add(lanes[1]);
     lanes[2].add(lanes[3]);
     lanes[0].add(lanes[2]);
-    sums.rest += sum_lanes(lanes[0].e);
-    if (kKind != kLogpSums) sums.weighted += sum_lanes(lanes[0].weighted);
-    if (kKind == kReferenceSums) sums.difference += sum_lanes(lanes[0].difference);
+    lanes[0].add_to(sums);
 }
 
-inline double value_at(Block<float> block, int64_t index) { return block.x[index]; }
-
-template <class T>
-inline double value_at(Block<T> block, int64_t index) {
-    return load_first(block.x + index, 1).first[0];
+template <SumKind kKind, int kFetch, class S, class Kept>
+inline void add_block(RowSums& sums, Block<S> block, float max, bool raised, const S* reference, float ref_max2, float c, Kept kept,
+                      const char* ahead) {
+    const auto add = raised ? add_terms<kKind, true, kFetch, S, Kept> : add_terms<kKind, false, kFetch, S, Kept>;
+    add(sums, block, max, reference, ref_max2, c, kept, ahead);
 }
 
 // Sums a row. take: block_of or capped_block_of. T: type in memory; S: type that is summed, float if capped.
 template <SumKind kKind, class S, class T, class Take>
-inline void sum_blocks(const T* logits, const T* reference, int64_t columns, Scaling scaling, RowSums& sums,
-                       RowSums& ref_sums, Take take) {
+inline void sum_blocks(const T* logits, const T* reference, int64_t columns, Scaling scaling, const KeptRow& kept,
+                       RowSums& sums, RowSums& ref_sums, Take take) {
     alignas(64) S buffer[kBlock];
-    alignas(64) S ref_buffer[kKind == kReferenceSums ? kBlock : 1];
-    constexpr int64_t kAheadBytes = kStep * sizeof(T);
-    const auto ahead = [](const T* block) { return reinterpret_cast<const char*>(block + kBlock); };
+    alignas(64) S ref_buffer[sums_kl(kKind) ? kBlock : 1];
+    alignas(64) float unkept[kBlock];
+    constexpr int kFetch = kStep * sizeof(T);
+    const auto ahead = [](const T* block) { return reinterpret_cast<const char*>(block) + kAhead; };
     const float c = scaling.c;
     for (int64_t start = 0; start < columns; start += kBlock) {
         const int64_t count = columns - start < kBlock ? columns - start : kBlock;
         const Block<S> block = take(logits + start, count, scaling.cap, buffer);
         Block<S> other = {nullptr, 0};
-        if (kKind == kReferenceSums) {
+        if (sums_kl(kKind)) {
             other = take(reference + start, count, scaling.cap, ref_buffer);
             const double before = ref_sums.max2;
-            const int64_t ref_top = raise_max(ref_sums, other, c);
+            const float max = block_max(other);
+            const bool raised = raise_max(ref_sums, max, c);
             // t' grows by before - max2
-            if (ref_top >= 0) sums.difference -= sums.total() * (before - ref_sums.max2);
-            add_block<kLogpSums, S>(ref_sums, other, nullptr, 0.0f, c, ref_top, ahead(reference + start), kAheadBytes);
+            if (raised) sums.difference -= sums.total() * (before - ref_sums.max2);
+            add_block<kLogpSums, kFetch, S>(ref_sums, other, max, raised, nullptr, 0.0f, c, Nowhere(), ahead(reference + start));
         }
-        const int64_t top = raise_max(sums, block, c);
-        if (kKind == kReferenceSums && top >= 0)
-            sums.difference += sums.largest * (sums.top - (value_at(other, top) * c - ref_sums.max2));
-        add_block<kKind>(sums, block, other.x, ref_sums.max2, c, top, ahead(logits + start), kAheadBytes);
+        const float max = block_max(block);
+        const bool raised = raise_max(sums, max, c);
+        if (kept.exponentials) kept.max2[start / kBlock] = sums.max2;
+        const KeptPairs to = kept.exponentials ? kept_from(kept, start, logits) : KeptPairs{unkept, unkept + kWidth, kPair};
+        add_block<kKind, kFetch>(sums, block, max, raised, other.x, ref_sums.max2, c, to, ahead(logits + start));
     }
 }
 
 template <class T, bool kCapped, SumKind kKind>
-void sum_row(const T* logits, const T* reference, int64_t columns, Scaling scaling, RowSums& sums, RowSums& ref_sums) {
+void sum_row(const T* logits, const T* reference, int64_t columns, Scaling scaling, const KeptRow& kept, RowSums& sums,
+             RowSums& ref_sums) {
     if constexpr (kCapped) {
-        sum_blocks<kKind, float>(logits, reference, columns, scaling, sums, ref_sums, capped_block_of<T>);
+        sum_blocks<kKind, float>(logits, reference, columns, scaling, kept, sums, ref_sums, capped_block_of<T>);
     } else {
-        sum_blocks<kKind, T>(logits, reference, columns, scaling, sums, ref_sums, block_of<T>);
+        sum_blocks<kKind, T>(logits, reference, columns, scaling, kept, sums, ref_sums, block_of<T>);
     }
 }
 

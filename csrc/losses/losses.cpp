@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -29,16 +30,31 @@ double log2_total(const RowSums& sums) {
     return sums.top + std::log1p(sums.rest / sums.largest) * kLog2E;
 }
 
+// Returns this thread's memory for the exponentials of a row; none where no gradient follows, or the row is too long for
+// a cache to keep them.
+KeptRow kept_row(const Tensors& tensors) {
+    constexpr int64_t kLongest = 1 << 20;
+    struct alignas(64) Line {
+        float value[16];
+    };
+    thread_local std::vector<Line> lines;
+    const int64_t columns = tensors.logits.columns, plane = kept_plane(columns);
+    if (!tensors.grad || columns > kLongest) return {};
+    const int64_t needed = (2 * plane + kept_blocks(columns) + 15) / 16;
+    if (int64_t(lines.size()) < needed) lines.resize(needed);
+    float* memory = lines.front().value;
+    return {memory, memory + 2 * plane, plane};
+}
+
 RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, Scaling scaling,
-                    bool with_entropy) {
+                    bool with_entropy, const KeptRow& kept) {
     const Rows& logits = tensors.logits;
     const void* row = logits.row(r);
     const void* reference = tensors.reference ? tensors.reference->row(r) : nullptr;
-    const SumKind kind = reference ? kReferenceSums : with_entropy ? kEntropySums : kLogpSums;
+    const SumKind kind = reference ? with_entropy ? kAllSums : kReferenceSums : with_entropy ? kEntropySums : kLogpSums;
     RowSums sums, ref_sums;
-    kernels.statistics[logits.dtype][kind](row, reference, logits.columns, scaling, sums, ref_sums);
+    kernels.statistics[logits.dtype][kind](row, reference, logits.columns, scaling, kept, sums, ref_sums);
 
-    if (kind != kReferenceSums) sums.drop_dust();
     const double log2_sum = log2_total(sums), total = sums.total();
     float slope;
     const double t = double(kernels.logit[logits.dtype](row, id, scaling, &slope)) * scaling.c - sums.max2;
@@ -95,7 +111,7 @@ GradientWeights gradient_weights(const RowState& state, const Slopes& slopes, fl
 }
 
 void write_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, const RowState& state,
-                    const Slopes& slopes, Scaling scaling, float temperature) {
+                    const Slopes& slopes, Scaling scaling, float temperature, const KeptRow& kept) {
     const bool with_reference = tensors.reference && slopes.kl != 0;
     const GradientKind kind = with_reference        ? kReferenceGradient
                               : slopes.entropy != 0 ? kEntropyGradient
@@ -105,7 +121,7 @@ void write_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r
     const GradientWeights weights = gradient_weights(state, slopes, temperature, with_reference);
     void* grad = tensors.grad->row(r);
     kernels.gradient[logits.dtype][kind](logits.row(r), with_reference ? tensors.reference->row(r) : nullptr, grad,
-                                         logits.columns, scaling, weights, tensors.large_gradient());
+                                         logits.columns, scaling, weights, kept, tensors.large_gradient());
     kernels.put[logits.dtype](grad, id, target);
 }
 
@@ -160,14 +176,15 @@ void fused(const Tensors& tensors, const LossInputs& in, float* losses, float* t
     std::fill_n(losses, rows, 0.0f);
     std::fill_n(tokens, kTokens * rows, 0.0f);
     over_rows(chosen, tensors, in.ids, threads, [&](int64_t r) {
-        const RowState state = find_state(chosen, tensors, r, in.ids[r], scaling, in.with_entropy);
+        const KeptRow kept = kept_row(tensors);
+        const RowState state = find_state(chosen, tensors, r, in.ids[r], scaling, in.with_entropy, kept);
         TokenInputs inputs = {{}, state.logp, state.entropy, state.kl, in.with_entropy};
         for (int i = 0; i < kValues; ++i) inputs.value[i] = in.values[i * rows + r];
         const TokenTerms terms = token_terms(inputs, in.scalars, in.code);
         losses[r] = terms.loss;
         for (int i = 0; i < kTokens; ++i) tokens[i * rows + r] = terms.token[i];
         if (tensors.grad)
-            write_gradient(chosen, tensors, r, in.ids[r], state, terms.slopes, scaling, in.scalars.temperature);
+            write_gradient(chosen, tensors, r, in.ids[r], state, terms.slopes, scaling, in.scalars.temperature, kept);
     });
 }
 
@@ -178,7 +195,7 @@ void statistics(const Tensors& tensors, const int64_t* ids, const Scalars& scala
     const Scaling scaling = scaling_of(scalars, softcap);
     std::fill_n(state, kStates * rows, 0.0f);
     over_rows(chosen, tensors, ids, threads, [&](int64_t r) {
-        const RowState row = find_state(chosen, tensors, r, ids[r], scaling, with_entropy);
+        const RowState row = find_state(chosen, tensors, r, ids[r], scaling, with_entropy, {});
         const float by_row[kStates] = {row.logp,     row.entropy,  row.kl,          row.max2,
                                        row.log2_sum, row.ref_max2, row.ref_log2_sum};
         for (int i = 0; i < kStates; ++i) state[i * rows + r] = by_row[i];
@@ -195,7 +212,7 @@ void apply(const Tensors& tensors, const int64_t* ids, const float* state, const
         const RowState row_state = {at(kStateLogp), at(kStateEntropy), at(kStateKl),    at(kMax2),
                                     at(kLog2Sum),   at(kRefMax2),      at(kRefLog2Sum)};
         const Slopes by_row = {slopes[r], slopes[rows + r], slopes[2 * rows + r]};
-        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, scalars.temperature);
+        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, scalars.temperature, {});
     });
 }
 
