@@ -1,8 +1,7 @@
-// Where the exponentials of a row are kept between its two passes.
+// Where the terms of a row are kept between its two passes.
 //
-// They lie in the order of the row's elements. Those of bfloat16 lie in two planes, of even and of odd elements, which
-// are the two vectors of a pair: so a pair may begin at any element, as it must for the gradient to be stored in whole
-// lines.
+// They lie in the order of the row's elements. Those of bfloat16 lie in two planes, of even and of odd elements, like
+// the two vectors of a pair: so a pair may begin at any element, as it must for a gradient that is stored in whole lines.
 #pragma once
 
 #include "kernels/convert.h"
@@ -12,31 +11,58 @@ namespace repo::REPO_ISA {
 
 constexpr int64_t kBlock = kWidth > 4 ? 2048 : 1024;  // elements: a lane sums 32 to 64 terms in float
 
-// The pairs of kept exponentials that begin at one element; a type's pairs are `step` floats apart.
+// The terms of one vector of logits: e_v, e_v t_v and e_v (t_v - t'_v), those that Terms asks for.
+struct Term {
+    Vec e, weighted, difference;
+};
+
+// The terms of one kind from one element on, in pairs that are `step` floats apart.
 struct KeptPairs {
     float *first, *second;
     int64_t step;
 
-    KeptPairs from_pair(int64_t pair) const { return {first + pair * step, second + pair * step, step}; }
+    Pair load(int64_t pair) const { return {load_bits<Vec>(first + pair * step), load_bits<Vec>(second + pair * step)}; }
 
-    Pair load() const { return {load_bits<Vec>(first), load_bits<Vec>(second)}; }
-
-    void store(Pair e) const {
-        store_bits(first, e.first);
-        store_bits(second, e.second);
+    void store(int64_t pair, Pair x) const {
+        store_bits(first + pair * step, x.first);
+        store_bits(second + pair * step, x.second);
     }
 };
 
+// Returns the terms from `element` on of a row of T.
 template <class T>
-inline KeptPairs kept_from(const KeptRow& row, int64_t element, const T*) {
-    float* first = row.exponentials + element;
-    return {first, first + kWidth, kPair};
+inline KeptPairs kept_pairs(float* row, int64_t, int64_t element, const T*) {
+    return {row + element, row + element + kWidth, kPair};
 }
 
-inline KeptPairs kept_from(const KeptRow& row, int64_t element, const BFloat16*) {
-    float *even = row.exponentials + element / 2, *odd = even + row.plane;
+inline KeptPairs kept_pairs(float* row, int64_t plane, int64_t element, const BFloat16*) {
+    float *even = row + element / 2, *odd = even + plane;
     if (element % 2 == 0) return {even, odd, kWidth};
     return {odd, even + 1, kWidth};
 }
+
+// The terms of all kinds from one element on.
+template <Terms kTerms>
+struct KeptTerms {
+    KeptPairs e, weighted, difference;
+
+    template <class T>
+    KeptTerms(const KeptRow& row, int64_t element, const T* type)
+        : e(kept_pairs(row.e, row.plane, element, type)),
+          weighted(kept_pairs(row.weighted, row.plane, element, type)),
+          difference(kept_pairs(row.difference, row.plane, element, type)) {}
+
+    void load(int64_t pair, Term& first, Term& second) const {
+        const Pair x = e.load(pair), y = with_entropy(kTerms) ? weighted.load(pair) : Pair{};
+        const Pair z = with_kl(kTerms) ? difference.load(pair) : Pair{};
+        first = {x.first, y.first, z.first}, second = {x.second, y.second, z.second};
+    }
+
+    void store(int64_t pair, const Term& first, const Term& second) const {
+        e.store(pair, {first.e, second.e});
+        if (with_entropy(kTerms)) weighted.store(pair, {first.weighted, second.weighted});
+        if (with_kl(kTerms)) difference.store(pair, {first.difference, second.difference});
+    }
+};
 
 }  // namespace repo::REPO_ISA

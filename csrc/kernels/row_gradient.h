@@ -6,8 +6,6 @@
 #include "kernels/kept_row.h"
 #include "kernels/row_kernels.h"
 
-extern "C" double exp2(double);
-
 namespace repo::REPO_ISA {
 
 // The degree of the polynomial, whose error is far below the rounding of the gradient's type.
@@ -15,17 +13,17 @@ constexpr int power_degree(const float*) { return 5; }
 constexpr int power_degree(const Float16*) { return 4; }
 constexpr int power_degree(const BFloat16*) { return 3; }
 
-// dL/dz of one row; the formula is at GradientWeights. kKept: e_v is given, up to a factor; else it is computed from x.
-template <class T, bool kCapped, GradientKind kKind, bool kKept>
+// dL/dz, from logits or from kept terms; the formula is at GradientWeights.
+template <class T, bool kCapped, Terms kTerms, bool kKept>
 struct RowGradient {
     static constexpr int kDegree = power_degree(static_cast<const T*>(nullptr));
+    static constexpr bool kPlain = kTerms == kPlainTerms;
 
     float cap;
-    Vec c, max2, ref_max2, base, by_log, by_difference, factor;
-    Power<kDegree> power;
+    Vec c, max2, ref_max2, base, by_log, by_difference;
+    Power<kDegree> power;  // times `base` if there is no other weight
 
-    // e_factor: what e_v is to be multiplied by
-    RowGradient(Scaling scaling, const GradientWeights& w, float e_factor)
+    RowGradient(Scaling scaling, const GradientWeights& w)
         : cap(scaling.cap),
           c(broadcast(scaling.c)),
           max2(broadcast(w.max2)),
@@ -33,81 +31,110 @@ struct RowGradient {
           base(broadcast(w.base)),
           by_log(broadcast(w.by_log)),
           by_difference(broadcast(w.by_difference)),
-          factor(broadcast(kKind == kLogpGradient ? e_factor * w.base : e_factor)),
-          power(factor[0]) {}
+          power(kPlain ? w.base : 1.0f) {}
 
-    Vec operator()(Vec x, Vec y, Vec e) const {
-        Vec slope = {};
-        if (kCapped) {
-            const Capped result = soft_cap(x, cap);
-            x = result.value, slope = result.slope;
-            if (kKind == kReferenceGradient) y = soft_cap(y, cap).value;
-        }
-        const Vec t = exact_multiply_subtract(x, c, max2);
-        Vec grad = kKept ? e * factor : scaled_exp2(t, power);
-        if (kKind == kEntropyGradient) grad *= multiply_add(clamp_exponent(t), by_log, base);
-        if (kKind == kReferenceGradient) {
-            const Vec gap = t - exact_multiply_subtract(y, c, ref_max2);
-            const Vec weight = multiply_add(gap, by_difference, multiply_add(t, by_log, base));
-            grad = grad == 0.0f ? Vec{} : grad * weight;  // 0 also where the reference is -inf
-        }
-        return kCapped ? grad * slope : grad;
+    Vec of_logits(Vec x, Vec y) const {
+        const Vec t = exact_multiply_subtract(x, c, max2), e = scaled_exp2(t, power);
+        if (kPlain) return e;
+        Vec weight = base;
+        if (with_entropy(kTerms)) weight = multiply_add(clamp_exponent(t), by_log, weight);
+        if (with_kl(kTerms)) weight = multiply_add(t - exact_multiply_subtract(y, c, ref_max2), by_difference, weight);
+        return e == 0.0f ? Vec{} : e * weight;  // 0 also where the reference is -inf
     }
 
-    Pair operator()(Pair x, Pair y, Pair e) const {
-        return {(*this)(x.first, y.first, e.first), (*this)(x.second, y.second, e.second)};
+    Vec of_term(const Term& term) const {
+        Vec grad = term.e * base;
+        if (with_entropy(kTerms)) grad = multiply_add(term.weighted, by_log, grad);
+        if (with_kl(kTerms)) grad = multiply_add(term.difference, by_difference, grad);
+        return grad;
+    }
+
+    // x, y: logits and the reference's; kept: their terms, number `pair`
+    Pair operator()(Pair x, Pair y, const KeptTerms<kTerms>& kept, int64_t pair) const {
+        Capped first = {x.first, {}}, second = {x.second, {}};
+        if (kCapped) first = soft_cap(x.first, cap), second = soft_cap(x.second, cap);
+        Pair grad;
+        if (kKept) {
+            Term low, high;
+            kept.load(pair, low, high);
+            grad = {of_term(low), of_term(high)};
+        } else {
+            if (kCapped && with_kl(kTerms)) y = {soft_cap(y.first, cap).value, soft_cap(y.second, cap).value};
+            grad = {of_logits(first.value, y.first), of_logits(second.value, y.second)};
+        }
+        return kCapped ? Pair{grad.first * first.slope, grad.second * second.slope} : grad;
     }
 };
 
-// The rows of one call.
+// The rows of one token.
 template <class T>
 struct GradientRows {
     const T *logits, *reference;
     T* grad;
-    KeptRow kept;
+    const KeptRow& kept;
+    bool past_caches;
 };
 
 // Writes the gradient of elements [start, end).
-template <bool kKept, class T, class Gradient>
-inline void write_gradient(const GradientRows<T>& rows, int64_t start, int64_t end, const Gradient& gradient,
-                           bool past_caches) {
-    const auto pair = [&](int64_t i, const KeptPairs& e) {
-        return gradient(load_pair(rows.logits + i), load_pair(rows.reference + i), kKept ? e.load() : Pair{});
-    };
+template <class T, bool kCapped, Terms kTerms, bool kKept>
+inline void write_gradient(const GradientRows<T>& rows, int64_t start, int64_t end,
+                           const RowGradient<T, kCapped, kTerms, kKept>& gradient) {
+    const auto terms_from = [&](int64_t element) { return KeptTerms<kTerms>(rows.kept, element, rows.logits); };
     // through memory of a whole pair, so that these elements are rounded like the others
     const auto partial = [&](int64_t first, int64_t count) {
-        T elements[kPair];
         const Pair x = load_first(rows.logits + first, count), y = load_first(rows.reference + first, count);
-        put_pair<false>(elements, gradient(x, y, kKept ? kept_from(rows.kept, first, rows.logits).load() : Pair{}));
+        T elements[kPair];
+        put_pair<false>(elements, gradient(x, y, terms_from(first), 0));
         std::memcpy(rows.grad + first, elements, count * sizeof(T));
     };
-    int64_t i = start;
-    for (const int64_t head = i + least(to_line(rows.grad + i), end - i); i < head; i += least(kPair, head - i))
-        partial(i, least(kPair, head - i));
-    const KeptPairs kept = kept_from(rows.kept, i, rows.logits);
-    if (past_caches) {
-        for (int64_t n = 0; i + kPair <= end; i += kPair, ++n) put_pair<true>(rows.grad + i, pair(i, kept.from_pair(n)));
+    const int64_t body = start + least(to_line(rows.grad + start), end - start), pairs = (end - body) / kPair;
+    for (int64_t i = start; i < body; i += kPair) partial(i, least(kPair, body - i));
+    const auto terms = terms_from(body);
+    const auto pair = [&](int64_t n) {
+        const int64_t i = body + n * kPair;
+        return gradient(load_pair(rows.logits + i), load_pair(rows.reference + i), terms, n);
+    };
+    T* grad = rows.grad + body;
+    if (rows.past_caches) {
+        for (int64_t n = 0; n < pairs; ++n) put_pair<true>(grad + n * kPair, pair(n));
     } else {
-        for (int64_t n = 0; i + kPair <= end; i += kPair, ++n) put_pair<false>(rows.grad + i, pair(i, kept.from_pair(n)));
+        for (int64_t n = 0; n < pairs; ++n) put_pair<false>(grad + n * kPair, pair(n));
     }
-    if (i < end) partial(i, end - i);
+    if (body + pairs * kPair < end) partial(body + pairs * kPair, end - body - pairs * kPair);
 }
 
-template <class T, bool kCapped, GradientKind kKind>
+// Returns the weights of terms that are relative to these maxima.
+inline GradientWeights shifted(const GradientWeights& w, float max2, float ref_max2) {
+    const double shift = double(max2) - w.max2, ref_shift = double(ref_max2) - w.ref_max2, scale = exp2_or_zero(shift);
+    const double base = w.base + w.by_log * shift + w.by_difference * (shift - ref_shift);
+    return {max2, ref_max2, float(scale * base), float(scale * w.by_log), float(scale * w.by_difference)};
+}
+
+// Writes the gradient of a row from its kept terms, blocks with the same maxima together.
+template <class T, bool kCapped, Terms kTerms>
+inline void write_kept_gradient(const GradientRows<T>& rows, int64_t columns, Scaling scaling,
+                                const GradientWeights& weights) {
+    const float *max2 = rows.kept.max2, *ref_max2 = rows.kept.ref_max2;
+    const int64_t blocks = (columns + kBlock - 1) / kBlock;
+    for (int64_t block = 0, next; block < blocks; block = next) {
+        for (next = block + 1; next < blocks && max2[next] == max2[block] && ref_max2[next] == ref_max2[block];) ++next;
+        const GradientWeights w = shifted(weights, max2[block], ref_max2[block]);
+        const int64_t start = block * kBlock, end = least(next * kBlock, columns);
+        if (exp2_or_zero(double(max2[block]) - weights.max2) == 0) {
+            // also where a term of the KL is infinite, since the reference is -inf
+            write_gradient(rows, start, end, RowGradient<T, kCapped, kPlainTerms, true>(scaling, w));
+        } else {
+            write_gradient(rows, start, end, RowGradient<T, kCapped, kTerms, true>(scaling, w));
+        }
+    }
+}
+
+template <class T, bool kCapped, Terms kTerms>
 void gradient_row(const T* logits, const T* reference, T* grad, int64_t columns, Scaling scaling,
                   const GradientWeights& weights, const KeptRow& kept, bool past_caches) {
-    const GradientRows<T> rows = {logits, kKind == kReferenceGradient ? reference : logits, grad, kept};
-    if (!kept.exponentials) {
-        const RowGradient<T, kCapped, kKind, false> gradient(scaling, weights, 1);
-        return write_gradient<false>(rows, 0, columns, gradient, past_caches);
-    }
-    // blocks with the same maximum together
-    for (int64_t start = 0, end; start < columns; start = end) {
-        const float max2 = kept.max2[start / kBlock];
-        for (end = start + kBlock; end < columns && kept.max2[end / kBlock] == max2;) end += kBlock;
-        const RowGradient<T, kCapped, kKind, true> gradient(scaling, weights, exp2(double(max2) - weights.max2));
-        write_gradient<true>(rows, start, least(end, columns), gradient, past_caches);
-    }
+    const GradientRows<T> rows = {logits, with_kl(kTerms) ? reference : logits, grad, kept, past_caches};
+    if (kept.e) return write_kept_gradient<T, kCapped, kTerms>(rows, columns, scaling, weights);
+    write_gradient(rows, 0, columns, RowGradient<T, kCapped, kTerms, false>(scaling, weights));
 }
 
 template <class T>

@@ -10,18 +10,18 @@ namespace repo {
 namespace REPO_ISA {
 namespace {
 
-template <class T, SumKind kKind>
+template <class T, Terms kTerms>
 void statistics(const void* logits, const void* reference, int64_t columns, Scaling scaling, const KeptRow& kept,
                 RowSums& sums, RowSums& ref_sums) {
-    const auto run = scaling.cap > 0 ? sum_row<T, true, kKind> : sum_row<T, false, kKind>;
+    const auto run = scaling.cap > 0 ? sum_row<T, true, kTerms> : sum_row<T, false, kTerms>;
     run(static_cast<const T*>(logits), static_cast<const T*>(reference), columns, scaling, kept, sums,
         ref_sums);
 }
 
-template <class T, GradientKind kKind>
+template <class T, Terms kTerms>
 void gradient_of(const void* logits, const void* reference, void* grad, int64_t columns, Scaling scaling,
                  const GradientWeights& weights, const KeptRow& kept, bool past_caches) {
-    const auto run = scaling.cap > 0 ? gradient_row<T, true, kKind> : gradient_row<T, false, kKind>;
+    const auto run = scaling.cap > 0 ? gradient_row<T, true, kTerms> : gradient_row<T, false, kTerms>;
     run(static_cast<const T*>(logits), static_cast<const T*>(reference), static_cast<T*>(grad), columns, scaling,
         weights, kept, past_caches);
 }
@@ -77,16 +77,14 @@ void soft_cap_of(const float* from, float* value, float* slope, int64_t count, f
 
 using namespace REPO_ISA;
 
-#define REPO_STATISTICS(T) \
-    {statistics<T, kLogpSums>, statistics<T, kEntropySums>, statistics<T, kReferenceSums>, statistics<T, kAllSums>}
-#define REPO_GRADIENT(T) \
-    {gradient_of<T, kLogpGradient>, gradient_of<T, kEntropyGradient>, gradient_of<T, kReferenceGradient>}
+#define REPO_BY_TERMS(kernel, T) \
+    {kernel<T, kPlainTerms>, kernel<T, kEntropyTerms>, kernel<T, kKlTerms>, kernel<T, kAllTerms>}
 
 extern const RowKernels REPO_TABLE(REPO_ISA);
 const RowKernels REPO_TABLE(REPO_ISA) = {
     REPO_STRING(REPO_ISA),
-    {REPO_STATISTICS(float), REPO_STATISTICS(BFloat16), REPO_STATISTICS(Float16)},
-    {REPO_GRADIENT(float), REPO_GRADIENT(BFloat16), REPO_GRADIENT(Float16)},
+    {REPO_BY_TERMS(statistics, float), REPO_BY_TERMS(statistics, BFloat16), REPO_BY_TERMS(statistics, Float16)},
+    {REPO_BY_TERMS(gradient_of, float), REPO_BY_TERMS(gradient_of, BFloat16), REPO_BY_TERMS(gradient_of, Float16)},
     {logit<float>, logit<BFloat16>, logit<Float16>},
     {put<float>, put<BFloat16>, put<Float16>},
     zero_row,

@@ -34,18 +34,22 @@ struct RowSums {
     __attribute__((always_inline)) double total() const { return rest + largest; }
 };
 
-// What is summed besides e_v. kReferenceSums: the full KL; kAllSums: entropy and full KL.
-enum SumKind { kLogpSums, kEntropySums, kReferenceSums, kAllSums, kSumKinds };
+// Which terms a row has besides e_v: e_v t_v for the entropy, e_v (t_v - t'_v) for the full KL.
+enum Terms { kPlainTerms, kEntropyTerms, kKlTerms, kAllTerms, kTermKinds };
 
-// The exponentials of one row, which the first pass keeps for the second: e_v before the maximum of a later block was
-// known. null: nothing is kept.
+constexpr Terms terms_of(bool entropy, bool kl) { return Terms(int(entropy) | int(kl) << 1); }
+constexpr bool with_entropy(Terms terms) { return terms & kEntropyTerms; }
+constexpr bool with_kl(Terms terms) { return terms & kKlTerms; }
+
+// Memory for the terms of one row, which the first pass keeps for the second. A block's terms are relative to the
+// maxima that were known when it was summed. null: nothing is kept.
 struct KeptRow {
-    float* exponentials = nullptr;  // (2, plane); see kept_row.h
-    float* max2 = nullptr;          // of each block, the maximum that its exponentials are relative to
+    float *e = nullptr, *weighted = nullptr, *difference = nullptr;  // (2, plane): the order is in kept_row.h
+    float *max2 = nullptr, *ref_max2 = nullptr;                      // (blocks,)
     int64_t plane = 0;
 };
 
-// Sizes of a kept row: its planes end with space for whole vectors.
+// Sizes of a kept row. A plane ends with space for whole vectors.
 constexpr int64_t kept_plane(int64_t columns) { return (columns + 255) / 128 * 64; }
 constexpr int64_t kept_blocks(int64_t columns) { return columns / 1024 + 1; }
 
@@ -55,22 +59,20 @@ struct GradientWeights {
     float base, by_log, by_difference;
 };
 
-enum GradientKind { kLogpGradient, kEntropyGradient, kReferenceGradient, kGradientKinds };
-
 // Kernels over rows of `columns` consecutive elements.
-//   statistics  fills sums and kept; kReferenceSums and kAllSums read reference and fill ref_sums
-//   gradient    writes grad, which may be the logits, with past_caches past the caches; only kReferenceGradient reads
-//               reference. kept: from the row's statistics, or null
+//   statistics  fills sums and kept; only terms of the full KL need reference and fill ref_sums
+//   gradient    writes grad, which may be the logits, with past_caches past the caches; only terms of the full KL need
+//               reference. kept: of the row's statistics with at least these terms, or null
 //   logit       returns one capped logit and the slope of the cap
 //   put         writes one rounded value
 //   fence       orders streamed stores before what the thread does next
 //   exp2, soft_cap  the approximations, for tests
 struct RowKernels {
     const char* name;
-    void (*statistics[kDTypes][kSumKinds])(
+    void (*statistics[kDTypes][kTermKinds])(
         const void* logits, const void* reference, int64_t columns, Scaling, const KeptRow& kept, RowSums& sums,
         RowSums& ref_sums);
-    void (*gradient[kDTypes][kGradientKinds])(
+    void (*gradient[kDTypes][kTermKinds])(
         const void* logits, const void* reference, void* grad, int64_t columns, Scaling, const GradientWeights&,
         const KeptRow& kept, bool past_caches);
     float (*logit[kDTypes])(const void* logits, int64_t column, Scaling, float* slope);

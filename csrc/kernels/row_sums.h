@@ -6,8 +6,6 @@
 #include "kernels/kept_row.h"
 #include "kernels/row_kernels.h"
 
-extern "C" double exp2(double);
-
 namespace repo::REPO_ISA {
 
 constexpr int kStep = 2 * kPair;  // elements
@@ -93,7 +91,7 @@ inline float block_max(Block<T> block) {
 
 // Moves the sums to a new maximum: t grows by `shift` <= 0, e_v by the factor 2^shift.
 inline void shift_sums(RowSums& sums, double shift) {
-    const double scale = shift < -149 ? 0 : exp2(shift), total = sums.total();
+    const double scale = exp2_or_zero(shift), total = sums.total();
     sums.rest = scale * total;
     sums.largest = 0;
     sums.weighted = scale * (sums.weighted + total * shift);
@@ -111,125 +109,143 @@ inline bool raise_max(RowSums& sums, float max, float c) {
     return true;
 }
 
-// The constants of all terms. max: the block's largest logit if it is a new maximum.
+// What the terms of a block are relative to. max: the block's largest logit.
 struct Centre {
-    Vec c, max2, ref_max2, max;
-    Power<5> power{1.0f};
+    float c, max2, ref_max2, max;
 };
 
-constexpr bool sums_entropy(SumKind kind) { return kind == kEntropySums || kind == kAllSums; }
-constexpr bool sums_kl(SumKind kind) { return kind == kReferenceSums || kind == kAllSums; }
-
-// Sums in every lane of a vector. maxima: how many terms are of the maximum, which are not in `rest`.
-template <SumKind kKind, bool kRaised>
+// Sums in every lane of a vector. If the block has a new maximum (kRaised), its terms are counted and not summed; ref is
+// the sum of the reference's logits there.
+template <Terms kTerms, bool kRaised>
 struct Lanes {
-    Vec rest = {}, maxima = {}, weighted = {}, difference = {};
+    Vec rest = {}, weighted = {}, difference = {}, maxima = {}, ref = {};
 
-    // Adds the terms of logits x and, for the KL, of the reference's y; returns e_v.
-    Vec add(Vec x, Vec y, const Centre& centre) {
-        const Vec t = exact_multiply_subtract(x, centre.c, centre.max2), e = scaled_exp2(t, centre.power);
+    void add(const Term& term, Vec x, Vec y, const Centre& centre) {
+        weighted += term.weighted;
         if (kRaised) {
-            const IntVec is_max = x == centre.max;
+            const IntVec is_max = x == broadcast(centre.max);
+            rest += is_max ? Vec{} : term.e;
+            difference += is_max ? Vec{} : term.difference;
             maxima += is_max ? broadcast(1) : Vec{};
-            rest += is_max ? Vec{} : e;
+            ref += is_max ? y : Vec{};
         } else {
-            rest += e;
+            rest += term.e;
+            difference += term.difference;
         }
-        if (sums_entropy(kKind)) weighted = multiply_add(e, clamp_exponent(t), weighted);
-        if (sums_kl(kKind)) {
-            const Vec gap = t - exact_multiply_subtract(y, centre.c, centre.ref_max2);
-            difference = multiply_add(e, e == 0.0f ? Vec{} : gap, difference);
-        }
-        return e;
     }
 
     void add(const Lanes& other) {
         rest += other.rest;
-        maxima += other.maxima;
         weighted += other.weighted;
         difference += other.difference;
+        maxima += other.maxima;
+        ref += other.ref;
     }
 
-    void add_to(RowSums& sums) const {
+    void add_to(RowSums& sums, const Centre& centre) const {
         sums.rest += sum_lanes(rest);
-        if (kRaised) sums.largest = sum_lanes(maxima) * (sums.max2 < -kLowestMax ? exp2(sums.top) : __builtin_nan(""));
-        if (sums_entropy(kKind)) sums.weighted += sum_lanes(weighted);
-        if (sums_kl(kKind)) sums.difference += sum_lanes(difference);
+        if (with_entropy(kTerms)) sums.weighted += sum_lanes(weighted);
+        if (with_kl(kTerms)) sums.difference += sum_lanes(difference);
+        if (!kRaised) return;
+        const double count = sum_lanes(maxima), e = sums.max2 < -kLowestMax ? exp2(sums.top) : __builtin_nan("");
+        sums.largest = count * e;
+        // in double: with a probability near 1 it decides all digits of the KL
+        if (with_kl(kTerms))
+            sums.difference += e * (count * (sums.top + centre.ref_max2) - double(centre.c) * sum_lanes(ref));
     }
 };
 
-// Where the exponentials of a reference go.
-struct Nowhere {
-    Nowhere from_pair(int64_t) const { return {}; }
-    void store(Pair) const {}
+// Computes terms of logits, given those of the reference.
+template <Terms kTerms>
+struct TermsOf {
+    Vec c, max2, ref_max2;
+    Power<5> power{1.0f};
+
+    explicit TermsOf(const Centre& centre)
+        : c(broadcast(centre.c)), max2(broadcast(centre.max2)), ref_max2(broadcast(centre.ref_max2)) {}
+
+    Term operator()(Vec x, Vec y) const {
+        const Vec t = exact_multiply_subtract(x, c, max2);
+        Term term = {scaled_exp2(t, power), {}, {}};
+        if (with_entropy(kTerms)) term.weighted = term.e * clamp_exponent(t);
+        if (with_kl(kTerms)) {
+            const Vec gap = t - exact_multiply_subtract(y, c, ref_max2);
+            term.difference = term.e == 0.0f ? Vec{} : term.e * gap;
+        }
+        return term;
+    }
 };
 
-// Adds a block to the sums, and stores its exponentials. ahead: memory to fetch, kFetch bytes for each step.
-template <SumKind kKind, bool kRaised, int kFetch, class S, class Kept>
-inline void add_terms(RowSums& sums, Block<S> block, float max, const S* reference, float ref_max2, float c, Kept kept,
-                      const char* ahead) {
-    const Centre centre = {broadcast(c), broadcast(sums.max2), broadcast(ref_max2), broadcast(max)};
-    Lanes<kKind, kRaised> lanes[4];
+// Where terms go that nobody needs again.
+struct Nowhere {
+    void store(int64_t, const Term&, const Term&) const {}
+};
+
+// Adds the terms of a block to the sums and stores them. ahead: memory that is fetched, kFetch bytes with each step.
+template <Terms kTerms, bool kRaised, int kFetch, class S, class Kept>
+void add_terms(RowSums& sums, Block<S> block, const S* reference, Centre centre, const Kept& kept, const char* ahead) {
+    const TermsOf<kTerms> terms(centre);
+    Lanes<kTerms, kRaised> lanes[4];
     for (int64_t step = 0; step < block.count; step += kStep, ahead += kFetch) {
         for (int line = 0; line < kFetch; line += 64) __builtin_prefetch(ahead + line, 0, 2);
         for (int half = 0; half < 2; ++half) {
             const int64_t i = step + half * kPair;
-            const Pair x = load_pair(block.x + i), y = sums_kl(kKind) ? load_pair(reference + i) : x;
-            kept.from_pair(i / kPair).store({lanes[2 * half].add(x.first, y.first, centre),
-                                             lanes[2 * half + 1].add(x.second, y.second, centre)});
+            const Pair x = load_pair(block.x + i), y = with_kl(kTerms) ? load_pair(reference + i) : x;
+            const Term first = terms(x.first, y.first), second = terms(x.second, y.second);
+            kept.store(i / kPair, first, second);
+            lanes[2 * half].add(first, x.first, y.first, centre);
+            lanes[2 * half + 1].add(second, x.second, y.second, centre);
         }
     }
     lanes[0].add(lanes[1]);
     lanes[2].add(lanes[3]);
     lanes[0].add(lanes[2]);
-    lanes[0].add_to(sums);
+    lanes[0].add_to(sums, centre);
 }
 
-template <SumKind kKind, int kFetch, class S, class Kept>
-inline void add_block(RowSums& sums, Block<S> block, float max, bool raised, const S* reference, float ref_max2, float c, Kept kept,
+// Adds a block to the sums: first its maximum, then its terms.
+template <Terms kTerms, int kFetch, class S, class Kept>
+inline void sum_block(RowSums& sums, Block<S> block, const S* reference, float ref_max2, float c, const Kept& kept,
                       const char* ahead) {
-    const auto add = raised ? add_terms<kKind, true, kFetch, S, Kept> : add_terms<kKind, false, kFetch, S, Kept>;
-    add(sums, block, max, reference, ref_max2, c, kept, ahead);
+    const float max = block_max(block);
+    const bool raised = raise_max(sums, max, c);
+    const auto add = raised ? add_terms<kTerms, true, kFetch, S, Kept> : add_terms<kTerms, false, kFetch, S, Kept>;
+    add(sums, block, reference, {c, sums.max2, ref_max2, max}, kept, ahead);
 }
 
 // Sums a row. take: block_of or capped_block_of. T: type in memory; S: type that is summed, float if capped.
-template <SumKind kKind, class S, class T, class Take>
+template <Terms kTerms, class S, class T, class Take>
 inline void sum_blocks(const T* logits, const T* reference, int64_t columns, Scaling scaling, const KeptRow& kept,
                        RowSums& sums, RowSums& ref_sums, Take take) {
     alignas(64) S buffer[kBlock];
-    alignas(64) S ref_buffer[sums_kl(kKind) ? kBlock : 1];
-    alignas(64) float unkept[kBlock];
+    alignas(64) S ref_buffer[with_kl(kTerms) ? kBlock : 1];
+    alignas(64) float scratch[kBlock];  // takes the terms if they are not kept
     constexpr int kFetch = kStep * sizeof(T);
     const auto ahead = [](const T* block) { return reinterpret_cast<const char*>(block) + kAhead; };
-    const float c = scaling.c;
     for (int64_t start = 0; start < columns; start += kBlock) {
-        const int64_t count = columns - start < kBlock ? columns - start : kBlock;
+        const int64_t count = least(columns - start, kBlock), number = start / kBlock;
         const Block<S> block = take(logits + start, count, scaling.cap, buffer);
         Block<S> other = {nullptr, 0};
-        if (sums_kl(kKind)) {
+        if (with_kl(kTerms)) {
             other = take(reference + start, count, scaling.cap, ref_buffer);
             const double before = ref_sums.max2;
-            const float max = block_max(other);
-            const bool raised = raise_max(ref_sums, max, c);
-            // t' grows by before - max2
-            if (raised) sums.difference -= sums.total() * (before - ref_sums.max2);
-            add_block<kLogpSums, kFetch, S>(ref_sums, other, max, raised, nullptr, 0.0f, c, Nowhere(), ahead(reference + start));
+            sum_block<kPlainTerms, kFetch, S>(ref_sums, other, nullptr, 0, scaling.c, Nowhere(), ahead(reference + start));
+            sums.difference -= sums.total() * (before - ref_sums.max2);  // t' has grown by so much
         }
-        const float max = block_max(block);
-        const bool raised = raise_max(sums, max, c);
-        if (kept.exponentials) kept.max2[start / kBlock] = sums.max2;
-        const KeptPairs to = kept.exponentials ? kept_from(kept, start, logits) : KeptPairs{unkept, unkept + kWidth, kPair};
-        add_block<kKind, kFetch>(sums, block, max, raised, other.x, ref_sums.max2, c, to, ahead(logits + start));
+        const KeptTerms<kTerms> terms = kept.e ? KeptTerms<kTerms>(kept, start, logits)
+                                               : KeptTerms<kTerms>({scratch, scratch, scratch}, 0, scratch);
+        sum_block<kTerms, kFetch>(sums, block, other.x, ref_sums.max2, scaling.c, terms, ahead(logits + start));
+        if (kept.e) kept.max2[number] = sums.max2, kept.ref_max2[number] = ref_sums.max2;
     }
 }
 
-template <class T, bool kCapped, SumKind kKind>
+template <class T, bool kCapped, Terms kTerms>
 void sum_row(const T* logits, const T* reference, int64_t columns, Scaling scaling, const KeptRow& kept, RowSums& sums,
              RowSums& ref_sums) {
     if constexpr (kCapped) {
-        sum_blocks<kKind, float>(logits, reference, columns, scaling, kept, sums, ref_sums, capped_block_of<T>);
+        sum_blocks<kTerms, float>(logits, reference, columns, scaling, kept, sums, ref_sums, capped_block_of<T>);
     } else {
-        sum_blocks<kKind, T>(logits, reference, columns, scaling, kept, sums, ref_sums, block_of<T>);
+        sum_blocks<kTerms, T>(logits, reference, columns, scaling, kept, sums, ref_sums, block_of<T>);
     }
 }
 
