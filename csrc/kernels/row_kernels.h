@@ -20,12 +20,12 @@ struct Scaling {
 // |fl(max2) - max2| <= 64.
 constexpr float kLowestMax = -2147483648.0f;
 
-// Sums over a row of e_v = 2^t_v, t_v = fma(z_v, c, -max2), max2 = fl(c max z). The terms of the maximum are kept apart,
-// so that the others are not lost when one has nearly all the probability.
+// Sums over a row of e_v = 2^t_v, t_v = fma(z_v, c, -max2), max2 = fl(c max z). The term of the maximum is kept apart,
+// so that the others are not lost when it has nearly all the probability.
 struct RowSums {
     float max2 = kLowestMax;
     double top = 0;         // t of the maximum: the rounding error of max2
-    double largest = 0;     // 2^top times the number of maxima found together
+    double largest = 0;     // 2^top
     double rest = 0;        // sum of the other e_v
     double weighted = 0;    // sum e_v t_v, for the entropy
     double difference = 0;  // sum e_v (t_v - t'_v), t' of the reference, for the full KL

@@ -148,7 +148,8 @@ struct Lanes {
         if (with_kl(kTerms)) sums.difference += sum_lanes(difference);
         if (!kRaised) return;
         const double count = sum_lanes(maxima), e = sums.max2 < -kLowestMax ? exp2(sums.top) : __builtin_nan("");
-        sums.largest = count * e;
+        sums.largest = e;
+        sums.rest += (count - 1) * e;
         // in double: with a probability near 1 it decides all digits of the KL
         if (with_kl(kTerms))
             sums.difference += e * (count * (sums.top + centre.ref_max2) - double(centre.c) * sum_lanes(ref));
