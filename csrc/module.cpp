@@ -1,6 +1,6 @@
 // The extension module repo_kernels._cpu: checks the memory that it is given and computes without the GIL.
 //
-// Arguments are CPU tensors passed by the array protocol. The callers are repo_kernels/backends/cpu/*.py.
+// The layers' arguments are CPU tensors passed by the array protocol. The callers are repo_kernels/backends/cpu/*.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -13,7 +13,7 @@
 #include "layers/attention.h"
 #include "kernels/dispatch.h"
 #include "layers/layers.h"
-#include "losses/losses.h"
+#include "losses/bindings.h"
 #include "layers/transpose.h"
 
 namespace nb = nanobind;
@@ -21,8 +21,6 @@ using namespace repo;
 
 namespace {
 
-using Array = nb::ndarray<nb::device::cpu>;
-using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu>;
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -40,59 +38,6 @@ void require(bool condition, const char* message) {
     if (!condition) throw nb::value_error(message);
 }
 
-DType dtype_of(const Array& array) {
-    const nb::dlpack::dtype type = array.dtype();
-    if (type == nb::dtype<float>()) return kFloat32;
-    if (type.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && type.bits == 16) return kBFloat16;
-    require(type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16, "float32, bfloat16 or float16");
-    return kFloat16;
-}
-
-Rows rows_of(const Array& array) {
-    const size_t n = array.ndim();
-    require(n == 2 || n == 3, "(T, V) or (B, L, V)");
-    const int64_t columns = array.shape(n - 1), length = array.shape(n - 2), batch = n == 3 ? array.shape(0) : 1;
-    require(columns >= 1 && (columns == 1 || array.stride(n - 1) == 1), "the columns of a row must be consecutive");
-    const DType dtype = dtype_of(array);
-    const int64_t bytes = dtype == kFloat32 ? 4 : 2;
-    return {static_cast<char*>(array.data()), dtype, batch * length, columns, std::max<int64_t>(length, 1),
-            n == 3 ? array.stride(0) * bytes : 0, array.stride(n - 2) * bytes};
-}
-
-// The logits, reference and gradient of a call; it owns the rows that Tensors points to.
-struct TensorArguments {
-    std::optional<Rows> reference, grad;
-    Tensors tensors;
-
-    TensorArguments(const Array& logits, const std::optional<Array>& ref_logits, const std::optional<Array>& out,
-                    const Ids& ids, bool zeroed)
-        : tensors{rows_of(logits), nullptr, nullptr, zeroed} {
-        if (ref_logits) tensors.reference = &reference.emplace(alike(*ref_logits));
-        if (out) tensors.grad = &grad.emplace(alike(*out));
-        require(int64_t(ids.shape(0)) == tensors.logits.count, "one id per row");
-        const int64_t bad = find_bad_id(ids.data(), tensors.logits.count, tensors.logits.columns);
-        if (bad != kIgnored) {
-            const std::string message = "token_ids of live rows must be in [0, " +
-                                        std::to_string(tensors.logits.columns) + ") or -100; got " +
-                                        std::to_string(bad);
-            throw nb::index_error(message.c_str());
-        }
-    }
-
-    Rows alike(const Array& array) const {
-        const Rows rows = rows_of(array), &logits = tensors.logits;
-        require(rows.dtype == logits.dtype && rows.count == logits.count && rows.columns == logits.columns,
-                "logits, ref_logits and grad must have the same shape and type");
-        return rows;
-    }
-};
-
-Scalars scalars_of(const ConstVector& scalars) {
-    require(scalars.shape(0) == kScalars && scalars.stride(0) == 1, "scalars must be (8,)");
-    const float* s = scalars.data();
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
-}
-
 template <class M>
 void require_shape(const M& matrix, int64_t rows, int64_t columns, const char* message) {
     require(int64_t(matrix.shape(0)) == rows && int64_t(matrix.shape(1)) == columns, message);
@@ -101,47 +46,6 @@ void require_shape(const M& matrix, int64_t rows, int64_t columns, const char* m
 template <class V>
 void require_vector(const V& vector, int64_t count, const char* message) {
     require(int64_t(vector.shape(0)) == count && (count <= 1 || vector.stride(0) == 1), message);
-}
-
-void bind_fused(const Array& logits, const std::optional<Array>& ref_logits, const std::optional<Array>& grad,
-                bool zeroed, const Ids& ids, const ConstMatrix& values, const ConstVector& scalars, int64_t code,
-                float softcap, bool with_entropy, const Vector& losses, const Matrix& tokens, int threads) {
-    const TensorArguments arguments(logits, ref_logits, grad, ids, zeroed);
-    const int64_t rows = arguments.tensors.logits.count;
-    require_shape(values, kValues, rows, "values must be (9, N)");
-    require_shape(tokens, kTokens, rows, "tokens must be (13, N)");
-    require(int64_t(losses.shape(0)) == rows, "losses must be (N,)");
-    const LossInputs in = {ids.data(), values.data(), scalars_of(scalars), Code::unpack(code), softcap, with_entropy};
-    nb::gil_scoped_release unlocked;
-    fused(arguments.tensors, in, losses.data(), tokens.data(), threads);
-}
-
-void bind_statistics(const Array& logits, const std::optional<Array>& ref_logits, const Ids& ids,
-                     const ConstVector& scalars, float softcap, bool with_entropy, const Matrix& state, int threads) {
-    const TensorArguments arguments(logits, ref_logits, std::nullopt, ids, false);
-    require_shape(state, kStates, arguments.tensors.logits.count, "state must be (7, N)");
-    const Scalars by_name = scalars_of(scalars);
-    nb::gil_scoped_release unlocked;
-    statistics(arguments.tensors, ids.data(), by_name, softcap, with_entropy, state.data(), threads);
-}
-
-void bind_apply(const Array& logits, const std::optional<Array>& ref_logits, const Array& grad, bool zeroed,
-                const Ids& ids, const ConstMatrix& state, const ConstMatrix& slopes, const ConstVector& scalars,
-                float softcap, int threads) {
-    const TensorArguments arguments(logits, ref_logits, grad, ids, zeroed);
-    const int64_t rows = arguments.tensors.logits.count;
-    require_shape(state, kStates, rows, "state must be (7, N)");
-    require_shape(slopes, 3, rows, "slopes must be (3, N)");
-    const Scalars by_name = scalars_of(scalars);
-    nb::gil_scoped_release unlocked;
-    apply(arguments.tensors, ids.data(), state.data(), slopes.data(), by_name, softcap, threads);
-}
-
-void bind_scale_rows(const Array& grad, const ConstVector& factors, int threads) {
-    const Rows rows = rows_of(grad);
-    require(int64_t(factors.shape(0)) == rows.count, "one factor per row");
-    nb::gil_scoped_release unlocked;
-    scale_rows(rows, factors.data(), factors.stride(0), threads);
 }
 
 void bind_transpose(const ConstRows& from, const Matrix& to, int threads) {
@@ -291,14 +195,7 @@ void bind_soft_cap(const ConstVector& from, const Vector& value, const Vector& s
 NB_MODULE(_cpu, m) {
     using namespace nb::literals;
     const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };  // takes no converted copy
-    m.def("fused", bind_fused, exact("logits"), exact("ref_logits").none(), exact("grad").none(), "zeroed"_a,
-          exact("ids"), exact("values"), exact("scalars"), "code"_a, "softcap"_a, "with_entropy"_a, exact("losses"),
-          exact("tokens"), "threads"_a);
-    m.def("statistics", bind_statistics, exact("logits"), exact("ref_logits").none(), exact("ids"), exact("scalars"),
-          "softcap"_a, "with_entropy"_a, exact("state"), "threads"_a);
-    m.def("apply", bind_apply, exact("logits"), exact("ref_logits").none(), exact("grad"), "zeroed"_a, exact("ids"),
-          exact("state"), exact("slopes"), exact("scalars"), "softcap"_a, "threads"_a);
-    m.def("scale_rows", bind_scale_rows, exact("grad"), exact("factors"), "threads"_a);
+    bind_losses(m);
     m.def("transpose", bind_transpose, exact("source"), exact("to"), "threads"_a);
     m.def("rms_norm", bind_rms_norm, exact("x"), exact("weight"), exact("y"), exact("inverse"), "epsilon"_a,
           "threads"_a);

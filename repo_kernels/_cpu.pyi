@@ -7,46 +7,57 @@ def fused(
     ref_logits: Tensor | None,
     grad: Tensor | None,
     zeroed: bool,
-    ids: Tensor,
-    values: Tensor,
-    scalars: Tensor,
+    arguments: list[Tensor | None],
+    scalars: tuple[float | Tensor, ...] | Tensor,
     code: int,
     softcap: float,
     with_entropy: bool,
-    losses: Tensor,
-    tokens: Tensor,
+    first: int,
+    index: Tensor | None,
+    upstream: Tensor | None,
+    rows: Tensor,
+    flags: Tensor,
+    loss: Tensor | None,
+    stats: Tensor | None,
     threads: int,
 ) -> None:
-    """Write losses (N,), tokens (13, N) and grad; the dead rows of a zeroed grad are left alone."""
+    """Write rows (5, N), flags (N,) and grad; with loss, 0-d, and stats (18,) their sums too. arguments: by ARGUMENTS
+    of backends/interface.py. The dead rows of a zeroed grad are left alone.
+    """
+
+def reduce(
+    arguments: list[Tensor | None],
+    scalars: tuple[float | Tensor, ...] | Tensor,
+    code: int,
+    rows: Tensor,
+    flags: Tensor,
+    loss: Tensor,
+    stats: Tensor,
+) -> None:
+    """Sum rows (5, N) and flags (N,) into loss, 0-d, and stats (18,)."""
+
+def count_dead(arguments: list[Tensor | None]) -> int:
+    """Count the masked and ignored rows and those outside cu_seqlens."""
 
 def statistics(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    ids: Tensor,
-    scalars: Tensor,
-    softcap: float,
-    with_entropy: bool,
-    state: Tensor,
-    threads: int,
+    logits: Tensor, ids: Tensor, temperature: float, softcap: float, with_entropy: bool, state: Tensor, threads: int
 ) -> None:
     """Write state (7, N)."""
 
 def apply(
     logits: Tensor,
-    ref_logits: Tensor | None,
     grad: Tensor,
-    zeroed: bool,
     ids: Tensor,
     state: Tensor,
     slopes: Tensor,
-    scalars: Tensor,
+    temperature: float,
     softcap: float,
     threads: int,
 ) -> None:
-    """Write grad; the dead rows of a zeroed grad are left alone."""
+    """Write grad from state (7, N) and slopes (3, N)."""
 
-def scale_rows(grad: Tensor, factors: Tensor, threads: int) -> None:
-    """Multiply the rows of grad by factors (N,); a row whose factor is 1 is not touched."""
+def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None, threads: int) -> None:
+    """Multiply the rows of grad by upstream, 0-d or (N,); rows with factor 1 or flags 0 are not touched."""
 
 def transpose(source: Tensor, to: Tensor, threads: int) -> None:
     """Write the transpose of source (r, c) into `to` (c, r), contiguous; fp32."""

@@ -13,10 +13,13 @@ from torch import Tensor
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUE_DTYPES = (torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
+MASK_DTYPES = (torch.bool,)
 COST_MODES = ("rectified", "split", "lagrangian")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 3.4028234663852886e38
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 Scalar = float | Tensor
 
@@ -26,6 +29,23 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
+
+
+def is_plain(*values: Tensor | None) -> bool:
+    """Return whether each tensor is one with memory that may be read as it stands, or None.
+
+    A subclass, a tensor of functorch and one that is negated lazily are not; those go through PyTorch's dispatcher.
+    """
+    return all(value is None or (type(value) in PLAIN_TYPES and not value.is_neg()) for value in values)
+
+
+def is_traced() -> bool:
+    """Return whether something looks at every operator: torch.compile, a dispatch mode or a transform of functorch."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -78,8 +98,10 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
-    # comparisons instead of math.isfinite, which torch.compile cannot trace for a float that varies
-    if not (value == 0 or FLOAT32_TINY <= abs(value) <= FLOAT32_MAX) or not accepts(value):
+    # Comparisons instead of math.isfinite, which torch.compile cannot trace for a float that varies. It does not ask
+    # for 0, which would become a condition of the graph: then 0 would take a graph of its own.
+    normal = abs(value) <= FLOAT32_MAX and (torch.compiler.is_compiling() or value == 0 or abs(value) >= FLOAT32_TINY)
+    if not (normal and accepts(value)):
         raise ValueError(f"{name} must be {takes} and a normal number in float32; got {value!r}")
 
 
@@ -111,15 +133,11 @@ def check_live_ids(ids: Tensor, vocabulary: int) -> None:
         raise IndexError(f"token_ids of live rows must be in [0, {vocabulary}) or -100; got {worst}")
 
 
-def compute_dtype(value: Tensor) -> torch.dtype:
-    """Return the dtype in which a loss of these logits is computed: fp64 for fp64, else fp32."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
 def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor) -> None:
     """Check that cu_seqlens is (B + 1,) int32 and rises from 0 to T, the only entry of `leading`.
 
-    The values are checked on the CPU alone, and not while torch.compile traces.
+    The values are checked on the CPU alone, where reading them does not wait, and only if they are at hand: not while
+    torch.compile traces, and not those of a FakeTensor. Elsewhere rows outside the bounds are dead.
     """
     if len(leading) != 1:
         raise ValueError(f"cu_seqlens is for packed (T, ...) rows; the rows here have leading shape {leading}")
@@ -129,10 +147,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
         raise ValueError(f"cu_seqlens must have shape (B+1,); got {describe(cu_seqlens)}")
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens must be on {like.device} with the logits; got {describe(cu_seqlens)}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        rising = bool((cu_seqlens.diff() >= 0).all())
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != leading[0] or not rising:
-            bounds = cu_seqlens.tolist()
+    if cu_seqlens.device.type == "cpu" and is_plain(cu_seqlens) and not is_traced():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != leading[0] or bounds != sorted(bounds):
             shown = bounds if len(bounds) <= 9 else [*bounds[:7], "...", bounds[-1]]
             raise ValueError(f"cu_seqlens must rise from 0 to T = {leading[0]}; got {shown}")
 
@@ -163,9 +180,12 @@ def check_head(
         raise ValueError(f"{prefix}hidden must have leading shape {leading}; got {describe(hidden)}")
 
 
-def check_chunk_tokens(chunk_tokens: int | None) -> None:
-    """Check that chunk_tokens is an int >= 1 or None."""
-    if chunk_tokens is not None and (isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int)):
-        raise TypeError(f"chunk_tokens must be an int >= 1 or None; got {describe(chunk_tokens)}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be an int >= 1 or None; got {chunk_tokens}")
+def check_chunk(chunk_tokens: int | None, chunk_bytes: int | None) -> None:
+    """Check that one of the two, or neither, is given, as an int >= 1."""
+    for name, value in (("chunk_tokens", chunk_tokens), ("chunk_bytes", chunk_bytes)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int >= 1 or None; got {describe(value)}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be an int >= 1 or None; got {value}")
+    if chunk_tokens is not None and chunk_bytes is not None:
+        raise ValueError(f"give chunk_tokens or chunk_bytes, not both; got {chunk_tokens} and {chunk_bytes}")

@@ -68,7 +68,6 @@ def compile_variant(variant: Any, target: str) -> CompiledKernel:
         fn=variant.kernel,
         signature=dict(variant.signature),
         constexprs=dict(variant.constexprs),
-        attrs={(i,): [["tt.divisibility", 16]] for i in variant.divisible},
     )
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=variant.options)
     if "cubin" in compiled.asm:
@@ -97,9 +96,11 @@ def compile_variant(variant: Any, target: str) -> CompiledKernel:
 
 
 def _variants(target: str) -> list[Any]:
+    from repo_kernels.backends.triton.forms import Target
     from repo_kernels.backends.triton.variants import variants
 
-    return variants(TARGETS[target][2])
+    backend, architecture, warp_size = TARGETS[target]
+    return variants(Target(warp_size, backend == "cuda" and int(architecture) >= 100))
 
 
 def _names(target: str) -> list[tuple[str, str, str]]:

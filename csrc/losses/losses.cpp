@@ -12,6 +12,8 @@
 
 #include "kernels/dispatch.h"
 #include "common/parallel.h"
+#include "losses/reduction.h"
+#include "losses/token_terms.h"
 
 namespace repo {
 namespace {
@@ -27,7 +29,7 @@ struct RowState {
     double ref_log2_sum = 0;
 };
 
-Scaling scaling_of(const Scalars& scalars, float softcap) { return {float(kLog2E / scalars.temperature), softcap}; }
+Scaling scaling_of(float temperature, float softcap) { return {float(kLog2E / temperature), softcap}; }
 
 // Returns log2 of the row's sum; NaN if no logit was above the lowest maximum, as in a row of -inf.
 double log2_total(const RowSums& sums) {
@@ -143,30 +145,39 @@ void ask_for_large_pages(const Rows& rows) {
 #endif
 }
 
-int64_t count_live(const int64_t* ids, int64_t rows) {
-    return std::count_if(ids, ids + rows, [](int64_t id) { return id != kIgnored; });
-}
-
-// Calls body(r) for live rows and fills the gradient of the others with zeros.
-template <class Body>
-void over_rows(const RowKernels& kernels, const Tensors& tensors, const int64_t* ids, int threads, Body body) {
+// Calls body(i) for live rows of the logits and dead(i) for the others, whose gradient is filled with zeros.
+template <class IsLive, class Body, class Dead>
+void over_rows(const RowKernels& kernels, const Tensors& tensors, int threads, IsLive is_live, Body body, Dead dead) {
     const Rows& logits = tensors.logits;
     const bool fill = tensors.grad && !tensors.zeroed;
     const auto range = [&](int64_t first, int64_t last) {
-        for (int64_t r = first; r < last; ++r) {
-            if (ids[r] != kIgnored) {
-                body(r);
-            } else if (fill) {
-                kernels.zero(tensors.grad->row(r), logits.row_bytes());
+        for (int64_t i = first; i < last; ++i) {
+            if (is_live(i)) {
+                body(i);
+            } else {
+                dead(i);
+                if (fill) kernels.zero(tensors.grad->row(i), logits.row_bytes());
             }
         }
     };
     if (tensors.large_gradient()) ask_for_large_pages(*tensors.grad);
-    const int64_t busy = fill ? logits.count : count_live(ids, logits.count);
+    int64_t busy = logits.count;
+    if (!fill)
+        for (int64_t i = 0; i < logits.count; ++i) busy -= !is_live(i);
     parallel_rows(logits.count, logits.columns, busy * logits.columns, threads, range, kernels.fence);
 }
 
 }  // namespace
+
+int64_t find_bad_id(const LossTask& task, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const Place place = task.arguments.place(task.where.row(i));
+        if (!task.arguments.live(place)) continue;
+        const int64_t id = task.arguments.ids.at(place);
+        if (id < 0 || id >= columns) return id;
+    }
+    return kIgnored;
+}
 
 int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns) {
     const int64_t* bad =
@@ -174,64 +185,77 @@ int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns) {
     return bad == ids + rows ? kIgnored : *bad;
 }
 
-void fused(const Tensors& tensors, const LossInputs& in, float* losses, float* tokens, int threads) {
+void fused(const Tensors& tensors, const LossTask& task, const Results& results, int threads) {
     const RowKernels& chosen = kernels();
-    const int64_t rows = tensors.logits.count;
-    const Scaling scaling = scaling_of(in.scalars, in.softcap);
-    std::fill_n(losses, rows, 0.0f);
-    std::fill_n(tokens, kTokens * rows, 0.0f);
-    over_rows(chosen, tensors, in.ids, threads, [&](int64_t r) {
-        const KeptRow kept = kept_row(tensors, in.with_entropy);
-        const RowState state = find_state(chosen, tensors, r, in.ids[r], scaling, in.with_entropy, kept);
-        TokenInputs inputs = {{}, float(state.logp), float(state.entropy), float(state.kl), in.with_entropy};
-        for (int i = 0; i < kValues; ++i) inputs.value[i] = in.values[i * rows + r];
-        const TokenTerms terms = token_terms(inputs, in.scalars, in.code);
-        losses[r] = terms.loss;
-        for (int i = 0; i < kTokens; ++i) tokens[i * rows + r] = terms.token[i];
-        if (tensors.grad)
-            write_gradient(chosen, tensors, r, in.ids[r], state, terms.slopes, scaling, in.scalars.temperature, kept);
-    });
+    const Arguments& of = task.arguments;
+    const float temperature = of.scalars.temperature;
+    const Scaling scaling = scaling_of(temperature, task.softcap);
+    const Weights weights(of);
+    const auto is_live = [&](int64_t i) { return of.live(of.place(task.where.row(i))); };
+    const auto dead = [&](int64_t i) {
+        const int64_t row = task.where.row(i);
+        for (int name = 0; name < kRows; ++name) results.rows[name * of.count + row] = 0;
+        results.flags[row] = 0;
+    };
+    const auto body = [&](int64_t i) {
+        const int64_t row = task.where.row(i);
+        const Place place = of.place(row);
+        const int64_t id = of.ids.at(place);
+        const KeptRow kept = kept_row(tensors, task.with_entropy);
+        const RowState state = find_state(chosen, tensors, i, id, scaling, task.with_entropy, kept);
+        TokenTerms terms = token_terms(of, place, weights.of(place), {float(state.logp), float(state.entropy), float(state.kl), task.with_entropy});
+        for (int name = 0; name < kRows; ++name) results.rows[name * of.count + row] = terms.row[name];
+        results.flags[row] = terms.flags;
+        if (!tensors.grad) return;
+        if (task.upstream) {
+            const float factor = task.upstream[row];
+            terms.slopes = {terms.slopes.logp * factor, terms.slopes.entropy * factor, terms.slopes.kl * factor};
+        }
+        write_gradient(chosen, tensors, i, id, state, terms.slopes, scaling, temperature, kept);
+    };
+    over_rows(chosen, tensors, threads, is_live, body, dead);
 }
 
-void statistics(const Tensors& tensors, const int64_t* ids, const Scalars& scalars, float softcap, bool with_entropy,
+void statistics(const Tensors& tensors, const int64_t* ids, float temperature, float softcap, bool with_entropy,
                 float* state, int threads) {
     const RowKernels& chosen = kernels();
     const int64_t rows = tensors.logits.count;
-    const Scaling scaling = scaling_of(scalars, softcap);
-    std::fill_n(state, kStates * rows, 0.0f);
-    over_rows(chosen, tensors, ids, threads, [&](int64_t r) {
-        const RowState row = find_state(chosen, tensors, r, ids[r], scaling, with_entropy, {});
+    const Scaling scaling = scaling_of(temperature, softcap);
+    const auto put = [&](int64_t r, const RowState& row) {
         const double by_row[kStates] = {row.logp,     row.entropy,  row.kl,          row.max2,
                                         row.log2_sum, row.ref_max2, row.ref_log2_sum};
         for (int i = 0; i < kStates; ++i) state[i * rows + r] = float(by_row[i]);
-    });
+    };
+    over_rows(
+        chosen, tensors, threads, [&](int64_t r) { return ids[r] != kIgnored; },
+        [&](int64_t r) { put(r, find_state(chosen, tensors, r, ids[r], scaling, with_entropy, {})); },
+        [&](int64_t r) { put(r, {}); });
 }
 
-void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes, const Scalars& scalars,
+void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes, float temperature,
            float softcap, int threads) {
     const RowKernels& chosen = kernels();
     const int64_t rows = tensors.logits.count;
-    const Scaling scaling = scaling_of(scalars, softcap);
-    over_rows(chosen, tensors, ids, threads, [&](int64_t r) {
+    const Scaling scaling = scaling_of(temperature, softcap);
+    const auto body = [&](int64_t r) {
         const auto at = [&](int i) { return state[i * rows + r]; };
         const RowState row_state = {at(kStateLogp), at(kStateEntropy), at(kStateKl),    at(kMax2),
                                     at(kLog2Sum),   at(kRefMax2),      at(kRefLog2Sum)};
         const Slopes by_row = {slopes[r], slopes[rows + r], slopes[2 * rows + r]};
-        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, scalars.temperature, {});
-    });
+        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, temperature, {});
+    };
+    over_rows(chosen, tensors, threads, [&](int64_t r) { return ids[r] != kIgnored; }, body, [](int64_t) {});
 }
 
-void scale_rows(const Rows& grad, const float* factors, int64_t stride, int threads) {
+void scale_rows(const Rows& grad, const float* factors, int64_t stride, const int32_t* flags, int threads) {
     const RowKernels& chosen = kernels();
+    const auto changes = [&](int64_t r) { return factors[r * stride] != 1 && (!flags || flags[r]); };
     const auto range = [&](int64_t first, int64_t last) {
-        for (int64_t r = first; r < last; ++r) {
-            const float factor = factors[r * stride];
-            if (factor != 1) chosen.scale[grad.dtype](grad.row(r), grad.columns, factor);
-        }
+        for (int64_t r = first; r < last; ++r)
+            if (changes(r)) chosen.scale[grad.dtype](grad.row(r), grad.columns, factors[r * stride]);
     };
-    const auto unchanged = [&](int64_t r) { return factors[r * stride] == 1; };
     int64_t changed = 0;
-    for (int64_t r = 0; r < grad.count; ++r) changed += !unchanged(r);
+    for (int64_t r = 0; r < grad.count; ++r) changed += changes(r);
     if (changed) parallel_rows(grad.count, grad.columns, changed * grad.columns, threads, range, chosen.fence);
 }
 

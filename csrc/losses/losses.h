@@ -1,18 +1,12 @@
-// The functions of repo_kernels/backends/cpu/losses.py over raw memory. The matrices are those of
-// repo_kernels/backends/interface.py.
+// The functions of repo_kernels/backends/cpu/losses.py over raw memory.
 #pragma once
 
 #include <cstdint>
 
+#include "losses/arguments.h"
 #include "losses/rows.h"
-#include "losses/token_terms.h"
 
 namespace repo {
-
-constexpr int64_t kIgnored = -100;
-
-// STATE: rows of the state (7, N).
-enum State { kStateLogp, kStateEntropy, kStateKl, kMax2, kLog2Sum, kRefMax2, kRefLog2Sum, kStates };
 
 // The logits; the reference's logits of the same shape and type, or null; the gradient, which may be the logits
 // themselves, or null.
@@ -29,30 +23,46 @@ struct Tensors {
     }
 };
 
-// Returns the first live id outside [0, columns), or kIgnored if there is none.
-int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns);
+// Which rows of a loss the rows of the logits are: those at `index`, or consecutive ones from `first` on.
+struct RowRange {
+    int64_t first;
+    const int64_t* index;
 
-struct LossInputs {
-    const int64_t* ids;
-    const float* values;  // (kValues, N)
-    Scalars scalars;
-    Code code;
+    int64_t row(int64_t i) const { return index ? index[i] : first + i; }
+};
+
+struct LossTask {
+    Arguments arguments;
+    RowRange where;
+    const float* upstream;  // (N,), multiplies the gradient of each row, or null
     float softcap;
     bool with_entropy;
 };
 
-// Writes losses (N,), tokens (kTokens, N) and the gradient; zeros on dead rows. Ids must be valid.
-void fused(const Tensors& tensors, const LossInputs& in, float* losses, float* tokens, int threads);
+// The results of all N rows, and how they are summed up.
+struct Results {
+    float* rows;     // (kRows, N)
+    int32_t* flags;  // (N,)
+};
+
+// Returns the first live id outside [0, columns) of the rows of the logits, or kIgnored if there is none.
+int64_t find_bad_id(const LossTask& task, int64_t rows, int64_t columns);
+
+// The same of plain ids (N,).
+int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns);
+
+// Writes results and the gradient of the rows of the logits; zeros on dead rows. Ids must be valid.
+void fused(const Tensors& tensors, const LossTask& task, const Results& results, int threads);
 
 // Writes state (kStates, N).
-void statistics(const Tensors& tensors, const int64_t* ids, const Scalars& scalars, float softcap, bool with_entropy,
+void statistics(const Tensors& tensors, const int64_t* ids, float temperature, float softcap, bool with_entropy,
                 float* state, int threads);
 
 // Writes the gradient from state (kStates, N) and slopes (3, N).
-void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes, const Scalars& scalars,
+void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes, float temperature,
            float softcap, int threads);
 
-// Multiplies the rows of grad by N factors, which are `stride` apart.
-void scale_rows(const Rows& grad, const float* factors, int64_t stride, int threads);
+// Multiplies the rows of grad by factors that are `stride` apart, but for rows whose flags (or null) are 0.
+void scale_rows(const Rows& grad, const float* factors, int64_t stride, const int32_t* flags, int threads);
 
 }  // namespace repo

@@ -20,17 +20,17 @@ Clamped clamp_log_ratio(float x) {
     return {x, x == x ? 1.0f : 0.0f};
 }
 
-float combined_advantage(const TokenInputs& in, const Scalars& scalars, const Code& code, bool unsafe) {
-    float advantage = in.value[kRewardAdvantage];
-    if (code.cost == kCostGiven) {
-        advantage -= scalars.lam * in.value[kCostAdvantage];
-    } else if (code.cost == kCostGated) {
-        advantage -= scalars.lam * (unsafe ? in.value[kCostAdvantage] : 0.0f);
-    } else if (code.cost == kCostHinge) {
-        const float excess = in.value[kCost] - in.value[kCostLimit];
-        advantage -= scalars.lam * ((excess < 0 ? 0.0f : excess) - in.value[kCostBaseline]);
+float combined_advantage(const Arguments& of, Place place, bool unsafe) {
+    const float lam = of.scalars.lam;
+    float advantage = of.reward_advantages.at(place);
+    if (of.code.cost == kCostGiven) {
+        advantage -= lam * of.cost_advantages.at(place);
+    } else if (of.code.cost == kCostGated) {
+        advantage -= lam * (unsafe ? of.cost_advantages.at(place) : 0.0f);
+    } else if (of.code.cost == kCostHinge) {
+        advantage -= lam * (of.hinge(place) - (of.cost_baselines ? of.cost_baselines.at(place) : 0.0f));
     }
-    return code.normalize ? advantage / (1 + scalars.lam) : advantage;
+    return of.code.normalize ? advantage / (1 + lam) : advantage;
 }
 
 struct Surrogate {
@@ -55,8 +55,8 @@ struct KlTerm {
     float kl, kappa, slope;  // KL without rho, kappa (the loss adds beta kappa), d kappa / d log pi
 };
 
-KlTerm kl_term(const TokenInputs& in, float ratio, float ratio_inside, const Code& code) {
-    const Clamped delta = clamp_log_ratio(log_difference(in.logp, in.value[kRefLogp]));
+KlTerm kl_term(float logp, float ref_logp, float ratio, float ratio_inside, const Code& code) {
+    const Clamped delta = clamp_log_ratio(log_difference(logp, ref_logp));
     float kl = delta.value, slope = 1;
     if (code.kl == kK2) {
         kl = 0.5f * delta.value * delta.value;
@@ -75,16 +75,14 @@ KlTerm kl_term(const TokenInputs& in, float ratio, float ratio_inside, const Cod
 
 }  // namespace
 
-Code Code::unpack(int64_t code) {
-    return {CostCode(code & 3), KlCode(code >> 2 & 7), bool(code >> 5 & 1), bool(code >> 6 & 1), bool(code >> 7 & 1)};
-}
-
-TokenTerms token_terms(const TokenInputs& in, const Scalars& scalars, const Code& code) {
-    const float weight = in.value[kWeight], importance_weight = in.value[kImportanceWeight];
-    const bool unsafe = in.value[kCost] > in.value[kCostLimit];
-    const float advantage = combined_advantage(in, scalars, code, unsafe);
+TokenTerms token_terms(const Arguments& of, Place place, float weight, const Probabilities& in) {
+    const Scalars& scalars = of.scalars;
+    const Code& code = of.code;
+    const float importance_weight = of.importance_weights ? of.importance_weights.at(place) : 1.0f;
+    const bool unsafe = of.costs && of.costs.at(place) > of.cost_limit(place);
+    const float advantage = combined_advantage(of, place, unsafe);
     Clamped log_ratio = {0, 1};
-    if (!code.on_policy) log_ratio = clamp_log_ratio(log_difference(in.logp, in.value[kOldLogp]));
+    if (!code.on_policy) log_ratio = clamp_log_ratio(log_difference(in.logp, of.old_logps.at(place)));
     const float ratio = std::exp(log_ratio.value);
     const float low = 1 - scalars.eps_low, high = 1 + scalars.eps_high;
     const Surrogate surrogate = clipped_surrogate(ratio, advantage, low, high, scalars.dual_clip);
@@ -97,7 +95,7 @@ TokenTerms token_terms(const TokenInputs& in, const Scalars& scalars, const Code
         loss += scalars.beta * kl;
         g_kl = weight * scalars.beta;
     } else if (code.kl != kNoKl) {
-        const KlTerm term = kl_term(in, ratio, log_ratio.inside, code);
+        const KlTerm term = kl_term(in.logp, of.ref_logps.at(place), ratio, log_ratio.inside, code);
         kl = term.kl;
         loss += scalars.beta * term.kappa;
         g_logp += scalars.beta * term.slope;
@@ -106,25 +104,16 @@ TokenTerms token_terms(const TokenInputs& in, const Scalars& scalars, const Code
         loss -= scalars.entropy_coef * in.entropy;
         g_entropy = -weight * scalars.entropy_coef;
     }
-
     const bool clipped_low = ratio < low && advantage < 0, clipped_high = ratio > high && advantage > 0;
-    TokenTerms out = {weight * loss, {weight * g_logp, g_entropy, g_kl}, {}};
-    out.slopes.logp *= scalars.grad_scale;
-    out.slopes.entropy *= scalars.grad_scale;
-    out.slopes.kl *= scalars.grad_scale;
-    out.token[kLogp] = in.logp;
-    out.token[kEntropy] = in.with_entropy ? in.entropy : 0;
-    out.token[kKl] = kl;
-    out.token[kLive] = 1;
-    out.token[kUnsafe] = unsafe;
-    out.token[kClippedLowSafe] = clipped_low && !unsafe;
-    out.token[kClippedLowUnsafe] = clipped_low && unsafe;
-    out.token[kClippedHighSafe] = clipped_high && !unsafe;
-    out.token[kClippedHighUnsafe] = clipped_high && unsafe;
-    out.token[kRatio] = ratio;
-    out.token[kRatioSquare] = ratio * ratio;
-    out.token[kOldK1] = -log_ratio.value;
-    out.token[kOldK3] = std::expm1(log_ratio.value) - log_ratio.value;
+    const float scale = scalars.grad_scale;
+    TokenTerms out;
+    out.row[kLoss] = weight * loss;
+    out.row[kLogp] = in.logp;
+    out.row[kEntropy] = in.with_entropy ? in.entropy : 0;
+    out.row[kKl] = kl;
+    out.row[kLogRatio] = log_ratio.value;
+    out.flags = kLive | (unsafe ? kUnsafe : 0) | (clipped_low ? kClippedLow : 0) | (clipped_high ? kClippedHigh : 0);
+    out.slopes = {weight * g_logp * scale, g_entropy * scale, g_kl * scale};
     return out;
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from repo_kernels.losses.linear import CHUNK_BYTES
+from repo_kernels.losses.chunks import Budget, HeadSizes
 
 from ..config.schema import Config
 
@@ -40,17 +40,19 @@ def describe_memory(
     if critics is not None and len(list(critics.parameters())):
         name = f"critics with gradients and AdamW states {optimizer.state_dtype}"
         always[name] = per_trained * _parameters(critics) / shards
-    heads = [p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2 and len(p) == vocabulary]
     logits = 4 * rows * vocabulary
+    head = _head_sizes(config, model, vocabulary)
+    chunk = Budget(_device_type(config)).rows(rows, head)
     update = {
         "update: gradients fp32": 4 * trained / shards,
-        f"update: logits of {rows} rows x {vocabulary}, a chunk at a time": min(CHUNK_BYTES, logits),
-        "update: a micro-batch's gradient of the head": 4 * max(heads, default=0),
+        f"update: logits of {chunk} of {rows} rows x {vocabulary} and their gradient": chunk * head.row_bytes,
+        "update: a micro-batch's gradient of the head": head.weight_bytes,
+        "update: a micro-batch's gradient of the head's input": head.peak_bytes(rows, 0) - head.weight_bytes,
     }
     sampling = {}
     if settings.dtype == "bfloat16" and not lora and shards == 1:
         sampling["rollout: decode weights bfloat16"] = 2 * trained
-    elif settings.device in ("auto", "cpu") and not torch.cuda.is_available():
+    elif _device_type(config) == "cpu":
         sampling["rollout: packed decode weights (CPU)"] = 4 * weights
     total = sum(always.values()) + max(sum(update.values()), sum(sampling.values()))
     uncounted = "activations, KV cache and scorers"
@@ -60,6 +62,21 @@ def describe_memory(
     text.append(f"  {total / GIB:7.2f} GiB  at most at once, without {uncounted}")
     text.append(f"  {logits / GIB:7.2f} GiB  avoided: the logits of all {rows} rows")
     return "\n".join(text)
+
+
+def _device_type(config: Config) -> str:
+    """Return "cuda" where the run would take a GPU, else "cpu"."""
+    asked = config.model.device.partition(":")[0]
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def _head_sizes(config: Config, model: nn.Module, vocabulary: int) -> HeadSizes:
+    """Describe the loss from the hidden states of the model: its head is a matrix of `vocabulary` rows."""
+    heads = [p for p in model.parameters() if p.ndim == 2 and len(p) == vocabulary]
+    width = max((head.shape[1] for head in heads), default=0)
+    half = config.model.dtype == "bfloat16" and _device_type(config) == "cuda"
+    factors = torch.bfloat16 if half else torch.float32
+    return HeadSizes(vocabulary, width, factors, torch.float32, with_weight=any(head.requires_grad for head in heads))
 
 
 def _parameters(module: nn.Module, trained_only: bool = False) -> int:

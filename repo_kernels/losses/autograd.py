@@ -1,6 +1,8 @@
-"""Rules that every backward of the losses follows, and the in-place loss: one buffer instead of two, one backward.
+"""The losses from logits under autograd, and rules that every backward of the losses follows.
 
-The in-place loss is an autograd.Function, because a custom operator that mutates its input cannot register autograd.
+The gradient of the logits is computed with the loss; backward only multiplies its rows by the upstream gradient. These
+functions call a backend directly, which takes a tenth of the time of an operator of torch.library. Where something must
+see an operator, `ops` has the same as one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,11 @@ import torch
 from torch import Tensor
 
 from ..backends import choice
-from ..backends.interface import IGNORED, LossRows
+from ..backends.interface import Loss
+from ..backends.memory_layout import gradient_buffer
+
+# A loss, 0-d or (N,) without aggregation, ROWS (5, N) and STATS (18,).
+Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def refuse_second_order(name: str) -> None:
@@ -25,34 +31,69 @@ def refuse_second_order(name: str) -> None:
         raise RuntimeError(f"{name} can be differentiated once: create_graph=True is not supported")
 
 
-def live_upstream(upstream: Tensor, ids: Tensor) -> Tensor:
-    """Return upstream (N,) with 1 on dead rows: their gradient is 0 already and need not be touched."""
-    return torch.where(ids == IGNORED, 1.0, upstream)
+def may_run_again() -> bool:
+    """Return whether the backward that runs now may run again, because its graph is retained."""
+    keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return keep
+
+
+def loss_without_gradient(logits: Tensor, ref_logits: Tensor | None, loss: Loss, backend: str) -> Outputs:
+    """Compute the outputs of a loss whose logits need no gradient."""
+    value, stats, results = choice.load(backend).whole(logits, ref_logits, loss, None)
+    return (results.rows[0] if loss.per_token else value), results.rows, stats
+
+
+class FusedLoss(torch.autograd.Function):
+    """Compute the outputs of a loss, and its gradient in a new buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ref_logits: Tensor | None, loss: Loss, backend: str) -> Outputs:
+        kernels = choice.load(backend)
+        grad, zeroed = kernels.new_gradient(logits, loss.arguments)
+        value, stats, results = kernels.whole(logits, ref_logits, loss, grad, zeroed)
+        ctx.mark_non_differentiable(results.rows, stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, results.flags)
+        ctx.backend = backend
+        return (results.rows[0].clone() if loss.per_token else value), results.rows, stats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
+        refuse_second_order("repo_loss")
+        if upstream is None:
+            return (None,) * 4
+        grad, flags = ctx.saved_tensors
+        # unless the graph is retained, nobody else reads the buffer
+        if may_run_again():
+            grad = gradient_buffer(grad).copy_(grad)
+        choice.load(ctx.backend).scale_rows(grad, upstream, flags)
+        torch.autograd.graph.increment_version(grad)
+        return grad, None, None, None
 
 
 class InplaceLoss(torch.autograd.Function):
-    """Compute (losses (N,), tokens (13, N)) and write the gradient over the logits.
+    """Compute the outputs of a loss and write the gradient over the logits: one buffer instead of two, one backward.
 
-    `buffer` is the detached logits, which share memory and version counter with them.
+    It cannot be an operator of torch.library: one that mutates its input cannot register autograd. `buffer` is the
+    detached logits, which share memory and version counter with them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ref_logits: Tensor | None, rows: LossRows, buffer: Tensor, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        losses, tokens = choice.load(backend).fused(buffer, ref_logits, rows, buffer)
+        ctx: Any, logits: Tensor, ref_logits: Tensor | None, loss: Loss, buffer: Tensor, backend: str
+    ) -> Outputs:
+        value, stats, results = choice.load(backend).whole(buffer, ref_logits, loss, buffer)
         torch.autograd.graph.increment_version(buffer)
-        ctx.mark_non_differentiable(tokens)
+        ctx.mark_non_differentiable(results.rows, stats)
         ctx.set_materialize_grads(False)
-        ctx.buffer, ctx.version, ctx.backend, ctx.ids = buffer, buffer._version, backend, rows.ids
-        return losses, tokens
+        ctx.buffer, ctx.version, ctx.backend, ctx.flags = buffer, buffer._version, backend, results.flags
+        return (results.rows[0].clone() if loss.per_token else value), results.rows, stats
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
         refuse_second_order("repo_loss")
-        nothing = (None,) * 4
         if upstream is None:
-            return None, *nothing
+            return (None,) * 5
         buffer, ctx.buffer = ctx.buffer, None
         if buffer is None:
             raise RuntimeError("repo_loss(inplace=True) was already differentiated: its gradient buffer is consumed")
@@ -60,6 +101,6 @@ class InplaceLoss(torch.autograd.Function):
             raise RuntimeError(
                 "repo_loss(inplace=True): the logits hold the gradient and were modified before backward"
             )
-        choice.load(ctx.backend).scale_rows(buffer, live_upstream(upstream, ctx.ids))
+        choice.load(ctx.backend).scale_rows(buffer, upstream, ctx.flags)
         torch.autograd.graph.increment_version(buffer)
-        return buffer, *nothing
+        return buffer, None, None, None, None

@@ -140,11 +140,14 @@ class LinearRepoLossCall(LossOptions, LinearRepoLossInputs):
     """One call of `linear_repo_loss`: its options, its inputs and how it runs.
 
     Args:
-        chunk_tokens: live tokens per chunk, >= 1. None: even chunks of at most 64 MB of logits, the reference's
-            included.
+        chunk_tokens: live tokens per chunk, >= 1. None: by chunk_bytes.
+        chunk_bytes: bytes that the logits of a chunk may take, with those of the reference and their gradient; chunks
+            are equally long. None: 64 MB on the CPU; on a GPU 1 GB or twice the gradient of the weight in fp32,
+            whichever is more, and at least 1024 tokens.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
     """
 
     chunk_tokens: int | None = None
+    chunk_bytes: int | None = None
     backend: str | None = None

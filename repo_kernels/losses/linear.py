@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from ..backends import choice
+from ..backends.codes import IGNORED, SCALARS, STATE
+from ..backends.eager import dense
 from ..backends.eager.kernels import take_rows
-from ..backends.interface import IGNORED, SCALARS, STATE, TOKENS, VALUES, LossRows
+from ..backends.interface import Loss, RowArguments, RowRange, RowResults
+from .chunks import Budget, HeadSizes, row_stride
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
-
-CHUNK_BYTES = 64_000_000
-# The row stride of a chunk is an odd multiple of this many elements: rows are aligned for any V, and do not all fall
-# into the same cache sets, as rows of 49 152 entries would.
-ROW_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,15 @@ class LiveRows:
     index: Tensor | None
 
     @staticmethod
-    def of(ids: Tensor) -> LiveRows:
-        """Find the live rows of ids (N,). Their number decides the chunks: here alone the host waits for the device."""
-        index = (ids != IGNORED).nonzero().squeeze(1)
-        total, count = ids.numel(), index.numel()
+    def of(alive: Tensor) -> LiveRows:
+        """Find the rows where `alive` (N,) is True; the host waits for their number, which decides the chunks."""
+        index = alive.nonzero().squeeze(1)
+        total, count = alive.numel(), index.numel()
         return LiveRows(total, count, None if count == total else index)
+
+    def range(self, start: int, stop: int) -> RowRange:
+        """Return which rows the live rows from start to stop are."""
+        return RowRange(start) if self.index is None else RowRange(index=self.index[start:stop])
 
     def take(self, columns: Tensor) -> Tensor:
         """Gather the live columns: (..., N) -> (..., n)."""
@@ -82,6 +84,11 @@ class LinearHead:
         factors = factor_dtype(hidden.dtype, hidden.device, result)
         return LinearHead(weight.detach().to(factors), None if bias is None else bias.detach().to(result))
 
+    def sizes(self, result: torch.dtype, sides: int, with_gradient: bool, with_weight: bool) -> HeadSizes:
+        """Return what the memory of a chunk depends on."""
+        vocabulary, width = self.weight.shape
+        return HeadSizes(vocabulary, width, self.weight.dtype, result, sides, with_gradient, with_weight)
+
     def logits(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Compute the logits (n, V) of x (n, H), which has the factors' dtype, in `out` or in new memory."""
         if out is None:
@@ -95,7 +102,7 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class Side:
-    """The policy or its reference: live hidden states, head, and memory for the logits of one chunk.
+    """The policy or its reference: live hidden states, head, and memory for one chunk.
 
     Args:
         rows: (n, H) live hidden states.
@@ -110,11 +117,10 @@ class Side:
     @staticmethod
     def of(hidden: Tensor, head: LinearHead, live: LiveRows, size: int, result: torch.dtype) -> Side:
         """Gather the live hidden states and allocate the buffer for chunks of `size` rows."""
-        columns, rows = head.weight.shape[0], live.take_hidden(hidden.detach())
+        rows = live.take_hidden(hidden.detach())
         if allocates(hidden.device, head.weight.dtype):
             return Side(rows, head, None)
-        buffer = torch.empty(size, row_stride(columns), dtype=result, device=hidden.device)
-        return Side(rows, head, buffer[:, :columns])
+        return Side(rows, head, chunk_buffer(size, head, result))
 
     def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Compute (hidden states (c, H) in the factors' dtype, logits (c, V)) of the live rows from start to stop."""
@@ -122,23 +128,21 @@ class Side:
         return x, self.head.logits(x, None if self.buffer is None else self.buffer[: stop - start])
 
 
-def row_stride(vocabulary: int) -> int:
-    """Return the row stride of a chunk's logits, in elements."""
-    return ROW_STEP * (-(-vocabulary // ROW_STEP) | 1)
-
-
-def chunk_size(live: int, row_bytes: int, chunk_tokens: int | None) -> int:
-    """Return the rows per chunk: `chunk_tokens`, or even chunks that fit into CHUNK_BYTES; at least 1."""
-    if chunk_tokens is not None:
-        return max(1, min(chunk_tokens, live))
-    most = max(1, CHUNK_BYTES // row_bytes)
-    return max(1, -(-live // max(1, -(-live // most))))
+def chunk_buffer(size: int, head: LinearHead, dtype: torch.dtype) -> Tensor:
+    """Allocate (size, V) whose rows begin at 16-byte boundaries."""
+    columns = head.weight.shape[0]
+    return torch.empty(size, row_stride(columns), dtype=dtype, device=head.weight.device)[:, :columns]
 
 
 def chunks(live: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of consecutive chunks."""
     for start in range(0, live, size):
         yield start, min(start + size, live)
+
+
+def gradient_rows(head: LinearHead, size: int, result: torch.dtype) -> Tensor | None:
+    """Allocate the gradient of a chunk's logits in the dtype of its GEMMs; None: it is written over the logits."""
+    return None if head.weight.dtype == result else chunk_buffer(size, head, head.weight.dtype)
 
 
 class HeadGradients:
@@ -162,10 +166,9 @@ class HeadGradients:
             self.bias = hidden.new_zeros(head.weight.shape[:1], dtype=result)
 
     def add(self, start: int, stop: int, grad: Tensor, x: Tensor) -> None:
-        """Add a chunk. grad: (c, V), dL/dlogits of the live rows from start to stop; x: (c, H), factors' dtype."""
+        """Add a chunk. grad: (c, V), dL/dlogits of the live rows from start to stop; x: (c, H); factors' dtype."""
         if self.bias is not None:
-            self.bias += grad.sum(0)
-        grad = grad.to(x.dtype)
+            self.bias += grad.sum(0, dtype=self.bias.dtype)
         if self.rows is not None:
             self._write_hidden(start, stop, grad)
         if self.weight is not None:
@@ -198,91 +201,91 @@ class HeadGradients:
 def scale_all(total: Tensor, factor: Tensor, backend: str) -> None:
     """Multiply a contiguous tensor in place by a 0-d factor that only the device reads; 1 leaves it untouched."""
     if total.numel():
-        rows = total.view(-1, total.shape[-1])
-        choice.load(backend).scale_rows(rows, factor.to(total.dtype).expand(rows.shape[0]))
+        choice.load(backend).scale_rows(total.view(-1, total.shape[-1]), factor.to(total.dtype), None)
 
 
-def row_bytes(head: LinearHead, result: torch.dtype, buffers: int, with_gradient: bool) -> int:
-    """Return the bytes that one row of a chunk takes: logits in each buffer, and copies for the gradient's GEMMs."""
-    vocabulary, width = head.weight.shape
-    size = buffers * row_stride(vocabulary) * result.itemsize
-    if with_gradient:
-        narrow = head.weight.dtype.itemsize if head.weight.dtype != result else 0
-        size += vocabulary * narrow + width * result.itemsize
-    return size
+def _alive(arguments: RowArguments) -> Tensor:
+    """Return which rows are live, (N,) bool."""
+    alive, bounds = arguments.token_ids.reshape(-1) != IGNORED, arguments.cu_seqlens
+    if arguments.response_mask is not None:
+        alive &= arguments.response_mask.reshape(-1)
+    if bounds is not None:
+        index = torch.arange(alive.numel(), device=alive.device)
+        alive &= (index >= bounds[0]) & (index < bounds[-1])
+    return alive
 
 
 def loss_chunks(
     hidden: Tensor,
     head: LinearHead,
     reference: tuple[Tensor, LinearHead] | None,
-    rows: LossRows,
+    loss: Loss,
     wanted: Sequence[bool],
     upstream: Tensor | None,
-    chunk_tokens: int | None,
+    budget: Budget,
     backend: str,
-) -> tuple[Tensor, Tensor, HeadGradients]:
-    """Compute losses (N,), tokens (13, N) and the gradients of the head and its input.
+) -> tuple[Tensor, Tensor, RowResults, HeadGradients]:
+    """Compute the loss, STATS (18,), the rows' results and the gradients of the head and its input.
 
     Args:
         hidden: (T, H) or (B, L, H).
         head: their head.
         reference: hidden states and head of the reference for the full KL, or None.
-        rows: the rest of the loss.
+        loss: the rest of the loss; its scalars are a tensor.
         wanted: whether hidden, weight and bias get a gradient.
         upstream: (N,), multiplies the gradient of each row; None for 1.
-        chunk_tokens: live rows per chunk or None.
+        budget: how many rows a chunk takes.
         backend: its name.
     """
-    kernels, result = choice.load(backend), rows.values.dtype
-    live, graded = LiveRows.of(rows.ids), any(wanted)
-    size = chunk_size(live.count, row_bytes(head, result, 1 if reference is None else 2, graded), chunk_tokens)
+    assert isinstance(loss.scalars, Tensor)
+    kernels, result, graded = choice.load(backend), loss.scalars.dtype, any(wanted)
+    live = LiveRows.of(_alive(loss.arguments))
+    size = budget.rows(live.count, head.sizes(result, 1 if reference is None else 2, graded, wanted[1]))
     side = Side.of(hidden, head, live, size, result)
     other = None if reference is None else Side.of(reference[0], reference[1], live, size, result)
     gradients = HeadGradients(hidden, head, live, result, wanted)
-    ids, values = live.take(rows.ids), live.take(rows.values)
-    upstream = None if upstream is None else live.take(upstream)
+    narrow = gradient_rows(head, size, result) if graded else None
     # the caller's grad_scale is for gradients that are stored rounded; here only factors in fp16 need a scale
-    scale = rows.scalars.new_ones(())
+    scale = loss.scalars.new_ones(())
     if graded and head.weight.dtype == torch.float16:
-        weights = values[VALUES.index("weights")]
+        weights = dense.prepare(hidden, loss).values["weights"]
         scale = fp16_scale(weights if upstream is None else weights * upstream)
-    scalars = rows.scalars.clone()
+    scalars = loss.scalars.clone()
     scalars[SCALARS.index("grad_scale")] = scale
-    losses, tokens = rows.values.new_empty(live.count), rows.values.new_empty(len(TOKENS), live.count)
+    loss = replace(loss, scalars=scalars)
+    prepared = kernels.prepare(hidden, loss)
+    results = RowResults.allocate(hidden, live.total, zeros=live.index is not None)
     for start, stop in chunks(live.count, size):
         x, logits = side.chunk(start, stop)
-        part = replace(rows, ids=ids[start:stop], values=values[:, start:stop].contiguous(), scalars=scalars)
         ref_logits = None if other is None else other.chunk(start, stop)[1]
-        losses[start:stop], tokens[:, start:stop] = kernels.fused(logits, ref_logits, part, logits if graded else None)
-        if graded and upstream is not None:
-            kernels.scale_rows(logits, upstream[start:stop])
-        if graded:
-            gradients.add(start, stop, logits, x)
-        del logits, ref_logits  # freed before the next chunk's are allocated
+        grad = (logits if narrow is None else narrow[: stop - start]) if graded else None
+        kernels.fused(logits, ref_logits, loss, prepared, results, grad, live.range(start, stop), upstream)
+        if grad is not None:
+            gradients.add(start, stop, grad, x)
+        del logits, ref_logits, grad  # freed before the next chunk's are allocated
     if graded and head.weight.dtype == torch.float16:
         gradients.divide(scale, backend)
-    return live.spread(losses), live.spread(tokens), gradients
+    return *kernels.reduce(loss, prepared, results), results, gradients
 
 
 def statistics_chunks(
     hidden: Tensor,
     head: LinearHead,
     ids: Tensor,
-    scalars: Tensor,
+    temperature: Tensor,
     softcap: float,
     entropy: int,
-    chunk_tokens: int | None,
+    budget: Budget,
     backend: str,
 ) -> Tensor:
     """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`."""
-    kernels, result, live = choice.load(backend), scalars.dtype, LiveRows.of(ids)
-    size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=False), chunk_tokens)
+    kernels, result, live = choice.load(backend), temperature.dtype, LiveRows.of(ids != IGNORED)
+    size = budget.rows(live.count, head.sizes(result, 1, False, False))
     side, ids = Side.of(hidden, head, live, size, result), live.take(ids)
-    state = scalars.new_empty(len(STATE), live.count)
+    state = temperature.new_empty(len(STATE), live.count)
     for start, stop in chunks(live.count, size):
         _, logits = side.chunk(start, stop)
-        state[:, start:stop] = kernels.statistics(logits, None, ids[start:stop], scalars, softcap, entropy)
+        state[:, start:stop] = kernels.statistics(logits, ids[start:stop], temperature, softcap, entropy)
         del logits  # freed before the next chunk's are allocated
     return live.spread(state)
 
@@ -293,34 +296,28 @@ def slope_chunks(
     ids: Tensor,
     state: Tensor,
     slopes: Tensor,
-    scalars: Tensor,
+    temperature: Tensor,
     softcap: float,
     wanted: Sequence[bool],
-    chunk_tokens: int | None,
+    budget: Budget,
     backend: str,
 ) -> HeadGradients:
     """Compute gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again."""
-    kernels, result, live = choice.load(backend), scalars.dtype, LiveRows.of(ids)
-    size = chunk_size(live.count, row_bytes(head, result, 1, with_gradient=True), chunk_tokens)
+    kernels, result, live = choice.load(backend), temperature.dtype, LiveRows.of(ids != IGNORED)
+    size = budget.rows(live.count, head.sizes(result, 1, True, wanted[1]))
     side, gradients = Side.of(hidden, head, live, size, result), HeadGradients(hidden, head, live, result, wanted)
+    narrow = gradient_rows(head, size, result)
     ids, state, slopes = live.take(ids), live.take(state), live.take(slopes)
     scale = fp16_scale(slopes) if head.weight.dtype == torch.float16 else None
     if scale is not None:
         slopes = slopes * scale
     for start, stop in chunks(live.count, size):
         x, logits = side.chunk(start, stop)
-        kernels.apply(
-            logits,
-            None,
-            ids[start:stop],
-            state[:, start:stop].contiguous(),
-            slopes[:, start:stop].contiguous(),
-            scalars,
-            softcap,
-            logits,
-        )
-        gradients.add(start, stop, logits, x)
-        del logits  # freed before the next chunk's are allocated
+        grad = logits if narrow is None else narrow[: stop - start]
+        by_row = state[:, start:stop].contiguous(), slopes[:, start:stop].contiguous()
+        kernels.apply(logits, ids[start:stop], *by_row, temperature, softcap, grad)
+        gradients.add(start, stop, grad, x)
+        del logits, grad  # freed before the next chunk's are allocated
     if scale is not None:
         gradients.divide(scale, backend)
     return gradients

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends.interface import STATE, TOKENS, LossRows
-from .autograd import refuse_second_order
+from ..backends.codes import STATE
+from ..backends.interface import Loss, RowArguments
+from .autograd import may_run_again, refuse_second_order
+from .chunks import Budget
 from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
-from .stats import row_sum
+from .ops import fake_loss
 
 
 def gradients_wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
@@ -69,70 +71,68 @@ def linear_loss(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
-    ids: Tensor,
-    values: Tensor,
+    arguments: Sequence[Tensor | None],
     scalars: Tensor,
     code: int,
     softcap: float,
     entropy: int,
     wanted: Sequence[bool],
-    per_token: bool,
     chunk_tokens: int | None,
+    chunk_bytes: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute (loss, tokens (13, N), dL/dhidden, dL/dweight, dL/dbias); a gradient that is not wanted is empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute (loss, ROWS (5, N), STATS (18,), dL/dhidden, dL/dweight, dL/dbias); an unwanted gradient is empty.
 
-    The loss is the sum (1,) or, with per_token, (N,), whose gradients backward computes. wanted: which of hidden,
-    weight and bias get a gradient. ids to entropy are the fields of a `LossRows`.
+    The loss is 0-d or, without aggregation, (N,), whose gradients backward computes. wanted: which of hidden, weight
+    and bias get a gradient. arguments to entropy are the fields of a `Loss`.
     """
-    result, rows = values.dtype, LossRows(ids, values, scalars, code, softcap, entropy)
-    now = (False,) * 3 if per_token else wanted
+    loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
+    now, budget = (False,) * 3 if loss.per_token else wanted, Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head, reference = (
-            LinearHead.of(hidden, weight, bias, result),
-            _reference(ref_hidden, ref_weight, ref_bias, result),
-        )
-        losses, tokens, gradients = loss_chunks(hidden, head, reference, rows, now, None, chunk_tokens, backend)
-    loss = losses if per_token else row_sum(losses)[None]
-    return loss, tokens, *gradients.tensors
+        head = LinearHead.of(hidden, weight, bias, result)
+        reference = _reference(ref_hidden, ref_weight, ref_bias, result)
+        value, stats, results, gradients = loss_chunks(hidden, head, reference, loss, now, None, budget, backend)
+    value = results.rows[0].clone() if loss.per_token else value
+    return value, results.rows, stats, *gradients.tensors
 
 
 @linear_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    ids, values, wanted, per_token = rest[3], rest[4], rest[9], rest[10]
-    now = (False,) * 3 if per_token else wanted
-    loss, tokens = values.new_empty(ids.shape[0] if per_token else 1), values.new_empty(len(TOKENS), ids.shape[0])
-    return loss, tokens, *_fake_gradients(hidden, weight, values.dtype, now)
+    scalars, code, wanted = rest[4], rest[5], rest[8]
+    value, rows, stats, _ = fake_loss(hidden, code)
+    now = (False,) * 3 if value.ndim else wanted
+    return value, rows, stats, *_fake_gradients(hidden, weight, scalars.dtype, now)
 
 
 def _keep_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, code, softcap, entropy, wanted, per_token, chunk_tokens, backend = inputs
+    *heads, arguments, scalars, code, softcap, entropy, wanted, chunk_tokens, chunk_bytes, backend = inputs
     _keep_dtypes(ctx, inputs, wanted)
-    ctx.per_token, ctx.rest = per_token, (code, softcap, entropy, list(wanted), chunk_tokens, backend)
-    ctx.save_for_backward(*(tensors if per_token else output[2:]))
+    ctx.per_token = bool(output[0].ndim)
+    ctx.rest = (code, softcap, entropy, list(wanted), chunk_tokens, chunk_bytes, backend)
+    ctx.save_for_backward(*((*heads, scalars, *arguments) if ctx.per_token else output[3:]))
 
 
 def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
+    nothing = (None,) * 12
     if upstream is None:
-        return (None,) * 16
+        return (None,) * 3, *nothing
     backend, saved = ctx.rest[-1], ctx.saved_tensors
-    traced = type(saved[-1] if not ctx.per_token else saved[6]) is not Tensor
+    traced = type(saved[6] if ctx.per_token else saved[-1]) is not Tensor
     if not traced:
         refuse_second_order("linear_repo_loss")
     if ctx.per_token:
-        code, softcap, entropy, wanted, chunk_tokens, backend = ctx.rest
-        detached = [None if x is None else x.detach() for x in saved]
-        totals = linear_loss_gradient(*detached, upstream, code, softcap, entropy, wanted, chunk_tokens, backend)
-        return *_rounded(totals, ctx.dtypes), *(None,) * 13
+        *heads, scalars = (None if x is None else x.detach() for x in saved[:7])
+        totals = linear_loss_gradient(*heads, list(saved[7:]), scalars, upstream, *ctx.rest)
+        return *_rounded(totals, ctx.dtypes), *nothing
     # a graph that is traced or retained may run backward again; otherwise nobody else reads the sums
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        totals = [total.detach() * upstream[0] for total in saved]
+    if traced or may_run_again():
+        totals = [total.detach() * upstream for total in saved]
     else:
         totals = [total.detach() for total in saved]
         for total in totals:
-            scale_all(total, upstream[0], backend)
+            scale_all(total, upstream, backend)
             torch.autograd.graph.increment_version(total)
-    return *_rounded(totals, ctx.dtypes), *(None,) * 13
+    return *_rounded(totals, ctx.dtypes), *nothing
 
 
 linear_loss.register_autograd(_loss_backward, setup_context=_keep_loss)
@@ -146,8 +146,7 @@ def linear_loss_gradient(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
-    ids: Tensor,
-    values: Tensor,
+    arguments: Sequence[Tensor | None],
     scalars: Tensor,
     upstream: Tensor,
     code: int,
@@ -155,22 +154,22 @@ def linear_loss_gradient(
     entropy: int,
     wanted: Sequence[bool],
     chunk_tokens: int | None,
+    chunk_bytes: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of hidden, weight and bias of losses (N,) with upstream (N,); empty if not wanted."""
-    result, rows = values.dtype, LossRows(ids, values, scalars, code, softcap, entropy)
+    loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
+    budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head, reference = (
-            LinearHead.of(hidden, weight, bias, result),
-            _reference(ref_hidden, ref_weight, ref_bias, result),
-        )
-        *_, gradients = loss_chunks(hidden, head, reference, rows, wanted, upstream, chunk_tokens, backend)
+        head = LinearHead.of(hidden, weight, bias, result)
+        reference = _reference(ref_hidden, ref_weight, ref_bias, result)
+        *_, gradients = loss_chunks(hidden, head, reference, loss, wanted, upstream, budget, backend)
     return gradients.tensors
 
 
 @linear_loss_gradient.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden, weight, rest[4].dtype, rest[10])
+    return _fake_gradients(hidden, weight, rest[4].dtype, rest[9])
 
 
 @custom_op("repo_kernels::linear_statistics", mutates_args=())
@@ -179,40 +178,42 @@ def linear_statistics(
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
-    scalars: Tensor,
+    temperature: Tensor,
     softcap: float,
     entropy: int,
     wanted: Sequence[bool],
     chunk_tokens: int | None,
+    chunk_bytes: int | None,
     backend: str,
 ) -> Tensor:
     """Compute the STATE (7, N); differentiable through its first two rows, logp and entropy."""
+    budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head = LinearHead.of(hidden, weight, bias, scalars.dtype)
-        return statistics_chunks(hidden, head, ids, scalars, softcap, entropy, chunk_tokens, backend)
+        head = LinearHead.of(hidden, weight, bias, temperature.dtype)
+        return statistics_chunks(hidden, head, ids, temperature, softcap, entropy, budget, backend)
 
 
 @linear_statistics.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scalars: Tensor, *_: Any) -> Tensor:
-    return scalars.new_empty(len(STATE), ids.shape[0])
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: Tensor, *_: Any) -> Tensor:
+    return temperature.new_empty(len(STATE), ids.shape[0])
 
 
 def _keep_statistics(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    hidden, weight, bias, ids, scalars, softcap, _, wanted, chunk_tokens, backend = inputs
+    hidden, weight, bias, ids, temperature, softcap, _, wanted, *rest = inputs
     _keep_dtypes(ctx, inputs, wanted)
-    ctx.rest = softcap, list(wanted), chunk_tokens, backend
-    ctx.save_for_backward(hidden, weight, bias, ids, scalars, output)
+    ctx.rest = softcap, list(wanted), *rest
+    ctx.save_for_backward(hidden, weight, bias, ids, temperature, output)
 
 
 def _statistics_backward(ctx: Any, upstream: Tensor | None) -> tuple:
     if upstream is None:
-        return (None,) * 10
-    hidden, weight, bias, ids, scalars, state = (None if x is None else x.detach() for x in ctx.saved_tensors)
+        return (None,) * 11
+    hidden, weight, bias, ids, temperature, state = (None if x is None else x.detach() for x in ctx.saved_tensors)
     if type(state) is Tensor:  # not traced
         refuse_second_order("linear_selective_log_softmax")
     slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # there is no full KL
-    totals = linear_slopes_gradient(hidden, weight, bias, ids, scalars, state, slopes, *ctx.rest)
-    return *_rounded(totals, ctx.dtypes), *(None,) * 7
+    totals = linear_slopes_gradient(hidden, weight, bias, ids, temperature, state, slopes, *ctx.rest)
+    return *_rounded(totals, ctx.dtypes), *(None,) * 8
 
 
 linear_statistics.register_autograd(_statistics_backward, setup_context=_keep_statistics)
@@ -224,18 +225,20 @@ def linear_slopes_gradient(
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
-    scalars: Tensor,
+    temperature: Tensor,
     state: Tensor,
     slopes: Tensor,
     softcap: float,
     wanted: Sequence[bool],
     chunk_tokens: int | None,
+    chunk_bytes: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of hidden, weight and bias from STATE (7, N) and SLOPES (3, N); empty if not wanted."""
+    budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head = LinearHead.of(hidden, weight, bias, scalars.dtype)
-        gradients = slope_chunks(hidden, head, ids, state, slopes, scalars, softcap, wanted, chunk_tokens, backend)
+        head = LinearHead.of(hidden, weight, bias, temperature.dtype)
+        gradients = slope_chunks(hidden, head, ids, state, slopes, temperature, softcap, wanted, budget, backend)
     return gradients.tensors
 
 

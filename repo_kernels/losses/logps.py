@@ -5,17 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends.choice import choose_backend
-from ..backends.interface import ENTROPY_NONE, ENTROPY_VALUE
-from ..checks import Scalar, check_bool, check_chunk_tokens, check_head, check_matrix, check_temperature
-from .arguments import Layout, make_layout, scalar_vector
+from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
+from ..backends.interface import compute_dtype, device_scalar
+from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature
+from .arguments import check_ids
 from .linear_ops import gradients_wanted, linear_statistics
 from .ops import row_statistics
 
 
-def _outputs(state: Tensor, layout: Layout, return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _outputs(state: Tensor, leading: tuple[int, ...], return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
     """Take logps, or (logps, entropy), in the leading shape from the STATE (7, N)."""
     # copies, which the caller may overwrite: backward reads the state
-    logps, entropy = state[0].clone().view(layout.leading), state[1].clone().view(layout.leading)
+    logps, entropy = state[0].clone().view(leading), state[1].clone().view(leading)
     return (logps, entropy) if return_entropy else logps
 
 
@@ -52,11 +53,12 @@ def selective_log_softmax(
     backend = choose_backend(backend, logits)
     check_temperature(temperature, softcap)
     check_bool("return_entropy", return_entropy)
-    layout = make_layout(tuple(logits.shape[:-1]), token_ids, None, None, logits)
-    scalars = scalar_vector(logits, temperature=temperature)
+    leading = tuple(logits.shape[:-1])
+    ids = check_ids(token_ids, leading, logits).reshape(-1)
+    by = device_scalar(temperature, compute_dtype(logits), logits.device)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
-    state = row_statistics(logits, layout.ids, scalars, float(softcap or 0.0), entropy, backend)
-    return _outputs(state, layout, return_entropy)
+    state = row_statistics(logits, ids, by, float(softcap or 0.0), entropy, backend)
+    return _outputs(state, leading, return_entropy)
 
 
 def linear_selective_log_softmax(
@@ -69,6 +71,7 @@ def linear_selective_log_softmax(
     softcap: float | None = None,
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
+    chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `selective_log_softmax` of logits = hidden @ weight^T + bias, one chunk of live tokens at a time.
@@ -82,7 +85,7 @@ def linear_selective_log_softmax(
         token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
         bias: (V,), same choice of dtypes, or None.
         temperature, softcap, return_entropy, backend: as `selective_log_softmax`.
-        chunk_tokens: live tokens per chunk, >= 1. None: even chunks of at most 64 MB of logits.
+        chunk_tokens, chunk_bytes: the size of a chunk or None, as `linear_repo_loss`.
 
     Returns:
         logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight and bias.
@@ -94,18 +97,19 @@ def linear_selective_log_softmax(
     backend = choose_backend(backend, hidden)
     check_temperature(temperature, softcap)
     check_bool("return_entropy", return_entropy)
-    check_chunk_tokens(chunk_tokens)
-    layout = make_layout(tuple(hidden.shape[:-1]), token_ids, None, None, hidden)
+    check_chunk(chunk_tokens, chunk_bytes)
+    leading = tuple(hidden.shape[:-1])
     state = linear_statistics(
         hidden,
         weight,
         bias,
-        layout.ids,
-        scalar_vector(hidden, temperature=temperature),
+        check_ids(token_ids, leading, hidden).reshape(-1),
+        device_scalar(temperature, compute_dtype(hidden), hidden.device),
         float(softcap or 0.0),
         ENTROPY_VALUE if return_entropy else ENTROPY_NONE,
         gradients_wanted(hidden, weight, bias),
         chunk_tokens,
+        chunk_bytes,
         backend,
     )
-    return _outputs(state, layout, return_entropy)
+    return _outputs(state, leading, return_entropy)

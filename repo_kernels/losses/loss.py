@@ -8,16 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.choice import check_backend, choose_backend
-from ..backends.interface import SCALARS, TOKENS
-from ..checks import check_bool, check_chunk_tokens, check_head, check_matrix, check_tensor, describe
-from .arguments import LossArguments, make_arguments
-from .autograd import InplaceLoss
+from ..backends.codes import ENTROPY_NONE, KL_NONE, ROWS, Code
+from ..backends.interface import Loss, compute_dtype, scalar_vector
+from ..checks import (
+    check_bool,
+    check_chunk,
+    check_head,
+    check_matrix,
+    check_tensor,
+    describe,
+    is_plain,
+    is_traced,
+)
+from .arguments import make_loss
+from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, RepoLossCall, RepoLossInputs
 from .keywords import method_takes, takes
 from .linear_ops import gradients_wanted, linear_loss
 from .ops import fused_loss
 from .options import LossOptions
-from .stats import LossStats, collect_stats, row_sum
+from .stats import LossStats
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,17 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     fp32 if they can. Elsewhere bf16 and fp16 are computed in fp32, with an fp32 copy of the weight during the call.
     Autocast changes nothing. The host waits for the device once per call, for the number of live tokens.
 
+    Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
+    the gradients of hidden and weight in fp32, where wanted. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
+    4 c V for the logits of a reference.
+
     Returns:
         RepoLossOutput, as `repo_loss`.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `repo_loss`.
     """
-    return _linear_loss(call, call, call.chunk_tokens, call.backend)
+    return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend)
 
 
 class RepoLoss(nn.Module):
@@ -126,17 +140,23 @@ class LinearRepoLoss(nn.Module):
 
     Args:
         options: None for the defaults.
-        chunk_tokens: live tokens per chunk or None, see `linear_repo_loss`.
+        chunk_tokens, chunk_bytes: the size of a chunk or None, see `linear_repo_loss`.
         backend: "triton", "cpu", "eager" or None, see `repo_loss`.
     """
 
     def __init__(
-        self, options: LossOptions | None = None, chunk_tokens: int | None = None, backend: str | None = None
+        self,
+        options: LossOptions | None = None,
+        chunk_tokens: int | None = None,
+        backend: str | None = None,
+        *,
+        chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        check_chunk_tokens(chunk_tokens)
+        check_chunk(chunk_tokens, chunk_bytes)
         check_backend(backend)
-        self.options, self.chunk_tokens, self.backend = _checked_options(options), chunk_tokens, backend
+        self.options, self.backend = _checked_options(options), backend
+        self.chunk_tokens, self.chunk_bytes = chunk_tokens, chunk_bytes
 
     @method_takes(LinearRepoLossInputs)
     def forward(self, inputs: LinearRepoLossInputs) -> RepoLossOutput:
@@ -145,7 +165,7 @@ class LinearRepoLoss(nn.Module):
         Returns:
             RepoLossOutput.
         """
-        return _linear_loss(self.options, inputs, self.chunk_tokens, self.backend)
+        return _linear_loss(self.options, inputs, self.chunk_tokens, self.chunk_bytes, self.backend)
 
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
@@ -161,82 +181,101 @@ def _checked_options(options: LossOptions | None) -> LossOptions:
 def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, backend: str | None) -> RepoLossOutput:
     logits, ref_logits = check_matrix("logits", inputs.logits), inputs.ref_logits
     backend = choose_backend(backend, logits)
-    _check_inplace(inplace, logits)
     if ref_logits is not None:
         check_matrix("ref_logits", ref_logits)
         check_tensor("ref_logits", ref_logits, (tuple(logits.shape),), (logits.dtype,), logits)
         ref_logits = ref_logits.detach()
-    args = make_arguments(logits, options, inputs, ref_logits is not None, "ref_logits")
-    rows, want_grad = args.rows, logits.requires_grad and torch.is_grad_enabled()
-    if inplace and want_grad:
-        # the detached alias shares the version counter, so that autograd sees the logits change
-        losses, tokens = InplaceLoss.apply(logits, ref_logits, rows, logits.detach(), backend)
-    else:
-        losses, tokens, _ = fused_loss(
+    loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
+    direct = _runs_directly(logits, ref_logits, loss)
+    _check_inplace(inplace, logits, direct)
+    want_grad = logits.requires_grad and torch.is_grad_enabled()
+    if not direct:
+        value, rows, stats, *_ = fused_loss(
             logits,
             ref_logits,
-            rows.ids,
-            rows.values,
-            rows.scalars,
-            rows.code,
-            rows.softcap,
-            rows.entropy,
+            loss.arguments.tensors,
+            scalar_vector(loss.scalars, compute_dtype(logits), logits.device),
+            loss.code,
+            loss.softcap,
+            loss.entropy,
             want_grad,
             backend,
         )
-    return _make_output(args, losses, tokens)
+    elif not want_grad:
+        value, rows, stats = loss_without_gradient(logits, ref_logits, loss, backend)
+    elif inplace:
+        # the detached alias shares the version counter, so that autograd sees the logits change
+        value, rows, stats = InplaceLoss.apply(logits, ref_logits, loss, logits.detach(), backend)
+    else:
+        value, rows, stats = FusedLoss.apply(logits, ref_logits, loss, backend)
+    return _make_output(loss, value, rows, stats)
 
 
 def _linear_loss(
-    options: LossOptions, inputs: LinearRepoLossInputs, chunk_tokens: int | None, backend: str | None
+    options: LossOptions,
+    inputs: LinearRepoLossInputs,
+    chunk_tokens: int | None,
+    chunk_bytes: int | None,
+    backend: str | None,
 ) -> RepoLossOutput:
     hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
     check_head("", hidden, weight, bias)
     backend = choose_backend(backend, hidden)
-    check_chunk_tokens(chunk_tokens)
+    check_chunk(chunk_tokens, chunk_bytes)
     reference = _linear_reference(inputs)
-    args = make_arguments(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
-    rows, ref_head = args.rows, reference or (None, None, None)
-    losses, tokens, *_ = linear_loss(
+    loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
+    value, rows, stats, *_ = linear_loss(
         hidden,
         weight,
         bias,
-        *ref_head,
-        rows.ids,
-        rows.values,
-        rows.scalars,
-        rows.code,
-        rows.softcap,
-        rows.entropy,
+        *(reference or (None, None, None)),
+        loss.arguments.tensors,
+        scalar_vector(loss.scalars, compute_dtype(hidden), hidden.device),
+        loss.code,
+        loss.softcap,
+        loss.entropy,
         gradients_wanted(hidden, weight, bias),
-        args.per_token_loss,
         chunk_tokens,
+        chunk_bytes,
         backend,
     )
-    return _make_output(args, losses, tokens)
+    return _make_output(loss, value, rows, stats)
 
 
-def _make_output(args: LossArguments, losses: Tensor, tokens: Tensor) -> RepoLossOutput:
-    """Aggregate the weighted losses (N,) and the TOKENS (13, N) of the rows."""
-    leading, tokens = args.layout.leading, tokens.detach()
-    by_name = dict(zip(TOKENS, tokens.unbind(0), strict=True))
-    lam = args.rows.scalars[SCALARS.index("lam")]
+def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> bool:
+    """Return whether nothing has to see an operator: no tracing, and tensors with memory of their own."""
+    return not is_traced() and is_plain(logits, ref_logits, *loss.arguments.tensors)
+
+
+def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:
+    """Name the outputs of a loss: its value, ROWS (5, N) and STATS (18,)."""
+    leading = loss.arguments.token_ids.shape
+
+    def row(name: str) -> Tensor:
+        values = rows.select(0, ROWS.index(name))
+        return values if len(leading) == 1 else values.view(leading)
+
     return RepoLossOutput(
-        loss=losses.view(leading) if args.per_token_loss else row_sum(losses),
-        logps=by_name["logp"].view(leading),
-        entropy=by_name["entropy"].view(leading) if args.with_entropy else None,
-        kl=by_name["kl"].view(leading) if args.has_reference else None,
-        stats=collect_stats(tokens, args.layout.live, args.sequence_hinge, args.sequence_live, lam),
+        loss=value.view(leading) if loss.per_token else value,
+        logps=row("logp"),
+        entropy=row("entropy") if loss.entropy != ENTROPY_NONE else None,
+        kl=row("kl") if Code.unpack(loss.code).kl != KL_NONE else None,
+        stats=LossStats(stats),
     )
 
 
-def _check_inplace(inplace: bool, logits: Tensor) -> None:
+def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> None:
     """Raise ValueError if the logits cannot be overwritten by their gradient."""
     check_bool("inplace", inplace)
     if not inplace:
         return
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
+    if not direct:
+        raise ValueError(
+            "inplace=True writes where the logits lie, and takes plain tensors only: no subclass, no lazy negation, no "
+            f"transform or dispatch mode around the call; got logits of type {type(logits).__name__}; use inplace=False"
+        )
     reach = 1  # elements that the dimensions of smaller stride cover
     for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
         if stride < reach:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..backends.codes import AGGREGATIONS
 from ..checks import (
     COST_MODES,
     KL_ESTIMATORS,
@@ -16,7 +17,9 @@ from ..checks import (
     check_temperature,
     describe,
 )
-from .aggregation import MODES
+
+SEQUENCE_MODES = AGGREGATIONS[2:5]
+MODES_WITHOUT_COUNT = ("token-sum", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class LossOptions:
             check_bool(name, getattr(self, name))
         check_choice("cost_mode", self.cost_mode, COST_MODES)
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        check_choice("loss_agg_mode", self.loss_agg_mode, MODES)
+        check_choice("loss_agg_mode", self.loss_agg_mode, AGGREGATIONS)
         check_temperature(self.temperature, self.softcap)
         self._check_clip()
         check_scalar("entropy_coef", self.entropy_coef, lambda x: True, "finite")

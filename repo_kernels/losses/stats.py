@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backends.interface import TOKENS
+from ..backends.codes import STATS
 
-SUMS = (
-    "entropy_sum",
-    "kl_ref_sum",
-    "tokens",
-    "tokens_unsafe",
-    "clipped_low_safe",
-    "clipped_low_unsafe",
-    "clipped_high_safe",
-    "clipped_high_unsafe",
-    "ratio_sum",
-    "ratio_square_sum",
-    "kl_old_k1_sum",
-    "kl_old_k3_sum",  # up to here the sums of TOKENS (backends/interface.py), in its order
-    "sequences",
-    "sequences_unsafe",
-    "rectified_cost_sum",
-    "penalty_sum",
-)
-FIELDS = (*SUMS, "ratio_min", "ratio_max")
-_INDEX = {name: i for i, name in enumerate(FIELDS)}
+SUMS = STATS[:-2]
+_INDEX = {name: i for i, name in enumerate(STATS)}
 
 
 @dataclass(frozen=True)
@@ -50,7 +31,7 @@ class LossStats:
         combines the advantages of reward and cost itself.
 
     Args:
-        tensor: (18,), fp32 (fp64 for fp64 logits), on the logits' device, in the order of FIELDS.
+        tensor: (18,), fp32 (fp64 for fp64 logits), on the logits' device, in the order of STATS (backends/codes.py).
     """
 
     tensor: Tensor
@@ -58,7 +39,7 @@ class LossStats:
     def __getattr__(self, name: str) -> Tensor:
         if name in _INDEX:
             return self.tensor[_INDEX[name]]
-        raise AttributeError(f"LossStats has no statistic {name!r}; it has {', '.join(FIELDS)}")
+        raise AttributeError(f"LossStats has no statistic {name!r}; it has {', '.join(STATS)}")
 
     def _per_token(self, total: Tensor) -> Tensor:
         return total / self.tokens.clamp_min(1)
@@ -120,34 +101,3 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     extremes = torch.stack((low, high))
     extremes = torch.where(a[tokens] == 0, b[sums:], torch.where(b[tokens] == 0, a[sums:], extremes))
     return torch.cat((a[:sums] + b[:sums], extremes))
-
-
-def collect_stats(
-    tokens: Tensor, live: Tensor, sequence_hinge: Tensor, sequence_live: Tensor, lam: Tensor
-) -> LossStats:
-    """Sum up the rows and the sequences of a call, in a fixed order.
-
-    Args:
-        tokens: (13, N), TOKENS of the rows.
-        live: (N,) bool.
-        sequence_hinge: (S,), {C - d}^+ of each sequence.
-        sequence_live: (S,) bool, which sequences have a live token.
-        lam: 0-d.
-    """
-    ratio, hinge_sum = tokens[TOKENS.index("ratio")], row_sum(sequence_hinge)
-    if ratio.numel():
-        extremes = torch.stack((torch.where(live, ratio, math.inf).amin(), torch.where(live, ratio, -math.inf).amax()))
-        extremes = extremes.masked_fill(extremes.isinf(), 1.0)  # without a live token
-    else:
-        extremes = tokens.new_ones(2)
-    sequences = torch.stack((sequence_live.sum(), ((sequence_hinge > 0) & sequence_live).sum())).to(tokens.dtype)
-    hinges = torch.stack((hinge_sum, lam * hinge_sum))
-    return LossStats(torch.cat((tokens[1:].sum(1), sequences, hinges, extremes)))
-
-
-def row_sum(values: Tensor) -> Tensor:
-    """Sum (n,) to a 0-d tensor whose bits do not depend on the number of threads.
-
-    PyTorch splits a reduction with a single output over threads, which changes the rounding; hence two outputs.
-    """
-    return values.expand(2, -1).sum(-1)[0]

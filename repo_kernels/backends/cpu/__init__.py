@@ -6,6 +6,16 @@ caches. The bits of a row depend neither on the number of threads (`torch.get_nu
 """
 
 from .extension import available
-from .losses import apply, fused, new_gradient, scale_rows, statistics
+from .losses import apply, fused, new_gradient, prepare, reduce, scale_rows, statistics, whole
 
-__all__ = ["apply", "available", "fused", "new_gradient", "scale_rows", "statistics"]
+__all__ = [
+    "apply",
+    "available",
+    "fused",
+    "new_gradient",
+    "prepare",
+    "reduce",
+    "scale_rows",
+    "statistics",
+    "whole",
+]

@@ -5,90 +5,107 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..interface import ENTROPY_NONE, IGNORED, KL_FULL, STATE, TOKENS, Code, LossRows
+from ..codes import ENTROPY_NONE, KL_FULL, STATE, STATS
+from ..interface import ALL_ROWS, Loss, RowArguments, RowRange, RowResults
 from . import memory
 from .extension import _cpu
 
 
-def new_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, bool]:
-    """Allocate dL/dlogits for rows with these ids; the flag says whether it is filled with zeros."""
-    return memory.new_gradient(logits, int((ids == IGNORED).sum()))
+def new_gradient(logits: Tensor, arguments: RowArguments | None) -> tuple[Tensor, bool]:
+    """Allocate dL/dlogits; the flag says whether it is filled with zeros."""
+    return memory.new_gradient(logits, arguments)
+
+
+def prepare(logits: Tensor, loss: Loss) -> None:
+    """Do nothing: each call counts live tokens by itself, which is little beside a row of logits."""
 
 
 def fused(
-    logits: Tensor, ref_logits: Tensor | None, rows: LossRows, grad: Tensor | None, zeroed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Compute losses (N,) and TOKENS (13, N), and write dL/dlogits times grad_scale into `grad` if it is given.
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    loss: Loss,
+    prepared: None,
+    results: RowResults,
+    grad: Tensor | None,
+    where: RowRange = ALL_ROWS,
+    upstream: Tensor | None = None,
+    zeroed: bool = False,
+) -> None:
+    """Write ROWS and flags of the rows `where`, and dL/dlogits times grad_scale into `grad` if it is given.
 
     Raises:
         IndexError: the id of a live row is outside [0, V). Nothing has been written then.
     """
-    count = rows.ids.numel()
-    losses, tokens = rows.values.new_empty(count), rows.values.new_empty(len(TOKENS), count)
-    if Code.unpack(rows.code).kl != KL_FULL:
-        ref_logits = None
+    _fused(logits, ref_logits, loss, results, grad, where, upstream, zeroed, None, None)
+
+
+def _fused(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    loss: Loss,
+    results: RowResults,
+    grad: Tensor | None,
+    where: RowRange,
+    upstream: Tensor | None,
+    zeroed: bool,
+    value: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Run the extension once; with `value` and `stats` it also sums up the rows."""
     _cpu.fused(
-        logits.detach(),
-        None if ref_logits is None else ref_logits.detach(),
-        None if grad is None else grad.detach(),
+        logits,
+        ref_logits if loss.code >> 2 & 7 == KL_FULL else None,
+        grad,
         zeroed,
-        rows.ids.contiguous(),
-        rows.values.contiguous(),
-        rows.scalars,
-        rows.code,
-        rows.softcap,
-        rows.entropy != ENTROPY_NONE,
-        losses,
-        tokens,
+        loss.arguments.tensors,
+        loss.scalars,
+        loss.code,
+        loss.softcap,
+        loss.entropy != ENTROPY_NONE,
+        where.first,
+        where.index,
+        None if upstream is None else upstream.contiguous(),
+        results.rows,
+        results.flags,
+        value,
+        stats,
         torch.get_num_threads(),
     )
-    return losses, tokens
 
 
-def statistics(
-    logits: Tensor, ref_logits: Tensor | None, ids: Tensor, scalars: Tensor, softcap: float, entropy: int
-) -> Tensor:
+def reduce(loss: Loss, prepared: None, results: RowResults) -> tuple[Tensor, Tensor]:
+    """Return the loss, 0-d, and the statistics (18,) by STATS."""
+    value, stats = torch.empty(()), torch.empty(len(STATS))
+    _cpu.reduce(loss.arguments.tensors, loss.scalars, loss.code, results.rows, results.flags, value, stats)
+    return value, stats
+
+
+def whole(
+    logits: Tensor, ref_logits: Tensor | None, loss: Loss, grad: Tensor | None, zeroed: bool = False
+) -> tuple[Tensor, Tensor, RowResults]:
+    """Compute the loss, its statistics and its rows, and write dL/dlogits into `grad` if it is given."""
+    value, stats = torch.empty((), dtype=torch.float32), torch.empty(len(STATS), dtype=torch.float32)
+    results = RowResults.allocate(logits, loss.arguments.token_ids.numel())
+    _fused(logits, ref_logits, loss, results, grad, ALL_ROWS, None, zeroed, value, stats)
+    return value, stats, results
+
+
+def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float, entropy: int) -> Tensor:
     """Compute the STATE (7, N) of the rows."""
-    state = scalars.new_empty(len(STATE), ids.numel())
-    _cpu.statistics(
-        logits.detach(),
-        None if ref_logits is None else ref_logits.detach(),
-        ids.contiguous(),
-        scalars,
-        softcap,
-        entropy != ENTROPY_NONE,
-        state,
-        torch.get_num_threads(),
-    )
+    state = temperature.new_empty(len(STATE), ids.numel())
+    threads = torch.get_num_threads()
+    _cpu.statistics(logits, ids.contiguous(), float(temperature), softcap, entropy != ENTROPY_NONE, state, threads)
     return state
 
 
 def apply(
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    ids: Tensor,
-    state: Tensor,
-    slopes: Tensor,
-    scalars: Tensor,
-    softcap: float,
-    grad: Tensor,
-    zeroed: bool = False,
+    logits: Tensor, ids: Tensor, state: Tensor, slopes: Tensor, temperature: Tensor, softcap: float, grad: Tensor
 ) -> None:
     """Write dL/dlogits into `grad` from the STATE (7, N) of the rows and their SLOPES (3, N)."""
-    _cpu.apply(
-        logits.detach(),
-        None if ref_logits is None else ref_logits.detach(),
-        grad.detach(),
-        zeroed,
-        ids.contiguous(),
-        state.detach().contiguous(),
-        slopes.contiguous(),
-        scalars,
-        softcap,
-        torch.get_num_threads(),
-    )
+    by_row = ids.contiguous(), state.contiguous(), slopes.contiguous()
+    _cpu.apply(logits, grad, *by_row, float(temperature), softcap, torch.get_num_threads())
 
 
-def scale_rows(grad: Tensor, upstream: Tensor) -> None:
-    """Multiply each row of `grad` by its entry of `upstream` (N,), in place; a row whose factor is 1 is not touched."""
-    _cpu.scale_rows(grad.detach(), upstream.detach(), torch.get_num_threads())
+def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None) -> None:
+    """Multiply the rows of `grad` by `upstream`, 0-d or (N,), in place, with one rounding; rows with flags 0 stay 0."""
+    _cpu.scale_rows(grad, upstream, flags, torch.get_num_threads())

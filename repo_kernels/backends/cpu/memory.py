@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..interface import gradient_buffer, gradient_layout
+from ..interface import RowArguments
+from ..memory_layout import gradient_buffer, gradient_layout
+from .extension import _cpu
 
 LARGE = 4 << 20  # bytes; the allocator keeps the pages of smaller blocks
 
@@ -43,19 +45,20 @@ class Spare:
 _spare = Spare()
 
 
-def new_gradient(logits: Tensor, dead: int) -> tuple[Tensor, bool]:
+def new_gradient(logits: Tensor, arguments: RowArguments | None) -> tuple[Tensor, bool]:
     """Allocate dL/dlogits; the flag says whether it is filled with zeros.
 
     If most rows are dead, it is made of zero pages, which exist only once they are written: dead rows cost nothing.
 
     Args:
         logits: (T, V) or (B, L, V).
-        dead: the number of masked or ignored rows.
+        arguments: whose ids and mask say which rows are dead; None: not known.
     """
+    if logits.numel() * logits.element_size() < LARGE:
+        return gradient_buffer(logits), False
+    rows = logits.shape[:-1].numel()
     strides, offset, elements = gradient_layout(logits)
     size = elements * logits.element_size()
-    if size < LARGE:
-        return gradient_buffer(logits), False
-    mostly_dead = 2 * dead > logits.shape[:-1].numel()
+    mostly_dead = arguments is not None and 2 * _cpu.count_dead(arguments.tensors) > rows
     memory = torch.from_numpy(np.zeros(size, dtype=np.uint8)) if mostly_dead else _spare.take(size)
     return memory.view(logits.dtype).as_strided(logits.shape, strides, offset), mostly_dead

@@ -15,14 +15,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..interface import COST_GATED, COST_GIVEN, COST_HINGE, KL_K1, KL_K2, KL_K3, SCALARS, TOKENS, VALUES, Code
+from ..codes import (
+    CLIPPED_HIGH,
+    CLIPPED_LOW,
+    COST_GATED,
+    COST_GIVEN,
+    COST_HINGE,
+    KL_K1,
+    KL_K2,
+    KL_K3,
+    LIVE,
+    SCALARS,
+    UNSAFE,
+    Code,
+)
 
 LOG_RATIO_CLAMP = 20.0
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The scalars of the loss as 0-d tensors of the compute dtype on the logits' device; dual_clip is inf for none."""
+    """SCALARS as 0-d tensors of the compute dtype on the logits' device; dual_clip is inf for none."""
 
     lam: Tensor
     beta: Tensor
@@ -32,6 +45,9 @@ class Coefficients:
     temperature: Tensor
     grad_scale: Tensor
     dual_clip: Tensor
+    cost_limit: Tensor
+    divisor: Tensor
+    max_length: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,22 +117,21 @@ def combined_advantages(values: dict[str, Tensor], unsafe: Tensor, lam: Tensor, 
     return advantages / (1 + lam) if code.normalize else advantages
 
 
-def token_inputs(values: Tensor, scalars: Tensor, code: Code) -> TokenInputs:
-    """Read the inputs of live rows from their columns (9, n) of the values matrix."""
-    by_name = dict(zip(VALUES, values.unbind(0), strict=True))
-    unsafe = by_name["costs"] > by_name["cost_limits"]
+def token_inputs(values: dict[str, Tensor], coef: Coefficients, code: Code) -> TokenInputs:
+    """Combine the values (n,) of live rows, by the names of `dense.VALUES`, into the inputs of `token_terms`."""
+    unsafe = values["costs"] > values["cost_limits"]
     return TokenInputs(
-        advantages=combined_advantages(by_name, unsafe, coefficients(scalars).lam, code),
-        weights=by_name["weights"],
+        advantages=combined_advantages(values, unsafe, coef.lam, code),
+        weights=values["weights"],
         unsafe=unsafe,
-        old_logps=None if code.on_policy else by_name["old_logps"],
-        ref_logps=by_name["ref_logps"] if code.kl in (KL_K1, KL_K2, KL_K3) else None,
-        importance_weights=by_name["importance_weights"],
+        old_logps=None if code.on_policy else values["old_logps"],
+        ref_logps=values["ref_logps"] if code.kl in (KL_K1, KL_K2, KL_K3) else None,
+        importance_weights=values["importance_weights"],
     )
 
 
 def coefficients(scalars: Tensor) -> Coefficients:
-    """Name the entries of the scalars vector (8,)."""
+    """Name the entries of the scalars vector (11,)."""
     return Coefficients(**dict(zip(SCALARS, scalars.unbind(0), strict=True)))
 
 
@@ -231,26 +246,14 @@ def token_terms(
     )
 
 
-def token_rows(terms: TokenTerms, unsafe: Tensor, logps: Tensor, entropy: Tensor | None) -> Tensor:
-    """Stack the columns (13, n) of TOKENS of live tokens."""
-    zero, one = torch.zeros_like(logps), torch.ones_like(logps)
+def token_rows(terms: TokenTerms, logps: Tensor, entropy: Tensor | None) -> Tensor:
+    """Stack the columns (5, n) of ROWS of live rows."""
+    return torch.stack(
+        (terms.loss, logps, torch.zeros_like(logps) if entropy is None else entropy, terms.kl, terms.log_ratio)
+    )
 
-    def split(clipped: Tensor, among: Tensor) -> Tensor:
-        return (clipped & among).to(logps.dtype)
 
-    by_name = {
-        "logp": logps,
-        "entropy": zero if entropy is None else entropy,
-        "kl": terms.kl,
-        "tokens": one,
-        "tokens_unsafe": unsafe.to(logps.dtype),
-        "clipped_low_safe": split(terms.clipped_low, ~unsafe),
-        "clipped_low_unsafe": split(terms.clipped_low, unsafe),
-        "clipped_high_safe": split(terms.clipped_high, ~unsafe),
-        "clipped_high_unsafe": split(terms.clipped_high, unsafe),
-        "ratio": terms.ratio,
-        "ratio_square": terms.ratio * terms.ratio,
-        "kl_old_k1": -terms.log_ratio,
-        "kl_old_k3": torch.expm1(terms.log_ratio) - terms.log_ratio,
-    }
-    return torch.stack([by_name[name] for name in TOKENS])
+def token_flags(terms: TokenTerms, unsafe: Tensor) -> Tensor:
+    """Combine the bits of live rows, (n,) int32."""
+    bits = LIVE + unsafe * UNSAFE + terms.clipped_low * CLIPPED_LOW + terms.clipped_high * CLIPPED_HIGH
+    return bits.to(torch.int32)

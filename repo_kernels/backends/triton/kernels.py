@@ -5,29 +5,38 @@ Only dtypes and upper-case arguments are compiled in: no argument is specialised
 # ruff: noqa: N803, N806 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
 
-import inspect
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .. import interface
-from .held_row import held_statistics, hold, store_held
-from .row_gradient import factors, target_gradient
-from .row_layout import aligned, block_pointers, edge_columns, peel, row_offset, target_piece
-from .row_statistics import empty_lanes, meet, prepare
-from .row_sweeps import gradient_of, load_edges, scale_row, sweep_gradient, sweep_statistics, zero_row
-from .scalar_math import LOG2E
-from .token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, TEMPERATURE, TOKENS, row_inputs, token_terms
+from .. import codes
+from . import forms
+from .device.first_block import first_gradient, first_statistics, load_first, rest_of
+from .device.loss_arguments import FLAGS, IGNORED, INDEX, MASK, TEMPERATURE, UPSTREAM, at, place_of
+from .device.row_gradient import factors, target_gradient
+from .device.row_layout import edge_columns, peel, row_offset, target_piece
+from .device.row_statistics import empty_lanes, meet, prepare
+from .device.row_sweeps import gradient_of, load_edges, scale_row, sweep_gradient, sweep_statistics, zero_row
+from .device.scalar_math import LOG2E
+from .device.token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, row_inputs, store_row, token_terms
+from .runtime_jit import runtime_jit
 
-IGNORED = tl.constexpr(interface.IGNORED)
-STATE = tl.constexpr(len(interface.STATE))
+STATE = tl.constexpr(len(codes.STATE))
+SWEPT, KEPT, PERSISTENT = (tl.constexpr(form) for form in (forms.SWEPT, forms.KEPT, forms.PERSISTENT))
 
 
-def runtime_jit(function: Any) -> Any:
-    """Apply `triton.jit` without specialisation on the value or the alignment of run-time arguments."""
-    names = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is not tl.constexpr]
-    return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+@triton.jit
+def row_of(i, first, index, ids, mask, sequence_of, length, given, exists):
+    """Return (row of the loss, sequence, token within it, target, whether it is live) of row i of the logits."""
+    row = first + i
+    if given & INDEX != 0:
+        row = tl.load(index + i, mask=exists, other=0).to(tl.int32)
+    sequence, token = place_of(row, sequence_of, length, given, exists)
+    alive = (sequence >= 0) & exists
+    target = tl.load(at(ids, sequence, token), mask=alive, other=IGNORED)
+    alive = target != IGNORED
+    if given & MASK != 0:
+        alive = alive & (tl.load(at(mask, sequence, token), mask=alive, other=0) != 0)
+    return row, sequence, token, target, alive
 
 
 @triton.jit
@@ -41,20 +50,12 @@ def read_target(pointer, target, columns, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def zero_column(matrix, row, count, ROWS: tl.constexpr):
-    """Fill one column of a matrix (ROWS, count) with zeros, ROWS <= 16."""
-    lane = tl.arange(0, 16)
-    tl.store(matrix + row + lane * count, tl.zeros([16], tl.float32), mask=lane < ROWS)
-
-
-@triton.jit
-def open_row(pointer, ref_pointer, target, columns, scalars, softcap, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr):
+def open_row(pointer, ref_pointer, target, columns, temperature, softcap, E: tl.constexpr, SOFTCAP: tl.constexpr,
+             FULL_KL: tl.constexpr):  # fmt: skip
     """Read everything of a live row but its pieces: (place, edges, target's logits, scales)."""
-    E: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
-    head, pieces = peel(pointer, columns)
+    head, pieces = peel(pointer, columns, E)
     y = tl.maximum(tl.minimum(target, columns), -1).to(tl.int32)
     hole = target_piece(y, head, pieces, E)
-    temperature = tl.load(scalars + TEMPERATURE)
     column, live = edge_columns(y, hole, head, pieces, columns, E)
     edges = load_edges(pointer, column, live)
     x_y, z_y = read_target(pointer, y, columns, softcap, SOFTCAP)
@@ -64,14 +65,17 @@ def open_row(pointer, ref_pointer, target, columns, scalars, softcap, SOFTCAP: t
         _, ref_z_y = read_target(ref_pointer, y, columns, softcap, SOFTCAP)
     inverse_softcap = 1 / softcap if SOFTCAP else softcap
     place = (pointer, head, pieces, hole, tl.minimum(tl.maximum(y, 0), columns - 1))
-    scales = (temperature, LOG2E / temperature, inverse_softcap)
+    scales = (temperature, tl.fdiv(LOG2E, temperature), inverse_softcap)
     return place, (column, live, edges, ref_edges), (x_y, z_y, ref_z_y), scales
 
 
 @triton.jit
 def close_row(lanes, start, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr):
     """Compute the row's statistics from its lanes, edges and target."""
-    _, (_, live, edges, ref_edges), (_, z_y, ref_z_y), (_, scale, inverse_softcap) = start
+    _, at_edges, targets, scales = start
+    _, live, edges, ref_edges = at_edges
+    _, z_y, ref_z_y = targets
+    _, scale, inverse_softcap = scales
     FINITE: tl.constexpr = ENTROPY or FULL_KL
     z, _ = prepare(edges, live, softcap, inverse_softcap, SOFTCAP, FINITE)
     ref_z = z
@@ -84,11 +88,14 @@ def close_row(lanes, start, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexp
 def store_ends(start, grad_pointer, state, slopes, factor, softcap, IN_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
                FULL_KL: tl.constexpr):  # fmt: skip
     """Write the gradient of the edges and of the target."""
-    place, (column, live, edges, ref_edges), (x_y, _, ref_z_y), (temperature, scale, inverse_softcap) = start
+    place, at_edges, targets, scales = start
+    column, live, edges, ref_edges = at_edges
+    x_y, _, ref_z_y = targets
+    temperature, scale, inverse_softcap = scales
     DTYPE: tl.constexpr = grad_pointer.dtype.element_ty
-    at_edges = gradient_of(edges, ref_edges, factor, state[3], state[5], scale, softcap, inverse_softcap,
+    values = gradient_of(edges, ref_edges, factor, state[3], state[5], scale, softcap, inverse_softcap,
                            IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
-    tl.store(grad_pointer + column, at_edges.to(DTYPE), mask=live)
+    tl.store(grad_pointer + column, values.to(DTYPE), mask=live)
     at_target = target_gradient(x_y, ref_z_y, state, slopes, softcap, scale, temperature, IN_GRADIENT, SOFTCAP,
                                 FULL_KL)  # fmt: skip
     tl.store(grad_pointer + place[4], at_target.to(DTYPE))
@@ -96,152 +103,177 @@ def store_ends(start, grad_pointer, state, slopes, factor, softcap, IN_GRADIENT:
 
 @runtime_jit
 def fused(
-    logits, ref_logits, grad, ids, values, scalars, losses, tokens,
-    count: tl.int32, length: tl.int32, stride_b: tl.int64, stride_t: tl.int64, ref_stride_b: tl.int64,
-    ref_stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_t: tl.int64, columns: tl.int32, code: tl.int32,
-    softcap: tl.float32, entropy_mode: tl.int32, want_grad: tl.int32,
-    R: tl.constexpr, HELD: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr,
+    logits, ref_logits, grad, ids, ids_b: tl.int64, ids_t: tl.int64, mask, mask_b: tl.int64, mask_t: tl.int64,
+    sequence_of, rewards, rewards_b: tl.int64, rewards_t: tl.int64, cost_advantages, cost_advantages_b: tl.int64,
+    cost_advantages_t: tl.int64, costs, costs_b: tl.int64, costs_t: tl.int64, limits, limits_b: tl.int64,
+    limits_t: tl.int64, baselines, baselines_b: tl.int64, baselines_t: tl.int64, old_logps, old_logps_b: tl.int64,
+    old_logps_t: tl.int64, ref_logps, ref_logps_b: tl.int64, ref_logps_t: tl.int64, importance, importance_b: tl.int64,
+    importance_t: tl.int64, upstream, index, shared, counts, rows, flags,
+    first: tl.int32, many: tl.int32, count: tl.int32, loss_length: tl.int32, length: tl.int32, stride_b: tl.int64,
+    stride_t: tl.int64, ref_stride_b: tl.int64, ref_stride_t: tl.int64, grad_stride_b: tl.int64,
+    grad_stride_t: tl.int64, columns: tl.int32, code: tl.int32, given: tl.int32, softcap: tl.float32,
+    entropy_mode: tl.int32,
+    want_grad: tl.int32, R: tl.constexpr, E: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
+    FULL_KL: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Compute loss, token values and gradient of one row.
+    """Compute results and gradient of rows of the logits, one a program; with FORM = PERSISTENT, several.
 
-    HELD = 0: the row is read twice, the second time backwards. HELD = 1 or 3: it has at most HELD blocks and stays in
-    registers; softcap, full KL and the entropy's gradient are excluded then.
+    A row is read twice, the second time backwards. Row i of `many` has the arguments and results of row `first` + i of
+    the loss, or of row `index`[i].
     """
-    DTYPE: tl.constexpr = logits.dtype.element_ty
-    E: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     IN_GRADIENT: tl.constexpr = ENTROPY == ENTROPY_GRADIENT
-    row = tl.program_id(0)
-    target = tl.load(ids + row)
-    x_row = logits + row_offset(row, length, stride_b, stride_t)
-    g_row = grad + row_offset(row, length, grad_stride_b, grad_stride_t)
-    if target == IGNORED:
-        tl.store(losses + row, 0.0)
-        zero_column(tokens, row, count, TOKENS)
-        if want_grad != 0:
-            head, pieces = peel(x_row, columns)
-            zero_row(g_row, head, pieces, columns, R, E)
-    else:
-        ref_row = ref_logits + row_offset(row, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
-        start = open_row(x_row, ref_row, target, columns, scalars, softcap, SOFTCAP, FULL_KL)
-        place, _, _, (temperature, scale, inverse_softcap) = start
-        _, head, pieces, hole, _ = place
-        if HELD > 0:
-            x0, x1, x2 = hold(aligned(x_row, head), hole, pieces, R, HELD)
-        inputs = row_inputs(values, scalars, row, count, code)
-        lanes = empty_lanes(scale, R)
-        if HELD > 0:
-            if pieces > 0:
-                lanes = held_statistics(lanes, x0, scale, DTYPE, ENTROPY)
-            if HELD == 3:
-                if pieces > R:
-                    lanes = held_statistics(lanes, x1, scale, DTYPE, ENTROPY)
-                if pieces > 2 * R:
-                    lanes = held_statistics(lanes, x2, scale, DTYPE, ENTROPY)
-        else:
-            lanes = sweep_statistics(lanes, place, ref_row, scale, softcap, inverse_softcap, R, E, "evict_last",
-                                     ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
-        logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, total = close_row(
-            lanes, start, softcap, ENTROPY, SOFTCAP, FULL_KL
+    start, stop, step = tl.program_id(0), tl.program_id(0) + 1, 1
+    if FORM == PERSISTENT:
+        stop, step = many, tl.num_programs(0)
+    at_ids, at_mask = (ids, ids_b, ids_t), (mask, mask_b, mask_t)
+    ahead = 0.0
+    if FORM == PERSISTENT:
+        earliest = row_of(start, first, index, at_ids, at_mask, sequence_of, loss_length, given, start < stop)
+        first_row = logits + row_offset(start, length, stride_b, stride_t)
+        first_head, first_pieces = peel(first_row, columns, E)
+        ahead = load_first(first_row, first_head, tl.where(earliest[4], first_pieces, 0), R, E)
+    for i in range(start, stop, step):
+        row, sequence, token, target, alive = row_of(
+            i, first, index, at_ids, at_mask, sequence_of, loss_length, given, True
         )
-        slopes = token_terms(inputs, logp, entropy, kl, scalars, code, entropy_mode, losses, tokens, row, count)
-        if want_grad != 0:
+        x_row = logits + row_offset(i, length, stride_b, stride_t)
+        g_row = grad + row_offset(i, length, grad_stride_b, grad_stride_t)
+        next_pieces, next_head, next_row = 0, 0, x_row
+        if FORM == PERSISTENT:
+            following = row_of(
+                i + step, first, index, at_ids, at_mask, sequence_of, loss_length, given, i + step < stop
+            )
+            next_row = logits + row_offset(i + step, length, stride_b, stride_t)
+            next_head, next_pieces = peel(next_row, columns, E)
+            next_pieces = tl.where(following[4], next_pieces, 0)
+        if alive == 0:
+            store_row(rows, row, count, 0.0, 0.0, 0.0, 0.0, 0.0)
+            tl.store(flags + row, 0)
+            if want_grad != 0:
+                head, pieces = peel(x_row, columns, E)
+                zero_row(g_row, head, pieces, columns, R, E)
+            if FORM == PERSISTENT:
+                ahead = load_first(next_row, next_head, next_pieces, R, E)
+        else:
+            ref_row = ref_logits + row_offset(i, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
+            temperature = tl.load(shared + TEMPERATURE)
+            opened = open_row(x_row, ref_row, target, columns, temperature, softcap, E, SOFTCAP, FULL_KL)
+            place = opened[0]
+            scale, inverse_softcap = opened[3][1], opened[3][2]
+            inputs = row_inputs(
+                (rewards, rewards_b, rewards_t), (cost_advantages, cost_advantages_b, cost_advantages_t),
+                (costs, costs_b, costs_t), (limits, limits_b, limits_t), (baselines, baselines_b, baselines_t),
+                (old_logps, old_logps_b, old_logps_t), (ref_logps, ref_logps_b, ref_logps_t),
+                (importance, importance_b, importance_t), shared, counts, sequence, token, code, given,
+            )  # fmt: skip
+            lanes = empty_lanes(scale, R)
+            swept = place if FORM == SWEPT else rest_of(place, R, E)
+            if FORM == PERSISTENT:
+                lanes = first_statistics(lanes, ahead, place, scale, ENTROPY)
+            lanes = sweep_statistics(lanes, swept, ref_row, scale, softcap, inverse_softcap, R, E, "evict_last",
+                                     ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
+            kept = 0.0
+            if FORM == KEPT:
+                kept = load_first(x_row, place[1], place[2], R, E)
+                lanes = first_statistics(lanes, kept, place, scale, ENTROPY)
+            logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, total = close_row(
+                lanes, opened, softcap, ENTROPY, SOFTCAP, FULL_KL
+            )
+            slopes = token_terms(inputs, logp, entropy, kl, shared, code, entropy_mode, rows, flags, row, count)
             state = (logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum)
-            factor = factors(state, slopes, 1 / total, temperature, IN_GRADIENT, FULL_KL)
-            if HELD > 0:
-                grad_pointers = block_pointers(aligned(g_row, head), R, E)
-                if pieces > 0:
-                    store_held(grad_pointers, x0, 0, hole, pieces, factor, max2, scale)
-                if HELD == 3:
-                    if pieces > R:
-                        store_held(grad_pointers, x1, 1, hole, pieces, factor, max2, scale)
-                    if pieces > 2 * R:
-                        store_held(grad_pointers, x2, 2, hole, pieces, factor, max2, scale)
-            else:
-                sweep_gradient(place, ref_row, g_row, factor, max2, ref_max2, scale, softcap, inverse_softcap, R, E,
+            g_logp, g_entropy, g_kl = slopes
+            by = tl.load(upstream + row, mask=given & UPSTREAM != 0, other=1.0)
+            slopes = g_logp * by, g_entropy * by, g_kl * by
+            factor = factors(state, slopes, tl.fdiv(1.0, total), temperature, IN_GRADIENT, FULL_KL)
+            if want_grad != 0:
+                if FORM == KEPT:
+                    first_gradient(kept, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
+                sweep_gradient(swept, ref_row, g_row, factor, max2, ref_max2, scale, softcap, inverse_softcap, R, E,
                                IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
-            store_ends(start, g_row, state, slopes, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
+                store_ends(opened, g_row, state, slopes, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
+            if FORM == PERSISTENT:
+                # the next row is on its way while the last block of this one is written
+                again = load_first(x_row, place[1], place[2], R, E)
+                ahead = load_first(next_row, next_head, next_pieces, R, E)
+                if want_grad != 0:
+                    first_gradient(again, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
 
 
 @runtime_jit
 def statistics(
-    logits, ref_logits, ids, scalars, state,
-    count: tl.int32, length: tl.int32, stride_b: tl.int64, stride_t: tl.int64, ref_stride_b: tl.int64,
-    ref_stride_t: tl.int64, columns: tl.int32, softcap: tl.float32, entropy_mode: tl.int32,
-    R: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr,
+    logits, ids, temperature, state, count: tl.int32, length: tl.int32, stride_b: tl.int64, stride_t: tl.int64,
+    columns: tl.int32, softcap: tl.float32, entropy_mode: tl.int32, R: tl.constexpr, E: tl.constexpr,
+    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Compute one row's column of the state (7, N); its logits are read once."""
-    E: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0)
     target = tl.load(ids + row)
+    state += row
     if target == IGNORED:
-        zero_column(state, row, count, STATE)
+        lane = tl.arange(0, 8)
+        tl.store(state + lane * count, tl.zeros([8], tl.float32), mask=lane < STATE)
     else:
         x_row = logits + row_offset(row, length, stride_b, stride_t)
-        ref_row = ref_logits + row_offset(row, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
-        start = open_row(x_row, ref_row, target, columns, scalars, softcap, SOFTCAP, FULL_KL)
-        place, _, _, (_, scale, inverse_softcap) = start
+        start = open_row(x_row, x_row, target, columns, tl.load(temperature), softcap, E, SOFTCAP, False)
+        place, _, _, scales = start
+        _, scale, inverse_softcap = scales
         lanes = empty_lanes(scale, R)
-        lanes = sweep_statistics(lanes, place, ref_row, scale, softcap, inverse_softcap, R, E, "evict_first",
-                                 ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
-        logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, _ = close_row(
-            lanes, start, softcap, ENTROPY, SOFTCAP, FULL_KL
-        )
-        state += row
+        lanes = sweep_statistics(lanes, place, x_row, scale, softcap, inverse_softcap, R, E, "evict_first",
+                                 ENTROPY, SOFTCAP, False)  # fmt: skip
+        logp, entropy, _, max2, log2_sum, _, _, _ = close_row(lanes, start, softcap, ENTROPY, SOFTCAP, False)
         tl.store(state, logp)
         tl.store(state + count, tl.where(entropy_mode != ENTROPY_NONE, entropy, 0.0))
-        tl.store(state + 2 * count, kl)
+        tl.store(state + 2 * count, 0.0)
         tl.store(state + 3 * count, max2)
         tl.store(state + 4 * count, log2_sum)
-        tl.store(state + 5 * count, ref_max2)
-        tl.store(state + 6 * count, ref_log2_sum)
+        tl.store(state + 5 * count, 0.0)
+        tl.store(state + 6 * count, 0.0)
 
 
 @runtime_jit
 def apply(
-    logits, ref_logits, grad, ids, state, slopes, scalars,
-    count: tl.int32, length: tl.int32, stride_b: tl.int64, stride_t: tl.int64, ref_stride_b: tl.int64,
-    ref_stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_t: tl.int64, columns: tl.int32, softcap: tl.float32,
-    R: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr,
+    logits, grad, ids, state, slopes, temperature, count: tl.int32, length: tl.int32, stride_b: tl.int64,
+    stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_t: tl.int64, columns: tl.int32, softcap: tl.float32,
+    R: tl.constexpr, E: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Compute one row of the gradient from its column of the state (7, N) and of the slopes (3, N)."""
-    E: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
-    IN_GRADIENT: tl.constexpr = ENTROPY == ENTROPY_GRADIENT
     row = tl.program_id(0)
     target = tl.load(ids + row)
     x_row = logits + row_offset(row, length, stride_b, stride_t)
     g_row = grad + row_offset(row, length, grad_stride_b, grad_stride_t)
     if target == IGNORED:
-        head, pieces = peel(x_row, columns)
+        head, pieces = peel(x_row, columns, E)
         zero_row(g_row, head, pieces, columns, R, E)
     else:
-        ref_row = ref_logits + row_offset(row, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
-        start = open_row(x_row, ref_row, target, columns, scalars, softcap, SOFTCAP, FULL_KL)
-        state_row = (
-            tl.load(state + row),
-            tl.load(state + row + count),
-            tl.load(state + row + 2 * count),
-            tl.load(state + row + 3 * count),
-            tl.load(state + row + 4 * count),
-            tl.load(state + row + 5 * count),
-            tl.load(state + row + 6 * count),
-        )
-        slopes_row = tl.load(slopes + row), tl.load(slopes + row + count), tl.load(slopes + row + 2 * count)
-        factor = factors(state_row, slopes_row, tl.exp2(-state_row[4]), start[3][0], IN_GRADIENT, FULL_KL)
-        sweep_gradient(start[0], ref_row, g_row, factor, state_row[3], state_row[5], start[3][1], softcap, start[3][2],
-                       R, E, IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
-        store_ends(start, g_row, state_row, slopes_row, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
+        temperature_of = tl.load(temperature)
+        start = open_row(x_row, x_row, target, columns, temperature_of, softcap, E, SOFTCAP, False)
+        place, _, _, scales = start
+        _, scale, inverse_softcap = scales
+        state += row
+        max2, log2_sum = tl.load(state + 3 * count), tl.load(state + 4 * count)
+        state_row = (tl.load(state), tl.load(state + count), 0.0, max2, log2_sum, 0.0, 0.0)
+        slopes_row = tl.load(slopes + row), tl.load(slopes + row + count), 0.0
+        factor = factors(state_row, slopes_row, tl.exp2(-log2_sum), temperature_of, True, False)
+        sweep_gradient(place, x_row, g_row, factor, max2, max2, scale, softcap, inverse_softcap, R, E, True, SOFTCAP,
+                       False)  # fmt: skip
+        store_ends(start, g_row, state_row, slopes_row, factor, softcap, True, SOFTCAP, False)
 
 
 @runtime_jit
 def scale(
-    grad, upstream, upstream_stride: tl.int64, length: tl.int32, grad_stride_b: tl.int64, grad_stride_t: tl.int64,
-    columns: tl.int32, R: tl.constexpr,
+    grad, upstream, upstream_stride: tl.int64, flags, count: tl.int32, length: tl.int32, grad_stride_b: tl.int64,
+    grad_stride_t: tl.int64, columns: tl.int32, given: tl.int32, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one row by its upstream gradient; a row whose factor is 1 is not touched."""
-    E: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth
-    row = tl.program_id(0)
-    factor = tl.load(upstream + row * upstream_stride)
-    if factor != 1.0:
-        g_row = grad + row_offset(row, length, grad_stride_b, grad_stride_t)
-        head, pieces = peel(g_row, columns)
-        scale_row(g_row, head, pieces, columns, factor, R, E)
+    """Multiply rows by their upstream gradient; a row whose factor is 1, or whose flags are 0, is not touched.
+
+    A program takes every row that is a multiple of the number of programs after its first: where nothing has to be
+    done, few programs see that.
+    """
+    for row in range(tl.program_id(0), count, tl.num_programs(0)):
+        factor = tl.load(upstream + row * upstream_stride)
+        if factor != 1.0:
+            alive = tl.load(flags + row, mask=given & FLAGS != 0, other=1)
+            if alive != 0:
+                g_row = grad + row_offset(row, length, grad_stride_b, grad_stride_t)
+                head, pieces = peel(g_row, columns, E)
+                scale_row(g_row, head, pieces, columns, factor, R, E)

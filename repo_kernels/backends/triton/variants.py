@@ -1,4 +1,4 @@
-"""The variants of the kernels that the public functions can reach, and how they are compiled: at most 48 per target.
+"""The variants of the kernels that the public functions can reach, and how they are compiled.
 
 Launches and ahead-of-time inspection use the same list. To keep it short, softcap and full KL exist only together with
 the entropy's gradient, which runs with slope 0 if it is not asked for.
@@ -10,17 +10,21 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from ..interface import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
-from . import kernels
+import triton.language as tl
+
+from ..codes import ENTROPY_GRADIENT, ENTROPY_NONE, ENTROPY_VALUE
+from . import kernels, sequence_kernels
+from .forms import KEPT, PERSISTENT, LaunchForm, Target, fused_form, single_sweep_form
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-BLOCK_PIECES = 2048  # 16-byte pieces in a block held in registers: 32 KB
-HELD_BLOCKS = (1, 3)  # the numbers of blocks that a variant can hold
+# The dtypes of logits and their gradient. The linear losses have fp32 logits and write the gradient for their GEMMs.
+PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp16"))
+HOPPER = Target(32)
+TILE = 1024  # rows in a tile of the kernels over sequences
+POSITIONS = (1, 32, 1024)  # of a sequence, in a tile
 
-_POINTERS = {"ids": "*i64"} | dict.fromkeys(
-    ("values", "scalars", "losses", "tokens", "state", "slopes", "upstream"), "*fp32"
-)
-_INTEGERS = ("count", "length", "columns", "code", "entropy_mode", "want_grad")
+_NUMBERS = {tl.float32: "fp32", tl.int32: "i32", tl.int64: "i64"}
+_POINTERS = {"ids": "*i64", "index": "*i64", "mask": "*i1"} | dict.fromkeys(("flags", "bounds", "sequence_of"), "*i32")
 
 
 @dataclass(frozen=True)
@@ -29,150 +33,163 @@ class Variant:
 
     Args:
         name: unique.
-        kind: fused-swept, fused-resident, statistics, apply or scale.
+        kind: fused, statistics, apply, scale, prepare or reduce.
         dtype: of the logits: fp32, bf16 or fp16.
-        entropy: ENTROPY_NONE, ENTROPY_VALUE or ENTROPY_GRADIENT.
-        softcap, full_kl: whether the variant has them.
+        grad_dtype: of their gradient.
         kernel: the Triton function.
         signature: argument -> Triton type or "constexpr".
         constexprs: argument -> value.
-        divisible: positions of arguments known to be multiples of 16. Empty: kernels handle the alignment of a row
-            themselves.
-        num_warps, num_stages: of a program.
-        elements_per_thread: logits per thread in one trip of the swept loop, or held.
+        num_warps: of a program.
         max_registers: per thread, or None.
+        elements_per_thread: logits per thread in one trip of the loop; 0 for kernels that read none.
     """
 
     name: str
     kind: str
     dtype: str
-    entropy: int
-    softcap: bool
-    full_kl: bool
+    grad_dtype: str
     kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    divisible: tuple[int, ...]
     num_warps: int
-    num_stages: int
+    max_registers: int | None
     elements_per_thread: int
-    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of the compiler. Contraction is off, since fma is written where it is meant."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
-def warps_and_pieces(
-    kind: str, entropy: int, softcap: bool, full_kl: bool, held: int, warp_size: int
-) -> tuple[int, int]:
-    """Choose (warps of a program, 16-byte pieces of a block).
-
-    Every warp computes what is needed once per row, so the plain loss takes few warps and many pieces, and takes more
-    warps only where it would spill. Either way a swept loss takes more than half of the registers of a multiprocessor,
-    so that one row is in flight on each and the second sweep finds it in L2. Two rows held in one block each share a
-    multiprocessor. Kernels that sweep once need no row in L2: they take many programs of few warps, and blocks small
-    enough for short rows.
-    """
-    half = softcap or full_kl or (kind == "statistics" and entropy != ENTROPY_NONE)
-    if kind in ("statistics", "apply", "scale"):
-        return 4, BLOCK_PIECES // (8 if half else 4)
-    if held == 1:
-        return 8, BLOCK_PIECES
-    if kind == "fused-resident":
-        return 16, BLOCK_PIECES
-    if entropy == ENTROPY_NONE:
-        return 16, 2 * BLOCK_PIECES
-    return 32 if warp_size == 32 else 16, BLOCK_PIECES // 2 if half else BLOCK_PIECES
+def _signature(kernel: Any, constexprs: dict[str, Any], dtype: str, grad_dtype: str) -> dict[str, str]:
+    """Return the Triton type of each argument of a kernel."""
+    annotations, signature = kernel.fn.__annotations__, {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in ("logits", "ref_logits"):
+            signature[name] = f"*{dtype}"
+        elif name == "grad":
+            signature[name] = f"*{grad_dtype}"
+        elif name in annotations:
+            signature[name] = _NUMBERS[annotations[name]]
+        else:
+            signature[name] = _POINTERS.get(name, "*fp32")
+    return signature
 
 
 def make_variant(
     kind: str,
     dtype: str,
-    warp_size: int,
-    entropy: int = ENTROPY_NONE,
-    softcap: bool = False,
-    full_kl: bool = False,
-    held: int = 0,
+    form: LaunchForm,
+    target: Target,
+    grad_dtype: str = "",
+    **switches: Any,
 ) -> Variant:
-    """Describe the variant with these options. held: blocks of a row in registers, 0 for a swept row."""
-    kernel = {"statistics": kernels.statistics, "apply": kernels.apply, "scale": kernels.scale}.get(kind, kernels.fused)
-    warps, pieces = warps_and_pieces(kind, entropy, softcap, full_kl, held, warp_size)
-    constexprs: dict[str, Any] = {"R": pieces}
-    if kind != "scale":
-        constexprs |= {"ENTROPY": entropy, "SOFTCAP": softcap, "FULL_KL": full_kl}
-    if kernel is kernels.fused:
-        constexprs |= {"HELD": held}
-    signature = {}
-    for name in kernel.arg_names:
-        integer = "i32" if name in _INTEGERS else "i64"
-        pointer = f"*{dtype}" if name in ("logits", "ref_logits", "grad") else _POINTERS.get(name, integer)
-        signature[name] = "constexpr" if name in constexprs else "fp32" if name == "softcap" else pointer
-    parts = [kind, dtype, ("", "entropy", "entropy-gradient")[entropy], "softcap" * softcap, "full-kl" * full_kl]
+    """Describe the variant of a kernel over rows. switches: ENTROPY, SOFTCAP and FULL_KL, as far as it has them."""
+    kernel, grad_dtype = getattr(kernels, kind), grad_dtype or dtype
+    elements = 16 // min(ELEMENT_BYTES[dtype], ELEMENT_BYTES[grad_dtype])
+    constexprs = {"R": form.pieces, "E": elements, **switches}
+    if kind == "fused":
+        constexprs["FORM"] = form.rows
+    entropy = ("", "entropy", "entropy-gradient")[switches.get("ENTROPY", ENTROPY_NONE)]
+    parts = [
+        kind,
+        dtype,
+        f"to-{grad_dtype}" * (grad_dtype != dtype),
+        entropy,
+        "softcap" * switches.get("SOFTCAP", False),
+        "full-kl" * switches.get("FULL_KL", False),
+        ("", "kept", "persistent")[form.rows],
+        f"{form.warps}x{form.pieces}",
+    ]
     return Variant(
-        name="-".join(part for part in (*parts, f"{held}-blocks" * bool(held)) if part),
+        name="-".join(part for part in parts if part),
         kind=kind,
         dtype=dtype,
-        entropy=entropy,
-        softcap=softcap,
-        full_kl=full_kl,
+        grad_dtype=grad_dtype,
         kernel=kernel,
-        signature=signature,
+        signature=_signature(kernel, constexprs, dtype, grad_dtype),
         constexprs=constexprs,
-        divisible=(),
-        num_warps=warps,
-        num_stages=1,
-        elements_per_thread=pieces * 16 // ELEMENT_BYTES[dtype] // (warps * warp_size) * max(held, 1),
-        # two programs of 256 threads fit then; AMD's compiler takes no such limit
-        max_registers=128 if held == 1 and warp_size == 32 else None,
+        num_warps=form.warps,
+        max_registers=form.max_registers,
+        elements_per_thread=form.pieces * elements // (form.warps * target.warp_size),
     )
 
 
 @functools.cache
-def fused_variant(dtype: str, columns: int, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
+def fused_variant(
+    dtype: str, grad_dtype: str, columns: int, entropy: int, softcap: bool, full_kl: bool, target: Target
+) -> Variant:
     """Return the variant that runs `fused` on rows of so many columns."""
     if softcap or full_kl:
-        return make_variant("fused-swept", dtype, warp_size, ENTROPY_GRADIENT, softcap, full_kl)
-    block = BLOCK_PIECES * 16 // ELEMENT_BYTES[dtype]
-    held = next((blocks for blocks in HELD_BLOCKS if columns <= blocks * block), 0)
-    if entropy == ENTROPY_GRADIENT or not held:
-        return make_variant("fused-swept", dtype, warp_size, entropy)
-    return make_variant("fused-resident", dtype, warp_size, entropy, held=held)
+        entropy = ENTROPY_GRADIENT
+    size = ELEMENT_BYTES[dtype]
+    form = fused_form(columns * size, size, grad_dtype != dtype, entropy, softcap, full_kl, target)
+    return make_variant("fused", dtype, form, target, grad_dtype, ENTROPY=entropy, SOFTCAP=softcap, FULL_KL=full_kl)
 
 
 @functools.cache
-def statistics_variant(dtype: str, entropy: int, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
-    """Return the variant that runs `statistics`. Full KL is not in `variants`, since the losses always fuse it."""
-    entropy = ENTROPY_VALUE if softcap or full_kl or entropy else ENTROPY_NONE
-    return make_variant("statistics", dtype, warp_size, entropy, softcap, full_kl)
+def statistics_variant(dtype: str, entropy: int, softcap: bool, target: Target) -> Variant:
+    """Return the variant that runs `statistics`."""
+    entropy = ENTROPY_VALUE if softcap or entropy else ENTROPY_NONE
+    form = single_sweep_form(softcap or entropy != ENTROPY_NONE, target)
+    return make_variant("statistics", dtype, form, target, ENTROPY=entropy, SOFTCAP=softcap)
 
 
 @functools.cache
-def apply_variant(dtype: str, softcap: bool, full_kl: bool, warp_size: int) -> Variant:
-    """Return the variant that runs `apply`. Full KL is not in `variants`, since the losses always fuse it."""
-    return make_variant("apply", dtype, warp_size, ENTROPY_GRADIENT, softcap, full_kl)
+def apply_variant(dtype: str, grad_dtype: str, softcap: bool, target: Target) -> Variant:
+    """Return the variant that runs `apply`."""
+    return make_variant("apply", dtype, single_sweep_form(softcap, target), target, grad_dtype, SOFTCAP=softcap)
 
 
 @functools.cache
-def scale_variant(dtype: str, warp_size: int) -> Variant:
-    """Return the variant that runs `scale_rows`."""
-    return make_variant("scale", dtype, warp_size)
+def scale_variant(dtype: str, target: Target) -> Variant:
+    """Return the variant that runs `scale`."""
+    return make_variant("scale", dtype, single_sweep_form(False, target), target)
 
 
-def variants(warp_size: int = 32) -> list[Variant]:
-    """List all variants that public functions can reach on a target with warps of so many threads."""
+@functools.cache
+def sequence_variant(kind: str, mean_length: int, target: Target) -> Variant:
+    """Return the variant that runs `prepare` or `reduce` on sequences of so many rows in the mean."""
+    positions = max(size for size in POSITIONS if size <= max(mean_length, 1))
+    kernel, constexprs = getattr(sequence_kernels, kind), {"S": TILE // positions, "P": positions}
+    signature = _signature(kernel, constexprs, "fp32", "fp32")
+    return Variant(
+        f"{kind}-{positions}", kind, "fp32", "fp32", kernel, signature, constexprs, 512 // target.warp_size, None, 0
+    )
+
+
+def candidates(target: Target = HOPPER) -> list[Variant]:
+    """List variants of the plain loss that no public function reaches: forms to be measured beside the present ones."""
+    wide = target.warp_size == 32
+    share = 2 if target.blackwell else 1
+    wanted = [
+        LaunchForm(256 // target.warp_size, 1024 // share, 80 if wide else None, KEPT),  # 64 registers do not hold it
+        LaunchForm(256 // target.warp_size, 1024 // share, 80 if wide else None, PERSISTENT),
+        LaunchForm(512 // target.warp_size, 1024, 64 if wide else None, PERSISTENT),
+    ]
+    return [
+        make_variant("fused", "bf16", form, target, ENTROPY=ENTROPY_NONE, SOFTCAP=False, FULL_KL=False)
+        for form in wanted
+    ]
+
+
+def variants(target: Target = HOPPER) -> list[Variant]:
+    """List all variants that public functions can reach on a target."""
     reachable: list[Variant] = []
-    for dtype, size in ELEMENT_BYTES.items():
-        block = BLOCK_PIECES * 16 // size
-        for entropy in (ENTROPY_NONE, ENTROPY_VALUE, ENTROPY_GRADIENT):
-            widths = (*(blocks * block for blocks in HELD_BLOCKS), HELD_BLOCKS[-1] * block + 1)
-            reachable += [fused_variant(dtype, columns, entropy, False, False, warp_size) for columns in widths]
-        for softcap, full_kl in ((True, False), (False, True), (True, True)):
-            reachable.append(fused_variant(dtype, block, ENTROPY_GRADIENT, softcap, full_kl, warp_size))
+    for dtype, grad_dtype in PAIRS:
+        for columns in (1, 20_000, 100_000):
+            for entropy in (ENTROPY_NONE, ENTROPY_VALUE, ENTROPY_GRADIENT):
+                reachable.append(fused_variant(dtype, grad_dtype, columns, entropy, False, False, target))
+            for softcap, full_kl in ((True, False), (False, True), (True, True)):
+                reachable.append(fused_variant(dtype, grad_dtype, columns, ENTROPY_GRADIENT, softcap, full_kl, target))
+        reachable += [apply_variant(dtype, grad_dtype, softcap, target) for softcap in (False, True)]
+    for dtype in ELEMENT_BYTES:
         for entropy, softcap in ((ENTROPY_NONE, False), (ENTROPY_VALUE, False), (ENTROPY_VALUE, True)):
-            reachable.append(statistics_variant(dtype, entropy, softcap, False, warp_size))
-        reachable += [apply_variant(dtype, softcap, False, warp_size) for softcap in (False, True)]
-        reachable.append(scale_variant(dtype, warp_size))
+            reachable.append(statistics_variant(dtype, entropy, softcap, target))
+        reachable.append(scale_variant(dtype, target))
+    for kind in ("prepare", "reduce"):
+        reachable += [sequence_variant(kind, length, target) for length in POSITIONS]
     return list({variant.name: variant for variant in reachable}.values())

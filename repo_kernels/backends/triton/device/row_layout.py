@@ -1,8 +1,9 @@
 """The parts of a row: 16-byte pieces, and a few columns that are taken one by one.
 
 A row may start at any address. Its columns are split into three sets, each of which is accessed separately:
-  pieces  the aligned middle, E columns = 16 bytes each, taken R at a time as an (R, E) block, with the E columns of a
-          piece in one thread. Every access is 16 bytes wide, also a masked one, since a piece is masked as a whole.
+  pieces  the aligned middle, E columns each, taken R at a time as an (R, E) block, with the E columns of a piece in one
+          thread. E columns are 16 bytes of the logits or, if the gradient has a narrower type, of the gradient. Every
+          access is 16 bytes wide, also a masked one, since a piece is masked as a whole.
   edges   the columns before the first boundary and after the last one, and the other columns of the target's piece: at
           most 3 E columns, one per lane of an (EDGES,) vector that every warp holds.
   target  the column of the row's token. The sums of the others leave it out, so that 1 - p_y does not cancel. Its
@@ -31,10 +32,9 @@ def aligned(row, head):
 
 
 @triton.jit
-def peel(row, columns):
-    """Return (columns before the first 16-byte boundary, 16-byte pieces after it) of the row at pointer `row`."""
+def peel(row, columns, E: tl.constexpr):
+    """Return (columns before the first boundary of a piece, pieces after it) of the row at pointer `row`."""
     SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    E: tl.constexpr = 16 // SIZE
     head = (-(row.to(tl.int64) // SIZE) & (E - 1)).to(tl.int32)
     head = tl.minimum(head, columns)
     return head, (columns - head) // E

@@ -1,0 +1,105 @@
+#include "common/tensor_view.h"
+
+namespace nb = nanobind;
+
+namespace repo {
+namespace {
+
+const char* const kTypeNames[] = {"float32", "bfloat16", "float16", "int64", "int32", "bool"};
+
+// Objects of Python that every call needs; they live as long as the process.
+struct Names {
+    nb::object dtype, shape, stride, data_ptr, is_cpu, types[int(Type::kTypes)];
+
+    Names() {
+        const auto intern = [](const char* text) { return nb::steal(PyUnicode_InternFromString(text)); };
+        dtype = intern("dtype"), shape = intern("shape"), stride = intern("stride"), data_ptr = intern("data_ptr");
+        is_cpu = intern("is_cpu");
+        const nb::module_ torch = nb::module_::import_("torch");
+        for (int i = 0; i < int(Type::kTypes); ++i) types[i] = torch.attr(kTypeNames[i]);
+    }
+
+    static const Names& get() {
+        static const Names* names = new Names;
+        return *names;
+    }
+};
+
+[[noreturn]] void refuse(const char* name, const std::string& takes) {
+    throw nb::value_error((std::string(name) + " must be " + takes).c_str());
+}
+
+nb::object attribute(nb::handle object, const nb::object& name) {
+    PyObject* value = PyObject_GetAttr(object.ptr(), name.ptr());
+    if (!value) throw nb::python_error();
+    return nb::steal(value);
+}
+
+nb::object call(nb::handle object, const nb::object& method) {
+    PyObject* value = PyObject_CallMethodNoArgs(object.ptr(), method.ptr());
+    if (!value) throw nb::python_error();
+    return nb::steal(value);
+}
+
+Type type_of(nb::handle tensor, const char* name) {
+    const Names& names = Names::get();
+    const nb::object dtype = attribute(tensor, names.dtype);
+    for (int i = 0; i < int(Type::kTypes); ++i)
+        if (dtype.is(names.types[i])) return Type(i);
+    refuse(name, "of a type that the C++ backend reads: float32, bfloat16, float16, int64, int32 or bool");
+}
+
+void read_integers(nb::handle tuple, int count, int64_t* to) {
+    for (int i = 0; i < count; ++i) {
+        to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+        if (to[i] == -1 && PyErr_Occurred()) throw nb::python_error();
+    }
+}
+
+}  // namespace
+
+int64_t TensorView::elements() const {
+    int64_t total = 1;
+    for (int i = 0; i < dimensions; ++i) total *= shape[i];
+    return total;
+}
+
+bool TensorView::contiguous() const {
+    int64_t step = 1;
+    for (int i = dimensions - 1; i >= 0; --i) {
+        if (shape[i] > 1 && stride[i] != step) return false;
+        step *= shape[i];
+    }
+    return true;
+}
+
+TensorView view_of(nb::handle tensor, const char* name) {
+    const Names& names = Names::get();
+    if (!attribute(tensor, names.is_cpu).is(Py_True)) refuse(name, "on the CPU");
+    TensorView view = {name, nullptr, type_of(tensor, name), 0, {}, {}};
+    const nb::object shape = attribute(tensor, names.shape), stride = call(tensor, names.stride);
+    view.dimensions = int(PyTuple_Size(shape.ptr()));
+    if (view.dimensions < 0) throw nb::python_error();
+    if (view.dimensions > 3) refuse(name, "a tensor of at most three dimensions");
+    read_integers(shape, view.dimensions, view.shape);
+    read_integers(stride, view.dimensions, view.stride);
+    view.data = PyLong_AsVoidPtr(call(tensor, names.data_ptr).ptr());
+    if (PyErr_Occurred()) throw nb::python_error();
+    if (!view.data && view.elements()) refuse(name, "a tensor with memory; this one has none");
+    return view;
+}
+
+void* contiguous_data(nb::handle tensor, const char* name, Type type, std::initializer_list<int64_t> shape) {
+    const TensorView view = view_of(tensor, name);
+    bool fits = view.type == type && view.contiguous() && view.dimensions == int(shape.size());
+    std::string takes = std::string("contiguous ") + kTypeNames[int(type)] + " of shape (";
+    int i = 0;
+    for (const int64_t size : shape) {
+        fits = fits && view.shape[i++] == size;
+        takes += (i > 1 ? ", " : "") + std::to_string(size);
+    }
+    if (!fits) refuse(name, takes + ")");
+    return view.data;
+}
+
+}  // namespace repo
