@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from benchmarks.harness.results import Case, Change, Row, ratio
 
 SCALES = {
+    "calls": ("calls/s", 1.0),
     "bytes": ("GB/s", 1e9),
     "operations": ("GFLOP/s", 1e9),
     "samples": ("samples/h", 1 / 3600),

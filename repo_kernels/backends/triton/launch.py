@@ -126,7 +126,7 @@ def prepare(logits: Tensor, loss: Loss) -> Prepared:
     columns = Columns.of(loss, numbers, sequence_of)
     floats, tensors, which = split_scalars(loss.scalars, numbers)
     launch(
-        sequence_variant("prepare", count // max(sequences, 1), target_of(device)), device, 1, *floats, *tensors, which,
+        sequence_variant("prepare", count, sequences, target_of(device)), device, 1, *floats, *tensors, which,
         *columns.ids, *columns.mask, columns.bounds, shared, counts, sequence_of, count, columns.length, sequences,
         loss.code, columns.given,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def reduce(loss: Loss, prepared: Prepared, results: RowResults) -> tuple[Tensor,
     """Return the loss, 0-d, and the statistics (18,) by STATS."""
     of, device = prepared.columns, results.rows.device
     count, sequences = results.flags.shape[0], loss.arguments.sequences
-    variant = sequence_variant("reduce", count // max(sequences, 1), target_of(device))
+    variant = sequence_variant("reduce", count, sequences, target_of(device))
     value = torch.empty((), dtype=torch.float32, device=device)
     stats = torch.empty(len(STATS), dtype=torch.float32, device=device)
     launch(

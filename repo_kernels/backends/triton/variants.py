@@ -21,7 +21,7 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PAIRS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("fp32", "fp16"))
 HOPPER = Target(32)
 TILE = 1024  # rows in a tile of the kernels over sequences
-POSITIONS = (1, 32, 1024)  # of a sequence, in a tile
+SEQUENCES = (1, 8, 32, TILE)  # in a tile; as many as rows where each row is a sequence
 
 _NUMBERS = {tl.float32: "fp32", tl.int32: "i32", tl.int64: "i64"}
 _POINTERS = {"ids": "*i64", "index": "*i64", "mask": "*i1"} | dict.fromkeys(("flags", "bounds", "sequence_of"), "*i32")
@@ -151,14 +151,15 @@ def scale_variant(dtype: str, target: Target) -> Variant:
 
 
 @functools.cache
-def sequence_variant(kind: str, mean_length: int, target: Target) -> Variant:
-    """Return the variant that runs `prepare` or `reduce` on sequences of so many rows in the mean."""
-    positions = max(size for size in POSITIONS if size <= max(mean_length, 1))
-    kernel, constexprs = getattr(sequence_kernels, kind), {"S": TILE // positions, "P": positions}
-    signature = _signature(kernel, constexprs, "fp32", "fp32")
-    return Variant(
-        f"{kind}-{positions}", kind, "fp32", "fp32", kernel, signature, constexprs, 512 // target.warp_size, None, 0
-    )
+def sequence_variant(kind: str, count: int, sequences: int, target: Target) -> Variant:
+    """Return the variant that runs `prepare` or `reduce` on so many rows in so many sequences.
+
+    A tile takes as many sequences as there are, up to 32: what is done once for each then runs side by side.
+    """
+    tall = TILE if count <= sequences else max(size for size in SEQUENCES[:-1] if size <= max(sequences, 1))
+    kernel, constexprs = getattr(sequence_kernels, kind), {"S": tall, "P": TILE // tall}
+    signature, warps = _signature(kernel, constexprs, "fp32", "fp32"), 512 // target.warp_size
+    return Variant(f"{kind}-{tall}x{TILE // tall}", kind, "fp32", "fp32", kernel, signature, constexprs, warps, None, 0)
 
 
 def candidates(target: Target = HOPPER) -> list[Variant]:
@@ -191,5 +192,5 @@ def variants(target: Target = HOPPER) -> list[Variant]:
             reachable.append(statistics_variant(dtype, entropy, softcap, target))
         reachable.append(scale_variant(dtype, target))
     for kind in ("prepare", "reduce"):
-        reachable += [sequence_variant(kind, length, target) for length in POSITIONS]
+        reachable += [sequence_variant(kind, 2 * size if size < TILE else size, size, target) for size in SEQUENCES]
     return list({variant.name: variant for variant in reachable}.values())
