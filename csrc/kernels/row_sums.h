@@ -1,93 +1,16 @@
-// The first pass over a row, in blocks that stay in L1: each is searched for a new maximum and then summed.
+// The first pass over a row, in blocks that stay in L1: each is searched for its maximum while the one before it is
+// summed, and then summed itself.
 #pragma once
 
 #include "kernels/convert.h"
 #include "kernels/exponential.h"
 #include "kernels/kept_row.h"
+#include "kernels/row_blocks.h"
 #include "kernels/row_kernels.h"
 
 namespace repo::REPO_ISA {
 
-constexpr int kStep = 2 * kPair;  // elements
-constexpr int64_t kAhead = 16 << 10;  // bytes from where a row is summed to where it is fetched into L2
-
-// `count` logits, a multiple of kStep; those beyond the row's end are -inf.
-template <class T>
-struct Block {
-    const T* x;
-    int64_t count;
-};
-
-// Returns a whole block where it is, and the row's tail as a padded copy.
-template <class T>
-inline Block<T> block_of(const T* from, int64_t count, float, T* buffer) {
-    if (count == kBlock) return {from, kBlock};
-    const int64_t padded = (count + kStep - 1) / kStep * kStep;
-    std::memcpy(buffer, from, count * sizeof(T));
-    for (int64_t i = count; i < padded; ++i) buffer[i] = negative_infinity(from);
-    return {buffer, padded};
-}
-
-// Returns cap tanh(z / cap) of the block, in the buffer.
-template <class T>
-inline Block<float> capped_block_of(const T* from, int64_t count, float cap, float* buffer) {
-    const int64_t padded = (count + kStep - 1) / kStep * kStep;
-    for (int64_t i = 0; i < padded; i += kPair) {
-        const int64_t left = count - i;
-        const Pair z = left >= kPair ? load_pair(from + i) : load_first(from + i, left > 0 ? left : 0);
-        store_pair(buffer + i, {soft_cap(z.first, cap).value, soft_cap(z.second, cap).value});
-    }
-    // the padding is in the last pairs, whose elements are in the order of element_of
-    for (int64_t i = count / kPair * kPair; i < padded; ++i) {
-        const int64_t lane = i % kPair, base = i - lane;
-        if (base + element_of(from, lane / kWidth, lane % kWidth) >= count) buffer[i] = -__builtin_inff();
-    }
-    return {buffer, padded};
-}
-
-// Returns the bits of 16-bit floats as integers of the same order, or such integers as bits. NaN may be the largest.
-template <class V>
-inline V in_order(V bits) {
-    return bits ^ ((bits >> 15) & int16_t(0x7fff));
-}
-
-// The largest of logits, a step at a time, in every lane. 16-bit types are compared as integers.
-template <class T>
-struct Largest {
-    ShortVec lanes[2] = {ShortVec{} + int16_t(INT16_MIN), ShortVec{} + int16_t(INT16_MIN)};
-
-    void add(const T* step) {
-        for (int i = 0; i < 2; ++i) lanes[i] = larger(in_order(load_bits<ShortVec>(step + i * kPair)), lanes[i]);
-    }
-
-    float get() const {
-        const T x = {uint16_t(in_order(max_lanes(larger(lanes[0], lanes[1]))))};
-        return load_first(&x, 1).first[0];
-    }
-};
-
-template <>
-struct Largest<float> {
-    Vec lanes[4] = {broadcast(-__builtin_inff()), broadcast(-__builtin_inff()), broadcast(-__builtin_inff()),
-                    broadcast(-__builtin_inff())};
-
-    void add(const float* step) {
-        for (int i = 0; i < 4; ++i) lanes[i] = larger(load_bits<Vec>(step + i * kWidth), lanes[i]);
-    }
-
-    float get() const { return max_lanes(larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]))); }
-};
-
-// Returns the largest logit of a block. The first and the last step are unaligned, and overlap with those between.
-template <class T>
-inline float block_max(Block<T> block) {
-    const T *first = block.x, *last = first + block.count - kStep;
-    Largest<T> largest;
-    largest.add(first);
-    for (const T* step = first + to_line(first); step < last; step += kStep) largest.add(step);
-    largest.add(last);
-    return largest.get();
-}
+constexpr int64_t kAhead = 16 << 10;  // bytes between the block that is summed and what is fetched into L2
 
 // Moves the sums to a new maximum: t grows by `shift` <= 0, e_v by the factor 2^shift.
 inline void shift_sums(RowSums& sums, double shift) {
@@ -182,13 +105,23 @@ struct Nowhere {
     void store(int64_t, const Term&, const Term&) const {}
 };
 
-// Adds the terms of a block to the sums and stores them. ahead: memory that is fetched, kFetch bytes with each step.
-template <Terms kTerms, bool kRaised, int kFetch, class S, class Kept>
-void add_terms(RowSums& sums, Block<S> block, const S* reference, Centre centre, const Kept& kept, const char* ahead) {
+// Memory that is fetched into L2 while a block is summed, `step` bytes further with each step.
+struct Ahead {
+    const char* from;
+    int64_t step;
+};
+
+// Adds the terms of a block to the sums and stores them. Meanwhile it searches the next block, whose largest logit it
+// returns.
+template <Terms kTerms, bool kRaised, class S, class Kept>
+float add_terms(RowSums& sums, Block<S> block, const S* reference, Centre centre, const Kept& kept, Block<S> next,
+                Ahead ahead) {
     const TermsOf<kTerms> terms(centre);
     Lanes<kTerms, kRaised> lanes[4];
-    for (int64_t step = 0; step < block.count; step += kStep, ahead += kFetch) {
-        for (int line = 0; line < kFetch; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+    Largest<S> largest;
+    for (int64_t step = 0; step < block.count; step += kStep, ahead.from += ahead.step) {
+        for (int line = 0; line < int(kStep * sizeof(S)); line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
+        if (step < next.count) largest.add(next.x + step);
         for (int half = 0; half < 2; ++half) {
             const int64_t i = step + half * kPair;
             const Pair x = load_pair(block.x + i), y = with_kl(kTerms) ? load_pair(reference + i) : x;
@@ -202,51 +135,60 @@ void add_terms(RowSums& sums, Block<S> block, const S* reference, Centre centre,
     lanes[2].add(lanes[3]);
     lanes[0].add(lanes[2]);
     lanes[0].add_to(sums, centre);
+    return largest.get();
 }
 
-// Adds a block to the sums: first its maximum, then its terms.
-template <Terms kTerms, int kFetch, class S, class Kept>
-inline void sum_block(RowSums& sums, Block<S> block, const S* reference, float ref_max2, float c, const Kept& kept,
-                      const char* ahead) {
-    const float max = block_max(block);
-    const bool raised = raise_max(sums, max, c);
-    const auto add = raised ? add_terms<kTerms, true, kFetch, S, Kept> : add_terms<kTerms, false, kFetch, S, Kept>;
-    add(sums, block, reference, {c, sums.max2, ref_max2, max}, kept, ahead);
-}
+// A row whose blocks are summed one after another.
+template <class T, bool kCapped>
+class SummedRow {
+   public:
+    using S = typename Blocks<T, kCapped>::S;
 
-// Sums a row. take: block_of or capped_block_of. T: type in memory; S: type that is summed, float if capped.
-template <Terms kTerms, class S, class T, class Take>
-inline void sum_blocks(const T* logits, const T* reference, int64_t columns, Scaling scaling, const KeptRow& kept,
-                       RowSums& sums, RowSums& ref_sums, Take take) {
-    alignas(64) S buffer[kBlock];
-    alignas(64) S ref_buffer[with_kl(kTerms) ? kBlock : 1];
-    alignas(64) float scratch[kBlock];  // takes the terms if they are not kept
-    constexpr int kFetch = kStep * sizeof(T);
-    const auto ahead = [](const T* block) { return reinterpret_cast<const char*>(block) + kAhead; };
-    for (int64_t start = 0; start < columns; start += kBlock) {
-        const int64_t count = least(columns - start, kBlock), number = start / kBlock;
-        const Block<S> block = take(logits + start, count, scaling.cap, buffer);
-        Block<S> other = {nullptr, 0};
-        if (with_kl(kTerms)) {
-            other = take(reference + start, count, scaling.cap, ref_buffer);
-            const double before = ref_sums.max2;
-            sum_block<kPlainTerms, kFetch, S>(ref_sums, other, nullptr, 0, scaling.c, Nowhere(), ahead(reference + start));
-            sums.difference -= sums.total() * (before - ref_sums.max2);  // t' has grown by so much
-        }
-        const KeptTerms<kTerms> terms = kept.e ? KeptTerms<kTerms>(kept, start, logits)
-                                               : KeptTerms<kTerms>({scratch, scratch, scratch}, 0, scratch);
-        sum_block<kTerms, kFetch>(sums, block, other.x, ref_sums.max2, scaling.c, terms, ahead(logits + start));
-        if (kept.e) kept.max2[number] = sums.max2, kept.ref_max2[number] = ref_sums.max2;
+    SummedRow(const T* row, int64_t columns, Scaling scaling, RowSums& sums)
+        : sums(sums), row(row), c(scaling.c), blocks(row, columns, scaling.cap), block(blocks.get(0)),
+          max(block_max(block)) {}
+
+    // The logits of the next block.
+    const S* logits() const { return block.x; }
+
+    // Adds the next block to the sums: first its maximum, then its terms, given the logits of the reference.
+    template <Terms kTerms, class Kept>
+    void add_block(const S* reference, float ref_max2, const Kept& kept) {
+        const Ahead ahead = {reinterpret_cast<const char*>(row + number * kBlock) + kAhead, kStep * sizeof(T)};
+        const Block<S> next = blocks.get(++number);
+        const bool raised = raise_max(sums, max, c);
+        const auto add = raised ? add_terms<kTerms, true, S, Kept> : add_terms<kTerms, false, S, Kept>;
+        max = add(sums, block, reference, {c, sums.max2, ref_max2, max}, kept, next, ahead);
+        block = next;
     }
-}
+
+   private:
+    RowSums& sums;
+    const T* row;
+    float c;
+    Blocks<T, kCapped> blocks;
+    int64_t number = 0;
+    Block<S> block;
+    float max;  // of the block
+};
 
 template <class T, bool kCapped, Terms kTerms>
 void sum_row(const T* logits, const T* reference, int64_t columns, Scaling scaling, const KeptRow& kept, RowSums& sums,
              RowSums& ref_sums) {
-    if constexpr (kCapped) {
-        sum_blocks<kTerms, float>(logits, reference, columns, scaling, kept, sums, ref_sums, capped_block_of<T>);
-    } else {
-        sum_blocks<kTerms, T>(logits, reference, columns, scaling, kept, sums, ref_sums, block_of<T>);
+    alignas(64) float scratch[kBlock];  // takes the terms if they are not kept
+    SummedRow<T, kCapped> row(logits, columns, scaling, sums);
+    SummedRow<T, kCapped> ref(reference, with_kl(kTerms) ? columns : 0, scaling, ref_sums);
+    for (int64_t number = 0; number * kBlock < columns; ++number) {
+        const auto* other = ref.logits();
+        if (with_kl(kTerms)) {
+            const double before = ref_sums.max2;
+            ref.template add_block<kPlainTerms>(nullptr, 0, Nowhere());
+            sums.difference -= sums.total() * (before - ref_sums.max2);  // t' has grown by so much
+        }
+        const KeptTerms<kTerms> terms = kept.e ? KeptTerms<kTerms>(kept, number * kBlock, logits)
+                                               : KeptTerms<kTerms>({scratch, scratch, scratch}, 0, scratch);
+        row.template add_block<kTerms>(other, ref_sums.max2, terms);
+        if (kept.e) kept.max2[number] = sums.max2, kept.ref_max2[number] = ref_sums.max2;
     }
 }
 

@@ -79,18 +79,8 @@ inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// Returns the larger of each two integers.
-inline ShortVec larger(ShortVec a, ShortVec b) {
-#if defined(__AVX512BW__)
-    return bit_cast<ShortVec>(_mm512_max_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-    return bit_cast<ShortVec>(_mm256_max_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
-#elif defined(__SSE2__)
-    return bit_cast<ShortVec>(_mm_max_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
-#else
-    return a > b ? a : b;
-#endif
-}
+inline ShortVec larger(ShortVec a, ShortVec b) { return a > b ? a : b; }
+inline ShortVec smaller(ShortVec a, ShortVec b) { return a < b ? a : b; }
 
 // Returns a b + c with one rounding or two, whichever is cheaper.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
@@ -147,6 +137,10 @@ inline float max_lanes(Vec v) {
 
 inline int16_t max_lanes(ShortVec v) {
     return fold<int16_t, 2 * kWidth>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline int16_t min_lanes(ShortVec v) {
+    return fold<int16_t, 2 * kWidth>(v, [](auto a, auto b) { return a < b ? a : b; });
 }
 
 // Stores past the caches, for lines that are written whole and not read again soon; `to` is aligned to the vector.
