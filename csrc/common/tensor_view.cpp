@@ -90,6 +90,15 @@ TensorView view_of(nb::handle tensor, const char* name) {
     return view;
 }
 
+const void* data_on_cpu(nb::handle tensor, Type type) {
+    const Names& names = Names::get();
+    if (!attribute(tensor, names.is_cpu).is(Py_True)) return nullptr;
+    if (!attribute(tensor, names.dtype).is(names.types[int(type)])) return nullptr;
+    const void* data = PyLong_AsVoidPtr(call(tensor, names.data_ptr).ptr());
+    if (PyErr_Occurred()) throw nb::python_error();
+    return data;
+}
+
 void* contiguous_data(nb::handle tensor, const char* name, Type type, std::initializer_list<int64_t> shape) {
     const TensorView view = view_of(tensor, name);
     bool fits = view.type == type && view.contiguous() && view.dimensions == int(shape.size());

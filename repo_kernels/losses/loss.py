@@ -245,7 +245,8 @@ def _linear_loss(
 
 def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> bool:
     """Return whether nothing has to see an operator: no tracing, and tensors with memory of their own."""
-    return not is_traced() and is_plain(logits, ref_logits, *loss.arguments.tensors)
+    scalars = [value for value in loss.scalars if isinstance(value, Tensor)]
+    return not is_traced() and is_plain(logits, ref_logits, *loss.arguments.tensors, *scalars)
 
 
 def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:

@@ -37,10 +37,18 @@ class Operations(TorchDispatchMode):
 
 
 def profiled_operations(call: Callable[[], object]) -> list[str]:
-    """Names of the operators of PyTorch and of ours that a call dispatches, autograd's backward included.
+    """Names of the operators of PyTorch and of ours that a call dispatches, without those that they call themselves.
 
-    The direct path of the losses is not seen by a dispatch mode: the losses take another way within one.
+    Backward counts too. The direct path of the losses is not seen by a dispatch mode: within one they take another way.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
-    return [event.name for event in profile.events() if event.name.startswith(("aten::", "repo_kernels::"))]
+
+    def is_operator(event: Any) -> bool:
+        return event.name.startswith(("aten::", "repo_kernels::"))
+
+    def is_inner(event: Any) -> bool:
+        parent = event.cpu_parent
+        return parent is not None and (is_operator(parent) or is_inner(parent))
+
+    return [event.name for event in profile.events() if is_operator(event) and not is_inner(event)]
