@@ -55,8 +55,8 @@ class Code:
 class Accesses:
     """What a part of the code moves.
 
-    loads, stores: of global memory, width in bytes -> number of instructions. spills: instructions that spill. lane_moves:
-    instructions that move a scalar to or from a lane of a vector register (AMD).
+    loads, stores: of global memory, width in bytes -> number of instructions. spills: instructions that spill.
+    lane_moves: instructions that move a scalar to or from a lane of a vector register (AMD).
     """
 
     loads: dict[int, int] = field(default_factory=dict)

@@ -169,7 +169,7 @@ def candidates(target: Target = HOPPER) -> list[Variant]:
         80 if target.warp_size == 32 else None,
     )  # 64 registers are too few
     forms = [LaunchForm(256 // target.warp_size, pieces, limit, rows) for rows in (KEPT, PERSISTENT)]
-    switches = {"ENTROPY": ENTROPY_NONE, "SOFTCAP": False, "FULL_KL": False}
+    switches: dict[str, Any] = {"ENTROPY": ENTROPY_NONE, "SOFTCAP": False, "FULL_KL": False}
     return [make_variant("fused", "bf16", form, target, **switches) for form in forms]
 
 
