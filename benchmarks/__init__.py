@@ -5,5 +5,6 @@ harness/       cases, timing, memory, the machine and its limits, results on dis
 workloads/     models, the parts of a training step, TRL's trainer, the packages ours is compared with
 reporting/     Markdown tables and figures; report.py is the command that writes them
 compiled/      registers, spills, access widths, bytes and launches of the Triton kernels, counted without a GPU
+gpu/           tests and comparisons on one GPU: `make gpu`
 reproduce/     the paper's claim on a table of answers and on a language model: `make reproduce`
 """

@@ -21,7 +21,7 @@ from benchmarks import bench_linear, bench_loss
 from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.limits import copy
 from benchmarks.harness.results import LIMIT, OURS
-from benchmarks.workloads.peers import NEEDS_GPU, missing
+from benchmarks.workloads.peers import missing, missing_on_gpu
 from repo_kernels import linear_selective_log_softmax, selective_log_softmax
 from repo_kernels.layers import onednn_linear
 
@@ -32,8 +32,6 @@ Values = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 def cases(quick: bool) -> dict[str, dict[str, Any]]:
     """Return cases of values alone, with the gradient, and with the entropy."""
     logits = {"tokens": 128 if quick else 1024, "vocabulary": 50_257}
-    if torch.cuda.is_available() and not quick:
-        logits = {"tokens": 8192, "vocabulary": 151_936}
     hidden = next(iter(bench_linear.cases(quick).values()))
     chosen = {
         "fp32 logits, values": {"dtype": "fp32", "gradient": False, **logits},
@@ -155,7 +153,7 @@ def _from_hidden(tokens: int, hidden: int, vocabulary: int, gradient: bool) -> S
     absent = {}
     others = {
         "TRL ChunkedLogProbFunction": (trl_chunked, missing("trl")),
-        "cut-cross-entropy": (cut, missing("cut-cross-entropy") or NEEDS_GPU),
+        "cut-cross-entropy": (cut, missing_on_gpu("cut-cross-entropy")),
     }
     for name, (values, reason) in others.items():
         if reason:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.harness import allocator, machine, memory, results
-from benchmarks.harness.cases import Setup, error
+from benchmarks.harness.cases import Setup, disagreement, failure
 from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Row
 from benchmarks.harness.timing import Turns
 from benchmarks.reporting.tables import case_table, changes_table
@@ -111,7 +111,8 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, record: Callable[[Ca
         torch._dynamo.reset()  # so that ways are compiled for the sizes that are timed, not for any
         where = machine.provenance()
         calls = {name: way.call for name, way in setup.ways.items() if name not in absent}
-        turns = Turns(calls, setup.subject)
+        resets = {name: way.reset for name, way in setup.ways.items() if way.reset}
+        turns = Turns(calls, setup.subject, resets)
         benchmark.pedantic(turns.time_subject, setup=turns.time_others, rounds=rounds, warmup_rounds=warmups)
         notes = setup.notes(rounds)
         if torch.cuda.is_available():
@@ -173,14 +174,13 @@ def checked(module: ModuleType, parameters: dict[str, Any], setup: Setup, absent
     for name, way in small.ways.items():
         if way.tolerance is not None and name not in absent:
             try:
-                errors[name] = error(way.call(), expected[: way.outputs])
+                errors[name], reason = disagreement(name, way, expected)
             except Exception as problem:  # a peer's failure is a row of the table
                 if way.role == OURS:
                     raise
-                absent[name] = f"fails: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
+                absent[name] = failure(problem)
                 continue
-            if not errors[name] <= way.tolerance:
-                reason = f"{name} differs from fp64 by {errors[name]:.1e}, more than {way.tolerance:.0e}"
+            if reason is not None:
                 assert way.role != OURS, reason
                 absent[name] = reason
     return errors

@@ -1,9 +1,10 @@
 """Write reports and figures from committed results.
 
     python -m benchmarks.report                               # every machine in benchmarks/results
-    python -m benchmarks.report --docs docs/benchmarks.md     # and the part of that page between its two markers
+    python -m benchmarks.report --docs docs/benchmarks.md     # and the parts of that page between its markers
 
-Writes report.md, bars.png, roofline.png and scaling.png beside the JSON files of each machine. Measures nothing.
+Writes report.md, bars.png, roofline.png and scaling.png beside the JSON files of each machine: those of `make bench`,
+and the gpu.json of `make gpu`. Measures nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from pathlib import Path
 
 from benchmarks.harness.machine import told
 from benchmarks.harness.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
-from benchmarks.reporting import charts
+from benchmarks.reporting import charts, gpu_tables
 from benchmarks.reporting.tables import case_table, milliseconds
 
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report --docs -->", "<!-- end of benchmarks -->"
-SUITES = ("loss", "logprobs", "linear", "memory", "step", "train_vs_trl", "checkpoint", "scaling")
+GPU_BEGIN, GPU_END = BEGIN.replace("benchmarks:", "make gpu:"), "<!-- end of make gpu -->"
+SUITES = (
+    "loss", "logprobs", "linear", "memory", "step", "train_vs_trl", "checkpoint", "scaling",
+    "gpu_tests", "gpu_losses", "gpu_call", "gpu_linear", "gpu_forms",
+)  # fmt: skip
 HEADLINES = (
     ("loss", "fp32", "loss and gradient from logits, fp32"),
     ("loss", "fp32, glibc's default allocator", "the same, glibc's default allocator"),
@@ -31,7 +36,6 @@ HEADLINES = (
     ("logprobs", "fp32 logits, with gradient", "the same with the gradient"),
     ("linear", "fp32, N = 1024", "loss and gradients from hidden states, fp32"),
     ("linear", "fp32, glibc's default allocator", "the same, glibc's default allocator"),
-    ("linear", "bf16, N = 8192", "loss and gradients from hidden states, bf16"),
     ("logprobs", "hidden states, values", "log-probabilities from hidden states"),
     ("logprobs", "hidden states, with gradients", "the same with gradients"),
     ("step", "embedded", "update of the default run"),
@@ -40,12 +44,18 @@ HEADLINES = (
 
 
 def machines(folder: Path) -> dict[Path, list[Case]]:
-    """Return the cases of every folder that holds results, in the order of SUITES."""
+    """Return the cases of every folder that holds results, in the order of SUITES.
+
+    Raises:
+        ValueError: if one of them is from a rehearsal, whose numbers mean nothing.
+    """
     cases_of = {}
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         if not any(path.glob("*.json")):
             continue
         cases = read(path)
+        if any("rehearsal" in case.provenance for case in cases):
+            raise ValueError(f"{path} holds a rehearsal")
         cases_of[path] = sorted(cases, key=lambda c: SUITES.index(c.suite) if c.suite in SUITES else len(SUITES))
     return cases_of
 
@@ -102,9 +112,10 @@ def report(cases: Sequence[Case], figures: Sequence[str]) -> str:
         "wrote this from the JSON files beside it."
     )
     parts += [f"![{name}]({name}.png)" for name in figures]
-    for suite in dict.fromkeys(case.suite for case in cases):
+    for suite in dict.fromkeys(case.suite for case in cases if not case.suite.startswith(gpu_tables.PREFIX)):
         parts.append(f"## `pytest benchmarks/bench_{suite}.py`")
         parts += [case_table(case) for case in cases if case.suite == suite]
+    parts += gpu_tables.sections(cases)
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,6 +123,32 @@ def without_small_limits(case: Case) -> Case:
     """Return the case with only the two of its limits that have the most work."""
     limits = sorted((row for row in case.rows if row.role == LIMIT), key=lambda row: row.work or 0.0)[-2:]
     return dataclasses.replace(case, rows=[row for row in case.rows if row.role != LIMIT or row in limits])
+
+
+def gpu_part(folder: Path, cases: Sequence[Case], page: Path) -> str:
+    """Return what the documentation shows of `make gpu` on a machine, whose tests and forms are left to its report."""
+    where = Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
+    shown = [case for case in cases if case.suite in ("gpu_losses", "gpu_call", "gpu_linear")]
+    sections = [part.replace("## ", "### ") if part.startswith("## ") else part for part in gpu_tables.sections(shown)]
+    return "\n\n".join([f"{measured_on(cases)} Everything: [report.md]({where}/report.md).", *sections])
+
+
+def written(text: str, cases_of: dict[Path, list[Case]], page: Path) -> str:
+    """Return the text of the documentation's page with what the results of all machines say.
+
+    Raises:
+        ValueError: as `replaced`.
+    """
+    parts, gpu_parts = [], []
+    for folder, cases in cases_of.items():
+        gpu = [case for case in cases if case.suite.startswith(gpu_tables.PREFIX)]
+        others = [case for case in cases if case not in gpu]
+        if others:
+            parts.append(docs_part(folder, others, list(charts.draw(others)), page))
+        if gpu:
+            gpu_parts.append(gpu_part(folder, gpu, page))
+    text = replaced(text, "\n\n".join(parts), BEGIN, END) if parts else text
+    return replaced(text, "\n\n".join(gpu_parts), GPU_BEGIN, GPU_END) if gpu_parts else text
 
 
 def docs_part(folder: Path, cases: Sequence[Case], figures: Sequence[str], page: Path) -> str:
@@ -130,15 +167,15 @@ def docs_part(folder: Path, cases: Sequence[Case], figures: Sequence[str], page:
     )
 
 
-def replaced(text: str, part: str) -> str:
+def replaced(text: str, part: str, begin: str = BEGIN, end: str = END) -> str:
     """Return the text with another part between the markers.
 
     Raises:
         ValueError: if the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"needs the lines {BEGIN!r} and {END!r}, once each and in this order")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{part}\n\n{text[text.index(END) :]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"needs the lines {begin!r} and {end!r}, once each and in this order")
+    return f"{text[: text.index(begin)]}{begin}\n\n{part}\n\n{text[text.index(end) :]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,7 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
         parser.error(f"{options.folder} is not a folder")
-    cases_of, parts = machines(options.folder), []
+    try:
+        cases_of = machines(options.folder)
+    except ValueError as problem:
+        parser.error(str(problem))
     if not cases_of:
         parser.error(f"{options.folder} holds no results; `make bench` measures and saves them")
     for folder, cases in cases_of.items():
@@ -167,14 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, content in figures.items():
             (folder / f"{name}.png").write_bytes(content)
         (folder / "report.md").write_text(report(cases, list(figures)), encoding="utf-8")
-        if options.docs:
-            parts.append(docs_part(folder, cases, list(figures), options.docs))
         ours = sum(row.role == OURS and bool(row.seconds) for case in cases for row in case.rows)
         print(f"{folder}: {len(cases)} cases, {ours} rows of ours; report.md, {', '.join(f'{n}.png' for n in figures)}")
     if options.docs:
         try:
             text = options.docs.read_text(encoding="utf-8")
-            options.docs.write_text(replaced(text, "\n\n".join(parts)), encoding="utf-8")
+            options.docs.write_text(written(text, cases_of, options.docs), encoding="utf-8")
         except (OSError, ValueError) as error:
             parser.error(f"--docs {options.docs}: {error}")
 

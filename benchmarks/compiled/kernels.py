@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.compiled import versions
 from benchmarks.compiled.machine_code import Accesses, accesses, amd_resources, disassemble_cubin, parse_amdgcn
+from benchmarks.compiled.occupancy import programs
 
 WIDTH = 16  # bytes: the widest access of one thread
 ITEM_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -45,6 +47,12 @@ class CompiledKernel:
     shared_bytes: int
     in_loops: Accesses
     outside: Accesses
+    triton: str
+
+    @property
+    def programs(self) -> int:
+        """Programs that a multiprocessor holds at once."""
+        return programs(self.target, self.num_warps, self.registers, self.shared_bytes)
 
     @property
     def narrow(self) -> list[int]:
@@ -92,6 +100,7 @@ def compile_variant(variant: Any, target: str) -> CompiledKernel:
         shared_bytes=compiled.metadata.shared,
         in_loops=in_loops,
         outside=outside,
+        triton=triton.__version__,
     )
 
 
@@ -103,41 +112,79 @@ def _variants(target: str) -> list[Any]:
     return variants(Target(warp_size, backend == "cuda" and int(architecture) >= 100))
 
 
-def _names(target: str) -> list[tuple[str, str, str]]:
-    return [(variant.name, variant.kind, variant.dtype) for variant in _variants(target)]
+@dataclass(frozen=True)
+class Form:
+    """A variant that can be compiled.
+
+    dtype: of the logits, "" for a kernel that reads none. specialised: run-time arguments whose value or alignment is
+    compiled in.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    specialised: tuple[str, ...]
+
+
+def _forms(target: str) -> list[Form]:
+    return [
+        Form(v.name, v.kind, v.dtype if v.elements_per_thread else "", tuple(_specialised(v)))
+        for v in _variants(target)
+    ]
+
+
+def _specialised(variant: Any) -> Iterator[str]:
+    for parameter in variant.kernel.params:
+        left_alone = parameter.do_not_specialize and parameter.do_not_specialize_on_alignment
+        if not parameter.is_constexpr and not left_alone:
+            yield parameter.name
 
 
 def _compile_named(target: str, name: str) -> CompiledKernel:
     return compile_variant(next(variant for variant in _variants(target) if variant.name == name), target)
 
 
-def _without_interpreter() -> None:
+def _prepare(version: str | None) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    if version:
+        versions.use(version)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Spawned, because the parent may have defined the kernels with TRITON_INTERPRET set.
+def _pool(workers: int, version: str | None = None) -> ProcessPoolExecutor:
+    # Spawned, because the parent may have imported another Triton, or defined the kernels with TRITON_INTERPRET set.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_without_interpreter)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(version,))
 
 
-def names(targets: Iterable[str]) -> dict[str, list[tuple[str, str, str]]]:
-    """Return (name, kind, dtype) of every variant, by target."""
+def forms(targets: Iterable[str]) -> dict[str, list[Form]]:
+    """Return every variant, by target."""
     with _pool(1) as pool:
-        return {target: pool.submit(_names, target).result() for target in targets}
+        return {target: pool.submit(_forms, target).result() for target in targets}
 
 
 def compile_all(
-    targets: Sequence[str] = tuple(TARGETS), dtypes: Sequence[str] = (), workers: int | None = None
+    targets: Sequence[str] = tuple(TARGETS),
+    dtypes: Sequence[str] = (),
+    triton: str | None = None,
+    workers: int | None = None,
 ) -> list[CompiledKernel]:
-    """Compile all variants of the targets, or those of some dtypes (fp32, bf16, fp16), on all cores."""
-    with _pool(workers or len(os.sched_getaffinity(0))) as pool:
-        listed = {target: pool.submit(_names, target) for target in targets}
+    """Compile variants on all cores.
+
+    Args:
+        targets: keys of TARGETS.
+        dtypes: fp32, bf16, fp16, of the logits; all where empty. Kernels that read no logits are always compiled.
+        triton: version of Triton, installed if it was not; None for the environment's.
+        workers: processes; None for one per core.
+    """
+    if triton:
+        versions.folder_of(triton)  # before the workers look for it at the same time
+    with _pool(workers or len(os.sched_getaffinity(0)), triton) as pool:
+        listed = {target: pool.submit(_forms, target) for target in targets}
         futures = [
-            pool.submit(_compile_named, target, name)
+            pool.submit(_compile_named, target, form.name)
             for target, future in listed.items()
-            for name, _, dtype in future.result()
-            if not dtypes or dtype in dtypes
+            for form in future.result()
+            if not dtypes or form.dtype in ("", *dtypes)
         ]
         for done, _ in enumerate(as_completed(futures), 1):
             if sys.stderr.isatty():

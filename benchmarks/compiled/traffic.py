@@ -24,19 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repo_kernels.backends.interface import (
+from repo_kernels.backends.codes import (
+    ABSENT_SCALARS,
     COST_NONE,
     ENTROPY_GRADIENT,
     ENTROPY_NONE,
     ENTROPY_VALUE,
     KL_FULL,
     KL_K3,
-    SCALARS,
-    VALUES,
+    TOKEN_MEAN,
     Code,
-    LossRows,
-    gradient_buffer,
 )
+from repo_kernels.backends.interface import ARGUMENTS, Loss, RowArguments
+from repo_kernels.backends.memory_layout import gradient_buffer
 
 VOCABULARIES = (32_000, 49_152, 151_936)
 ROWS = 2  # all rows of a launch do the same
@@ -129,67 +129,56 @@ class Recorder:
             setattr(*self._patches.pop())
 
 
-def loss_rows(count: int, entropy: int, kl: int = KL_K3) -> LossRows:
-    """Make the rows of a loss with a KL."""
-    values = torch.zeros(len(VALUES), count)
-    for name, value in (
-        ("reward_advantages", 1.0),
-        ("costs", -torch.inf),
-        ("importance_weights", 1.0),
-        ("weights", 1.0),
-    ):
-        values[VALUES.index(name)] = value
-    scalars = dict.fromkeys(SCALARS, 1.0) | {"eps_low": 0.2, "eps_high": 0.2, "dual_clip": torch.inf}
-    return LossRows(
-        ids=torch.ones(count, dtype=torch.int64),
-        values=values,
-        scalars=torch.tensor(list(scalars.values())),
-        code=Code(COST_NONE, kl, kl_importance_weighted=True, normalize=False, on_policy=False).pack(),
-        softcap=0.0,
-        entropy=entropy,
-    )
+def make_loss(count: int, entropy: int, kl: int = KL_K3) -> Loss:
+    """Make a loss with a KL over packed rows."""
+    ones = torch.ones(count)
+    tensors = {"token_ids": ones.to(torch.int64), "reward_advantages": ones, "old_logps": -ones, "ref_logps": -ones}
+    code = Code(COST_NONE, kl, True, False, on_policy=False, aggregation=TOKEN_MEAN, divisor=False)
+    scalars = ABSENT_SCALARS | {"beta": 1.0, "eps_low": 0.2, "eps_high": 0.2, "entropy_coef": 1.0}
+    arguments = RowArguments(**(dict.fromkeys(ARGUMENTS) | tensors))
+    return Loss(arguments, tuple(scalars.values()), code.pack(), 0.0, entropy)
 
 
 def fused(logits: Tensor, entropy: int = ENTROPY_NONE) -> None:
     """Launch the loss and its gradient."""
     from repo_kernels.backends import triton as gpu
 
-    gpu.fused(logits, None, loss_rows(logits.shape[0], entropy), gradient_buffer(logits))
+    gpu.whole(logits, None, make_loss(logits.shape[0], entropy), gradient_buffer(logits))
 
 
 def fused_full_kl(logits: Tensor) -> None:
     """Launch the loss and its gradient with the exact KL to reference logits."""
     from repo_kernels.backends import triton as gpu
 
-    rows = loss_rows(logits.shape[0], ENTROPY_NONE, KL_FULL)
-    gpu.fused(logits, logits.clone(), rows, gradient_buffer(logits))
+    loss = make_loss(logits.shape[0], ENTROPY_NONE, KL_FULL)
+    gpu.whole(logits, logits.clone(), loss, gradient_buffer(logits))
 
 
 def forward(logits: Tensor) -> None:
     """Launch the loss alone."""
     from repo_kernels.backends import triton as gpu
 
-    gpu.fused(logits, None, loss_rows(logits.shape[0], ENTROPY_NONE), None)
+    gpu.whole(logits, None, make_loss(logits.shape[0], ENTROPY_NONE), None)
 
 
-def statistics(logits: Tensor) -> None:
-    """Launch the log-probabilities alone."""
+def statistics(logits: Tensor) -> Tensor:
+    """Launch the log-probabilities alone; return their state."""
     from repo_kernels.backends import triton as gpu
 
-    rows = loss_rows(logits.shape[0], ENTROPY_NONE)
-    gpu.statistics(logits, None, rows.ids, rows.scalars, 0.0, ENTROPY_NONE)
+    ids = torch.ones(logits.shape[0], dtype=torch.int64)
+    return gpu.statistics(logits, ids, torch.ones(()), 0.0, ENTROPY_NONE)
 
 
 def two_step(logits: Tensor) -> None:
     """Launch the statistics, then the gradient from them."""
     from repo_kernels.backends import triton as gpu
 
-    rows = loss_rows(logits.shape[0], ENTROPY_NONE)
-    state = gpu.statistics(logits, None, rows.ids, rows.scalars, 0.0, ENTROPY_NONE)
-    gpu.apply(logits, None, rows.ids, state, torch.ones(3, len(rows.ids)), rows.scalars, 0.0, gradient_buffer(logits))
+    count = logits.shape[0]
+    ids, slopes = torch.ones(count, dtype=torch.int64), torch.ones(3, count)
+    gpu.apply(logits, ids, statistics(logits), slopes, torch.ones(()), 0.0, gradient_buffer(logits))
 
 
-COMPUTATIONS: dict[str, Callable[[Tensor], None]] = {
+COMPUTATIONS: dict[str, Callable[[Tensor], object]] = {
     "loss and gradient": fused,
     "with the entropy's value": lambda logits: fused(logits, ENTROPY_VALUE),
     "with the entropy's gradient": lambda logits: fused(logits, ENTROPY_GRADIENT),
@@ -213,7 +202,7 @@ class Passes(NamedTuple):
         return self.loaded + self.stored
 
 
-def count_passes(call: Callable[[Tensor], None], vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> Passes:
+def count_passes(call: Callable[[Tensor], object], vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> Passes:
     """Run a computation on (ROWS, vocabulary) random logits and count what it moves."""
     logits = torch.randn(ROWS, vocabulary, generator=torch.Generator().manual_seed(0)).to(dtype)
     with Recorder(logits=logits) as recorder:

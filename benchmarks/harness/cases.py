@@ -20,7 +20,8 @@ class Way:
     call: does the work and returns the tensors that are compared with the expected ones, if any are. role, work,
     tokens: as in Row. tolerance: largest error against fp64; None: nothing to compare. compiled: torch.compile made it
     for the sizes it is called with. outputs: how many of the expected tensors it returns, if not all. slow: left out
-    by --quick, as compiled ways are.
+    by --quick, as compiled ways are. expected: computes in fp64 what this way returns, where that differs from the
+    case's. reset: restores an input that the call overwrites; its time does not count.
     """
 
     call: Callable[[], Outputs | object]
@@ -31,6 +32,8 @@ class Way:
     compiled: bool = False
     outputs: int | None = None
     slow: bool = False
+    expected: Callable[[], Outputs] | None = None
+    reset: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,21 @@ class Setup:
     absent: dict[str, str] = field(default_factory=dict)
     expected: Callable[[], Outputs] | None = None
     notes: Callable[[int], dict[str, str]] = lambda rounds: {}
+
+
+def disagreement(name: str, way: Way, expected: Outputs) -> tuple[float, str | None]:
+    """Call a way and return (its error, why it is too large or None)."""
+    outputs = way.expected() if way.expected else expected[: way.outputs]
+    found = error(way.call(), outputs)
+    if way.tolerance is None or found <= way.tolerance:
+        return found, None
+    return found, f"{name} differs from fp64 by {found:.1e}, more than {way.tolerance:.0e}"
+
+
+def failure(problem: Exception) -> str:
+    """Return the reason of a row whose way raised an exception."""
+    lines = str(problem).strip().splitlines() or [""]
+    return f"fails: {type(problem).__name__}: {lines[0][:120]}"
 
 
 def error(got: Outputs, expected: Outputs) -> float:

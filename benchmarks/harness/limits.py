@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 from collections.abc import Callable
 
@@ -31,6 +32,12 @@ def copy() -> dict[str, Way]:
 
     copies = {f"copy of {SIZE >> 20} MiB, place {i + 1}": call(*pair) for i, pair in enumerate(blocks)}
     return {name: Way(copying, LIMIT, 2.0 * SIZE) for name, copying in copies.items()}
+
+
+def device_copy(size: int) -> dict[str, Way]:
+    """Return the copy of so many bytes on the device, which reads and writes each once; its first call allocates."""
+    blocks = functools.cache(lambda: [torch.ones(size // 4, device=device()) for _ in range(2)])
+    return {f"copy of {size >> 20} MiB": Way(lambda: blocks()[1].copy_(blocks()[0]), LIMIT, 2.0 * size)}
 
 
 def _in_large_pages() -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -17,7 +18,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
-    "torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "flash-attn", "peft",
+    "torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels",
+    "flash-attn", "peft",
 )  # fmt: skip
 
 
@@ -61,7 +63,8 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Return the short hash of the checkout, with + if tracked files other than results have changed.
 
-    Cached, so that it is the state when the process first asks.
+    A copy without .git is identified by a hash of the sources of repo_kernels. Cached, so that it is the state when the
+    process first asks.
     """
     try:
         head, changed = [
@@ -72,8 +75,16 @@ def commit() -> str:
             )
         ]
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"unknown (no git; repo_kernels has sha256 {sources()})"
     return head + ("+" if changed else "")
+
+
+def sources() -> str:
+    """Return the start of a hash over the Python files of repo_kernels."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "repo_kernels").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache

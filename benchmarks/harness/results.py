@@ -29,7 +29,8 @@ class Row:
     role: ours, peer or limit (what the machine itself can do). seconds: of each timed round. work: the useful work of
     one call, in the case's unit. error: against fp64, relative L2, the largest over outputs and gradients. extra_peak:
     bytes. tokens: handled by one call, where the table shows a rate in tokens. reason: why there are no seconds, or no
-    comparison.
+    comparison. launches: kernels that one call starts on the device. device_seconds: what one call takes there where
+    `seconds` are the host's, at the median.
     """
 
     way: str
@@ -40,6 +41,8 @@ class Row:
     extra_peak: float | None = None
     tokens: float | None = None
     reason: str | None = None
+    launches: int | None = None
+    device_seconds: float | None = None
 
     @property
     def time(self) -> Timing:

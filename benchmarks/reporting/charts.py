@@ -19,7 +19,6 @@ PANELS = (
     ("loss", "bf16"),
     ("logprobs", "fp32 logits, with gradient"),
     ("linear", "fp32, N = 1024"),
-    ("linear", "bf16, N = 8192"),
     ("step", "embedded"),
     ("train_vs_trl", "embedded"),
 )

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from benchmarks.harness.results import Case, Change, Row, ratio
 
 SCALES = {
-    "calls": ("calls/s", 1.0),
     "bytes": ("GB/s", 1e9),
     "operations": ("GFLOP/s", 1e9),
     "samples": ("samples/h", 1 / 3600),
     "steps": ("steps/h", 1 / 3600),
+    "tests": ("tests/s", 1.0),
 }
 
 
@@ -30,6 +30,7 @@ def case_table(case: Case) -> str:
     columns = ["", "median [quartiles]", f"÷ {case.subject}"]
     columns += [unit, "of the limit"] if rated else []
     columns += ["tokens/s"] if told else []
+    columns += ["launches"] if any(row.launches for row in case.rows) else []
     columns += ["error to fp64", "extra peak MB"]
     lines = [f"**{case.suite}: {case.name}.** {case.formula}", "", _line(columns), "|---" * len(columns) + "|"]
     for row in case.rows:
@@ -41,6 +42,8 @@ def case_table(case: Case) -> str:
             cells += [f"{row.rate / scale:.1f}" if row.rate else "", share]
         if told:
             cells.append(f"{row.tokens / row.time.median:.0f}" if row.tokens and row.seconds else "")
+        if "launches" in columns:
+            cells.append(f"{row.launches}" if row.launches else "")
         cells.append(f"{row.error:.1e}" if row.error is not None else "")
         cells.append(f"{row.extra_peak / 1e6:.0f}" if row.extra_peak is not None else "")
         lines.append(_line(cells))

@@ -6,9 +6,15 @@ import torch
 
 from benchmarks.harness.machine import installed
 
-NEEDS_GPU = "" if torch.cuda.is_available() else "its Triton kernels need a GPU"
-
 
 def missing(package: str) -> str | None:
     """Return why a package cannot be used, or None."""
     return None if installed(package) else f"{package} is not installed"
+
+
+def missing_on_gpu(package: str) -> str | None:
+    """Return why a package's Triton kernels cannot be used, or None.
+
+    It looks for the device when it is called, not when this module is imported, after which a process may still fork.
+    """
+    return missing(package) or (None if torch.cuda.is_available() else "its Triton kernels need a GPU")

@@ -65,6 +65,7 @@ int64_t TensorView::elements() const {
 }
 
 bool TensorView::contiguous() const {
+    if (!elements()) return true;
     int64_t step = 1;
     for (int i = dimensions - 1; i >= 0; --i) {
         if (shape[i] > 1 && stride[i] != step) return false;
@@ -89,14 +90,23 @@ TensorView view_of(nb::handle tensor, const char* name) {
     return view;
 }
 
+const void* data_on_cpu(nb::handle tensor, Type type) {
+    const Names& names = Names::get();
+    if (!attribute(tensor, names.is_cpu).is(Py_True)) return nullptr;
+    if (!attribute(tensor, names.dtype).is(names.types[int(type)])) return nullptr;
+    const void* data = PyLong_AsVoidPtr(call(tensor, names.data_ptr).ptr());
+    if (PyErr_Occurred()) throw nb::python_error();
+    return data;
+}
+
 void* contiguous_data(nb::handle tensor, const char* name, Type type, std::initializer_list<int64_t> shape) {
     const TensorView view = view_of(tensor, name);
     bool fits = view.type == type && view.contiguous() && view.dimensions == int(shape.size());
     std::string takes = std::string("contiguous ") + kTypeNames[int(type)] + " of shape (";
     int i = 0;
     for (const int64_t size : shape) {
-        fits = fits && view.shape[i++] == size;
-        takes += (i > 1 ? ", " : "") + std::to_string(size);
+        fits = fits && view.shape[i] == size;
+        takes += (i++ ? ", " : "") + std::to_string(size);
     }
     if (!fits) refuse(name, takes + ")");
     return view.data;

@@ -27,6 +27,9 @@ struct TensorView {
 // elements but no memory.
 TensorView view_of(nanobind::handle tensor, const char* name);
 
+// Returns the data of a tensor with elements, or null if it is not on the CPU or has another type.
+const void* data_on_cpu(nanobind::handle tensor, Type type);
+
 // Returns the data of a tensor of this type and exactly these dimensions, contiguous in memory.
 void* contiguous_data(nanobind::handle tensor, const char* name, Type type, std::initializer_list<int64_t> shape);
 

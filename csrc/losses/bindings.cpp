@@ -62,6 +62,16 @@ void refuse_bad_id(int64_t bad, int64_t columns) {
     throw nb::index_error(message.c_str());
 }
 
+// A number, or what a 0-d tensor holds; the usual tensor is read without an operator of PyTorch.
+float scalar_of(nb::handle value) {
+    PyObject* const object = value.ptr();
+    if (!PyFloat_Check(object) && !PyLong_Check(object))
+        if (const void* data = data_on_cpu(value, Type::kFloat32)) return *static_cast<const float*>(data);
+    const double number = PyFloat_AsDouble(object);
+    if (PyErr_Occurred()) throw nb::python_error();
+    return float(number);
+}
+
 // Reads the tensors of RowArguments in their order.
 class ArgumentReader {
 public:
@@ -123,10 +133,7 @@ private:
         float values[kScalars];
         if (PyTuple_Check(given.ptr())) {
             require(PyTuple_GET_SIZE(given.ptr()) == kScalars, "scalars must be 11");
-            for (int i = 0; i < kScalars; ++i) {
-                values[i] = float(PyFloat_AsDouble(PyTuple_GET_ITEM(given.ptr(), i)));
-                if (PyErr_Occurred()) throw nb::python_error();
-            }
+            for (int i = 0; i < kScalars; ++i) values[i] = scalar_of(PyTuple_GET_ITEM(given.ptr(), i));
         } else {
             const float* data =
                 static_cast<const float*>(contiguous_data(given, "scalars", Type::kFloat32, {kScalars}));

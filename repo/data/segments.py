@@ -20,7 +20,8 @@ class Run(NamedTuple):
     keys: int
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: up to torch 2.11 torch.compile reads every field of a frozen dataclass and compiles anew for other values.
+@dataclass(eq=False)
 class Segments:
     """The attention pattern of a packed row: S segments of queries tile its T tokens, and each has a range of keys.
 

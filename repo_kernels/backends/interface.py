@@ -29,7 +29,7 @@ class RowArguments:
     Args:
         token_ids: leading shape, int64; IGNORED marks a dead row.
         response_mask: leading shape, bool; False marks a dead row.
-        cu_seqlens: (B + 1,) int32, bounds of packed sequences. Without it each packed row is a sequence.
+        cu_seqlens: (B + 1,) int32, contiguous: bounds of packed sequences. Without it each packed row is a sequence.
         reward_advantages, cost_advantages, cost_baselines: either.
         costs, cost_limits: either. Without costs every row is safe. cost_limits replaces the scalar cost_limit.
         old_logps, ref_logps, importance_weights: leading shape.
@@ -241,7 +241,10 @@ def device_scalar(value: float | Tensor, dtype: torch.dtype, device: torch.devic
     constant of that float and compile anew for each value; a factor may vary.
     """
     if isinstance(value, Tensor):
-        return value.detach().to(device, dtype, non_blocking=True)
+        value = value.detach() if value.requires_grad else value
+        if value.dtype == dtype and value.device == device:  # a call of `to` would cost as much as an operator
+            return value
+        return value.to(device, dtype, non_blocking=True)
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)

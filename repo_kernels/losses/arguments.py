@@ -99,6 +99,7 @@ def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
         check_tensor("response_mask", mask, (leading,), MASK_DTYPES, source)
     if bounds is not None:
         check_cu_seqlens(bounds, leading, source)
+        bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
         either: tuple[tuple[int, ...], ...] = (leading, (bounds.shape[0] - 1,))
     else:
         either = (leading, leading[:1]) if len(leading) == 2 else (leading,)

@@ -115,7 +115,7 @@ def _keep_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     nothing = (None,) * 12
     if upstream is None:
-        return (None,) * 3, *nothing
+        return (None,) * 3 + nothing
     backend, saved = ctx.rest[-1], ctx.saved_tensors
     traced = type(saved[6] if ctx.per_token else saved[-1]) is not Tensor
     if not traced:

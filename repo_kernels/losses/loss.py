@@ -201,6 +201,7 @@ def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, ba
             want_grad,
             backend,
         )
+        rows, stats = rows.detach(), stats.detach()
     elif not want_grad:
         value, rows, stats = loss_without_gradient(logits, ref_logits, loss, backend)
     elif inplace:
@@ -239,16 +240,17 @@ def _linear_loss(
         chunk_bytes,
         backend,
     )
-    return _make_output(loss, value, rows, stats)
+    return _make_output(loss, value, rows.detach(), stats.detach())
 
 
 def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> bool:
     """Return whether nothing has to see an operator: no tracing, and tensors with memory of their own."""
-    return not is_traced() and is_plain(logits, ref_logits, *loss.arguments.tensors)
+    scalars = [value for value in loss.scalars if isinstance(value, Tensor)]
+    return not is_traced() and is_plain(logits, ref_logits, *loss.arguments.tensors, *scalars)
 
 
 def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:
-    """Name the outputs of a loss: its value, ROWS (5, N) and STATS (18,)."""
+    """Name the outputs of a loss: its value and, detached, ROWS (5, N) and STATS (18,)."""
     leading = loss.arguments.token_ids.shape
 
     def row(name: str) -> Tensor:

@@ -5,6 +5,7 @@ Each operator runs the backend named by its last argument. Its fake gives shapes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def _(
 
 def fake_loss(source: Tensor, code: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return tensors like the loss, ROWS, STATS and flags for logits or hidden states like `source`."""
-    count, dtype = source.shape[:-1].numel(), compute_dtype(source)
+    count, dtype = math.prod(source.shape[:-1]), compute_dtype(source)  # Size.numel() would fix a dynamic length
     shape = (count,) if code >> 8 & 7 == NO_AGGREGATION else ()
     rows, stats = source.new_empty(len(ROWS), count, dtype=dtype), source.new_empty(len(STATS), dtype=dtype)
     return source.new_empty(shape, dtype=dtype), rows, stats, source.new_empty(count, dtype=torch.int32)

@@ -22,7 +22,6 @@ from benchmarks.harness import limits, memory, results
 from benchmarks.harness.cases import Setup, Way, error
 from benchmarks.harness.machine import ROOT, provenance, slug
 from benchmarks.harness.results import LIMIT, OURS, PEER, Case, Change, Row, changes, ratio, read, save
-from benchmarks.reporting import charts
 from benchmarks.reporting.tables import case_table, changes_table
 from repo_kernels.backends import cpu
 
@@ -258,8 +257,47 @@ def test_the_docs_show_the_committed_results() -> None:
     text = page.read_text(encoding="utf-8")
     cases_of = report.machines(results.FOLDER)
     assert cases_of
-    parts = [report.docs_part(folder, cases, list(charts.draw(cases)), page) for folder, cases in cases_of.items()]
-    assert report.replaced(text, "\n\n".join(parts)) == text
+    assert report.written(text, cases_of, page) == text
+
+
+def gpu_cases() -> list[Case]:
+    """Return what `make gpu` may have written."""
+    rows = [
+        Row("repo_loss", OURS, [1.0e-3], 4e6, 1e-3, launches=5, device_seconds=5e-4),
+        Row("linear_repo_loss", OURS, [2.0e-3], 4e6, extra_peak=2e9),
+        Row("8 warps", OURS, [0.9e-3], 4e6),
+        Row("QuACK", PEER, reason="quack-kernels is not installed"),
+        Row("copy", LIMIT, [0.5e-3], 4e6),
+    ]
+    where = provenance() | {"processor": "NVIDIA H200"}
+    names = ("losses", "call", "linear", "forms")
+    cases = [Case(f"gpu_{name}", "8 x 9 bf16", {}, "bytes", "", "repo_loss", rows, where) for name in names]
+    notes = {"passed": "98", "failed": "1", "tests/test_x.py::test_y": "assert 1 == 2"}
+    return [*cases, Case("gpu_tests", "tests", {"files": ["tests/x.py"]}, "tests", "", "", [rows[0]], where, notes)]
+
+
+def test_the_report_shows_what_make_gpu_measured(tmp_path: Path) -> None:
+    folder, page = tmp_path / "nvidia-h200", tmp_path / "benchmarks.md"
+    save(gpu_cases(), folder)
+    page.write_text(f"before\n{report.GPU_BEGIN}\nold\n{report.GPU_END}\nafter\n")
+    report.main([str(tmp_path), "--docs", str(page)])
+    shown, text = page.read_text(), (folder / "report.md").read_text()
+    for table in (shown, text):
+        assert "| 8 x 9 bf16 | 1.000 (0.50) |" in table
+        assert "| repo_loss | 1.000 (0.500, 5) |" in table
+        assert "| linear_repo_loss | 2.0 (2.0) |" in table
+        assert "QuACK (8 x 9 bf16): quack-kernels is not installed" in table
+    assert "8 warps: 0.900 (0.56)" in text
+    assert "tests/test_x.py::test_y: assert 1 == 2" in text
+    assert "old" not in shown
+
+
+def test_a_rehearsal_is_no_result(tmp_path: Path, capsys) -> None:
+    cases = [dataclasses.replace(c, provenance={**c.provenance, "rehearsal": "not to be used"}) for c in gpu_cases()]
+    save(cases, tmp_path / "machine")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    assert "holds a rehearsal" in capsys.readouterr().err
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.compiled import traffic
 from benchmarks.compiled.traffic import Access, Recorder, count_passes
-from repo_kernels.backends.interface import IGNORED
+from repo_kernels.backends.codes import IGNORED
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -52,17 +52,22 @@ def test_nothing_is_recorded_after_the_context() -> None:
     assert target[9] == 9
 
 
-@pytest.mark.parametrize(("vocabulary", "most"), [(32_000, 2.01), (49_152, 2.01), (151_936, 3.01)])
-def test_fused_loss_and_gradient_in_one_launch(vocabulary: int, most: float) -> None:
+@pytest.mark.parametrize("vocabulary", [8_000, 32_000, 49_152, 151_936])
+def test_a_loss_and_its_gradient_are_three_passes_in_one_launch_of_three(vocabulary: int) -> None:
     passes = count_passes(traffic.fused, vocabulary)
-    assert passes.issued <= most
-    assert passes.launches == 1
+    assert (passes.loaded, passes.stored) == pytest.approx((2, 1), abs=0.01)
+    assert passes.launches == 3  # what the rows share, the rows, their sums
 
 
 def test_fused_with_the_gradient_of_the_entropy() -> None:
     passes = count_passes(traffic.COMPUTATIONS["with the entropy's gradient"], 32_000)
     assert passes.issued <= 3.01
-    assert passes.launches == 1
+    assert passes.launches == 3
+
+
+def test_a_loss_alone_reads_the_logits_once() -> None:
+    passes = count_passes(traffic.forward, 32_000)
+    assert (passes.loaded, passes.stored) == pytest.approx((1, 0), abs=0.01)
 
 
 @pytest.mark.parametrize("vocabulary", [32_000, 151_936])
@@ -70,10 +75,10 @@ def test_dead_rows_cost_the_zeros_of_their_gradient(vocabulary: int) -> None:
     from repo_kernels.backends import triton as gpu
 
     logits = torch.randn(2, vocabulary).bfloat16()
-    grad, rows = torch.ones_like(logits), traffic.loss_rows(2, entropy=0)
-    rows.ids[1] = IGNORED
+    grad, loss = torch.ones_like(logits), traffic.make_loss(2, entropy=0)
+    loss.arguments.token_ids[1] = IGNORED
     with Recorder(logits=logits, grad=grad) as recorder:
-        gpu.fused(logits, None, rows, grad)
+        gpu.whole(logits, None, loss, grad)
     second = [access for access in recorder.accesses if access.start >= vocabulary * 2]
     assert not [access for access in second if access.tensor == "logits"]
     assert sum(access.size for access in second if access.tensor == "grad") == vocabulary * 2
@@ -85,7 +90,7 @@ def test_an_upstream_gradient_of_one_costs_no_traffic() -> None:
 
     grad = torch.randn(2, 32_000).bfloat16()
     with Recorder(grad=grad) as recorder:
-        gpu.scale_rows(grad, torch.tensor([1.0, 0.5]))
+        gpu.scale_rows(grad, torch.tensor([1.0, 0.5]), torch.ones(2, dtype=torch.int32))
     assert len(recorder.launches) == 1
     assert {access.start // 64_000 for access in recorder.accesses} == {1}
     assert recorder.bytes() == 2 * 64_000
@@ -102,4 +107,4 @@ def test_the_table_has_a_row_for_every_computation(monkeypatch) -> None:
     monkeypatch.setattr(traffic, "VOCABULARIES", (512,))
     lines = traffic.table().splitlines()[2:]
     assert len(lines) == len(traffic.COMPUTATIONS)
-    assert lines[0] == "| loss and gradient | 512 | 1 | 1.00 | 1.00 |"
+    assert lines[0] == "| loss and gradient | 512 | 3 | 1.98 | 1.00 |"

@@ -67,7 +67,7 @@ class Columns:
         return Columns(
             column(ids, leading),
             (int32.view(torch.bool), 0, 0) if mask is None else column(mask, leading),
-            int32 if arguments.cu_seqlens is None else arguments.cu_seqlens.contiguous(),
+            int32 if arguments.cu_seqlens is None else arguments.cu_seqlens,
             values,
             given,
             max(leading[-1], 1),

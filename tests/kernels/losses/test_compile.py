@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo_kernels import repo_loss, selective_log_softmax
-from repo_kernels.losses.arguments import scalar_vector
 from repo_kernels.losses.ops import fused_loss, row_gradient, row_statistics, scaled_rows
 from tests.support.kernels.cases import loss_arguments, make_batch
+from tests.support.kernels.operations import Operations
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.pairwise]
 
@@ -113,18 +112,9 @@ def operator_arguments(form: dict[str, Any], dtype: torch.dtype) -> tuple[Any, .
     """What repo_loss hands to its operator."""
     batch = make_batch(42, (3, 5), 11, dtype=dtype)
     arguments = loss_arguments(batch, **form)
-    seen: list[tuple] = []
-
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.repo_kernels.fused_loss.default:
-                seen.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Spy():
+    with Operations() as operations:
         repo_loss(batch.logits.clone().requires_grad_(), **arguments)
-    (args,) = seen
-    return args
+    return operations.arguments_of(torch.ops.repo_kernels.fused_loss.default)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,12 +129,14 @@ def test_case_12_operator_checks_of_log_probabilities(view: str, backend: str) -
     base = torch.randn(3, 6, 17)
     logits = {"contiguous": base, "odd row stride": base[..., 2:15], "all but the last row": base[:, :-1]}[view]
     ids = torch.randint(0, logits.shape[-1], logits.shape[:-1]).reshape(-1)
-    scalars = scalar_vector(logits, temperature=0.8)
-    torch.library.opcheck(row_statistics, (logits.detach().requires_grad_(), ids, scalars, 0.0, 1, backend))
-    state = row_statistics(logits, ids, scalars, 0.0, 1, backend)
+    temperature = torch.tensor(0.8)
+    torch.library.opcheck(row_statistics, (logits.detach().requires_grad_(), ids, temperature, 0.0, 1, backend))
+    state = row_statistics(logits, ids, temperature, 0.0, 1, backend)
     slopes = torch.randn(3, ids.numel())
-    torch.library.opcheck(row_gradient, (logits, ids, state, slopes, scalars, 0.0, backend))
-    torch.library.opcheck(scaled_rows, (logits, torch.randn(ids.numel()), backend))
+    torch.library.opcheck(row_gradient, (logits, ids, state, slopes, temperature, 0.0, backend))
+    flags = torch.ones(ids.numel(), dtype=torch.int32)
+    for upstream in (torch.randn(ids.numel()), torch.tensor(0.3)):
+        torch.library.opcheck(scaled_rows, (logits, upstream, flags, backend))
 
 
 READS_A_VALUE = ("item", "_local_scalar_dense", "nonzero", "masked_select", "unique", "tolist", "is_nonzero")

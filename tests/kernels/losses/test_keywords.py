@@ -124,7 +124,7 @@ def test_signatures_list_every_keyword_in_the_documented_order() -> None:
     head = ["hidden", "weight", *POSITIONAL, "bias", "ref_hidden", "ref_weight", "ref_bias"]
     expected = {
         repo_loss: ["logits", *POSITIONAL, "ref_logits", *inputs[4:], *options, "inplace", "backend"],
-        linear_repo_loss: [*head, *inputs[4:], *options, "chunk_tokens", "backend"],
+        linear_repo_loss: [*head, *inputs[4:], *options, "chunk_tokens", "chunk_bytes", "backend"],
         RepoLoss.forward: ["self", "logits", *POSITIONAL, "ref_logits", *inputs[4:]],
         LinearRepoLoss.forward: ["self", *head, *inputs[4:]],
     }

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax
 from repo_kernels.backends import choice
-from repo_kernels.backends.interface import SCALARS, TOKENS, VALUES, LossRows
+from repo_kernels.backends.codes import SCALARS, STATS, TOKEN_SUM
+from repo_kernels.backends.interface import Loss
 from repo_kernels.layers import onednn_linear
 from repo_kernels.losses import gemm, linear
-from tests.support.kernels.cases import Batch, loss_arguments, make_batch
+from repo_kernels.losses.chunks import Budget
+from tests.support.kernels.cases import Batch, loss_arguments, make_batch, row_arguments
+from tests.support.kernels.operations import Operations
 from tests.support.kernels.oracle import oracle_gradient, oracle_loss
 
 pytestmark = pytest.mark.pairwise
@@ -167,22 +166,6 @@ def test_the_type_of_the_factors_is_that_of_the_hidden_states_on_cuda_and_of_the
     assert not gemm.returns_fp32(cpu, torch.bfloat16)
 
 
-class Operations(TorchDispatchMode):
-    """Records the name of every operation and the shape of every tensor that it returns in new memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result._base is None:
-            self.shapes.append(tuple(result.shape))
-        return result
-
-
 @pytest.mark.parametrize(("frozen", "gemms"), [(False, 3), (True, 2)])
 def test_gemms_and_dead_rows(frozen: bool, gemms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only live rows enter a GEMM; a frozen head has two of them, a trained one three, the first of which writes."""
@@ -235,33 +218,6 @@ def test_hidden_states_need_not_be_contiguous() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("live", "row", "chunk_tokens", "size"),
-    [
-        (1024, 4 * 49_152, None, 256),  # 325 would fit: four even chunks, not three and a rest
-        (1024, 8 * 49_152, None, 147),
-        (10, 4 * 49_152, None, 10),
-        (10, 10**9, None, 1),
-        (0, 4, None, 1),
-        (10, 4, 3, 3),
-        (10, 4, 30, 10),
-    ],
-)
-def test_chunks_fill_the_budget_evenly(live: int, row: int, chunk_tokens: int | None, size: int) -> None:
-    assert linear.chunk_size(live, row, chunk_tokens) == size
-    assert size == 1 or chunk_tokens or size * row <= linear.CHUNK_BYTES
-    assert [stop for _, stop in linear.chunks(live, size)][-1:] == ([live] if live else [])
-
-
-def test_the_reference_and_the_gradient_share_the_budget() -> None:
-    head = linear.LinearHead(torch.empty(50_257, 8), None)
-    one = 4 * linear.row_stride(50_257)
-    assert linear.row_bytes(head, torch.float32, 2, with_gradient=False) == 2 * one
-    assert linear.row_bytes(head, torch.float32, 1, with_gradient=True) == one + 4 * 8
-    half = linear.LinearHead(torch.empty(50_257, 8, dtype=torch.bfloat16), None)
-    assert linear.row_bytes(half, torch.float32, 1, with_gradient=True) == one + 2 * 50_257 + 4 * 8
-
-
 def test_an_fp32_head_is_for_half_hidden_states_and_a_half_one_for_those_of_its_type() -> None:
     ids, one = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     for hidden, weight in (
@@ -277,66 +233,19 @@ def test_an_fp32_head_is_for_half_hidden_states_and_a_half_one_for_those_of_its_
 
 def test_one_value_of_the_device_is_read_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which rows are live decides the chunks; a GPU is not waited for again."""
-
-    def fused(logits: Tensor, ref_logits: None, rows: LossRows, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.values[0], rows.values[0].expand(len(TOKENS), -1)
-
-    stub = SimpleNamespace(fused=fused, scale_rows=lambda grad, upstream: None)
+    stub = SimpleNamespace(
+        prepare=lambda logits, loss: None,
+        fused=lambda *arguments: None,
+        reduce=lambda loss, prepared, results: (torch.zeros(()), torch.zeros(len(STATS))),
+        scale_rows=lambda grad, upstream, flags: None,
+    )
     monkeypatch.setattr(choice, "load", lambda backend: stub)
     ids, head = torch.tensor([1, -100, 2, 3]), linear.LinearHead(torch.randn(VOCABULARY, WIDTH), None)
-    rows = LossRows(ids, torch.ones(len(VALUES), 4), torch.ones(len(SCALARS)), 0, 0.0, 0)
+    arguments = row_arguments(ids, reward_advantages=torch.ones(4), response_mask=torch.ones(4, dtype=torch.bool))
+    loss = Loss(arguments, torch.ones(len(SCALARS)), TOKEN_SUM << 8, 0.0, 0)
     with Operations() as operations:
-        linear.loss_chunks(torch.randn(4, WIDTH), head, None, rows, (True,) * 3, torch.ones(4), 2, "stub")
+        linear.loss_chunks(
+            torch.randn(4, WIDTH), head, None, loss, (True,) * 3, torch.ones(4), Budget("cpu", tokens=2), "stub"
+        )
     waits = [name for name in operations.seen if name.split(".")[1] in ("nonzero", "_local_scalar_dense", "item")]
     assert waits == ["aten.nonzero.default"]
-
-
-MEMORY_PROGRAM = """
-import re, sys
-import torch
-from repo_kernels import linear_repo_loss, linear_selective_log_softmax
-
-width, vocabulary = 64, 50_257
-
-def memory(field):
-    with open("/proc/self/status") as status:
-        return int(re.search(field + r":\\s+(\\d+) kB", status.read())[1]) * 1024
-
-def step(what, count):
-    hidden = torch.randn(count, width, requires_grad=True)
-    weight = (0.02 * torch.randn(vocabulary, width)).requires_grad_(what != "frozen head")
-    ids, one = torch.arange(count), torch.ones(count)
-    if what == "half of the rows":
-        ids[::2] = -100
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the peak is the present from here on
-    before = memory("VmRSS")
-    if what == "log-probs":
-        loss = linear_selective_log_softmax(hidden, weight, ids).sum()
-    else:
-        loss = linear_repo_loss(hidden, weight, ids, -11 * one, one).loss
-    (0.5 * loss).backward()
-    gradients = sum(x.numel() * 4 for x in (hidden, weight) if x.requires_grad)
-    compacted = 4 * width * int((ids >= 0).sum()) if what == "half of the rows" else 0
-    return memory("VmHWM") - before, gradients + compacted
-
-step("trained head", 2)  # imports, threads
-for what in sys.argv[2:]:
-    print(*step(what, int(sys.argv[1])))
-"""
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to reset the peak")
-def test_the_peak_is_one_chunk_beside_the_gradients() -> None:
-    """1500 rows of logits would be 302 MB."""
-    if not choice.load("cpu").available():
-        pytest.skip("the C++ extension was not built")
-    cases = ("trained head", "frozen head", "half of the rows", "log-probs")
-    command = [sys.executable, "-c", MEMORY_PROGRAM, "1500", *cases]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    for what, line in zip(cases, done.stdout.splitlines(), strict=True):
-        extra, gradients = map(int, line.split())
-        assert extra <= linear.CHUNK_BYTES + gradients + 8_000_000, f"{what}: {extra / 1e6:.0f} MB"
-        assert extra >= 40_000_000

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax
-from repo_kernels.losses.arguments import scalar_vector
 from repo_kernels.losses.linear_ops import linear_loss_gradient, linear_slopes_gradient, linear_statistics
 from tests.support.kernels.cases import loss_arguments, make_batch
+from tests.support.kernels.operations import Operations
 
 from .test_linear import FORMS, VOCABULARY, WIDTH, make_arguments, make_head
 
@@ -66,32 +65,31 @@ def test_operator_checks(form: str) -> None:
     mine, _ = make_arguments(batch, **FORMS[form])
     # the checker reads the buffers after a backward with the sign of the loss, which must leave them as they are
     mine["reward_advantages"] = torch.full_like(mine["reward_advantages"], -9.0)
-    seen: list[tuple] = []
-
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.repo_kernels.linear_loss.default:
-                seen.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Spy():
+    with Operations() as operations:
         linear_repo_loss(*leaves[:2], bias=leaves[2], **mine, chunk_tokens=5)
     operator = torch.ops.repo_kernels.linear_loss.default
-    rest = [x.detach().nan_to_num(0.0) if isinstance(x, Tensor) and x.is_floating_point() else x for x in seen[0][3:]]
+    rest = [without_nan(x) for x in operations.arguments_of(operator)[3:]]
     torch.library.opcheck(operator, (*leaves, *rest))
-    ids, values, scalars, code, softcap, entropy, wanted, _, chunk_tokens, backend = rest[3:]
-    head = [x.detach() for x in leaves]
+    arguments, scalars, code, softcap, entropy, wanted, *tail = rest[3:]
+    head, tail = [x.detach() for x in leaves], (wanted, *tail)
     if form == "per token":
+        ids = batch.token_ids.masked_fill(batch.dead, -100).reshape(-1)
         upstream = torch.rand(ids.numel())
         torch.library.opcheck(
-            linear_loss_gradient,
-            (*head, *rest[:3], ids, values, scalars, upstream, code, softcap, entropy, wanted, chunk_tokens, backend),
+            linear_loss_gradient, (*head, *rest[:3], arguments, scalars, upstream, code, softcap, entropy, *tail)
         )
-        scalars, tail = scalar_vector(head[0], temperature=0.8), (wanted, chunk_tokens, backend)
-        torch.library.opcheck(linear_statistics, (*leaves, ids, scalars, 0.0, 1, *tail))
-        state = linear_statistics(*head, ids, scalars, 0.0, 1, *tail)
+        temperature = torch.tensor(0.8)
+        torch.library.opcheck(linear_statistics, (*leaves, ids, temperature, 0.0, 1, *tail))
+        state = linear_statistics(*head, ids, temperature, 0.0, 1, *tail)
         slopes = torch.randn(3, ids.numel())
-        torch.library.opcheck(linear_slopes_gradient, (*head, ids, scalars, state, slopes, 0.0, *tail))
+        torch.library.opcheck(linear_slopes_gradient, (*head, ids, temperature, state, slopes, 0.0, *tail))
+
+
+def without_nan(value: Any) -> Any:
+    """A tensor, or each of a list, with zeros for NaN; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [without_nan(x) for x in value]
+    return value.detach().nan_to_num(0.0) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def test_autocast_changes_nothing_for_a_half_trunk_with_an_fp32_head() -> None:

@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from repo_kernels.backends.interface import ARGUMENTS, RowArguments
+
 AGGREGATIONS = (
     "token-mean",
     "token-sum",
@@ -155,6 +157,11 @@ def loss_arguments(
     if loss_agg_mode == "seq-mean-token-sum-norm":
         arguments.setdefault("max_length", 11)
     return arguments
+
+
+def row_arguments(token_ids: Tensor, **tensors: Tensor | None) -> RowArguments:
+    """The arguments of a loss as a backend takes them; absent ones are None."""
+    return RowArguments(**(dict.fromkeys(ARGUMENTS) | {"token_ids": token_ids} | tensors))
 
 
 @st.composite

@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 import os
 import signal
-from dataclasses import replace
 
 import pytest
 import torch
 
 from repo_kernels.backends import cpu
-from repo_kernels.backends.interface import (
-    COST_GIVEN,
-    ENTROPY_GRADIENT,
-    ENTROPY_NONE,
-    KL_FULL,
-    Code,
-)
+from repo_kernels.backends.codes import ENTROPY_GRADIENT, ENTROPY_NONE, KL_FULL, TOKEN_MEAN
 from tests.support.kernels.cpu_rows import DTYPES, OPTIONS
-from tests.support.kernels.row_cases import Case, make_case
+from tests.support.kernels.row_cases import make_case, make_code, token_values
 
 pytestmark = [
     pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built"),
@@ -34,18 +27,17 @@ INF = math.inf
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_depend_on_neither_threads_nor_neighbours(isa: str, threads: None, dtype: torch.dtype) -> None:
-    code = Code(COST_GIVEN, KL_FULL, True, False, False)
+    code = make_code(kl=KL_FULL, aggregation=TOKEN_MEAN)
     case = make_case(14, (40,), 20_000, dtype, code, 0.0, ENTROPY_GRADIENT, entropy_coef=0.1, **OPTIONS)
     results = []
     for count in (1, 2, 3, 5):
         torch.set_num_threads(count)
-        results.append(case.loss(cpu))
+        results.append(case.run(cpu))
     for other in results[1:]:
         for mine, theirs in zip(results[0], other, strict=True):
             assert torch.equal(mine, theirs)
     row = int(case.live.nonzero()[3])
-    rows = replace(case.rows, ids=case.rows.ids[row : row + 1], values=case.rows.values[:, row : row + 1].contiguous())
-    alone = Case(case.logits[row : row + 1], case.ref_logits[row : row + 1], rows).loss(cpu)
+    alone = case.of_rows(row, row + 1).run(cpu)
     assert torch.equal(alone[0][0], results[0][0][row])
     assert torch.equal(alone[2][0], results[0][2][row])
 
@@ -53,13 +45,12 @@ def test_bits_depend_on_neither_threads_nor_neighbours(isa: str, threads: None, 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own(threads: None) -> None:
     case = make_case(17, (40,), 20_000)
-    rows = case.rows
     torch.set_num_threads(2)
-    state = cpu.statistics(case.logits, None, rows.ids, rows.scalars, 0.0, ENTROPY_NONE)
+    state = cpu.statistics(case.logits, case.ids, case.temperature, 0.0, ENTROPY_NONE)
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # a child that waits for its parent's threads waits for ever
-        again = cpu.statistics(case.logits, None, rows.ids, rows.scalars, 0.0, ENTROPY_NONE)
+        again = cpu.statistics(case.logits, case.ids, case.temperature, 0.0, ENTROPY_NONE)
         os._exit(0 if torch.equal(state, again) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -79,19 +70,22 @@ def test_rows_are_scaled_with_one_rounding_and_those_times_one_are_left(
     if kind == "contiguous":
         upstream[4] = 1
     expected = (grad.float() * upstream.view(3, 5, 1)).to(dtype)
-    cpu.scale_rows(grad, upstream)
+    cpu.scale_rows(grad, upstream, None)
     assert torch.equal(grad, expected)
     nan = torch.full((2, 9), math.nan).to(dtype)
-    cpu.scale_rows(nan, torch.tensor([1.0, 2.0]))
+    cpu.scale_rows(nan, torch.tensor([1.0, 2.0]), None)
     assert nan.isnan().all()
+    dead = torch.zeros(2, 9, dtype=dtype)
+    cpu.scale_rows(dead, torch.tensor([INF, math.nan]), torch.zeros(2, dtype=torch.int32))
+    assert not dead.any()
 
 
 def test_no_gradient_is_written_where_none_is_wanted(isa: str) -> None:
     case = make_case(16)
     before = case.logits.clone()
-    losses, tokens = cpu.fused(case.logits, None, case.rows, None)
+    results = case.into(cpu, case.logits, None)
     assert torch.equal(case.logits, before)
-    for mine, theirs in zip((losses, tokens), case.loss(cpu), strict=False):
+    for mine, theirs in zip((results.rows[0], token_values(results)), case.run(cpu), strict=False):
         assert torch.equal(mine, theirs)
 
 
@@ -101,7 +95,7 @@ def test_sixteen_bit_types_round_to_nearest(isa: str) -> None:
         everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         for factor in (1.1, 0.37, 2.0**-8, 3e4):
             row = everything.clone()[None]
-            cpu.scale_rows(row, torch.tensor([factor]))
+            cpu.scale_rows(row, torch.tensor([factor]), None)
             expected = (everything.float() * torch.tensor(factor)).to(dtype)
             assert torch.equal(row[0].isnan(), expected.isnan())
             assert torch.equal(row[0].nan_to_num(0), expected.nan_to_num(0))

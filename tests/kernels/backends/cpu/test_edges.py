@@ -9,21 +9,11 @@ import pytest
 import torch
 
 from repo_kernels.backends import cpu
-from repo_kernels.backends.interface import (
-    COST_GIVEN,
-    ENTROPY_GRADIENT,
-    ENTROPY_NONE,
-    KL_FULL,
-    KL_K1,
-    KL_K2,
-    KL_K3,
-    TOKENS,
-    VALUES,
-    Code,
-    gradient_buffer,
-)
+from repo_kernels.backends.codes import ENTROPY_GRADIENT, ENTROPY_NONE, KL_FULL, KL_K1, KL_K2, KL_K3
+from repo_kernels.backends.interface import RowResults
+from repo_kernels.backends.memory_layout import gradient_buffer
 from tests.support.kernels.cpu_rows import DTYPES, OPTIONS, check
-from tests.support.kernels.row_cases import Case, make_case, relative
+from tests.support.kernels.row_cases import TOKENS, Case, make_case, make_code, relative
 
 pytestmark = [
     pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built"),
@@ -44,15 +34,15 @@ def poisoned(case: Case, poison: float) -> Case:
 @pytest.mark.parametrize("poison", [math.nan, INF, -INF])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dead_rows_are_not_read_and_their_results_are_zero(isa: str, dtype: torch.dtype, poison: float) -> None:
-    code = Code(COST_GIVEN, KL_FULL, True, False, False)
+    code = make_code(kl=KL_FULL)
     clean = make_case(5, (4, 6), 100, dtype, code, 0.0, ENTROPY_GRADIENT, dead=0.5, entropy_coef=0.1, **OPTIONS)
     case = poisoned(clean, poison)
-    for mine, theirs in zip(case.loss(cpu), clean.loss(cpu), strict=True):
+    for mine, theirs in zip(case.run(cpu), clean.run(cpu), strict=True):
         assert torch.equal(mine, theirs)
         assert mine.isfinite().all()
-    for mine in case.loss(cpu, inplace=True):
+    for mine in case.run(cpu, inplace=True):
         assert mine.isfinite().all()
-    losses, tokens, grad = case.loss(cpu)
+    losses, tokens, grad = case.run(cpu)
     assert not losses[~case.live].any()
     assert not tokens[:, ~case.live].any()
     assert not grad[~case.live].any()
@@ -62,7 +52,7 @@ def test_dead_rows_are_not_read_and_their_results_are_zero(isa: str, dtype: torc
 @pytest.mark.parametrize("mask", [-INF, -1e30, torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("where", ["leading", "trailing", "scattered"])
 def test_impossible_entries_leave_everything_finite(isa: str, where: str, mask: float, kl: int) -> None:
-    code = Code(COST_GIVEN, kl, True, False, False)
+    code = make_code(kl=kl)
     case = make_case(6, (6,), 9000, code=code, entropy=ENTROPY_GRADIENT, dead=0.0, entropy_coef=0.1, **OPTIONS)
     gone = {
         "leading": torch.arange(9000) < 6000,
@@ -71,11 +61,11 @@ def test_impossible_entries_leave_everything_finite(isa: str, where: str, mask: 
     }[where]
     ids = (~gone).nonzero()[:6, 0]
     case.logits[:, gone], case.ref_logits[:, gone] = mask, -INF
-    case = replace(case, rows=replace(case.rows, ids=ids))
+    case = case.replace(token_ids=ids)
     check(case)
-    for value in case.loss(cpu):
+    for value in case.run(cpu):
         assert value.isfinite().all()
-    assert not case.loss(cpu)[2][:, gone].any()
+    assert not case.run(cpu)[2][:, gone].any()
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, -200.0, -3e4])
@@ -85,36 +75,37 @@ def test_a_common_offset_costs_no_accuracy(isa: str, temperature: float, offset:
     arguments = {"entropy_coef": 0.1, "temperature": temperature}
     case = make_case(8, logits=logits, entropy=ENTROPY_GRADIENT, dead=0.0, **arguments)
     check(case)
-    assert (case.loss(cpu)[1][0] <= 0).all()
+    assert (case.run(cpu)[1][0] <= 0).all()
 
 
 def test_the_maximum_may_rise_in_every_block(isa: str) -> None:
     logits = torch.linspace(-300, 50, 20_001).repeat(3, 1)
-    code = Code(COST_GIVEN, KL_FULL, True, False, False)
+    code = make_code(kl=KL_FULL)
     case = make_case(9, logits=logits, code=code, entropy=ENTROPY_GRADIENT, dead=0.0, entropy_coef=0.1, **OPTIONS)
-    case = replace(case, rows=replace(case.rows, ids=torch.tensor([20_000, 19_990, 19_000])))
+    case = case.replace(token_ids=torch.tensor([20_000, 19_990, 19_000]))
     check(case)
     falling = replace(case, logits=logits.flip(1).contiguous(), ref_logits=case.ref_logits.flip(1).contiguous())
-    falling = replace(falling, rows=replace(case.rows, ids=20_000 - case.rows.ids))
-    assert relative(falling.loss(cpu)[1][:3], case.loss(cpu)[1][:3]) <= 1e-6
+    falling = falling.replace(token_ids=20_000 - case.ids)
+    assert relative(falling.run(cpu)[1][:3], case.run(cpu)[1][:3]) <= 1e-6
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("kl", [KL_K1, KL_K2, KL_K3, KL_FULL])
 def test_an_impossible_target_has_its_ratio_by_the_clamp(isa: str, kl: int, on_policy: bool) -> None:
-    code = Code(COST_GIVEN, kl, kl != KL_K2, False, on_policy)
+    code = make_code(kl=kl, kl_importance_weighted=kl != KL_K2, on_policy=on_policy)
     case = make_case(10, (6,), 300, code=code, entropy=ENTROPY_GRADIENT, dead=0.0, entropy_coef=0.1, **OPTIONS)
     for matrix in (case.logits, case.ref_logits):
-        matrix.scatter_(1, case.rows.ids[:, None], -INF)
-    losses, tokens, grad = case.loss(cpu)
+        matrix.scatter_(1, case.ids[:, None], -INF)
+    losses, tokens, grad = case.run(cpu)
     by_name = dict(zip(TOKENS, tokens, strict=True))
     assert (by_name["logp"] == -INF).all()
     assert torch.allclose(by_name["ratio"], torch.tensor(0.0 if on_policy else -20.0).exp())
     assert losses.isfinite().all()
     assert tokens[1:].isfinite().all()
     assert grad.isfinite().all()
-    case.rows.values[VALUES.index("old_logps")] = case.rows.values[VALUES.index("ref_logps")] = -INF
-    assert (case.loss(cpu)[1][TOKENS.index("ratio")] == 1).all()
+    impossible = torch.full((6,), -INF)
+    before = case.replace(old_logps=impossible, ref_logps=impossible)
+    assert (before.run(cpu)[1][TOKENS.index("ratio")] == 1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,10 +117,10 @@ def test_the_target_gradient_survives_a_probability_near_one(
     logits = torch.zeros(1, vocabulary)
     logits[0, 1] = margin
     logits = logits.to(dtype)
-    scalars = make_case(0, logits=logits).rows.scalars
-    state = cpu.statistics(logits, None, torch.tensor([1]), scalars, 0.0, ENTROPY_NONE)
+    ids, one = torch.tensor([1]), torch.ones(())
+    state = cpu.statistics(logits, ids, one, 0.0, ENTROPY_NONE)
     grad, slopes = gradient_buffer(logits), torch.tensor([[1.0], [0.0], [0.0]])
-    cpu.apply(logits, None, torch.tensor([1]), state, slopes, scalars, 0.0, grad)
+    cpu.apply(logits, ids, state, slopes, one, 0.0, grad)
     exact = -math.expm1(-math.log1p((vocabulary - 1) * math.exp(-margin)))
     error = abs(grad[0, 1].item() - exact)
     assert error <= (4e-3 * exact if exact >= 1e-4 else 2**-24)
@@ -143,7 +134,7 @@ def test_the_target_gradient_survives_a_probability_near_one(
 def test_nan_in_a_live_row_is_not_hidden_and_stays_in_its_row(isa: str, column: int, poison: float) -> None:
     case = make_case(11, (4,), 5000, dead=0.0)
     case.logits[1, column] = poison
-    losses, tokens, grad = case.loss(cpu)
+    losses, tokens, grad = case.run(cpu)
     assert losses[1].isnan()
     assert tokens[0, 1].isnan()
     assert grad[1].isnan().any()
@@ -154,8 +145,8 @@ def test_nan_in_a_live_row_is_not_hidden_and_stays_in_its_row(isa: str, column: 
 
 def test_a_nan_advantage_reaches_its_own_gradient_only_whatever_its_bits(isa: str) -> None:
     case = make_case(12, (4,), 40, torch.bfloat16, dead=0.0)
-    case.rows.values[0, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    grad = case.loss(cpu)[2]
+    case.arguments.reward_advantages[2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    grad = case.run(cpu)[2]
     assert grad[2].isnan().all()
     assert grad[[0, 1, 3]].isfinite().all()
 
@@ -163,14 +154,17 @@ def test_a_nan_advantage_reaches_its_own_gradient_only_whatever_its_bits(isa: st
 @pytest.mark.parametrize("bad", [-1, 100, -99, 2**40])
 def test_ids_out_of_range_raise_before_anything_is_written(isa: str, bad: int) -> None:
     case = make_case(13, (5,), 100, dead=0.0)
-    case.rows.ids[4] = bad
-    before, rows = case.logits.clone(), case.rows
+    case.ids[4] = bad
+    before, ids = case.logits.clone(), case.ids
     state, slopes = torch.zeros(7, 5), torch.zeros(3, 5)
+    results = RowResults.allocate(case.logits, 5, zeros=True)
     message = rf"token_ids of live rows must be in \[0, 100\) or -100; got {bad}"
     with pytest.raises(IndexError, match=message):
-        cpu.fused(case.logits, None, rows, case.logits)
+        cpu.fused(case.logits, None, case.loss, None, results, case.logits)
     with pytest.raises(IndexError, match=message):
-        cpu.statistics(case.logits, None, rows.ids, rows.scalars, 0.0, ENTROPY_NONE)
+        cpu.statistics(case.logits, ids, case.temperature, 0.0, ENTROPY_NONE)
     with pytest.raises(IndexError, match=message):
-        cpu.apply(case.logits, None, rows.ids, state, slopes, rows.scalars, 0.0, case.logits)
+        cpu.apply(case.logits, ids, state, slopes, case.temperature, 0.0, case.logits)
     assert torch.equal(case.logits, before)
+    assert not results.rows.any()
+    assert not results.flags.any()

@@ -1,4 +1,4 @@
-"""The C++ backend's four functions over rows, on every instruction set of this machine, against float64."""
+"""The C++ backend's functions over rows, on every instruction set of this machine, against float64."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from repo_kernels.backends import cpu
-from repo_kernels.backends.eager.terms import coefficients, token_inputs, token_terms
-from repo_kernels.backends.interface import (
+from repo_kernels.backends.codes import (
     COST_GATED,
     COST_GIVEN,
     COST_HINGE,
@@ -23,13 +22,12 @@ from repo_kernels.backends.interface import (
     KL_K1,
     KL_K2,
     KL_K3,
-    KL_NAMES,
     KL_NONE,
     Code,
-    gradient_buffer,
 )
+from repo_kernels.backends.memory_layout import gradient_buffer
 from tests.support.kernels.cpu_rows import DTYPES, GRADIENT_TOLERANCE, OPTIONS, check
-from tests.support.kernels.row_cases import flat, make_case, oracle, relative
+from tests.support.kernels.row_cases import flat, make_case, make_code, oracle, relative
 
 pytestmark = [
     pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built"),
@@ -38,7 +36,7 @@ pytestmark = [
 
 INF = math.inf
 CODES = [
-    Code(cost, kl, kl_importance_weighted, normalize, on_policy)
+    make_code(cost, kl, kl_importance_weighted, normalize, on_policy)
     for (cost, kl, kl_importance_weighted), (normalize, on_policy) in zip(
         [
             (COST_NONE, KL_NONE, True),
@@ -71,7 +69,7 @@ def test_every_vocabulary_and_type_agrees_with_float64(isa: str, dtype: torch.dt
     scale = float(max(vocabulary // 8, 1)) if dtype == torch.float16 else 1.0  # out of the subnormal numbers
     arguments = {"grad_scale": scale, "entropy_coef": 0.1, **OPTIONS}
     for seed, kl in enumerate((KL_K3, KL_FULL)):
-        code = Code(COST_GIVEN, kl, True, False, False)
+        code = make_code(kl=kl)
         case = make_case(seed, (11,), vocabulary, dtype, code, 0.0, ENTROPY_GRADIENT, scale=1.0, **arguments)
         check(case)
 
@@ -94,35 +92,27 @@ def views(dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_views_are_read_where_they_are_and_have_the_bits_of_a_copy(isa: str, dtype: torch.dtype, name: str) -> None:
     logits = views(dtype)[name]
-    code = Code(COST_GIVEN, KL_FULL, True, False, False)
+    code = make_code(kl=KL_FULL)
     case = make_case(3, logits=logits, code=code, entropy=ENTROPY_GRADIENT, entropy_coef=0.1, **OPTIONS)
     copy = replace(case, logits=logits.contiguous())
-    for of_view, of_copy in zip(case.loss(cpu), copy.loss(cpu), strict=True):
+    for of_view, of_copy in zip(case.run(cpu), copy.run(cpu), strict=True):
         assert torch.equal(of_view, of_copy)
     if logits.numel():
-        assert relative(case.loss(cpu)[2], oracle(case).grad) <= GRADIENT_TOLERANCE[dtype]
+        assert relative(case.run(cpu)[2], oracle(case).grad) <= GRADIENT_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kl", [KL_K3, KL_FULL])
+@pytest.mark.parametrize("kl", [KL_NONE, KL_K3])
 def test_two_steps_are_the_fused_loss(isa: str, kl: int, dtype: torch.dtype) -> None:
-    code = Code(COST_GIVEN, kl, True, False, False)
     arguments = {"entropy_coef": 0.1, "grad_scale": 8.0, **OPTIONS}
-    case = make_case(4, (3, 8), 777, dtype, code, 7.0, ENTROPY_GRADIENT, **arguments)
-    rows, live = case.rows, case.live
-    _, tokens, grad = case.loss(cpu)
-    state = cpu.statistics(case.logits, case.reference, rows.ids, rows.scalars, rows.softcap, rows.entropy)
+    case = make_case(4, (3, 8), 777, dtype, make_code(kl=kl), 7.0, ENTROPY_GRADIENT, **arguments)
+    _, tokens, grad = case.run(cpu)
+    state = cpu.statistics(case.logits, case.ids, case.temperature, case.loss.softcap, case.loss.entropy)
     assert torch.equal(state[:2], tokens[:2])
-    assert torch.equal(state[2], tokens[2]) or kl != KL_FULL
-    assert not state[:, ~live].any()
+    assert not state[:, ~case.live].any()
 
-    coef = coefficients(rows.scalars)
-    inputs = token_inputs(rows.values[:, live], rows.scalars, code)
-    logps, entropy, full_kl = state[:3, live]
-    kl_of_rows = full_kl if kl == KL_FULL else None
-    terms = token_terms(inputs, logps, entropy, kl_of_rows, coef, KL_NAMES[kl], code.kl_importance_weighted)
-    slopes = torch.full((3, live.numel()), math.nan)
-    slopes[:, live] = torch.stack((terms.g_logp, terms.g_entropy, terms.g_kl)) * coef.grad_scale
+    slopes = oracle(case).slopes.float()
+    slopes[:, ~case.live] = math.nan
     out = gradient_buffer(case.logits).fill_(math.nan)
-    cpu.apply(case.logits, case.reference, rows.ids, state, slopes, rows.scalars, rows.softcap, out)
-    assert relative(flat(out), grad) <= 1e-6 if dtype == torch.float32 else GRADIENT_TOLERANCE[dtype]
+    cpu.apply(case.logits, case.ids, state, slopes, case.temperature, case.loss.softcap, out)
+    assert relative(flat(out), grad) <= (1e-6 if dtype == torch.float32 else GRADIENT_TOLERANCE[dtype])

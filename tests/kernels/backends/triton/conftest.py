@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from repo_kernels.backends.triton import variants
+from repo_kernels.backends.triton.forms import LaunchForm
 from tests.support.kernels.interpreter import round_as_hardware
 from tests.support.kernels.triton_rows import PIECES
 
@@ -29,7 +30,8 @@ def forget_variants() -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """Blocks so small that a row of a few hundred logits has several."""
     if "real_blocks" not in request.fixturenames:
-        monkeypatch.setattr(variants, "BLOCK_PIECES", PIECES)
+        for choose in ("fused_form", "single_sweep_form"):
+            monkeypatch.setattr(variants, choose, lambda *_: LaunchForm(warps=1, pieces=PIECES))
     forget_variants()
     yield
     forget_variants()
@@ -38,9 +40,3 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 @pytest.fixture
 def real_blocks() -> None:
     """Blocks as on a GPU."""
-
-
-@pytest.fixture
-def swept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of any length are read twice."""
-    monkeypatch.setattr(variants, "HELD_BLOCKS", (0,))
