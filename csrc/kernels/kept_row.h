@@ -1,7 +1,7 @@
 // Where the terms of a row are kept between its two passes.
 //
 // They lie in the order of the row's elements. Those of bfloat16 lie in two planes, of even and of odd elements, like
-// the two vectors of a pair: so a pair may begin at any element, as it must for a gradient that is stored in whole lines.
+// the two vectors of a pair: so a pair may begin at any element, as it must where a gradient is stored in whole lines.
 #pragma once
 
 #include "kernels/convert.h"
@@ -21,7 +21,9 @@ struct KeptPairs {
     float *first, *second;
     int64_t step;
 
-    Pair load(int64_t pair) const { return {load_bits<Vec>(first + pair * step), load_bits<Vec>(second + pair * step)}; }
+    Pair load(int64_t pair) const {
+        return {load_bits<Vec>(first + pair * step), load_bits<Vec>(second + pair * step)};
+    }
 
     void store(int64_t pair, Pair x) const {
         store_bits(first + pair * step, x.first);

@@ -66,39 +66,64 @@ struct RowGradient {
     }
 };
 
-// The rows of one token.
+// The rows of one token, and the entry of the gradient that is not computed from them.
 template <class T>
 struct GradientRows {
     const T *logits, *reference;
     T* grad;
     const KeptRow& kept;
+    int64_t target;
+    T target_grad;
     bool past_caches;
 };
+
+// Stores a pair that lies in memory; `to` is aligned to a vector.
+template <class T>
+inline void copy_pair(const T* from, T* to, bool past_caches) {
+    if (!past_caches) return static_cast<void>(std::memcpy(to, from, kPair * sizeof(T)));
+    const char* bytes = reinterpret_cast<const char*>(from);
+    for (int i = 0; i < int(kPair * sizeof(T)); i += sizeof(Vec))
+        stream(reinterpret_cast<float*>(reinterpret_cast<char*>(to) + i), load_bits<Vec>(bytes + i));
+}
 
 // Writes the gradient of elements [start, end).
 template <class T, bool kCapped, Terms kTerms, bool kKept>
 inline void write_gradient(const GradientRows<T>& rows, int64_t start, int64_t end,
                            const RowGradient<T, kCapped, kTerms, kKept>& gradient) {
     const auto terms_from = [&](int64_t element) { return KeptTerms<kTerms>(rows.kept, element, rows.logits); };
-    // through memory of a whole pair, so that these elements are rounded like the others
-    const auto partial = [&](int64_t first, int64_t count) {
+    // Writes a pair, of which `count` elements are needed, to memory.
+    const auto compute = [&](int64_t first, int64_t count, T* elements) {
         const Pair x = load_first(rows.logits + first, count), y = load_first(rows.reference + first, count);
-        T elements[kPair];
         put_pair<false>(elements, gradient(x, y, terms_from(first), 0));
+        if (first <= rows.target && rows.target < first + count) elements[rows.target - first] = rows.target_grad;
+    };
+    const auto partial = [&](int64_t first, int64_t count) {
+        alignas(64) T elements[kPair];
+        compute(first, count, elements);
         std::memcpy(rows.grad + first, elements, count * sizeof(T));
     };
     const int64_t body = start + least(to_line(rows.grad + start), end - start), pairs = (end - body) / kPair;
     for (int64_t i = start; i < body; i += kPair) partial(i, least(kPair, body - i));
+
     const auto terms = terms_from(body);
     const auto pair = [&](int64_t n) {
         const int64_t i = body + n * kPair;
         return gradient(load_pair(rows.logits + i), load_pair(rows.reference + i), terms, n);
     };
     T* grad = rows.grad + body;
-    if (rows.past_caches) {
-        for (int64_t n = 0; n < pairs; ++n) put_pair<true>(grad + n * kPair, pair(n));
-    } else {
-        for (int64_t n = 0; n < pairs; ++n) put_pair<false>(grad + n * kPair, pair(n));
+    const int64_t target_pair = rows.target >= body ? (rows.target - body) / kPair : -1;
+    for (int64_t n = 0, stop; n < pairs; n = stop + 1) {
+        stop = n <= target_pair ? least(target_pair, pairs) : pairs;
+        if (rows.past_caches) {
+            for (; n < stop; ++n) put_pair<true>(grad + n * kPair, pair(n));
+        } else {
+            for (; n < stop; ++n) put_pair<false>(grad + n * kPair, pair(n));
+        }
+        if (stop == pairs) break;
+        // the target's entry is replaced before its line is stored: the line would have to be read again after it
+        alignas(64) T elements[kPair];
+        compute(body + stop * kPair, kPair, elements);
+        copy_pair(elements, grad + stop * kPair, rows.past_caches);
     }
     if (body + pairs * kPair < end) partial(body + pairs * kPair, end - body - pairs * kPair);
 }
@@ -131,8 +156,9 @@ inline void write_kept_gradient(const GradientRows<T>& rows, int64_t columns, Sc
 
 template <class T, bool kCapped, Terms kTerms>
 void gradient_row(const T* logits, const T* reference, T* grad, int64_t columns, Scaling scaling,
-                  const GradientWeights& weights, const KeptRow& kept, bool past_caches) {
-    const GradientRows<T> rows = {logits, with_kl(kTerms) ? reference : logits, grad, kept, past_caches};
+                  const GradientWeights& weights, Target target, const KeptRow& kept, bool past_caches) {
+    GradientRows<T> rows = {logits, with_kl(kTerms) ? reference : logits, grad, kept, target.column, {}, past_caches};
+    store_first(&rows.target_grad, 1, {plain_nan(broadcast(target.grad)), Vec{}});
     if (kept.e) return write_kept_gradient<T, kCapped, kTerms>(rows, columns, scaling, weights);
     write_gradient(rows, 0, columns, RowGradient<T, kCapped, kTerms, false>(scaling, weights));
 }

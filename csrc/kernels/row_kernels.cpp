@@ -14,16 +14,15 @@ template <class T, Terms kTerms>
 void statistics(const void* logits, const void* reference, int64_t columns, Scaling scaling, const KeptRow& kept,
                 RowSums& sums, RowSums& ref_sums) {
     const auto run = scaling.cap > 0 ? sum_row<T, true, kTerms> : sum_row<T, false, kTerms>;
-    run(static_cast<const T*>(logits), static_cast<const T*>(reference), columns, scaling, kept, sums,
-        ref_sums);
+    run(static_cast<const T*>(logits), static_cast<const T*>(reference), columns, scaling, kept, sums, ref_sums);
 }
 
 template <class T, Terms kTerms>
 void gradient_of(const void* logits, const void* reference, void* grad, int64_t columns, Scaling scaling,
-                 const GradientWeights& weights, const KeptRow& kept, bool past_caches) {
+                 const GradientWeights& weights, Target target, const KeptRow& kept, bool past_caches) {
     const auto run = scaling.cap > 0 ? gradient_row<T, true, kTerms> : gradient_row<T, false, kTerms>;
     run(static_cast<const T*>(logits), static_cast<const T*>(reference), static_cast<T*>(grad), columns, scaling,
-        weights, kept, past_caches);
+        weights, target, kept, past_caches);
 }
 
 // Uses the code of the kernels, so that the target's logit has the same bits as there.
@@ -35,11 +34,6 @@ float logit(const void* logits, int64_t column, Scaling scaling, float* slope) {
     const Capped result = soft_cap(x, scaling.cap);
     *slope = result.slope[0];
     return result.value[0];
-}
-
-template <class T>
-void put(void* row, int64_t column, float value) {
-    store_first(static_cast<T*>(row) + column, 1, {plain_nan(broadcast(value)), Vec{}});
 }
 
 template <class T>
@@ -86,7 +80,6 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     {REPO_BY_TERMS(statistics, float), REPO_BY_TERMS(statistics, BFloat16), REPO_BY_TERMS(statistics, Float16)},
     {REPO_BY_TERMS(gradient_of, float), REPO_BY_TERMS(gradient_of, BFloat16), REPO_BY_TERMS(gradient_of, Float16)},
     {logit<float>, logit<BFloat16>, logit<Float16>},
-    {put<float>, put<BFloat16>, put<Float16>},
     zero_row,
     {scale<float>, scale<BFloat16>, scale<Float16>},
     fence_streams,

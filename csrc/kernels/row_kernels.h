@@ -49,7 +49,7 @@ struct KeptRow {
     int64_t plane = 0;
 };
 
-// Sizes of a kept row. A plane ends with space for whole vectors.
+// Sizes of a kept row. A plane has space for whole vectors beyond its last element.
 constexpr int64_t kept_plane(int64_t columns) { return (columns + 255) / 128 * 64; }
 constexpr int64_t kept_blocks(int64_t columns) { return columns / 1024 + 1; }
 
@@ -59,12 +59,17 @@ struct GradientWeights {
     float base, by_log, by_difference;
 };
 
+// The entry of the gradient at the token of the row.
+struct Target {
+    int64_t column;
+    float grad;
+};
+
 // Kernels over rows of `columns` consecutive elements.
 //   statistics  fills sums and kept; only terms of the full KL need reference and fill ref_sums
 //   gradient    writes grad, which may be the logits, with past_caches past the caches; only terms of the full KL need
 //               reference. kept: of the row's statistics with at least these terms, or null
 //   logit       returns one capped logit and the slope of the cap
-//   put         writes one rounded value
 //   fence       orders streamed stores before what the thread does next
 //   exp2, soft_cap  the approximations, for tests
 struct RowKernels {
@@ -74,9 +79,8 @@ struct RowKernels {
         RowSums& ref_sums);
     void (*gradient[kDTypes][kTermKinds])(
         const void* logits, const void* reference, void* grad, int64_t columns, Scaling, const GradientWeights&,
-        const KeptRow& kept, bool past_caches);
+        Target, const KeptRow& kept, bool past_caches);
     float (*logit[kDTypes])(const void* logits, int64_t column, Scaling, float* slope);
-    void (*put[kDTypes])(void* row, int64_t column, float value);
     void (*zero)(void* row, int64_t bytes);
     void (*scale[kDTypes])(void* row, int64_t columns, float factor);
     void (*fence)();

@@ -37,11 +37,12 @@ struct Centre {
     float c, max2, ref_max2, max;
 };
 
-// Sums in every lane of a vector. If the block has a new maximum (kRaised), its terms are counted and not summed; ref is
-// the sum of the reference's logits there.
+// Sums in every lane of a vector. In a block with a new maximum (kRaised) the terms of the maximum are counted and not
+// summed; ref is the sum of the reference's logits there.
 template <Terms kTerms, bool kRaised>
 struct Lanes {
-    Vec rest = {}, weighted = {}, difference = {}, maxima = {}, ref = {};
+    Vec rest = {}, weighted = {}, difference = {}, ref = {};
+    IntVec maxima = {};
 
     void add(const Term& term, Vec x, Vec y, const Centre& centre) {
         weighted += term.weighted;
@@ -49,7 +50,7 @@ struct Lanes {
             const IntVec is_max = x == broadcast(centre.max);
             rest += is_max ? Vec{} : term.e;
             difference += is_max ? Vec{} : term.difference;
-            maxima += is_max ? broadcast(1) : Vec{};
+            maxima -= is_max;
             ref += is_max ? y : Vec{};
         } else {
             rest += term.e;
@@ -145,7 +146,11 @@ class SummedRow {
     using S = typename Blocks<T, kCapped>::S;
 
     SummedRow(const T* row, int64_t columns, Scaling scaling, RowSums& sums)
-        : sums(sums), row(row), c(scaling.c), blocks(row, columns, scaling.cap), block(blocks.get(0)),
+        : sums(sums),
+          row(row),
+          c(scaling.c),
+          blocks(row, columns, scaling.cap),
+          block(blocks.get(0)),
           max(block_max(block)) {}
 
     // The logits of the next block.

@@ -131,6 +131,10 @@ inline float sum_lanes(Vec v) {
     return fold<float, kWidth>(v, [](auto a, auto b) { return a + b; });
 }
 
+inline int32_t sum_lanes(IntVec v) {
+    return fold<int32_t, kWidth>(v, [](auto a, auto b) { return a + b; });
+}
+
 inline float max_lanes(Vec v) {
     return fold<float, kWidth>(v, [](auto a, auto b) { return a > b ? a : b; });
 }

@@ -37,10 +37,10 @@ double log2_total(const RowSums& sums) {
     return sums.top + std::log1p(sums.rest / sums.largest) * kLog2E;
 }
 
-// Returns this thread's memory for the terms of a row; none where no gradient follows, or the row is too long for a
-// cache to keep them.
+// Returns this thread's memory for the terms of a row; none where no gradient follows, or where the row is so long that
+// its terms leave the caches and are computed again in the same time.
 KeptRow kept_row(const Tensors& tensors, bool with_entropy) {
-    constexpr int64_t kLongest = 1 << 20;
+    constexpr int64_t kLongest = 1 << 18;
     struct alignas(64) Line {
         float value[16];
     };
@@ -62,7 +62,8 @@ RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r
     const void* row = logits.row(r);
     const void* reference = tensors.reference ? tensors.reference->row(r) : nullptr;
     RowSums sums, ref_sums;
-    kernels.statistics[logits.dtype][terms_of(with_entropy, reference)](row, reference, logits.columns, scaling, kept, sums, ref_sums);
+    const auto sum_row = kernels.statistics[logits.dtype][terms_of(with_entropy, reference)];
+    sum_row(row, reference, logits.columns, scaling, kept, sums, ref_sums);
 
     const double log2_sum = log2_total(sums), total = sums.total();
     float slope;
@@ -124,12 +125,11 @@ void write_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r
     const bool with_reference = tensors.reference && slopes.kl != 0;
     const Terms terms = terms_of(slopes.entropy != 0, with_reference);
     const Rows& logits = tensors.logits;
-    const float target = target_gradient(kernels, tensors, r, id, state, slopes, scaling, temperature);
+    const Target target = {id, target_gradient(kernels, tensors, r, id, state, slopes, scaling, temperature)};
     const GradientWeights weights = gradient_weights(state, slopes, temperature, with_reference);
-    void* grad = tensors.grad->row(r);
-    kernels.gradient[logits.dtype][terms](logits.row(r), with_reference ? tensors.reference->row(r) : nullptr, grad,
-                                         logits.columns, scaling, weights, kept, tensors.large_gradient());
-    kernels.put[logits.dtype](grad, id, target);
+    kernels.gradient[logits.dtype][terms](logits.row(r), with_reference ? tensors.reference->row(r) : nullptr,
+                                          tensors.grad->row(r), logits.columns, scaling, weights, target, kept,
+                                          tensors.large_gradient());
 }
 
 // Asks for pages of 2 MB: the system has often not handed out the memory of a gradient yet, and does so several times
@@ -203,7 +203,8 @@ void fused(const Tensors& tensors, const LossTask& task, const Results& results,
         const int64_t id = of.ids.at(place);
         const KeptRow kept = kept_row(tensors, task.with_entropy);
         const RowState state = find_state(chosen, tensors, i, id, scaling, task.with_entropy, kept);
-        TokenTerms terms = token_terms(of, place, weights.of(place), {float(state.logp), float(state.entropy), float(state.kl), task.with_entropy});
+        const Probabilities found = {float(state.logp), float(state.entropy), float(state.kl), task.with_entropy};
+        TokenTerms terms = token_terms(of, place, weights.of(place), found);
         for (int name = 0; name < kRows; ++name) results.rows[name * of.count + row] = terms.row[name];
         results.flags[row] = terms.flags;
         if (!tensors.grad) return;
