@@ -54,8 +54,12 @@ class RowArguments:
 
     @staticmethod
     def of(tensors: Sequence[Tensor | None]) -> RowArguments:
-        """Name a list like `tensors`."""
-        return RowArguments(*tensors)  # type: ignore[arg-type]  # the first and the fourth are never None
+        """Name a list like `tensors`, as an operator gets it.
+
+        PyTorch writes out a lazy negation for an operator, but not within a list with None in it.
+        """
+        written = (value if value is None else value.resolve_neg() for value in tensors)
+        return RowArguments(*written)  # type: ignore[arg-type]  # the first and the fourth are never None
 
     @property
     def leading(self) -> tuple[int, ...]:

@@ -37,6 +37,11 @@ def may_run_again() -> bool:
     return keep
 
 
+def written(upstream: Tensor) -> Tensor:
+    """Return the upstream gradient with its values in memory: kernels do not see that one is negated lazily."""
+    return upstream.resolve_neg() if upstream.is_neg() else upstream
+
+
 def loss_without_gradient(logits: Tensor, ref_logits: Tensor | None, loss: Loss, backend: str) -> Outputs:
     """Compute the outputs of a loss whose logits need no gradient."""
     value, stats, results = choice.load(backend).whole(logits, ref_logits, loss, None)
@@ -66,7 +71,7 @@ class FusedLoss(torch.autograd.Function):
         # unless the graph is retained, nobody else reads the buffer
         if may_run_again():
             grad = gradient_buffer(grad).copy_(grad)
-        choice.load(ctx.backend).scale_rows(grad, upstream, flags)
+        choice.load(ctx.backend).scale_rows(grad, written(upstream), flags)
         torch.autograd.graph.increment_version(grad)
         return grad, None, None, None
 
@@ -101,6 +106,6 @@ class InplaceLoss(torch.autograd.Function):
             raise RuntimeError(
                 "repo_loss(inplace=True): the logits hold the gradient and were modified before backward"
             )
-        choice.load(ctx.backend).scale_rows(buffer, upstream, ctx.flags)
+        choice.load(ctx.backend).scale_rows(buffer, written(upstream), ctx.flags)
         torch.autograd.graph.increment_version(buffer)
         return buffer, None, None, None, None

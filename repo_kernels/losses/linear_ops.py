@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from ..backends.codes import STATE
 from ..backends.interface import Loss, RowArguments
-from .autograd import may_run_again, refuse_second_order
+from .autograd import may_run_again, refuse_second_order, written
 from .chunks import Budget
 from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
 from .ops import fake_loss
@@ -130,7 +130,7 @@ def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     else:
         totals = [total.detach() for total in saved]
         for total in totals:
-            scale_all(total, upstream, backend)
+            scale_all(total, written(upstream), backend)
             torch.autograd.graph.increment_version(total)
     return *_rounded(totals, ctx.dtypes), *nothing
 

@@ -17,7 +17,7 @@ from ..backends import choice
 from ..backends.codes import NO_AGGREGATION, ROWS, STATE, STATS
 from ..backends.interface import Loss, RowArguments, compute_dtype
 from ..backends.memory_layout import gradient_buffer
-from .autograd import may_run_again, refuse_second_order
+from .autograd import may_run_again, refuse_second_order, written
 
 
 @custom_op("repo_kernels::fused_loss", mutates_args=())
@@ -87,7 +87,7 @@ def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     # a graph that is traced or retained may run backward again; otherwise nobody else reads the buffer
     if traced or may_run_again():
         return scaled_rows(grad, upstream, flags, ctx.backend), *nothing
-    choice.load(ctx.backend).scale_rows(grad, upstream, flags)
+    choice.load(ctx.backend).scale_rows(grad, written(upstream), flags)
     torch.autograd.graph.increment_version(grad)
     return grad, *nothing
 

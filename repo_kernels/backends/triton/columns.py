@@ -41,7 +41,7 @@ class Columns:
         bounds: (S + 1,) int32.
         values: the same as ids for each name of VALUES, in one flat list.
         given: bits of `loss_arguments`.
-        length: L of (B, L), T of packed rows, at least 1.
+        length: of a sequence: L of (B, L), at least 1; 1 of packed rows, for which `bounds` give it if there are any.
     """
 
     ids: tuple[Tensor, int, int]
@@ -70,7 +70,7 @@ class Columns:
             int32 if arguments.cu_seqlens is None else arguments.cu_seqlens,
             values,
             given,
-            max(leading[-1], 1),
+            1 if packed else max(leading[-1], 1),
         )
 
     def costs(self) -> list[Any]:

@@ -125,10 +125,9 @@ def larger(running, value):
 
 
 @triton.jit
-def largest(x):
-    """Return the largest element of a tile (S, P) in each of its rows; NaN if there is one."""
-    top = tl.max(x, axis=1)
-    return tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), top)
+def largest(x, AXIS: tl.constexpr):
+    """Return the largest element along an axis; NaN if there is one."""
+    return tl.where(tl.max((x != x).to(tl.int32), axis=AXIS) > 0, float("nan"), tl.max(x, axis=AXIS))
 
 
 @triton.jit
@@ -186,7 +185,7 @@ def reduce(
                 if given & COST_LIMITS != 0:
                     limit = tl.load(at((limits, limits_b, limits_t), of, token), mask=live, other=0.0)
                 excess = larger(excess, hinge(cost, limit))
-        top = largest(excess)
+        top = largest(excess, 1)
         alive += tl.max(seen, axis=1)
         alive_unsafe += (top > 0).to(tl.float32)
         hinge_sum += top
@@ -200,6 +199,6 @@ def reduce(
     tl.store(stats + HINGE_SUM, hinges)
     tl.store(stats + PENALTY_SUM, tl.load(shared + LAM) * hinges)
     some = sum_tile(tokens) > 0
-    smallest_ratio, largest_ratio = -tl.max(largest(lowest), axis=0), tl.max(largest(highest), axis=0)
+    smallest_ratio, largest_ratio = -largest(largest(lowest, 1), 0), largest(largest(highest, 1), 0)
     tl.store(stats + RATIO_MIN, tl.where(some, smallest_ratio, 1.0))
     tl.store(stats + RATIO_MAX, tl.where(some, largest_ratio, 1.0))
