@@ -45,8 +45,7 @@ def test_no_spills_and_full_width_accesses_in_every_type(target: str) -> None:
 @needs_kernels
 @pytest.mark.slow
 def test_rows_are_loaded_in_loops(quick: list[CompiledKernel]) -> None:
-    for kernel in quick:
-        assert kernel.in_loops.loads.get(16), kernel.name
+    assert not [k.name for k in quick if k.kind in SWEEPING and not k.in_loops.loads.get(16)]
 
 
 @needs_kernels

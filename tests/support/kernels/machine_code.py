@@ -23,7 +23,8 @@ def check(kernels: Sequence[CompiledKernel]) -> None:
     assert not having("spills")
     assert not having("local_bytes")
     assert not [(k.target, k.name, k.narrow) for k in sweeping if k.narrow]
-    # Scalar registers that gfx942 keeps in lanes of a vector register are moved once a row, not in loops.
+    # gfx942 has fewer scalar registers than `fused` has arguments. What does not fit is kept in lanes of a vector
+    # register, not in memory, and moved once a row, not in loops.
     assert not [(k.target, k.name) for k in kernels if k.in_loops.lane_moves]
     # What a thread takes of a row, in a trip of its loop or in all, comes in full-width loads.
     assert not [(k.target, k.name, k.wide_elements) for k in kernels if k.wide_elements < k.elements_per_thread]
