@@ -13,7 +13,7 @@ import pytest
 
 import benchmarks.compiled.__main__ as command
 from benchmarks.compiled.kernels import TARGETS, CompiledKernel, compile_all, forms
-from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, check
+from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, SWEEPING, check
 
 needs_kernels = pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("triton") is None, reason="Triton is not installed"
