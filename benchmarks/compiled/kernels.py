@@ -114,7 +114,11 @@ def _variants(target: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Form:
-    """A variant that can be compiled. specialised: run-time arguments whose value or alignment is compiled in."""
+    """A variant that can be compiled.
+
+    dtype: of the logits, "" for a kernel that reads none. specialised: run-time arguments whose value or alignment is
+    compiled in.
+    """
 
     name: str
     kind: str
@@ -124,7 +128,8 @@ class Form:
 
 def _forms(target: str) -> list[Form]:
     return [
-        Form(variant.name, variant.kind, variant.dtype, tuple(_specialised(variant))) for variant in _variants(target)
+        Form(v.name, v.kind, v.dtype if v.elements_per_thread else "", tuple(_specialised(v)))
+        for v in _variants(target)
     ]
 
 
@@ -167,7 +172,7 @@ def compile_all(
 
     Args:
         targets: keys of TARGETS.
-        dtypes: fp32, bf16, fp16; all where empty.
+        dtypes: fp32, bf16, fp16, of the logits; all where empty. Kernels that read no logits are always compiled.
         triton: version of Triton, installed if it was not; None for the environment's.
         workers: processes; None for one per core.
     """
@@ -179,7 +184,7 @@ def compile_all(
             pool.submit(_compile_named, target, form.name)
             for target, future in listed.items()
             for form in future.result()
-            if not dtypes or form.dtype in dtypes
+            if not dtypes or form.dtype in ("", *dtypes)
         ]
         for done, _ in enumerate(as_completed(futures), 1):
             if sys.stderr.isatty():

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 SPILL = re.compile(r"(LDL|STL)\b|scratch_(load|store)")
 GLOBAL_LOAD = re.compile(r"(LDG|LDGSTS|LD)\b|(global|buffer|flat)_load_")
 GLOBAL_STORE = re.compile(r"(STG|ST)\b|(global|buffer|flat)_store_")
+LANE_MOVE = re.compile(r"v_(read|write)lane_")
 AMD_WIDTHS = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
 
 
@@ -52,11 +53,16 @@ class Code:
 
 @dataclass(frozen=True)
 class Accesses:
-    """Accesses of a part of the code to global memory (width in bytes -> number of instructions), and its spills."""
+    """What a part of the code moves.
+
+    loads, stores: of global memory, width in bytes -> number of instructions. spills: instructions that spill.
+    lane_moves: instructions that move a scalar to or from a lane of a vector register (AMD).
+    """
 
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     spills: int = 0
+    lane_moves: int = 0
 
 
 def parse_sass(text: str) -> Code:
@@ -164,15 +170,16 @@ def accesses(code: Code) -> tuple[Accesses, Accesses]:
 
 
 def count(instructions: Iterable[Instruction]) -> Accesses:
-    """Count loads and stores of global memory by width, and spills."""
-    loads, stores, spills = Counter[int](), Counter[int](), 0
+    """Count loads and stores of global memory by width, spills and lane moves."""
+    loads, stores, spills, lane_moves = Counter[int](), Counter[int](), 0, 0
     for instruction in instructions:
         spills += bool(SPILL.match(instruction.opcode))
+        lane_moves += bool(LANE_MOVE.match(instruction.opcode))
         if GLOBAL_LOAD.match(instruction.opcode):
             loads[instruction.width()] += 1
         elif GLOBAL_STORE.match(instruction.opcode):
             stores[instruction.width()] += 1
-    return Accesses(dict(loads), dict(stores), spills)
+    return Accesses(dict(loads), dict(stores), spills, lane_moves)
 
 
 def nvidia_tool(name: str, *arguments: str) -> str:

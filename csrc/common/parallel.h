@@ -8,7 +8,8 @@
 namespace repo {
 
 constexpr int64_t kElementsPerThread = 1 << 17;  // fewer are done before another thread is awake
-constexpr int64_t kElementsPerTurn = 1 << 15;
+constexpr int64_t kElementsPerTurn = 1 << 18;  // a row fetches the beginning of the next one
+constexpr int64_t kTurnsPerThread = 8;         // at least, if there are so many rows
 
 // Calls work(context) on up to `threads` threads at once, this one included, and returns when all are done.
 void on_threads(int threads, void (*work)(void*), void* context);
@@ -30,7 +31,8 @@ void parallel_rows(int64_t rows, int64_t columns, int64_t busy_elements, int thr
             job.finish();
         }
     };
-    const int64_t turn = std::max<int64_t>(1, kElementsPerTurn / std::max<int64_t>(columns, 1));
+    const int64_t most = rows / (std::max(threads, 1) * kTurnsPerThread);
+    const int64_t turn = std::max<int64_t>(1, std::min(most, kElementsPerTurn / std::max<int64_t>(columns, 1)));
     const int64_t useful = std::min({int64_t(threads), busy_elements / kElementsPerThread, (rows + turn - 1) / turn});
     Job job = {rows, turn, body, finish};
     on_threads(int(std::max<int64_t>(useful, 1)), Job::run, &job);

@@ -98,7 +98,7 @@ inline float exponentials(float* scores, int64_t width, float c, float* log2_sum
     const Power<5> power(1.0f);
     Vec sums = {};
     for (int64_t j = 0; j < width; j += kWidth) {
-        const Vec e = scaled_exp2(clamp_exponent(load_bits<Vec>(scores + j) * c - max), power);
+        const Vec e = scaled_exp2(load_bits<Vec>(scores + j) * c - max, power);
         store_bits(scores + j, e);
         sums += e;
     }
@@ -141,7 +141,7 @@ inline void softmax_gradient(float* scores, float* products, int64_t width, floa
     const Power<5> power(1.0f);
     Vec sums = {};
     for (int64_t j = 0; j < width; j += kWidth) {
-        const Vec p = scaled_exp2(clamp_exponent(load_bits<Vec>(scores + j) * c - log2_sum), power);
+        const Vec p = scaled_exp2(load_bits<Vec>(scores + j) * c - log2_sum, power);
         store_bits(scores + j, p);
         sums = multiply_add(p, load_bits<Vec>(products + j), sums);
     }

@@ -68,7 +68,7 @@ inline void norm_gradient_row(const float* x, const float* weight, float r, cons
 inline Vec sigmoid(Vec x, const Power<5>& power) {
     constexpr float kMinusLog2E = -1.4426950408889634f;
     const Vec magnitude = bit_cast<Vec>(bit_cast<UIntVec>(x) & 0x7fffffffu);
-    const Vec e = scaled_exp2(clamp_exponent(magnitude * kMinusLog2E), power);
+    const Vec e = scaled_exp2(magnitude * kMinusLog2E, power);
     return (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 

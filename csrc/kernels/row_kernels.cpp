@@ -10,19 +10,19 @@ namespace repo {
 namespace REPO_ISA {
 namespace {
 
-template <class T, SumKind kKind>
-void statistics(const void* logits, const void* reference, int64_t columns, Scaling scaling, RowSums& sums,
-                RowSums& ref_sums) {
-    const auto run = scaling.cap > 0 ? sum_row<T, true, kKind> : sum_row<T, false, kKind>;
-    run(static_cast<const T*>(logits), static_cast<const T*>(reference), columns, scaling, sums, ref_sums);
+template <class T, Terms kTerms>
+void statistics(const void* logits, const void* reference, int64_t columns, Scaling scaling, const KeptRow& kept,
+                RowSums& sums, RowSums& ref_sums) {
+    const auto run = scaling.cap > 0 ? sum_row<T, true, kTerms> : sum_row<T, false, kTerms>;
+    run(static_cast<const T*>(logits), static_cast<const T*>(reference), columns, scaling, kept, sums, ref_sums);
 }
 
-template <class T, GradientKind kKind>
+template <class T, Terms kTerms>
 void gradient_of(const void* logits, const void* reference, void* grad, int64_t columns, Scaling scaling,
-                 const GradientWeights& weights, bool past_caches) {
-    const auto run = scaling.cap > 0 ? gradient_row<T, true, kKind> : gradient_row<T, false, kKind>;
+                 const GradientWeights& weights, Target target, const KeptRow& kept, bool past_caches) {
+    const auto run = scaling.cap > 0 ? gradient_row<T, true, kTerms> : gradient_row<T, false, kTerms>;
     run(static_cast<const T*>(logits), static_cast<const T*>(reference), static_cast<T*>(grad), columns, scaling,
-        weights, past_caches);
+        weights, target, kept, past_caches);
 }
 
 // Uses the code of the kernels, so that the target's logit has the same bits as there.
@@ -37,11 +37,6 @@ float logit(const void* logits, int64_t column, Scaling scaling, float* slope) {
 }
 
 template <class T>
-void put(void* row, int64_t column, float value) {
-    store_first(static_cast<T*>(row) + column, 1, {plain_nan(broadcast(value)), Vec{}});
-}
-
-template <class T>
 void scale(void* row, int64_t columns, float factor) {
     scale_row(static_cast<T*>(row), columns, factor);
 }
@@ -52,8 +47,7 @@ void exp2_of(const float* from, float* to, int64_t count) {
         const int64_t n = count - i < kPair ? count - i : kPair;
         const Pair t = load_first(from + i, n);
         const Power<5> power(1.0f);
-        const Vec first = scaled_exp2(clamp_exponent(t.first), power);
-        store_first(to + i, n, {first, scaled_exp2(clamp_exponent(t.second), power)});
+        store_first(to + i, n, {scaled_exp2(t.first, power), scaled_exp2(t.second, power)});
     }
 }
 
@@ -77,17 +71,15 @@ void soft_cap_of(const float* from, float* value, float* slope, int64_t count, f
 
 using namespace REPO_ISA;
 
-#define REPO_STATISTICS(T) {statistics<T, kLogpSums>, statistics<T, kEntropySums>, statistics<T, kReferenceSums>}
-#define REPO_GRADIENT(T) \
-    {gradient_of<T, kLogpGradient>, gradient_of<T, kEntropyGradient>, gradient_of<T, kReferenceGradient>}
+#define REPO_BY_TERMS(kernel, T) \
+    {kernel<T, kPlainTerms>, kernel<T, kEntropyTerms>, kernel<T, kKlTerms>, kernel<T, kAllTerms>}
 
 extern const RowKernels REPO_TABLE(REPO_ISA);
 const RowKernels REPO_TABLE(REPO_ISA) = {
     REPO_STRING(REPO_ISA),
-    {REPO_STATISTICS(float), REPO_STATISTICS(BFloat16), REPO_STATISTICS(Float16)},
-    {REPO_GRADIENT(float), REPO_GRADIENT(BFloat16), REPO_GRADIENT(Float16)},
+    {REPO_BY_TERMS(statistics, float), REPO_BY_TERMS(statistics, BFloat16), REPO_BY_TERMS(statistics, Float16)},
+    {REPO_BY_TERMS(gradient_of, float), REPO_BY_TERMS(gradient_of, BFloat16), REPO_BY_TERMS(gradient_of, Float16)},
     {logit<float>, logit<BFloat16>, logit<Float16>},
-    {put<float>, put<BFloat16>, put<Float16>},
     zero_row,
     {scale<float>, scale<BFloat16>, scale<Float16>},
     fence_streams,

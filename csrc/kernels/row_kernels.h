@@ -32,14 +32,26 @@ struct RowSums {
 
     // inlined, since a copy shared between instruction sets could be one that this machine cannot run
     __attribute__((always_inline)) double total() const { return rest + largest; }
-
-    // Sets `rest` and its sums to 0 if its terms may all be 0: kernels may return 2^-125 for an exponential that is 0.
-    void drop_dust() {
-        if (rest < 1e-30 * largest) rest = 0, weighted = largest * top;
-    }
 };
 
-enum SumKind { kLogpSums, kEntropySums, kReferenceSums, kSumKinds };
+// Which terms a row has besides e_v: e_v t_v for the entropy, e_v (t_v - t'_v) for the full KL.
+enum Terms { kPlainTerms, kEntropyTerms, kKlTerms, kAllTerms, kTermKinds };
+
+constexpr Terms terms_of(bool entropy, bool kl) { return Terms(int(entropy) | int(kl) << 1); }
+constexpr bool with_entropy(Terms terms) { return terms & kEntropyTerms; }
+constexpr bool with_kl(Terms terms) { return terms & kKlTerms; }
+
+// Memory for the terms of one row, which the first pass keeps for the second. A block's terms are relative to the
+// maxima that were known when it was summed. null: nothing is kept.
+struct KeptRow {
+    float *e = nullptr, *weighted = nullptr, *difference = nullptr;  // (2, plane): the order is in kept_row.h
+    float *max2 = nullptr, *ref_max2 = nullptr;                      // (blocks,)
+    int64_t plane = 0;
+};
+
+// Sizes of a kept row. A plane has space for whole vectors beyond its last element.
+constexpr int64_t kept_plane(int64_t columns) { return (columns + 255) / 128 * 64; }
+constexpr int64_t kept_blocks(int64_t columns) { return columns / 1024 + 1; }
 
 // dL/dz_v = e_v (base + by_log t_v + by_difference (t_v - t'_v)) slope_v
 struct GradientWeights {
@@ -47,25 +59,28 @@ struct GradientWeights {
     float base, by_log, by_difference;
 };
 
-enum GradientKind { kLogpGradient, kEntropyGradient, kReferenceGradient, kGradientKinds };
+// The entry of the gradient at the token of the row.
+struct Target {
+    int64_t column;
+    float grad;
+};
 
 // Kernels over rows of `columns` consecutive elements.
-//   statistics  fills sums; kReferenceSums includes the entropy sums, and only it reads reference and fills ref_sums
-//   gradient    writes grad, which may be the logits, with past_caches past the caches; only kReferenceGradient reads
-//               reference
+//   statistics  fills sums and kept; only terms of the full KL need reference and fill ref_sums
+//   gradient    writes grad, which may be the logits, with past_caches past the caches; only terms of the full KL need
+//               reference. kept: of the row's statistics with at least these terms, or null
 //   logit       returns one capped logit and the slope of the cap
-//   put         writes one rounded value
 //   fence       orders streamed stores before what the thread does next
 //   exp2, soft_cap  the approximations, for tests
 struct RowKernels {
     const char* name;
-    void (*statistics[kDTypes][kSumKinds])(
-        const void* logits, const void* reference, int64_t columns, Scaling, RowSums& sums, RowSums& ref_sums);
-    void (*gradient[kDTypes][kGradientKinds])(
+    void (*statistics[kDTypes][kTermKinds])(
+        const void* logits, const void* reference, int64_t columns, Scaling, const KeptRow& kept, RowSums& sums,
+        RowSums& ref_sums);
+    void (*gradient[kDTypes][kTermKinds])(
         const void* logits, const void* reference, void* grad, int64_t columns, Scaling, const GradientWeights&,
-        bool past_caches);
+        Target, const KeptRow& kept, bool past_caches);
     float (*logit[kDTypes])(const void* logits, int64_t column, Scaling, float* slope);
-    void (*put[kDTypes])(void* row, int64_t column, float value);
     void (*zero)(void* row, int64_t bytes);
     void (*scale[kDTypes])(void* row, int64_t columns, float factor);
     void (*fence)();

@@ -1,229 +1,199 @@
-// The first pass over a row, in blocks that stay in L1: each is searched for a new maximum and then summed.
+// The first pass over a row, in blocks that stay in L1: each is searched for its maximum while the one before it is
+// summed, and then summed itself.
 #pragma once
 
 #include "kernels/convert.h"
 #include "kernels/exponential.h"
+#include "kernels/kept_row.h"
+#include "kernels/row_blocks.h"
 #include "kernels/row_kernels.h"
-
-extern "C" double exp2(double);
 
 namespace repo::REPO_ISA {
 
-constexpr int kStep = 2 * kPair;  // elements
-constexpr int64_t kBlock = kWidth > 4 ? 2048 : 1024;  // elements: a lane sums 32 to 64 terms in float
-
-// `count` logits, a multiple of kStep; those beyond the row's end are -inf.
-template <class T>
-struct Block {
-    const T* x;
-    int64_t count;
-};
-
-// Returns a whole block where it is, and the row's tail as a padded copy.
-template <class T>
-inline Block<T> block_of(const T* from, int64_t count, float, T* buffer) {
-    if (count == kBlock) return {from, kBlock};
-    const int64_t padded = (count + kStep - 1) / kStep * kStep;
-    std::memcpy(buffer, from, count * sizeof(T));
-    for (int64_t i = count; i < padded; ++i) buffer[i] = negative_infinity(from);
-    return {buffer, padded};
-}
-
-// Returns cap tanh(z / cap) of the block, in the buffer.
-template <class T>
-inline Block<float> capped_block_of(const T* from, int64_t count, float cap, float* buffer) {
-    const int64_t padded = (count + kStep - 1) / kStep * kStep;
-    for (int64_t i = 0; i < padded; i += kPair) {
-        const int64_t left = count - i;
-        const Pair z = left >= kPair ? load_pair(from + i) : load_first(from + i, left > 0 ? left : 0);
-        store_pair(buffer + i, {soft_cap(z.first, cap).value, soft_cap(z.second, cap).value});
-    }
-    // the padding is in the last pairs, whose elements are in the order of element_of
-    for (int64_t i = count / kPair * kPair; i < padded; ++i) {
-        const int64_t lane = i % kPair, base = i - lane;
-        if (base + element_of(from, lane / kWidth, lane % kWidth) >= count) buffer[i] = -__builtin_inff();
-    }
-    return {buffer, padded};
-}
-
-template <class T>
-inline float block_max(Block<T> block) {
-    Vec m[4];
-    for (Vec& part : m) part = broadcast(-__builtin_inff());
-    for (int64_t i = 0; i < block.count; i += kStep) {
-        const Pair low = load_pair(block.x + i), high = load_pair(block.x + i + kPair);
-        m[0] = larger(low.first, m[0]);
-        m[1] = larger(low.second, m[1]);
-        m[2] = larger(high.first, m[2]);
-        m[3] = larger(high.second, m[3]);
-    }
-    return max_lanes(larger(larger(m[0], m[1]), larger(m[2], m[3])));
-}
-
-// Returns the last index of an element equal to `value`, which must exist.
-template <class T>
-inline int64_t find(Block<T> block, float value) {
-    const Vec wanted = broadcast(value);
-    IntVec where[2] = {IntVec{} - 1, IntVec{} - 1};
-    for (int64_t i = 0; i < block.count; i += kPair) {
-        const Pair x = load_pair(block.x + i);
-        where[0] = x.first == wanted ? IntVec{} + int32_t(i) : where[0];
-        where[1] = x.second == wanted ? IntVec{} + int32_t(i) : where[1];
-    }
-    int64_t last = -1;
-    for (int vector = 0; vector < 2; ++vector) {
-        int32_t pair[kWidth];
-        store_bits(pair, where[vector]);
-        for (int lane = 0; lane < kWidth; ++lane) {
-            const int64_t index = pair[lane] + element_of(block.x, vector, lane);
-            if (pair[lane] >= 0 && index > last) last = index;
-        }
-    }
-    return last;
-}
+constexpr int64_t kAhead = 16 << 10;  // bytes between the block that is summed and what is fetched into L2
 
 // Moves the sums to a new maximum: t grows by `shift` <= 0, e_v by the factor 2^shift.
 inline void shift_sums(RowSums& sums, double shift) {
-    const double scale = shift < -149 ? 0 : exp2(shift), total = sums.total();
+    const double scale = exp2_or_zero(shift), total = sums.total();
     sums.rest = scale * total;
+    sums.largest = 0;
     sums.weighted = scale * (sums.weighted + total * shift);
     // terms without probability in fp32 count nothing, even if the reference is -inf
     sums.difference = scale == 0 ? 0 : scale * (sums.difference + total * shift);
 }
 
-// Moves the sums to the block's maximum if it is a new one; returns its index in the block, or -1.
-template <class T>
-inline int64_t raise_max(RowSums& sums, Block<T> block, float c) {
-    const float m = block_max(block), max2 = m * c;
-    if (!(max2 > sums.max2)) return -1;
+// Moves the sums to the maximum of a block if it is a new one; returns whether it is.
+inline bool raise_max(RowSums& sums, float max, float c) {
+    const float max2 = max * c;
+    if (!(max2 > sums.max2)) return false;
     shift_sums(sums, double(sums.max2) - max2);
     sums.max2 = max2;
-    sums.top = double(m) * c - max2;
-    sums.largest = max2 < -kLowestMax ? exp2(sums.top) : __builtin_nan("");
-    sums.weighted += sums.largest * sums.top;
-    return find(block, m);
+    sums.top = double(max) * c - max2;
+    return true;
 }
 
-// The constants of all terms.
+// What the terms of a block are relative to. max: the block's largest logit.
 struct Centre {
-    Vec c, max2, ref_max2;
-    Power<5> power{1.0f};
+    float c, max2, ref_max2, max;
 };
 
-template <SumKind kKind>
+// Sums in every lane of a vector. In a block with a new maximum (kRaised) the terms of the maximum are counted and not
+// summed; ref is the sum of the reference's logits there.
+template <Terms kTerms, bool kRaised>
 struct Lanes {
-    Vec e = {}, weighted = {}, difference = {};
+    Vec rest = {}, weighted = {}, difference = {}, ref = {};
+    IntVec maxima = {};
 
-    // x: logits; y: the reference's, read with kReferenceSums alone
-    void add(Vec x, Vec y, const Centre& centre) {
-        Vec t = exact_multiply_subtract(x, centre.c, centre.max2), term;
-        if (kKind == kReferenceSums) {
-            t = clamp_exponent(t);
-            term = scaled_exp2(t, centre.power);
-            const Vec gap = t - exact_multiply_subtract(y, centre.c, centre.ref_max2);
-            difference += term == 0.0f ? Vec{} : term * gap;
+    void add(const Term& term, Vec x, Vec y, const Centre& centre) {
+        weighted += term.weighted;
+        if (kRaised) {
+            const IntVec is_max = x == broadcast(centre.max);
+            rest += is_max ? Vec{} : term.e;
+            difference += is_max ? Vec{} : term.difference;
+            maxima -= is_max;
+            ref += is_max ? y : Vec{};
         } else {
-            t = clamp_summand(t);
-            term = exp2_summand(t, centre.power);
+            rest += term.e;
+            difference += term.difference;
         }
-        e += term;
-        if (kKind != kLogpSums) weighted = multiply_add(term, t, weighted);
     }
 
     void add(const Lanes& other) {
-        e += other.e;
+        rest += other.rest;
         weighted += other.weighted;
         difference += other.difference;
+        maxima += other.maxima;
+        ref += other.ref;
+    }
+
+    void add_to(RowSums& sums, const Centre& centre) const {
+        sums.rest += sum_lanes(rest);
+        if (with_entropy(kTerms)) sums.weighted += sum_lanes(weighted);
+        if (with_kl(kTerms)) sums.difference += sum_lanes(difference);
+        if (!kRaised) return;
+        const double count = sum_lanes(maxima), e = sums.max2 < -kLowestMax ? exp2(sums.top) : __builtin_nan("");
+        sums.largest = e;
+        sums.rest += (count - 1) * e;
+        // in double: with a probability near 1 it decides all digits of the KL
+        if (with_kl(kTerms))
+            sums.difference += e * (count * (sums.top + centre.ref_max2) - double(centre.c) * sum_lanes(ref));
     }
 };
 
-template <SumKind kKind, class T>
-inline void add_step(Lanes<kKind> (&lanes)[4], const T* x, const T* y, const Centre& centre) {
-    for (int half = 0; half < 2; ++half) {
-        const Pair p = load_pair(x + half * kPair);
-        const Pair q = kKind == kReferenceSums ? load_pair(y + half * kPair) : p;
-        lanes[2 * half].add(p.first, q.first, centre);
-        lanes[2 * half + 1].add(p.second, q.second, centre);
-    }
-}
+// Computes terms of logits, given those of the reference.
+template <Terms kTerms>
+struct TermsOf {
+    Vec c, max2, ref_max2;
+    Power<5> power{1.0f};
 
-// Adds a block to the sums, without the element `left_out` (-1: none). ahead: the memory of the next block, which is
-// fetched while this one is summed.
-template <SumKind kKind, class T>
-inline void add_block(RowSums& sums, Block<T> block, const T* reference, float ref_max2, float c, int64_t left_out,
-                      const char* ahead, int64_t ahead_bytes) {
-    const Centre centre = {broadcast(c), broadcast(sums.max2), broadcast(ref_max2)};
-    const T* y = kKind == kReferenceSums ? reference : block.x;
-    Lanes<kKind> lanes[4];
+    explicit TermsOf(const Centre& centre)
+        : c(broadcast(centre.c)), max2(broadcast(centre.max2)), ref_max2(broadcast(centre.ref_max2)) {}
 
-    const auto add = [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i += kStep) {
-            for (int64_t line = 0; line < ahead_bytes; line += 64) __builtin_prefetch(ahead + line);
-            ahead += ahead_bytes;
-            add_step(lanes, block.x + i, y + i, centre);
+    Term operator()(Vec x, Vec y) const {
+        const Vec t = exact_multiply_subtract(x, c, max2);
+        Term term = {scaled_exp2(t, power), {}, {}};
+        if (with_entropy(kTerms)) term.weighted = term.e * clamp_exponent(t);
+        if (with_kl(kTerms)) {
+            const Vec gap = t - exact_multiply_subtract(y, c, ref_max2);
+            term.difference = term.e == 0.0f ? Vec{} : term.e * gap;
         }
-    };
-    if (left_out < 0) {
-        add(0, block.count);
-    } else {
-        // the step with the maximum is taken from a copy with -inf in its place
-        const int64_t step = left_out / kStep * kStep;
-        T patched[kStep];
-        std::memcpy(patched, block.x + step, sizeof(patched));
-        patched[left_out - step] = negative_infinity(block.x);
-        add(0, step);
-        add_step(lanes, patched, y + step, centre);
-        add(step + kStep, block.count);
+        return term;
+    }
+};
+
+// Where terms go that nobody needs again.
+struct Nowhere {
+    void store(int64_t, const Term&, const Term&) const {}
+};
+
+// Memory that is fetched into L2 while a block is summed, `step` bytes further with each step.
+struct Ahead {
+    const char* from;
+    int64_t step;
+};
+
+// Adds the terms of a block to the sums and stores them. Meanwhile it searches the next block, whose largest logit it
+// returns.
+template <Terms kTerms, bool kRaised, class S, class Kept>
+float add_terms(RowSums& sums, Block<S> block, const S* reference, Centre centre, const Kept& kept, Block<S> next,
+                Ahead ahead) {
+    const TermsOf<kTerms> terms(centre);
+    Lanes<kTerms, kRaised> lanes[4];
+    Largest<S> largest;
+    for (int64_t step = 0; step < block.count; step += kStep, ahead.from += ahead.step) {
+        for (int line = 0; line < int(kStep * sizeof(S)); line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
+        if (step < next.count) largest.add(next.x + step);
+        for (int half = 0; half < 2; ++half) {
+            const int64_t i = step + half * kPair;
+            const Pair x = load_pair(block.x + i), y = with_kl(kTerms) ? load_pair(reference + i) : x;
+            const Term first = terms(x.first, y.first), second = terms(x.second, y.second);
+            kept.store(i / kPair, first, second);
+            lanes[2 * half].add(first, x.first, y.first, centre);
+            lanes[2 * half + 1].add(second, x.second, y.second, centre);
+        }
     }
     lanes[0].add(lanes[1]);
     lanes[2].add(lanes[3]);
     lanes[0].add(lanes[2]);
-    sums.rest += sum_lanes(lanes[0].e);
-    if (kKind != kLogpSums) sums.weighted += sum_lanes(lanes[0].weighted);
-    if (kKind == kReferenceSums) sums.difference += sum_lanes(lanes[0].difference);
+    lanes[0].add_to(sums, centre);
+    return largest.get();
 }
 
-inline double value_at(Block<float> block, int64_t index) { return block.x[index]; }
+// A row whose blocks are summed one after another.
+template <class T, bool kCapped>
+class SummedRow {
+   public:
+    using S = typename Blocks<T, kCapped>::S;
 
-template <class T>
-inline double value_at(Block<T> block, int64_t index) {
-    return load_first(block.x + index, 1).first[0];
-}
+    SummedRow(const T* row, int64_t columns, Scaling scaling, RowSums& sums)
+        : sums(sums),
+          row(row),
+          c(scaling.c),
+          blocks(row, columns, scaling.cap),
+          block(blocks.get(0)),
+          max(block_max(block)) {}
 
-// Sums a row. take: block_of or capped_block_of. T: type in memory; S: type that is summed, float if capped.
-template <SumKind kKind, class S, class T, class Take>
-inline void sum_blocks(const T* logits, const T* reference, int64_t columns, Scaling scaling, RowSums& sums,
-                       RowSums& ref_sums, Take take) {
-    alignas(64) S buffer[kBlock];
-    alignas(64) S ref_buffer[kKind == kReferenceSums ? kBlock : 1];
-    constexpr int64_t kAheadBytes = kStep * sizeof(T);
-    const auto ahead = [](const T* block) { return reinterpret_cast<const char*>(block + kBlock); };
-    const float c = scaling.c;
-    for (int64_t start = 0; start < columns; start += kBlock) {
-        const int64_t count = columns - start < kBlock ? columns - start : kBlock;
-        const Block<S> block = take(logits + start, count, scaling.cap, buffer);
-        Block<S> other = {nullptr, 0};
-        if (kKind == kReferenceSums) {
-            other = take(reference + start, count, scaling.cap, ref_buffer);
-            const double before = ref_sums.max2;
-            const int64_t ref_top = raise_max(ref_sums, other, c);
-            // t' grows by before - max2
-            if (ref_top >= 0) sums.difference -= sums.total() * (before - ref_sums.max2);
-            add_block<kLogpSums, S>(ref_sums, other, nullptr, 0.0f, c, ref_top, ahead(reference + start), kAheadBytes);
-        }
-        const int64_t top = raise_max(sums, block, c);
-        if (kKind == kReferenceSums && top >= 0)
-            sums.difference += sums.largest * (sums.top - (value_at(other, top) * c - ref_sums.max2));
-        add_block<kKind>(sums, block, other.x, ref_sums.max2, c, top, ahead(logits + start), kAheadBytes);
+    // The logits of the next block.
+    const S* logits() const { return block.x; }
+
+    // Adds the next block to the sums: first its maximum, then its terms, given the logits of the reference.
+    template <Terms kTerms, class Kept>
+    void add_block(const S* reference, float ref_max2, const Kept& kept) {
+        const Ahead ahead = {reinterpret_cast<const char*>(row + number * kBlock) + kAhead, kStep * sizeof(T)};
+        const Block<S> next = blocks.get(++number);
+        const bool raised = raise_max(sums, max, c);
+        const auto add = raised ? add_terms<kTerms, true, S, Kept> : add_terms<kTerms, false, S, Kept>;
+        max = add(sums, block, reference, {c, sums.max2, ref_max2, max}, kept, next, ahead);
+        block = next;
     }
-}
 
-template <class T, bool kCapped, SumKind kKind>
-void sum_row(const T* logits, const T* reference, int64_t columns, Scaling scaling, RowSums& sums, RowSums& ref_sums) {
-    if constexpr (kCapped) {
-        sum_blocks<kKind, float>(logits, reference, columns, scaling, sums, ref_sums, capped_block_of<T>);
-    } else {
-        sum_blocks<kKind, T>(logits, reference, columns, scaling, sums, ref_sums, block_of<T>);
+   private:
+    RowSums& sums;
+    const T* row;
+    float c;
+    Blocks<T, kCapped> blocks;
+    int64_t number = 0;
+    Block<S> block;
+    float max;  // of the block
+};
+
+template <class T, bool kCapped, Terms kTerms>
+void sum_row(const T* logits, const T* reference, int64_t columns, Scaling scaling, const KeptRow& kept, RowSums& sums,
+             RowSums& ref_sums) {
+    alignas(64) float scratch[kBlock];  // takes the terms if they are not kept
+    SummedRow<T, kCapped> row(logits, columns, scaling, sums);
+    SummedRow<T, kCapped> ref(reference, with_kl(kTerms) ? columns : 0, scaling, ref_sums);
+    for (int64_t number = 0; number * kBlock < columns; ++number) {
+        const auto* other = ref.logits();
+        if (with_kl(kTerms)) {
+            const double before = ref_sums.max2;
+            ref.template add_block<kPlainTerms>(nullptr, 0, Nowhere());
+            sums.difference -= sums.total() * (before - ref_sums.max2);  // t' has grown by so much
+        }
+        const KeptTerms<kTerms> terms = kept.e ? KeptTerms<kTerms>(kept, number * kBlock, logits)
+                                               : KeptTerms<kTerms>({scratch, scratch, scratch}, 0, scratch);
+        row.template add_block<kTerms>(other, ref_sums.max2, terms);
+        if (kept.e) kept.max2[number] = sums.max2, kept.ref_max2[number] = ref_sums.max2;
     }
 }
 

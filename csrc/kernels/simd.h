@@ -26,6 +26,7 @@ typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef double DoubleVec __attribute__((vector_size(8 * kWidth)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t UIntVec __attribute__((vector_size(4 * kWidth)));
+typedef int16_t ShortVec __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kWidth)));
 
 inline Vec broadcast(float x) { return Vec{} + x; }
@@ -57,6 +58,14 @@ inline Vec vec_fma(Vec a, Vec b, Vec c) {
 }
 #endif
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Returns the number of elements before the first 64-byte line that begins at or after `from`.
+template <class T>
+inline int64_t to_line(const T* from) {
+    return (64 - reinterpret_cast<uintptr_t>(from) % 64) % 64 / sizeof(T);
+}
+
 // Returns a where a > b, else b; b where either is NaN.
 inline Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -69,6 +78,9 @@ inline Vec larger(Vec a, Vec b) {
     return a > b ? a : b;
 #endif
 }
+
+inline ShortVec larger(ShortVec a, ShortVec b) { return a > b ? a : b; }
+inline ShortVec smaller(ShortVec a, ShortVec b) { return a < b ? a : b; }
 
 // Returns a b + c with one rounding or two, whichever is cheaper.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
@@ -98,21 +110,41 @@ inline Vec exact_multiply_subtract(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// The two below combine the lanes of a vector pairwise, in an order that is the same for every row.
+template <class T, int kLanes>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(sizeof(T) * kLanes)));
+};
+
+// Combines the lanes of a vector by halves, in an order that is the same for every row.
+template <class T, int kLanes, class Combine>
+inline T fold(typename VectorOf<T, kLanes>::type v, Combine combine) {
+    if constexpr (kLanes == 1) {
+        return v[0];
+    } else {
+        typename VectorOf<T, kLanes / 2>::type half[2];
+        std::memcpy(half, &v, sizeof v);
+        return fold<T, kLanes / 2>(combine(half[0], half[1]), combine);
+    }
+}
+
 inline float sum_lanes(Vec v) {
-    float lanes[kWidth];
-    store_bits(lanes, v);
-    for (int half = kWidth / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    return fold<float, kWidth>(v, [](auto a, auto b) { return a + b; });
+}
+
+inline int32_t sum_lanes(IntVec v) {
+    return fold<int32_t, kWidth>(v, [](auto a, auto b) { return a + b; });
 }
 
 inline float max_lanes(Vec v) {
-    float lanes[kWidth];
-    store_bits(lanes, v);
-    for (int half = kWidth / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
+    return fold<float, kWidth>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline int16_t max_lanes(ShortVec v) {
+    return fold<int16_t, 2 * kWidth>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline int16_t min_lanes(ShortVec v) {
+    return fold<int16_t, 2 * kWidth>(v, [](auto a, auto b) { return a < b ? a : b; });
 }
 
 // Stores past the caches, for lines that are written whole and not read again soon; `to` is aligned to the vector.

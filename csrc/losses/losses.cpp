@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -18,9 +20,13 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// The STATE of one row.
+// The STATE of one row, before it is rounded to float.
 struct RowState {
-    float logp = 0, entropy = 0, kl = 0, max2 = 0, log2_sum = 0, ref_max2 = 0, ref_log2_sum = 0;
+    double logp = 0, entropy = 0, kl = 0;
+    float max2 = 0;
+    double log2_sum = 0;
+    float ref_max2 = 0;
+    double ref_log2_sum = 0;
 };
 
 Scaling scaling_of(float temperature, float softcap) { return {float(kLog2E / temperature), softcap}; }
@@ -31,32 +37,50 @@ double log2_total(const RowSums& sums) {
     return sums.top + std::log1p(sums.rest / sums.largest) * kLog2E;
 }
 
+// Returns this thread's memory for the terms of a row; none where no gradient follows, or where the row is so long that
+// its terms leave the caches and are computed again in the same time.
+KeptRow kept_row(const Tensors& tensors, bool with_entropy) {
+    constexpr int64_t kLongest = 1 << 18;
+    struct alignas(64) Line {
+        float value[16];
+    };
+    thread_local std::vector<Line> lines;
+    const int64_t columns = tensors.logits.columns, plane = kept_plane(columns), blocks = kept_blocks(columns);
+    if (!tensors.grad || columns > kLongest) return {};
+    const int64_t needed = (2 * plane * (1 + with_entropy + (tensors.reference != nullptr)) + 2 * blocks + 15) / 16;
+    if (int64_t(lines.size()) < needed) lines.resize(needed);
+    float* next = lines.front().value;
+    const auto take = [&](int64_t count, bool wanted) { return wanted ? std::exchange(next, next + count) : nullptr; };
+    float *e = take(2 * plane, true), *weighted = take(2 * plane, with_entropy);
+    float* difference = take(2 * plane, tensors.reference);
+    return {e, weighted, difference, take(blocks, true), take(blocks, true), plane};
+}
+
 RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, Scaling scaling,
-                    bool with_entropy) {
+                    bool with_entropy, const KeptRow& kept) {
     const Rows& logits = tensors.logits;
     const void* row = logits.row(r);
     const void* reference = tensors.reference ? tensors.reference->row(r) : nullptr;
-    const SumKind kind = reference ? kReferenceSums : with_entropy ? kEntropySums : kLogpSums;
     RowSums sums, ref_sums;
-    kernels.statistics[logits.dtype][kind](row, reference, logits.columns, scaling, sums, ref_sums);
+    const auto sum_row = kernels.statistics[logits.dtype][terms_of(with_entropy, reference)];
+    sum_row(row, reference, logits.columns, scaling, kept, sums, ref_sums);
 
-    if (kind != kReferenceSums) sums.drop_dust();
     const double log2_sum = log2_total(sums), total = sums.total();
     float slope;
     const double t = double(kernels.logit[logits.dtype](row, id, scaling, &slope)) * scaling.c - sums.max2;
     RowState state;
     // t - top is exactly 0 at the maximum, and log1p keeps the rest, so that the digits of 1 - p survive where p -> 1
-    state.logp = float((t - sums.top - (log2_sum - sums.top)) * kLn2);
+    state.logp = (t - sums.top - (log2_sum - sums.top)) * kLn2;
     state.max2 = sums.max2;
-    state.log2_sum = float(log2_sum);
-    // H = -sum p log p
-    if (with_entropy) state.entropy = float((log2_sum - sums.weighted / total) * kLn2);
+    state.log2_sum = log2_sum;
+    // H = -sum p log p, exactly 0 where one entry has all the probability
+    if (with_entropy) state.entropy = (log2_sum - (sums.rest == 0 ? sums.top : sums.weighted / total)) * kLn2;
     if (reference) {
         const double ref_log2_sum = log2_total(ref_sums);
         state.ref_max2 = ref_sums.max2;
-        state.ref_log2_sum = float(ref_log2_sum);
+        state.ref_log2_sum = ref_log2_sum;
         // sum p (log p - log q)
-        state.kl = float((sums.difference / total - (log2_sum - ref_log2_sum)) * kLn2);
+        state.kl = (sums.difference / total - (log2_sum - ref_log2_sum)) * kLn2;
     }
     return state;
 }
@@ -81,12 +105,12 @@ float target_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t
 // Writes p_v (-g_logp - g_H (log p_v + H) + g_kl (log p_v - log q_v - KL)) / temperature in terms of
 // e_v = p_v 2^log2_sum and t_v = log2 p_v + log2_sum.
 GradientWeights gradient_weights(const RowState& state, const Slopes& slopes, float temperature, bool with_reference) {
-    const double scale = std::exp2(-double(state.log2_sum)) / temperature;
+    const double scale = std::exp2(-state.log2_sum) / temperature;
     double base = -double(slopes.logp);
     if (slopes.entropy != 0) base -= slopes.entropy * (state.entropy - state.log2_sum * kLn2);
     GradientWeights weights = {state.max2, state.ref_max2, 0, float(-scale * slopes.entropy * kLn2), 0};
     if (with_reference) {
-        base -= slopes.kl * ((double(state.log2_sum) - state.ref_log2_sum) * kLn2 + state.kl);
+        base -= slopes.kl * ((state.log2_sum - state.ref_log2_sum) * kLn2 + state.kl);
         weights.by_difference = float(scale * slopes.kl * kLn2);
     }
     weights.base = float(scale * base);
@@ -97,18 +121,15 @@ GradientWeights gradient_weights(const RowState& state, const Slopes& slopes, fl
 }
 
 void write_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, const RowState& state,
-                    const Slopes& slopes, Scaling scaling, float temperature) {
+                    const Slopes& slopes, Scaling scaling, float temperature, const KeptRow& kept) {
     const bool with_reference = tensors.reference && slopes.kl != 0;
-    const GradientKind kind = with_reference        ? kReferenceGradient
-                              : slopes.entropy != 0 ? kEntropyGradient
-                                                    : kLogpGradient;
+    const Terms terms = terms_of(slopes.entropy != 0, with_reference);
     const Rows& logits = tensors.logits;
-    const float target = target_gradient(kernels, tensors, r, id, state, slopes, scaling, temperature);
+    const Target target = {id, target_gradient(kernels, tensors, r, id, state, slopes, scaling, temperature)};
     const GradientWeights weights = gradient_weights(state, slopes, temperature, with_reference);
-    void* grad = tensors.grad->row(r);
-    kernels.gradient[logits.dtype][kind](logits.row(r), with_reference ? tensors.reference->row(r) : nullptr, grad,
-                                         logits.columns, scaling, weights, tensors.large_gradient());
-    kernels.put[logits.dtype](grad, id, target);
+    kernels.gradient[logits.dtype][terms](logits.row(r), with_reference ? tensors.reference->row(r) : nullptr,
+                                          tensors.grad->row(r), logits.columns, scaling, weights, target, kept,
+                                          tensors.large_gradient());
 }
 
 // Asks for pages of 2 MB: the system has often not handed out the memory of a gradient yet, and does so several times
@@ -180,8 +201,10 @@ void fused(const Tensors& tensors, const LossTask& task, const Results& results,
         const int64_t row = task.where.row(i);
         const Place place = of.place(row);
         const int64_t id = of.ids.at(place);
-        const RowState state = find_state(chosen, tensors, i, id, scaling, task.with_entropy);
-        TokenTerms terms = token_terms(of, place, weights.of(place), {state.logp, state.entropy, state.kl, task.with_entropy});
+        const KeptRow kept = kept_row(tensors, task.with_entropy);
+        const RowState state = find_state(chosen, tensors, i, id, scaling, task.with_entropy, kept);
+        const Probabilities found = {float(state.logp), float(state.entropy), float(state.kl), task.with_entropy};
+        TokenTerms terms = token_terms(of, place, weights.of(place), found);
         for (int name = 0; name < kRows; ++name) results.rows[name * of.count + row] = terms.row[name];
         results.flags[row] = terms.flags;
         if (!tensors.grad) return;
@@ -189,7 +212,7 @@ void fused(const Tensors& tensors, const LossTask& task, const Results& results,
             const float factor = task.upstream[row];
             terms.slopes = {terms.slopes.logp * factor, terms.slopes.entropy * factor, terms.slopes.kl * factor};
         }
-        write_gradient(chosen, tensors, i, id, state, terms.slopes, scaling, temperature);
+        write_gradient(chosen, tensors, i, id, state, terms.slopes, scaling, temperature, kept);
     };
     over_rows(chosen, tensors, threads, is_live, body, dead);
 }
@@ -200,13 +223,13 @@ void statistics(const Tensors& tensors, const int64_t* ids, float temperature, f
     const int64_t rows = tensors.logits.count;
     const Scaling scaling = scaling_of(temperature, softcap);
     const auto put = [&](int64_t r, const RowState& row) {
-        const float by_row[kStates] = {row.logp,     row.entropy,  row.kl,          row.max2,
-                                       row.log2_sum, row.ref_max2, row.ref_log2_sum};
-        for (int i = 0; i < kStates; ++i) state[i * rows + r] = by_row[i];
+        const double by_row[kStates] = {row.logp,     row.entropy,  row.kl,          row.max2,
+                                        row.log2_sum, row.ref_max2, row.ref_log2_sum};
+        for (int i = 0; i < kStates; ++i) state[i * rows + r] = float(by_row[i]);
     };
     over_rows(
         chosen, tensors, threads, [&](int64_t r) { return ids[r] != kIgnored; },
-        [&](int64_t r) { put(r, find_state(chosen, tensors, r, ids[r], scaling, with_entropy)); },
+        [&](int64_t r) { put(r, find_state(chosen, tensors, r, ids[r], scaling, with_entropy, {})); },
         [&](int64_t r) { put(r, {}); });
 }
 
@@ -220,7 +243,7 @@ void apply(const Tensors& tensors, const int64_t* ids, const float* state, const
         const RowState row_state = {at(kStateLogp), at(kStateEntropy), at(kStateKl),    at(kMax2),
                                     at(kLog2Sum),   at(kRefMax2),      at(kRefLog2Sum)};
         const Slopes by_row = {slopes[r], slopes[rows + r], slopes[2 * rows + r]};
-        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, temperature);
+        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, temperature, {});
     };
     over_rows(chosen, tensors, threads, [&](int64_t r) { return ids[r] != kIgnored; }, body, [](int64_t) {});
 }

@@ -13,7 +13,7 @@ import pytest
 
 import benchmarks.compiled.__main__ as command
 from benchmarks.compiled.kernels import TARGETS, CompiledKernel, compile_all, forms
-from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, check
+from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, SWEEPING, check
 
 needs_kernels = pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -45,8 +45,7 @@ def test_no_spills_and_full_width_accesses_in_every_type(target: str) -> None:
 @needs_kernels
 @pytest.mark.slow
 def test_rows_are_loaded_in_loops(quick: list[CompiledKernel]) -> None:
-    for kernel in quick:
-        assert kernel.in_loops.loads.get(16), kernel.name
+    assert not [k.name for k in quick if k.kind in SWEEPING and not k.in_loops.loads.get(16)]
 
 
 @needs_kernels
@@ -74,7 +73,7 @@ def test_command_prints_a_row_for_every_kernel(quick: list[CompiledKernel], monk
     monkeypatch.setattr(
         command,
         "compile_all",
-        lambda targets, dtypes, triton: [k for k in quick if k.target in targets and k.dtype in dtypes],
+        lambda targets, dtypes, triton: [k for k in quick if k.target in targets],
     )
     command.main(["--targets", "sm_90", "--dtypes", "bf16", "--no-passes"])
     printed = capsys.readouterr().out

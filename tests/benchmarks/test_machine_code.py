@@ -44,6 +44,7 @@ kernel:                                 ; @kernel
 \ts_cbranch_scc1 .LBB0_1
 ; %bb.2:
 \tglobal_load_dwordx2 v[0:1], v1, s[0:1]
+\tv_readlane_b32 s8, v20, 3
 \tscratch_store_dword off, v0, s33
 \ts_endpgm
 .Lfunc_end0:
@@ -56,7 +57,7 @@ kernel:                                 ; @kernel
 def test_amd_loops_widths_and_spills() -> None:
     inside, outside = machine_code.accesses(machine_code.parse_amdgcn(AMDGCN))
     assert inside == Accesses(loads={16: 1}, stores={2: 1})
-    assert outside == Accesses(loads={8: 1}, spills=1)
+    assert outside == Accesses(loads={8: 1}, spills=1, lane_moves=1)
     expected = {"private_segment_fixed_size": 16, "vgpr_count": 28, "vgpr_spill_count": 3}
     assert machine_code.amd_resources(AMDGCN) == expected
 

@@ -130,7 +130,7 @@ def nested_targets(path: Path) -> Iterator[str]:
 
 def test_no_kernel_unpacks_a_tuple_within_a_tuple() -> None:
     """Up to Triton 3.7 the first call fails, and later ones run under a cache key that ignores the source."""
-    assert not list(itertools.chain.from_iterable(map(nested_targets, sorted(KERNELS.glob("*.py")))))
+    assert not list(itertools.chain.from_iterable(map(nested_targets, sorted(KERNELS.rglob("*.py")))))
 
 
 def test_another_version_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

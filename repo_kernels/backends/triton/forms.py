@@ -65,7 +65,7 @@ def fused_form(
         target: the GPU. The compiler takes no limit of registers for warps of 64 threads.
     """
     warp_size, limited = target.warp_size, target.warp_size == 32
-    if softcap and full_kl:  # no form of 64 registers holds it
+    if full_kl and (softcap or narrowed):  # no form of 64 registers holds it
         threads, pieces = (128, 128) if row_bytes <= NARROW and not narrowed else (256, 256)
         return LaunchForm(threads // warp_size, pieces, 128 if limited else None)
     share = 1 if entropy == ENTROPY_NONE and not target.blackwell else 2

@@ -17,7 +17,7 @@ from .device.row_layout import edge_columns, peel, row_offset, target_piece
 from .device.row_statistics import empty_lanes, meet, prepare
 from .device.row_sweeps import gradient_of, load_edges, scale_row, sweep_gradient, sweep_statistics, zero_row
 from .device.scalar_math import LOG2E
-from .device.token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, row_inputs, store_row, token_terms
+from .device.token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, row_inputs, row_weights, store_row, token_terms
 from .runtime_jit import runtime_jit
 
 STATE = tl.constexpr(len(codes.STATE))
@@ -101,6 +101,87 @@ def store_ends(start, grad_pointer, state, slopes, factor, softcap, IN_GRADIENT:
     tl.store(grad_pointer + place[4], at_target.to(DTYPE))
 
 
+@triton.jit
+def take_row(i, ahead, rows_of, logits_of, ref_of, grad_of, values, results, options, R: tl.constexpr, E: tl.constexpr,
+             ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, FULL_KL: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+    """Compute results and gradient of row i of the logits; return the first block of the next one if PERSISTENT.
+
+    The arguments are those of `fused`, in groups. ahead: the first block of this row if PERSISTENT.
+    """
+    IN_GRADIENT: tl.constexpr = ENTROPY == ENTROPY_GRADIENT
+    first, many, index, at_ids, at_mask, sequence_of, loss_length, given = rows_of
+    logits, length, stride_b, stride_t, columns = logits_of
+    ref_logits, ref_stride_b, ref_stride_t = ref_of
+    grad, grad_stride_b, grad_stride_t, want_grad = grad_of
+    shared, counts, upstream, rows, flags, count = results
+    code, softcap, entropy_mode = options
+    row, sequence, token, target, alive = row_of(
+        i, first, index, at_ids, at_mask, sequence_of, loss_length, given, True
+    )
+    x_row = logits + row_offset(i, length, stride_b, stride_t)
+    g_row = grad + row_offset(i, length, grad_stride_b, grad_stride_t)
+    next_pieces, next_head, next_row = 0, 0, x_row
+    if FORM == PERSISTENT:
+        after = i + tl.num_programs(0)
+        following = row_of(after, first, index, at_ids, at_mask, sequence_of, loss_length, given, after < many)
+        next_row = logits + row_offset(after, length, stride_b, stride_t)
+        next_head, next_pieces = peel(next_row, columns, E)
+        next_pieces = tl.where(following[4], next_pieces, 0)
+    if alive == 0:
+        store_row(rows, row, count, 0.0, 0.0, 0.0, 0.0, 0.0)
+        tl.store(flags + row, 0)
+        if want_grad != 0:
+            head, pieces = peel(x_row, columns, E)
+            zero_row(g_row, head, pieces, columns, R, E)
+        if FORM == PERSISTENT:
+            ahead = load_first(next_row, next_head, next_pieces, R, E)
+    else:
+        ref_row = ref_logits + row_offset(i, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
+        temperature = tl.load(shared + TEMPERATURE)
+        opened = open_row(x_row, ref_row, target, columns, temperature, softcap, E, SOFTCAP, FULL_KL)
+        place = opened[0]
+        scale, inverse_softcap = opened[3][1], opened[3][2]
+        rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, importance = values
+        inputs = row_inputs(
+            rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, shared, sequence, token, code,
+            given,
+        )  # fmt: skip
+        lanes = empty_lanes(scale, R)
+        swept = place if FORM == SWEPT else rest_of(place, R, E)
+        if FORM == PERSISTENT:
+            lanes = first_statistics(lanes, ahead, place, scale, ENTROPY)
+        lanes = sweep_statistics(lanes, swept, ref_row, scale, softcap, inverse_softcap, R, E, "evict_last",
+                                 ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
+        kept = 0.0
+        if FORM == KEPT:
+            kept = load_first(x_row, place[1], place[2], R, E)
+            lanes = first_statistics(lanes, kept, place, scale, ENTROPY)
+        logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, total = close_row(
+            lanes, opened, softcap, ENTROPY, SOFTCAP, FULL_KL
+        )
+        # loaded here and not with the inputs: two registers less during the sweep
+        weights = row_weights(importance, shared, counts, sequence, token, code, given)
+        slopes = token_terms(inputs, weights, logp, entropy, kl, shared, code, entropy_mode, rows, flags, row, count)
+        state = (logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum)
+        g_logp, g_entropy, g_kl = slopes
+        by = tl.load(upstream + row, mask=given & UPSTREAM != 0, other=1.0)
+        slopes = g_logp * by, g_entropy * by, g_kl * by
+        factor = factors(state, slopes, tl.fdiv(1.0, total), temperature, IN_GRADIENT, FULL_KL)
+        if want_grad != 0:
+            if FORM == KEPT:
+                first_gradient(kept, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
+            sweep_gradient(swept, ref_row, g_row, factor, max2, ref_max2, scale, softcap, inverse_softcap, R, E,
+                           IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
+            store_ends(opened, g_row, state, slopes, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
+        if FORM == PERSISTENT:
+            # the next row is on its way while the last block of this one is written
+            again = load_first(x_row, place[1], place[2], R, E)
+            ahead = load_first(next_row, next_head, next_pieces, R, E)
+            if want_grad != 0:
+                first_gradient(again, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
+    return ahead
+
+
 @runtime_jit
 def fused(
     logits, ref_logits, grad, ids, ids_b: tl.int64, ids_t: tl.int64, mask, mask_b: tl.int64, mask_t: tl.int64,
@@ -121,82 +202,30 @@ def fused(
     A row is read twice, the second time backwards. Row i of `many` has the arguments and results of row `first` + i of
     the loss, or of row `index`[i].
     """
-    IN_GRADIENT: tl.constexpr = ENTROPY == ENTROPY_GRADIENT
-    start, stop, step = tl.program_id(0), tl.program_id(0) + 1, 1
+    rows_of = (first, many, index, (ids, ids_b, ids_t), (mask, mask_b, mask_t), sequence_of, loss_length, given)
+    logits_of = (logits, length, stride_b, stride_t, columns)
+    ref_of = (ref_logits, ref_stride_b, ref_stride_t)
+    grad_of = (grad, grad_stride_b, grad_stride_t, want_grad)
+    values = (
+        (rewards, rewards_b, rewards_t), (cost_advantages, cost_advantages_b, cost_advantages_t),
+        (costs, costs_b, costs_t), (limits, limits_b, limits_t), (baselines, baselines_b, baselines_t),
+        (old_logps, old_logps_b, old_logps_t), (ref_logps, ref_logps_b, ref_logps_t),
+        (importance, importance_b, importance_t),
+    )  # fmt: skip
+    results = (shared, counts, upstream, rows, flags, count)
+    options = (code, softcap, entropy_mode)
+    start = tl.program_id(0)
     if FORM == PERSISTENT:
-        stop, step = many, tl.num_programs(0)
-    at_ids, at_mask = (ids, ids_b, ids_t), (mask, mask_b, mask_t)
-    ahead = 0.0
-    if FORM == PERSISTENT:
-        earliest = row_of(start, first, index, at_ids, at_mask, sequence_of, loss_length, given, start < stop)
+        earliest = row_of(start, first, index, rows_of[3], rows_of[4], sequence_of, loss_length, given, start < many)
         first_row = logits + row_offset(start, length, stride_b, stride_t)
-        first_head, first_pieces = peel(first_row, columns, E)
-        ahead = load_first(first_row, first_head, tl.where(earliest[4], first_pieces, 0), R, E)
-    for i in range(start, stop, step):
-        row, sequence, token, target, alive = row_of(
-            i, first, index, at_ids, at_mask, sequence_of, loss_length, given, True
-        )
-        x_row = logits + row_offset(i, length, stride_b, stride_t)
-        g_row = grad + row_offset(i, length, grad_stride_b, grad_stride_t)
-        next_pieces, next_head, next_row = 0, 0, x_row
-        if FORM == PERSISTENT:
-            following = row_of(
-                i + step, first, index, at_ids, at_mask, sequence_of, loss_length, given, i + step < stop
-            )
-            next_row = logits + row_offset(i + step, length, stride_b, stride_t)
-            next_head, next_pieces = peel(next_row, columns, E)
-            next_pieces = tl.where(following[4], next_pieces, 0)
-        if alive == 0:
-            store_row(rows, row, count, 0.0, 0.0, 0.0, 0.0, 0.0)
-            tl.store(flags + row, 0)
-            if want_grad != 0:
-                head, pieces = peel(x_row, columns, E)
-                zero_row(g_row, head, pieces, columns, R, E)
-            if FORM == PERSISTENT:
-                ahead = load_first(next_row, next_head, next_pieces, R, E)
-        else:
-            ref_row = ref_logits + row_offset(i, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
-            temperature = tl.load(shared + TEMPERATURE)
-            opened = open_row(x_row, ref_row, target, columns, temperature, softcap, E, SOFTCAP, FULL_KL)
-            place = opened[0]
-            scale, inverse_softcap = opened[3][1], opened[3][2]
-            inputs = row_inputs(
-                (rewards, rewards_b, rewards_t), (cost_advantages, cost_advantages_b, cost_advantages_t),
-                (costs, costs_b, costs_t), (limits, limits_b, limits_t), (baselines, baselines_b, baselines_t),
-                (old_logps, old_logps_b, old_logps_t), (ref_logps, ref_logps_b, ref_logps_t),
-                (importance, importance_b, importance_t), shared, counts, sequence, token, code, given,
-            )  # fmt: skip
-            lanes = empty_lanes(scale, R)
-            swept = place if FORM == SWEPT else rest_of(place, R, E)
-            if FORM == PERSISTENT:
-                lanes = first_statistics(lanes, ahead, place, scale, ENTROPY)
-            lanes = sweep_statistics(lanes, swept, ref_row, scale, softcap, inverse_softcap, R, E, "evict_last",
-                                     ENTROPY, SOFTCAP, FULL_KL)  # fmt: skip
-            kept = 0.0
-            if FORM == KEPT:
-                kept = load_first(x_row, place[1], place[2], R, E)
-                lanes = first_statistics(lanes, kept, place, scale, ENTROPY)
-            logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, total = close_row(
-                lanes, opened, softcap, ENTROPY, SOFTCAP, FULL_KL
-            )
-            slopes = token_terms(inputs, logp, entropy, kl, shared, code, entropy_mode, rows, flags, row, count)
-            state = (logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum)
-            g_logp, g_entropy, g_kl = slopes
-            by = tl.load(upstream + row, mask=given & UPSTREAM != 0, other=1.0)
-            slopes = g_logp * by, g_entropy * by, g_kl * by
-            factor = factors(state, slopes, tl.fdiv(1.0, total), temperature, IN_GRADIENT, FULL_KL)
-            if want_grad != 0:
-                if FORM == KEPT:
-                    first_gradient(kept, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
-                sweep_gradient(swept, ref_row, g_row, factor, max2, ref_max2, scale, softcap, inverse_softcap, R, E,
-                               IN_GRADIENT, SOFTCAP, FULL_KL)  # fmt: skip
-                store_ends(opened, g_row, state, slopes, factor, softcap, IN_GRADIENT, SOFTCAP, FULL_KL)
-            if FORM == PERSISTENT:
-                # the next row is on its way while the last block of this one is written
-                again = load_first(x_row, place[1], place[2], R, E)
-                ahead = load_first(next_row, next_head, next_pieces, R, E)
-                if want_grad != 0:
-                    first_gradient(again, place, g_row, factor, max2, scale, R, E, IN_GRADIENT)
+        head, pieces = peel(first_row, columns, E)
+        ahead = load_first(first_row, head, tl.where(earliest[4], pieces, 0), R, E)
+        for i in range(start, many, tl.num_programs(0)):
+            ahead = take_row(i, ahead, rows_of, logits_of, ref_of, grad_of, values, results, options, R, E, ENTROPY,
+                             SOFTCAP, FULL_KL, FORM)  # fmt: skip
+    else:
+        take_row(start, 0.0, rows_of, logits_of, ref_of, grad_of, values, results, options, R, E, ENTROPY, SOFTCAP,
+                 FULL_KL, FORM)  # fmt: skip
 
 
 @runtime_jit

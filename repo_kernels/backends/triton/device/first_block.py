@@ -38,7 +38,7 @@ def first_statistics(lanes, x, place, scale, ENTROPY: tl.constexpr):
     """Accumulate the first block into the lanes."""
     _, _, pieces, hole, _ = place
     live = live_pieces(0, hole, pieces, x.shape[0])
-    z, _ = prepare(tl.where(live[:, None], x, float("-inf")), None, 0.0, 0.0, False, ENTROPY)
+    z, _ = prepare(tl.where(live[:, None], x.to(tl.float32), float("-inf")), None, 0.0, 0.0, False, ENTROPY)
     return accumulate(lanes, z, z, scale, ENTROPY, False)
 
 

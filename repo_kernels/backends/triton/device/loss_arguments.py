@@ -59,11 +59,11 @@ def place_of(row, sequences, length, given, exists):
 @triton.jit
 def bounds_of(sequence, valid, bounds, count, length, given):
     """Return (first row, row after the last) of sequences, any shape; both 0 where not valid."""
-    begin = sequence * length
-    end = begin + length
-    if given & BOUNDS != 0:
-        begin = tl.load(bounds + sequence, mask=valid, other=0)
-        end = tl.load(bounds + sequence + 1, mask=valid, other=0)
+    # By mask and not by a branch, which Triton 3.4 to 3.7 cannot translate for gfx942 in tiles of one column.
+    bounded = tl.where(valid, given & BOUNDS, 0) != 0
+    begin = tl.load(bounds + sequence, mask=bounded, other=0)
+    end = tl.load(bounds + sequence + 1, mask=bounded, other=0)
+    begin, end = tl.where(bounded, begin, sequence * length), tl.where(bounded, end, (sequence + 1) * length)
     begin = tl.minimum(tl.maximum(begin, 0), count)
     end = tl.minimum(tl.maximum(end, 0), count)
     return tl.where(valid, begin, 0), tl.where(valid, end, 0)
