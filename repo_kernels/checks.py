@@ -147,7 +147,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
         raise ValueError(f"cu_seqlens must have shape (B+1,); got {describe(cu_seqlens)}")
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens must be on {like.device} with the logits; got {describe(cu_seqlens)}")
-    if cu_seqlens.device.type == "cpu" and is_plain(cu_seqlens) and not is_traced():
+    if cu_seqlens.device.type == "cpu" and not is_traced() and is_plain(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != leading[0] or bounds != sorted(bounds):
             shown = bounds if len(bounds) <= 9 else [*bounds[:7], "...", bounds[-1]]
