@@ -17,7 +17,7 @@ from .device.row_layout import edge_columns, peel, row_offset, target_piece
 from .device.row_statistics import empty_lanes, meet, prepare
 from .device.row_sweeps import gradient_of, load_edges, scale_row, sweep_gradient, sweep_statistics, zero_row
 from .device.scalar_math import LOG2E
-from .device.token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, row_inputs, store_row, token_terms
+from .device.token_terms import ENTROPY_GRADIENT, ENTROPY_NONE, row_inputs, row_weights, store_row, token_terms
 from .runtime_jit import runtime_jit
 
 STATE = tl.constexpr(len(codes.STATE))
@@ -143,8 +143,8 @@ def take_row(i, ahead, rows_of, logits_of, ref_of, grad_of, values, results, opt
         scale, inverse_softcap = opened[3][1], opened[3][2]
         rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, importance = values
         inputs = row_inputs(
-            rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, importance, shared, counts,
-            sequence, token, code, given,
+            rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, shared, sequence, token, code,
+            given,
         )  # fmt: skip
         lanes = empty_lanes(scale, R)
         swept = place if FORM == SWEPT else rest_of(place, R, E)
@@ -159,7 +159,9 @@ def take_row(i, ahead, rows_of, logits_of, ref_of, grad_of, values, results, opt
         logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum, total = close_row(
             lanes, opened, softcap, ENTROPY, SOFTCAP, FULL_KL
         )
-        slopes = token_terms(inputs, logp, entropy, kl, shared, code, entropy_mode, rows, flags, row, count)
+        # loaded here and not with the inputs: two registers less during the sweep
+        weights = row_weights(importance, shared, counts, sequence, token, code, given)
+        slopes = token_terms(inputs, weights, logp, entropy, kl, shared, code, entropy_mode, rows, flags, row, count)
         state = (logp, entropy, kl, max2, log2_sum, ref_max2, ref_log2_sum)
         g_logp, g_entropy, g_kl = slopes
         by = tl.load(upstream + row, mask=given & UPSTREAM != 0, other=1.0)

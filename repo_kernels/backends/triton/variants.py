@@ -159,7 +159,10 @@ def sequence_variant(kind: str, count: int, sequences: int, target: Target) -> V
     tall = TILE if count <= sequences else max(size for size in SEQUENCES[:-1] if size <= max(sequences, 1))
     kernel, constexprs = getattr(sequence_kernels, kind), {"S": tall, "P": TILE // tall}
     signature, warps = _signature(kernel, constexprs, "fp32", "fp32"), 512 // target.warp_size
-    return Variant(f"{kind}-{tall}x{TILE // tall}", kind, "fp32", "fp32", kernel, signature, constexprs, warps, None, 0)
+    # without a limit some compilers take fewer registers than they need for `prepare`; `reduce` needs more than 64
+    limit = 64 if kind == "prepare" and target.warp_size == 32 else None
+    name = f"{kind}-{tall}x{TILE // tall}"
+    return Variant(name, kind, "fp32", "fp32", kernel, signature, constexprs, warps, limit, 0)
 
 
 def candidates(target: Target = HOPPER) -> list[Variant]:

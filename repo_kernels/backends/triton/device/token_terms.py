@@ -55,12 +55,12 @@ def cost_inputs(costs, limits, baselines, shared, sequence, token, given):
 
 
 @triton.jit
-def row_inputs(rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, importance_weights, shared,
-               counts, sequence, token, code, given):  # fmt: skip
-    """Load (advantage, unsafe, old_logp, ref_logp, importance_weight, weight) of one row.
+def row_inputs(rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, shared, sequence, token,
+               code, given):  # fmt: skip
+    """Load (advantage, unsafe, old_logp, ref_logp) of one row.
 
     The advantage is A_R - lam A_C, divided by 1 + lam if normalized. A_C is 0, given, given where C > d, or the hinge
-    {C - d}^+ - baseline. weight: of the aggregation.
+    {C - d}^+ - baseline.
     """
     cost, kl, on_policy = code & 3, (code >> 2) & 7, (code >> 7) & 1
     sampled = (kl == KL_K1) | (kl == KL_K2) | (kl == KL_K3)
@@ -76,10 +76,16 @@ def row_inputs(rewards, cost_advantages, costs, limits, baselines, old_logps, re
     advantage = tl.where((code >> 6) & 1 != 0, advantage / (1 + lam), advantage)
     old_logp = tl.load(at(old_logps, sequence, token), mask=on_policy == 0, other=0.0)
     ref_logp = tl.load(at(ref_logps, sequence, token), mask=sampled, other=0.0)
+    return advantage, unsafe, old_logp, ref_logp
+
+
+@triton.jit
+def row_weights(importance_weights, shared, counts, sequence, token, code, given):
+    """Load (importance weight, weight of the aggregation) of one row."""
     importance_weight = tl.load(at(importance_weights, sequence, token), mask=given & IMPORTANCE != 0, other=1.0)
     total = tl.load(shared + TOTAL)
     total *= tl.load(counts + sequence, mask=(code >> 8) & 7 == SEQ_TOKEN_MEAN, other=1.0)
-    return advantage, unsafe, old_logp, ref_logp, importance_weight, tl.div_rn(1.0, total)
+    return importance_weight, tl.div_rn(1.0, total)
 
 
 @triton.jit
@@ -126,9 +132,10 @@ def kl_terms(logp, ref_logp, ratio, ratio_inside, kl_code, kl_importance_weighte
 
 
 @triton.jit
-def token_terms(inputs, logp, entropy, full_kl, shared, code, entropy_mode, rows, flags, row, count):
+def token_terms(inputs, weights, logp, entropy, full_kl, shared, code, entropy_mode, rows, flags, row, count):
     """Store the row's column of ROWS and its flags; return (g_logp, g_entropy, g_kl) times grad_scale."""
-    advantage, unsafe, old_logp, ref_logp, importance_weight, weight = inputs
+    advantage, unsafe, old_logp, ref_logp = inputs
+    importance_weight, weight = weights
     beta = tl.load(shared + BETA)
     low, high = 1 - tl.load(shared + EPS_LOW), 1 + tl.load(shared + EPS_HIGH)
     entropy_coef = tl.load(shared + ENTROPY_COEF)
