@@ -73,8 +73,8 @@ RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r
     state.logp = (t - sums.top - (log2_sum - sums.top)) * kLn2;
     state.max2 = sums.max2;
     state.log2_sum = log2_sum;
-    // H = -sum p log p
-    if (with_entropy) state.entropy = (log2_sum - sums.weighted / total) * kLn2;
+    // H = -sum p log p, exactly 0 where one entry has all the probability
+    if (with_entropy) state.entropy = (log2_sum - (sums.rest == 0 ? sums.top : sums.weighted / total)) * kLn2;
     if (reference) {
         const double ref_log2_sum = log2_total(ref_sums);
         state.ref_max2 = ref_sums.max2;
