@@ -12,6 +12,7 @@ SCALES = {
     "samples": ("samples/h", 1 / 3600),
     "steps": ("steps/h", 1 / 3600),
     "tests": ("tests/s", 1.0),
+    "calls": ("calls/s", 1.0),
 }
 
 
