@@ -46,7 +46,8 @@ class Checkout:
 
     def ask(self, what: str, name: str) -> list[float]:
         """Set up a case ("set up"), or return seconds of a call of repo_loss and of PyTorch's loss ("time")."""
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         print(json.dumps([what, name]), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:

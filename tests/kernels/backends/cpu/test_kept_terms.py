@@ -31,9 +31,7 @@ def case_of(logits: Tensor, terms: str, ref_logits: Tensor | None = None, **opti
     arguments = {"entropy_coef": alpha, **OPTIONS, **options}
     entropy = ENTROPY_GRADIENT if alpha else ENTROPY_NONE
     code = make_code(kl=kl)
-    return make_case(
-        0, logits=logits, ref_logits=ref_logits, code=code, entropy=entropy, dead=0.0, **arguments
-    )
+    return make_case(0, logits=logits, ref_logits=ref_logits, code=code, entropy=entropy, dead=0.0, **arguments)
 
 
 def with_peaks(dtype: torch.dtype, at: list[int], heights: list[float], seed: int = 0) -> Tensor:
@@ -46,7 +44,9 @@ def with_peaks(dtype: torch.dtype, at: list[int], heights: list[float], seed: in
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("terms", list(TERMS))
 @pytest.mark.parametrize("softcap", [0.0, 20.0], ids=["", "softcap"])
-@pytest.mark.parametrize("last", [COLUMNS - 1, 5 * BLOCK, 5 * BLOCK - 1], ids=["last column", "last block", "before it"])
+@pytest.mark.parametrize(
+    "last", [COLUMNS - 1, 5 * BLOCK, 5 * BLOCK - 1], ids=["last column", "last block", "before it"]
+)
 def test_a_maximum_may_be_beaten_to_the_last_column(
     isa: str, last: int, softcap: float, terms: str, dtype: torch.dtype
 ) -> None:
@@ -83,7 +83,9 @@ def test_blocks_without_probability_have_no_gradient_even_where_the_reference_is
     assert grad.isfinite().all()
     assert not grad[:, : 3 * BLOCK].any()
     alone = replace(
-        case.replace(token_ids=case.ids - 3 * BLOCK), logits=logits[:, 3 * BLOCK :], ref_logits=reference[:, 3 * BLOCK :]
+        case.replace(token_ids=case.ids - 3 * BLOCK),
+        logits=logits[:, 3 * BLOCK :],
+        ref_logits=reference[:, 3 * BLOCK :],
     )
     assert relative(grad[:, 3 * BLOCK :], oracle(alone).grad) <= GRADIENT_TOLERANCE[dtype]
     for mine, inplace in zip((losses, tokens, grad), case.run(cpu, inplace=True), strict=True):
