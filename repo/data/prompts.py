@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -29,7 +29,7 @@ class Prompt:
     id: from the record, else a hash of the text. text: the user's question, or a transcript of several turns.
     category: "" where the record has none. token_ids: the chat-formatted prompt up to where the response begins, ()
     before tokenisation. messages: the turns of a conversation, () for a single question. response: a supervised answer,
-    None where there is none.
+    None where there is none. columns: the whole record, name -> value. where: file and line or row, for messages.
     """
 
     id: str
@@ -38,6 +38,8 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     messages: tuple[Turn, ...] = ()
     response: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    where: str = field(default="", compare=False)
 
     @property
     def conversation(self) -> list[Turn]:
@@ -159,7 +161,7 @@ def _parse(record: Any, column: str, where: str) -> Prompt:
     text = _transcript(turns) if turns[1:] else turns[0]["content"]
     identity = hashlib.sha256(text.encode()).hexdigest()[:16] if identity is None else str(identity)
     messages = tuple(turns) if turns[1:] else ()
-    return Prompt(identity, text, str(record.get("category") or ""), (), messages, response or None)
+    return Prompt(identity, text, str(record.get("category") or ""), (), messages, response or None, record, where)
 
 
 def _turns(value: Any, where: str) -> list[Turn]:

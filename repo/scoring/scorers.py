@@ -18,6 +18,7 @@ from ..data.prompts import Prompt
 from .classifier import ClassifierScorer, load_model
 from .embedded import HeadScorer, Reading, score_all
 from .function import FunctionScorer
+from .manifest import ANSWERS
 
 EMBEDDED = "embedded"
 SIGNALS = ("reward", "cost")
@@ -184,7 +185,8 @@ def check_sign(scorer: Scorer, where: str) -> None:
     check = scorer.manifest.sign_check
     if check is None:
         return
-    prompts = [Prompt("sign check", check["prompt"], "")] * 2
+    columns = {name: value for name, value in check.items() if name not in ANSWERS}
+    prompts = [Prompt("sign check", check["prompt"], "", columns=columns)] * 2
     low, high = score_each([scorer], prompts, [check["lower"], check["higher"]])[0].tolist()
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(
