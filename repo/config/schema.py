@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -43,18 +43,25 @@ class DataConfig:
     """The prompts of training and evaluation."""
 
     train: str = "embedded"
-    """Training prompts: a JSON lines or parquet file, or a Hugging Face dataset (folder or hub name, with #split or
+    """Training prompts: a JSON lines, csv or parquet file, or a Hugging Face dataset (folder or hub name, with #split or
     #config/split; else the split "train"). "embedded": the prompts of the assets folder. A record has `prompt` (a text,
-    or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`."""
+    or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`. Scorer functions
+    get the other columns that they name."""
     eval: str = "embedded"
     """Held-out prompts, given like data.train; without #split the split "test" is read. Training prompts that are held
     out too are dropped."""
     column: str = "prompt"
-    """Name of the column that holds the prompt; in records where it is null or missing, `messages` is read."""
+    """Name of the column that holds the prompt; in records where it is null or missing, `messages` is read. A column
+    that no record has is an error."""
     system_prompt: str | None = None
     """System message to put before every prompt that has none. null: add none; the chat template may add its own."""
     max_prompt_tokens: PositiveInt = 256
     """Limit of a prompt's length in tokens, chat template included; longer prompts are dropped and counted."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Variables for the policy's chat template, e.g. {enable_thinking: false}; one that it does not use is an error."""
+    date: str | None = None
+    """Today's date, YYYY-MM-DD, for chat templates that print it. null: the day on which the run begins, which its
+    config.yaml keeps, so that a run resumed or evaluated later has the same prompts."""
 
 
 @dataclass(frozen=True)
