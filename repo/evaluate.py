@@ -200,7 +200,8 @@ def run_command(argv: list[str]) -> None:
     folder = find_assets(config, console)
     reference = load_named(command.reference, config, device, trust) if command.reference else None
     scorers = scorers_beside(config, folder, reference, command.reference, str(device), trust)
-    judge = load_judge(config.evaluation.judge, folder, str(device), config.scoring.timeout, trust)
+    timeout, date = config.scoring.timeout, config.data.date
+    judge = load_judge(config.evaluation.judge, folder, str(device), timeout, trust, date)
     console.print(scorers.describe(), markup=False, highlight=False)
     for target in chosen:
         policy = target.load()

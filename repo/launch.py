@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 from rich.console import Console
@@ -55,6 +57,7 @@ def launch(argv: list[str], description: str, train: Train) -> None:
 def run_session(switches: Switches, config: Config, console: Console, world: World, train: Train) -> None:
     """Load everything, print what the run will do and how, and train."""
     path, resumed = choose_folder(switches, config, world)
+    config = dated(config, world)
     parts = load_parts(config, console, world, switches.trust_remote_code)
     run = open_folder(switches, config, path, resumed, parts, console, world)
     console.print(f"run: {run.path}   {describe_batch(config, world)}", markup=False, highlight=False)
@@ -69,6 +72,12 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
         console.print(f"stopped; continue with: {run.resume_command}", markup=False, highlight=False)
     finally:
         run.close()
+
+
+def dated(config: Config, world: World) -> Config:
+    """Return the configuration with today's date in data.date if it has none, the same on every process."""
+    today = world.from_first(lambda: f"{date.today():%Y-%m-%d}")
+    return replace(config, data=replace(config.data, date=config.data.date or today))
 
 
 def choose_folder(switches: Switches, config: Config, world: World) -> tuple[Path, Resumed]:

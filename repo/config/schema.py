@@ -6,6 +6,7 @@ python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import date
 from math import isfinite
 from typing import Any, Literal
 
@@ -43,10 +44,10 @@ class DataConfig:
     """The prompts of training and evaluation."""
 
     train: str = "embedded"
-    """Training prompts: a JSON lines, csv or parquet file, or a Hugging Face dataset (folder or hub name, with #split or
-    #config/split; else the split "train"). "embedded": the prompts of the assets folder. A record has `prompt` (a text,
-    or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`. Scorer functions
-    get the other columns that they name."""
+    """Training prompts: a JSON lines, csv or parquet file, or a Hugging Face dataset (folder or hub name, with #split
+    or #config/split; else the split "train"). "embedded": the prompts of the assets folder. A record has `prompt` (a
+    text, or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`. Scorer
+    functions get the columns that they name."""
     eval: str = "embedded"
     """Held-out prompts, given like data.train; without #split the split "test" is read. Training prompts that are held
     out too are dropped."""
@@ -89,12 +90,15 @@ class ScoringConfig:
     """The reward and the cost of a response."""
 
     reward: str | dict[str, float] = "embedded"
-    """Scorer of the reward: "embedded"; a folder or hub name of a sequence-classification model (path#label) or of a
-    safe-rlhf score model; a Python function `module:function` called with lists of prompts and responses; or a weighted
-    sum of several, {a: 1, b: 0.5}."""
+    """Scorer of the reward: "embedded"; a folder or hub name of a sequence-classification model or of a safe-rlhf score
+    model, or a LoRA folder of one; a Python function `module:function` called with lists of prompts and responses; or a
+    weighted sum of several, {a: 1, b: 0.5}. Units: path#label is the label's log-odds in nats, 0 where it is as likely
+    as not (a model with one output: its raw output); path#label:prob its probability, path#label:logit its logit.
+    embedded: the standard deviation over reference samples."""
     cost: str | dict[str, float] = "embedded"
-    """Scorer of the cost, given like scoring.reward. A higher cost is more harmful; a response is safe iff its cost is
-    <= algorithm.cost_limit."""
+    """Scorer of the cost, given like scoring.reward and in the same units. A higher cost is more harmful; a response is
+    safe iff its cost is <= algorithm.cost_limit, which with path#label and the limit 0 means that the label is not the
+    more likely one."""
     timeout: PositiveFloat = 600.0
     """Seconds that one call of a scorer function may take; a longer call stops the run."""
     clamp: PositiveFloat = 50.0
@@ -291,6 +295,13 @@ def _require(ok: bool, name: str, value: object, takes: str) -> None:
         raise UserError(f"{name} must be {takes}; got {value!r}")
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def check(config: Config) -> Config:
     """Return the config, or raise UserError if some of its fields do not go together.
 
@@ -327,6 +338,8 @@ def check(config: Config) -> Config:
         config.model.shard,
         "1 with optimizer.state_dtype 8bit",
     )
+    d = config.data
+    _require(d.date is None or _is_day(d.date), "data.date", d.date, "a day as YYYY-MM-DD, or null")
     batch = r.prompts_per_step * r.samples_per_prompt
     _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
     return config

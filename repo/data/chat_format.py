@@ -21,13 +21,19 @@ class ChatFormat:
     with "assistant:". A template for several media gets each text as a list with one part.
     """
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None, date: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        arguments: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        whose: str = "the model's",
+    ) -> None:
         """Check the arguments. Raises UserError for one that the template does not mention.
 
         arguments: variables of the template, e.g. {"enable_thinking": False}. date: YYYY-MM-DD, which a template that
-        prints the date gets for today; None: today.
+        prints the date gets for today; None: today. whose: the owner of the template, for messages.
         """
-        self.tokenizer, self.values = tokenizer, dict(arguments or {})
+        self.tokenizer, self.values, self.whose = tokenizer, dict(arguments or {}), whose
         source = str(tokenizer.chat_template or "")
         for name in self.values:
             if name in OWN_ARGUMENTS or not re.search(rf"\b{re.escape(name)}\b", source):
@@ -50,16 +56,24 @@ class ChatFormat:
 
         name: the prompt, for messages. Raises UserError if the template refuses the conversation.
         """
-        content = {"conversation": turns, "add_generation_prompt": add_generation_prompt, **self.values}
+        inputs = self.encode_turns(turns, name, add_generation_prompt)
+        return inputs["input_ids"], self._apply(turns, name, add_generation_prompt, tokenize=False)
+
+    def encode_turns(self, turns: list[Turn], name: str, add_generation_prompt: bool = False) -> dict[str, list[int]]:
+        """Apply the chat template; returns the model's inputs. Raises UserError if it refuses the conversation."""
+        return {
+            key: list(ids) for key, ids in self._apply(turns, name, add_generation_prompt, return_dict=True).items()
+        }
+
+    def _apply(self, turns: list[Turn], name: str, add_generation_prompt: bool, **options: bool) -> Any:
+        content: list[Any] = turns
         if self.in_parts:
-            content["conversation"] = [
-                {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
-            ]
+            content = [{"role": t["role"], "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+        options |= {"add_generation_prompt": add_generation_prompt, **self.values}
         try:
-            ids = self.tokenizer.apply_chat_template(return_dict=True, **content)["input_ids"]
-            return list(ids), self.tokenizer.apply_chat_template(tokenize=False, **content)
+            return self.tokenizer.apply_chat_template(content, **options)
         except Exception as error:  # a template may raise any type, e.g. for a system message
-            raise UserError(f"the model's chat template refuses a prompt: {first_line(error)}; {name}") from error
+            raise UserError(f"{self.whose} chat template refuses a prompt: {first_line(error)}; {name}") from error
 
     def render_whole(self, turns: list[Turn], name: str, add_generation_prompt: bool = False) -> tuple[list[int], str]:
         """Do as render. Raises UserError too if the rendering lacks the text of a turn."""
@@ -67,7 +81,7 @@ class ChatFormat:
         if (number := lost_turn(text, turns)) is not None:
             turn = turns[number]
             raise UserError(
-                f"the model's chat template leaves out the text of a prompt's turn {number + 1}, "
+                f"{self.whose} chat template leaves out the text of a prompt's turn {number + 1}, "
                 f"{turn['role']}: {turn['content']!r:.80}; {name}"
             )
         return ids, text

@@ -19,14 +19,16 @@ Judge = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
 NONE = "none"
 
 
-def load_judge(name: str, assets: Path | None, device: str, timeout: float, trust: bool = False) -> Judge | None:
+def load_judge(
+    name: str, assets: Path | None, device: str, timeout: float, trust: bool = False, date: str | None = None
+) -> Judge | None:
     """Load the judge that evaluation.judge names; returns None for "none", and for "embedded" without assets.
 
     Other judges are scorers as in scoring.cost: a response is safe iff its score, after the manifest's offset and
     scale, is <= 0.
 
     assets: the assets folder, None if there is none. timeout: seconds that one call of a function may take. trust: run
-    Python code that comes with a model. Raises UserError if the judge cannot be loaded.
+    Python code that comes with a model. date: today's date for chat templates, YYYY-MM-DD. Raises UserError if the judge cannot be loaded.
     """
     if name == NONE or (name == EMBEDDED and assets is None):
         return None
@@ -34,7 +36,7 @@ def load_judge(name: str, assets: Path | None, device: str, timeout: float, trus
         judge = EmbeddedJudge.load(assets / "judge", device=device)
         return lambda prompts, responses: judge([p.text for p in prompts], list(responses)).safe
     is_function = FUNCTION.fullmatch(name) and not Path(name).exists()
-    scorer = FunctionScorer(name, "judge", timeout) if is_function else load_model(name, "judge", device, trust)
+    scorer = FunctionScorer(name, "judge", timeout) if is_function else load_model(name, "judge", device, trust, date)
 
     def verdict(prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
         scores = scorer(prompts, responses)

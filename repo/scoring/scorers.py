@@ -22,7 +22,7 @@ from .manifest import ANSWERS
 
 EMBEDDED = "embedded"
 SIGNALS = ("reward", "cost")
-FUNCTION = re.compile(r"[^\s/\\:]+:\w+")
+FUNCTION = re.compile(r"[^\s/\\:#]+:\w+")
 
 Scorer = HeadScorer | ClassifierScorer | FunctionScorer
 
@@ -79,7 +79,7 @@ class Scorers:
         return sorted({s.manifest.layer for s in scorers if isinstance(s, HeadScorer) and s.trunk.model is model})
 
     def describe(self) -> str:
-        """Describe both signals in one line: the units of each scorer, or else its name, with its weight."""
+        """Describe both signals in one line: the units of each scorer, with its weight."""
         return "; ".join(
             f"{signal}: {' + '.join(_describe(signal, p) for p in self.parts[signal])}" for signal in SIGNALS
         )
@@ -98,11 +98,16 @@ def score_each(
 
 
 def _describe(signal: str, part: Part) -> str:
-    """Describe one term of a sum: weight, units or name, and a note on a cost without a sign check."""
+    """Describe one term of a sum: weight, units, and a note on a cost without a sign check.
+
+    The units are those of the manifest, or else the name and what the scorer gives.
+    """
     manifest = part.scorer.manifest
     weight = "" if part.weight == 1 else f"{part.weight:g} x "
+    scaled = "" if (manifest.offset, manifest.scale) == (0, 1) else ", by its manifest's offset and scale"
+    units = manifest.units or f"{part.name} ({getattr(part.scorer, 'unit', 'no units')}{scaled})"
     unchecked = " (sign not checked)" if signal == "cost" and manifest.sign_check is None else ""
-    return f"{weight}{manifest.units or part.name}{unchecked}"
+    return f"{weight}{units}{unchecked}"
 
 
 def require_finite(where: str, values: Tensor, prompts: Sequence[Prompt]) -> None:
@@ -143,12 +148,14 @@ def load_scorers(
     tokenizer: Any = None,
     device: str = "cpu",
     trust: bool = False,
+    date: str | None = None,
 ) -> Scorers:
     """Load the scorers of both signals and check the sign of those whose manifest has two canned answers.
 
     Args:
         assets: the assets folder, which the embedded scorers need. model, tokenizer: the frozen reference if it is the
             model that the embedded scorers read; None: they load their own. trust: run Python code of models.
+        date: today's date for chat templates, YYYY-MM-DD; None: today.
 
     Raises:
         UserError: a scorer cannot be loaded or has the wrong sign, or a weight is wrong.
@@ -164,7 +171,7 @@ def load_scorers(
             elif FUNCTION.fullmatch(name) and not Path(name).exists():
                 scorer = FunctionScorer(name, signal, config.timeout)
             else:
-                scorer = load_model(name, signal, device, trust)
+                scorer = load_model(name, signal, device, trust, date)
             check_sign(scorer, f"scoring.{signal} {name!r}")
             parts[signal].append(Part(name, weight, scorer))
     return Scorers(parts["reward"], parts["cost"], config.clamp)
