@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from .command import Switches, console_of, read_command
 from .common.distributed import World, joined
 from .common.malloc import keep_freed_memory
+from .common.openmp import describe_load
 from .config.schema import Config
 from .dry_run import describe_batch, dry_run
 from .evaluation.evaluator import Evaluator
@@ -50,6 +51,8 @@ def launch(argv: list[str], description: str, train: Train) -> None:
         if switches.dry_run:
             dry_run(config, console, world, switches.trust_remote_code)
             return
+        if load := describe_load():
+            console.print(load, style="yellow", markup=False, highlight=False)
         keep_freed_memory()
         run_session(switches, config, console, world, train)
 
