@@ -25,6 +25,7 @@ from .runs.fingerprints import fingerprints
 from .runs.folder import Run, create, folder_of
 from .runs.interrupts import Stopped, StopRequest
 from .runs.resume import Resumed, check_inputs, check_resume, reopen
+from .scoring.rehearsal import rehearse
 from .session import Session
 from .setup import Parts, load_parts, shards_of
 
@@ -62,6 +63,8 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
     path, resumed = choose_folder(switches, config, world)
     config = dated(config, world)
     parts = load_parts(config, console, world, switches.trust_remote_code)
+    for warning in world.from_first(lambda: rehearse_parts(config, parts)):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     run = open_folder(switches, config, path, resumed, parts, console, world)
     console.print(f"run: {run.path}   {describe_batch(config, world)}", markup=False, highlight=False)
     actor = make_actor(config, parts, console, world)
@@ -81,6 +84,12 @@ def dated(config: Config, world: World) -> Config:
     """Return the configuration with today's date in data.date if it has none, the same on every process."""
     today = world.from_first(lambda: f"{date.today():%Y-%m-%d}")
     return replace(config, data=replace(config.data, date=config.data.date or today))
+
+
+def rehearse_parts(config: Config, parts: Parts) -> list[str]:
+    """Try the scorers before the run folder is made; returns warnings. Raises UserError if one cannot be used."""
+    prompts = {"data.train": parts.train_prompts, "data.eval": parts.eval_prompts}
+    return rehearse(parts.scorers, parts.judge, prompts, config.rollout.max_response_tokens)
 
 
 def choose_folder(switches: Switches, config: Config, world: World) -> tuple[Path, Resumed]:

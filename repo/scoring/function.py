@@ -60,8 +60,8 @@ class FunctionScorer:
             raise UserError(f"{takes}; got shape {tuple(scores.shape)}")
         return self.manifest.apply(scores)
 
-    def columns_for(self, prompts: Iterable[Prompt]) -> list[str]:
-        """List the columns of the prompts' records that the function gets.
+    def columns_for(self, prompts: Iterable[Prompt], source: str = "the data") -> list[str]:
+        """List the columns of the prompts' records that the function gets. source: of the prompts, for messages.
 
         Raises UserError, which lists the columns present, if it has a parameter without a default that is none of them.
         """
@@ -71,7 +71,7 @@ class FunctionScorer:
         if missing:
             there = ", ".join(present) or "no columns"
             raise UserError(
-                f"{self.where} has the parameter {missing[0]!r}, which is no column of the data; it has {there}"
+                f"{self.where} has the parameter {missing[0]!r}, which is no column of {source}; it has {there}"
             )
         return [n for n in present if n not in _first_two(self.function)] if self.takes_all else named
 

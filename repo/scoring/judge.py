@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ..data.prompts import Prompt
-from .classifier import load_model
+from .classifier import ClassifierScorer, load_model
 from .embedded_judge import EmbeddedJudge
 from .function import FunctionScorer
 from .scorers import EMBEDDED, FUNCTION, require_finite
@@ -17,6 +18,20 @@ Judge = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
 """Function of prompts and responses that returns (B,) bool on the CPU, true for safe responses."""
 
 NONE = "none"
+
+
+@dataclass(frozen=True)
+class ScorerJudge:
+    """A judge that calls a response safe iff its score is <= 0. name: of the scorer in the configuration."""
+
+    name: str
+    scorer: ClassifierScorer | FunctionScorer
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """Judge B responses; returns (B,) bool. Raises UserError if a score is not finite."""
+        scores = self.scorer(prompts, responses)
+        require_finite(f"evaluation.judge {self.name!r}", scores, prompts)
+        return scores <= 0
 
 
 def load_judge(
@@ -28,7 +43,8 @@ def load_judge(
     scale, is <= 0.
 
     assets: the assets folder, None if there is none. timeout: seconds that one call of a function may take. trust: run
-    Python code that comes with a model. date: today's date for chat templates, YYYY-MM-DD. Raises UserError if the judge cannot be loaded.
+    Python code that comes with a model. date: today's date for chat templates, YYYY-MM-DD. Raises UserError if the
+    judge cannot be loaded.
     """
     if name == NONE or (name == EMBEDDED and assets is None):
         return None
@@ -37,10 +53,4 @@ def load_judge(
         return lambda prompts, responses: judge([p.text for p in prompts], list(responses)).safe
     is_function = FUNCTION.fullmatch(name) and not Path(name).exists()
     scorer = FunctionScorer(name, "judge", timeout) if is_function else load_model(name, "judge", device, trust, date)
-
-    def verdict(prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        scores = scorer(prompts, responses)
-        require_finite(f"evaluation.judge {name!r}", scores, prompts)
-        return scores <= 0
-
-    return verdict
+    return ScorerJudge(name, scorer)
