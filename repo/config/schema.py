@@ -102,7 +102,7 @@ class ScoringConfig:
     timeout: PositiveFloat = 600.0
     """Seconds that one call of a scorer function may take; a longer call stops the run."""
     clamp: PositiveFloat = 50.0
-    """Clamp reward and cost to [-clamp, clamp]."""
+    """Clamp reward and cost to [-clamp, clamp]; the first time that this changes a score, a warning says so."""
 
 
 @dataclass(frozen=True)

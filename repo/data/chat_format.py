@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,6 +12,7 @@ from ..common.errors import UserError, first_line
 from .conversation import Turn, transcript
 
 OWN_ARGUMENTS = ("messages", "add_generation_prompt")
+NOW = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 PROBE = "What is bread?"
 
 
@@ -39,8 +41,9 @@ class ChatFormat:
             if name in OWN_ARGUMENTS or not re.search(rf"\b{re.escape(name)}\b", source):
                 has = "is filled by repo" if name in OWN_ARGUMENTS else "is not in the model's chat template"
                 raise UserError(f"data.template_arguments: the variable {name!r} {has}")
-        if date is not None and "strftime_now" in source:
-            self.values["strftime_now"] = datetime.fromisoformat(date).strftime
+        if date is not None and NOW.search(source):
+            template = tokenizer.get_chat_template(tools=self.values.get("tools"))
+            self.values["chat_template"] = with_date(template, datetime.fromisoformat(date))
         self.in_parts = bool(source) and not self._shows(PROBE) and self._shows([{"type": "text", "text": PROBE}])
 
     def _shows(self, content: Any) -> bool:
@@ -140,6 +143,14 @@ class ChatFormat:
 
     def _bare(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def with_date(template: str, day: datetime) -> str:
+    """Write a date into a chat template where it asks for today's in a format that it spells out.
+
+    A function in place of strftime_now would be simpler, but transformers passes only plain data to a template.
+    """
+    return NOW.sub(lambda call: json.dumps(day.strftime(call["format"]), ensure_ascii=False), template)
 
 
 def _common(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -27,8 +27,6 @@ class FunctionScorer:
     (number - offset) / scale with the values of its attribute `manifest`, a dict, if it has one.
     """
 
-    unit = "the function's own numbers"
-
     def __init__(self, name: str, signal: str, timeout: float) -> None:
         """Import the function. Raises UserError if that fails or its manifest is wrong.
 

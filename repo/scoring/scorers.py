@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.errors import UserError
+from ..common.errors import UserError, warn_user
 from ..config.schema import ScoringConfig
 from ..data.prompts import Prompt
 from .classifier import ClassifierScorer, load_model
@@ -51,8 +51,9 @@ class Scorers:
     """The scorers of reward and cost, each signal a weighted sum. Embedded scorers share one forward pass."""
 
     def __init__(self, reward: Sequence[Part], cost: Sequence[Part], clamp: float) -> None:
-        """reward, cost: the terms of each sum. clamp: each sum is clamped to [-clamp, clamp]."""
+        """reward, cost: the terms of each sum. clamp: each sum is clamped to [-clamp, clamp], with a warning once."""
         self.parts, self.clamp = {"reward": tuple(reward), "cost": tuple(cost)}, clamp
+        self.clamped: set[str] = set()  # signals that the warning has been given for
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], reading: Reading | None = None) -> Scores:
         """Score B pairs by both signals.
@@ -66,7 +67,18 @@ class Scorers:
         for (signal, part), values in zip(parts, scores, strict=True):
             require_finite(f"scoring.{signal} {part.name!r}", values, prompts)
             sums[signal] += part.weight * values
-        return Scores(*(sums[signal].clamp(-self.clamp, self.clamp) for signal in SIGNALS))
+        return Scores(*(self._clamp(signal, sums[signal]) for signal in SIGNALS))
+
+    def _clamp(self, signal: str, values: Tensor) -> Tensor:
+        """Clamp scores (B,). The first time that this changes some of a signal, a warning says so."""
+        beyond = values[values.abs() > self.clamp]
+        if beyond.numel() and signal not in self.clamped:
+            self.clamped.add(signal)
+            warn_user(
+                f"scoring.{signal} gave scores from {float(beyond.min()):g} to {float(beyond.max()):g}, which "
+                f"scoring.clamp={self.clamp:g} cuts to {self.clamp:g} in size; raise it if they are meant"
+            )
+        return values.clamp(-self.clamp, self.clamp)
 
     def only(self, signal: str) -> Scorer | None:
         """Return the scorer of a signal if it is the only one and has weight 1, else None."""
@@ -105,7 +117,8 @@ def _describe(signal: str, part: Part) -> str:
     manifest = part.scorer.manifest
     weight = "" if part.weight == 1 else f"{part.weight:g} x "
     scaled = "" if (manifest.offset, manifest.scale) == (0, 1) else ", by its manifest's offset and scale"
-    units = manifest.units or f"{part.name} ({getattr(part.scorer, 'unit', 'no units')}{scaled})"
+    is_model = isinstance(part.scorer, ClassifierScorer)
+    units = manifest.units or (f"{part.name} ({part.scorer.unit}{scaled})" if is_model else part.name)
     unchecked = " (sign not checked)" if signal == "cost" and manifest.sign_check is None else ""
     return f"{weight}{units}{unchecked}"
 

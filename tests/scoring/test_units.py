@@ -93,7 +93,6 @@ def test_the_start_line_says_the_unit(three):
     config = ScoringConfig(reward=f"{FUNCTIONS}:words", cost=f"{three}#harmful")
     text = load_scorers(config, None).describe()
     assert f"{three}#harmful (log-odds, 0 = as likely as not of 'harmful')" in text
-    assert "words (the function's own numbers)" in text
 
 
 def test_a_head_of_three_labels_is_no_linear_function_of_the_states(tmp_path):
