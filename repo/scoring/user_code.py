@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 AGAIN = 1.0  # seconds between two signals to a call that catches the first
-WAKE = getattr(signal, "SIGVTALRM", None) if hasattr(signal, "pthread_kill") else None
-"""Signal that ends a call. Not SIGALRM, which the called code may use for time limits of its own."""
+WAKE: Any = getattr(signal, "SIGVTALRM", None) if hasattr(signal, "pthread_kill") else None
+"""Signal that ends a call, None on Windows. Not SIGALRM, which the called code may use for limits of its own."""
 
 
 class TimeUp(BaseException):
