@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .tensor_kinds import check_kind, is_plain, is_traced
+
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUE_DTYPES = (torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
@@ -19,8 +21,6 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 3.4028234663852886e38
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
 Scalar = float | Tensor
 
 
@@ -29,23 +29,6 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
-
-
-def is_plain(*values: Tensor | None) -> bool:
-    """Return whether each tensor is one with memory that may be read as it stands, or None.
-
-    A subclass, a tensor of functorch and one that is negated lazily are not; those go through PyTorch's dispatcher.
-    """
-    return all(value is None or (type(value) in PLAIN_TYPES and not value.is_neg()) for value in values)
-
-
-def is_traced() -> bool:
-    """Return whether something looks at every operator: torch.compile, a dispatch mode or a transform of functorch."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -66,9 +49,11 @@ def check_tensor(
     """Return the value if it is a tensor of one of these shapes and dtypes on the device of `like`.
 
     Raises:
-        TypeError: it is no tensor or has another dtype.
+        TypeError: it is no tensor, of a kind that is refused (`check_kind`) or of another dtype.
         ValueError: it has another shape or is on another device.
     """
+    if isinstance(value, Tensor):
+        check_kind(name, value, like)
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         takes = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
         raise TypeError(f"{name} must be a tensor of {takes}, shape {_either(shapes)}; got {describe(value)}")
@@ -91,6 +76,7 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         ValueError: the float is out of range, or the tensor has dimensions or no data.
     """
     if isinstance(value, Tensor):
+        check_kind(name, value)
         if value.ndim or not (value.is_floating_point() or value.dtype in ID_DTYPES):
             raise ValueError(f"{name} as a tensor must be 0-d and numeric; got {describe(value)}")
         if value.device.type == "meta":
@@ -108,6 +94,8 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
 def check_matrix(name: str, value: object) -> Tensor:
     """Return the value if it is (T, V) or (B, L, V), V >= 1, of a floating dtype, with unit column stride."""
     names = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
+    if isinstance(value, Tensor):
+        check_kind(name, value)
     if not isinstance(value, Tensor) or value.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be a tensor of {names}; got {describe(value)}")
     if value.ndim not in (2, 3) or value.shape[-1] == 0:
@@ -141,6 +129,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
     """
     if len(leading) != 1:
         raise ValueError(f"cu_seqlens is for packed (T, ...) rows; the rows here have leading shape {leading}")
+    if isinstance(cu_seqlens, Tensor):
+        check_kind("cu_seqlens", cu_seqlens, like)
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be a tensor of int32, shape (B+1,); got {describe(cu_seqlens)}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
