@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .tensor_kinds import check_kind, is_plain, is_traced
+from .tensor_kinds import check_kind, check_memory, is_plain, is_traced
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUE_DTYPES = (torch.float32, torch.float64)
@@ -105,9 +105,11 @@ def check_matrix(name: str, value: object) -> Tensor:
     return value
 
 
-def check_temperature(temperature: Scalar, softcap: float | None) -> None:
-    """Check that temperature is a scalar > 0 and softcap a float > 0 or None."""
+def check_temperature(temperature: Scalar, softcap: float | None, like: Tensor | None = None) -> None:
+    """Check that temperature is a scalar > 0 and softcap a float > 0 or None. like: the logits, if they are known."""
     check_scalar("temperature", temperature, lambda x: x > 0, "> 0")
+    if isinstance(temperature, Tensor) and like is not None:
+        check_kind("temperature", temperature, like)
     if softcap is not None:
         if isinstance(softcap, Tensor):
             raise TypeError(f"softcap must be a float or None; got {describe(softcap)}")
@@ -138,6 +140,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens must be on {like.device} with the logits; got {describe(cu_seqlens)}")
     if cu_seqlens.device.type == "cpu" and not is_traced() and is_plain(cu_seqlens):
+        check_memory(cu_seqlens=cu_seqlens)
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != leading[0] or bounds != sorted(bounds):
             shown = bounds if len(bounds) <= 9 else [*bounds[:7], "...", bounds[-1]]
@@ -160,6 +163,8 @@ def check_head(
     """
     check_matrix(f"{prefix}hidden", hidden)
     dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
+    if isinstance(weight, Tensor):
+        check_kind(f"{prefix}weight", weight, hidden)
     shapes = ((weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 0, hidden.shape[-1]),)
     check_tensor(f"{prefix}weight", weight, shapes, dtypes, hidden)
     if weight.shape[0] == 0:

@@ -5,6 +5,7 @@ Kernels read the memory of plain tensors. Others go through PyTorch's dispatcher
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,9 +20,17 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 def is_plain(*values: Tensor | None) -> bool:
     """Return whether each tensor is one with memory that may be read as it stands, or None.
 
-    A subclass, a tensor of functorch and one that is negated lazily are not; those go through PyTorch's dispatcher.
+    One whose operators Python dispatches and one that is negated lazily are not; those go through PyTorch's dispatcher.
     """
-    return all(value is None or (type(value) in PLAIN_TYPES and not value.is_neg()) for value in values)
+    return all(
+        value is None or ((type(value) in PLAIN_TYPES or not _is_dispatched(value)) and not value.is_neg())
+        for value in values
+    )
+
+
+def _is_dispatched(value: Tensor) -> bool:
+    """Return whether a subclass has a __torch_dispatch__; one with a __torch_function__ alone has memory of its own."""
+    return torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Python)
 
 
 def is_traced() -> bool:
@@ -66,7 +75,7 @@ def check_kind(name: str, value: Tensor, like: Tensor | None = None) -> None:
         value: the tensor.
         like: the logits or hidden states, or None if those are the value.
     """
-    plain = type(value) in PLAIN_TYPES and value.layout is torch.strided
+    plain = type(value) in PLAIN_TYPES and value.layout is torch.strided and not value.is_nested
     if plain and (like is None or type(like) in PLAIN_TYPES) and not torch._C._len_torch_dispatch_stack():
         return
     if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
@@ -81,6 +90,9 @@ def check_kind(name: str, value: Tensor, like: Tensor | None = None) -> None:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):
         raise TypeError(f"{name} must be a tensor of this process; got a DTensor: pass its to_local() or full_tensor()")
+    masked = sys.modules.get("torch.masked.maskedtensor.core")
+    if masked is not None and masked.is_masked_tensor(value):
+        raise TypeError(f"{name} must be a plain tensor; got a MaskedTensor: pass its values, and response_mask")
     if not torch.compiler.is_compiling():
         _check_fake(name, value, like)
 
@@ -97,6 +109,12 @@ def _check_fake(name: str, value: Tensor, like: Tensor | None) -> None:
         return
     if mode is not None and type(value) in PLAIN_TYPES and not mode.allow_non_fake_inputs:
         raise TypeError(f"{name} must be a FakeTensor like the others or in FakeTensorMode; got a real tensor")
+
+
+def makers_like(source: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which new tensors are fake if `source` is."""
+    mode = None if torch.compiler.is_compiling() or type(source) in PLAIN_TYPES else getattr(source, "fake_mode", None)
+    return contextlib.nullcontext() if mode is None else mode
 
 
 def check_memory(**values: Tensor | None) -> None:

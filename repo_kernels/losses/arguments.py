@@ -20,9 +20,10 @@ from ..backends.codes import (
     ENTROPY_VALUE,
     KL_NAMES,
     KL_NONE,
+    SCALARS,
     Code,
 )
-from ..backends.interface import Loss, RowArguments, Scalars, compute_dtype
+from ..backends.interface import Loss, RowArguments, compute_dtype
 from ..checks import (
     ID_DTYPES,
     MASK_DTYPES,
@@ -33,6 +34,7 @@ from ..checks import (
     check_tensor,
     describe,
 )
+from ..tensor_kinds import check_kind
 from .inputs import LossInputs
 from .options import MODES_WITHOUT_COUNT, SEQUENCE_MODES, LossOptions
 
@@ -89,6 +91,9 @@ def make_loss(
         divisor=inputs.divisor,
         max_length=options.max_length,
     )
+    for name, value in zip(SCALARS, scalars, strict=True):
+        if isinstance(value, Tensor):
+            check_kind(name, value, source)
     return Loss(arguments, scalars, code.pack(), float(options.softcap or 0.0), entropy)
 
 
@@ -135,7 +140,7 @@ def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
     )
 
 
-def _scalars(**given: Scalar | None) -> Scalars:
+def _scalars(**given: Scalar | None) -> tuple[Scalar, ...]:
     """Return the scalars in the order of SCALARS; None stands for the absent value."""
     return tuple(absent if given[name] is None else given[name] for name, absent in ABSENT_SCALARS.items())  # type: ignore[misc]
 

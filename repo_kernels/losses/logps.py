@@ -10,7 +10,7 @@ from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
 from ..backends.interface import compute_dtype, device_scalar
 from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature
-from ..tensor_kinds import check_memory, is_transformed, operate
+from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
 from .arguments import check_ids
 from .composite import losses as composite
 from .linear_ops import gradients_wanted, linear_statistics
@@ -55,11 +55,12 @@ def selective_log_softmax(
     """
     check_matrix("logits", logits)
     backend = choose_backend(backend, logits)
-    check_temperature(temperature, softcap)
+    check_temperature(temperature, softcap, logits)
     check_bool("return_entropy", return_entropy)
     leading = tuple(logits.shape[:-1])
     ids = check_ids(token_ids, leading, logits).reshape(-1)
-    by = device_scalar(temperature, compute_dtype(logits), logits.device)
+    with makers_like(logits):
+        by = device_scalar(temperature, compute_dtype(logits), logits.device)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     rows: Any = (logits, ids, by, float(softcap or 0.0), entropy)
     if is_transformed():
@@ -103,12 +104,13 @@ def linear_selective_log_softmax(
     """
     check_head("", hidden, weight, bias)
     backend = choose_backend(backend, hidden)
-    check_temperature(temperature, softcap)
+    check_temperature(temperature, softcap, hidden)
     check_bool("return_entropy", return_entropy)
     check_chunk(chunk_tokens, chunk_bytes)
     leading = tuple(hidden.shape[:-1])
     ids = check_ids(token_ids, leading, hidden).reshape(-1)
-    by = device_scalar(temperature, compute_dtype(hidden), hidden.device)
+    with makers_like(hidden):
+        by = device_scalar(temperature, compute_dtype(hidden), hidden.device)
     options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     if is_transformed():
         return _outputs(composite.statistics_of_hidden((hidden, weight, bias), ids, *options), leading, return_entropy)

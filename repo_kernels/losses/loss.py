@@ -20,7 +20,7 @@ from ..checks import (
     check_tensor,
     describe,
 )
-from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, operate
+from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, makers_like, operate
 from .arguments import make_loss
 from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
 from .composite import losses as composite
@@ -236,7 +236,8 @@ def _linear_loss(
 
 def _operator_options(loss: Loss, source: Tensor) -> tuple[Tensor, int, float, int]:
     """Return what an operator takes of a loss beside its tensors."""
-    scalars = scalar_vector(loss.scalars, compute_dtype(source), source.device)
+    with makers_like(source):
+        scalars = scalar_vector(loss.scalars, compute_dtype(source), source.device)
     return scalars, loss.code, loss.softcap, loss.entropy
 
 
