@@ -94,7 +94,7 @@ def log_difference(logps: Tensor, base: Tensor) -> Tensor:
 
 def constant_zero(x: Tensor) -> Tensor:
     """Return zeros whose derivative in x is 1."""
-    return torch.where(x.isfinite(), x - x.detach(), 0.0)
+    return torch.where(x.isfinite(), x - x.detach(), torch.zeros_like(x))
 
 
 def clamp_log_ratio(x: Tensor) -> tuple[Tensor, Tensor]:

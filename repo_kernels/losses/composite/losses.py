@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.codes import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, ROWS, Code
+from ...backends.codes import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, ROWS, SCALARS, Code
 from ...backends.eager.dense import VALUES, DenseLoss, prepare
 from ...backends.eager.reduction import totals
-from ...backends.eager.terms import token_flags, token_inputs, token_rows, token_terms
-from ...backends.interface import Loss, compute_dtype
+from ...backends.eager.terms import constant_zero, token_flags, token_inputs, token_rows, token_terms
+from ...backends.interface import Loss, compute_dtype, device_scalar
 from .rows import masked_logits, row_distributions, row_entropies, row_kls, row_logps
 
 # A loss, 0-d or (N,) without aggregation, ROWS (5, N) and STATS (18,), the last two detached.
@@ -32,6 +32,13 @@ def statistics_of_hidden(head: Head, ids: Tensor, temperature: Tensor, softcap: 
 
 
 def loss_of_logits(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> Outputs:
+    """Compute the outputs of a loss from logits; derivatives of its value are multiplied by grad_scale."""
+    value, rows, stats = _loss_of_rows(logits, ref_logits, loss)
+    scale = device_scalar(loss.scalars[SCALARS.index("grad_scale")], value.dtype, value.device)
+    return value.detach() + scale * constant_zero(value), rows, stats
+
+
+def _loss_of_rows(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> Outputs:
     """Compute the outputs of a loss from logits (T, V), (B, L, V) or, whatever the leading shape, (N, V)."""
     prepared, dtype = prepare(logits, loss), compute_dtype(logits)
     temperature, live = prepared.coef.temperature, prepared.live
@@ -75,4 +82,4 @@ def loss_of_hidden(head: Head, reference: Head | None, loss: Loss) -> Outputs:
     """Compute the outputs of a loss from hidden states."""
     result, live = compute_dtype(head[0]), prepare(head[0], loss).live
     logits = head_logits(head, live, result)
-    return loss_of_logits(logits, None if reference is None else head_logits(reference, live, result), loss)
+    return _loss_of_rows(logits, None if reference is None else head_logits(reference, live, result), loss)

@@ -49,5 +49,11 @@ def row_kls(rows: Distributions, reference: Distributions, live: Tensor) -> Tens
 
 def is_readable(*tensors: Tensor) -> bool:
     """Return whether the values are at hand: not traced, not fake, not batched by vmap."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not torch.compiler.is_compiling() and is_plain(*tensors) and not any(wrapped(x) for x in tensors)
+    return not torch.compiler.is_compiling() and all(is_plain(x) and not _is_batched(x) for x in tensors)
+
+
+def _is_batched(value: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(value):
+        value = functorch.get_unwrapped(value)
+    return functorch.is_functorch_wrapped_tensor(value)
