@@ -12,7 +12,7 @@ or, with the options of a run set once:
 """
 
 from .losses.logps import linear_selective_log_softmax, selective_log_softmax
-from .losses.loss import LinearRepoLoss, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss
+from .losses.loss import LinearRepoLoss, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss, repo_loss_from_logps
 from .losses.options import LossOptions
 from .losses.stats import LossStats
 
@@ -25,5 +25,6 @@ __all__ = [
     "linear_repo_loss",
     "linear_selective_log_softmax",
     "repo_loss",
+    "repo_loss_from_logps",
     "selective_log_softmax",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
 from ..backends.interface import compute_dtype, device_scalar
-from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature
+from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature, number
 from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
 from .arguments import check_ids
 from .composite import losses as composite
@@ -60,7 +60,7 @@ def selective_log_softmax(
     leading = tuple(logits.shape[:-1])
     ids = check_ids(token_ids, leading, logits).reshape(-1)
     with makers_like(logits):
-        by = device_scalar(temperature, compute_dtype(logits), logits.device)
+        by = device_scalar(number(temperature), compute_dtype(logits), logits.device)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     rows: Any = (logits, ids, by, float(softcap or 0.0), entropy)
     if is_transformed():
@@ -110,7 +110,7 @@ def linear_selective_log_softmax(
     leading = tuple(hidden.shape[:-1])
     ids = check_ids(token_ids, leading, hidden).reshape(-1)
     with makers_like(hidden):
-        by = device_scalar(temperature, compute_dtype(hidden), hidden.device)
+        by = device_scalar(number(temperature), compute_dtype(hidden), hidden.device)
     options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     if is_transformed():
         return _outputs(composite.statistics_of_hidden((hidden, weight, bias), ids, *options), leading, return_entropy)

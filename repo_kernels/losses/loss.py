@@ -16,15 +16,16 @@ from ..checks import (
     check_bool,
     check_chunk,
     check_head,
+    check_logps,
     check_matrix,
     check_tensor,
     describe,
 )
 from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, makers_like, operate
-from .arguments import make_loss
+from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
 from .composite import losses as composite
-from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, RepoLossCall, RepoLossInputs
+from .inputs import HiddenStates, LinearRepoLossCall, LogpsLossCall, LinearRepoLossInputs, RepoLossCall, RepoLossInputs
 from .keywords import method_takes, takes
 from .linear_ops import gradients_wanted, linear_loss
 from .ops import fused_loss
@@ -106,6 +107,25 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
         TypeError, ValueError, IndexError, RuntimeError: as `repo_loss`.
     """
     return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend)
+
+
+@takes(LogpsLossCall)
+def repo_loss_from_logps(call: LogpsLossCall) -> RepoLossOutput:
+    """Compute `repo_loss` from log-probabilities that the caller has computed, for a loop that has no logits.
+
+    Plain PyTorch: differentiable in logps any number of times, whatever the device. There is no entropy and no full KL,
+    which need the logits. log pi must be the log-probabilities of the policy that sampled, at its temperature.
+
+    Returns:
+        RepoLossOutput, as `repo_loss`; its logps are the detached argument, 0 on dead tokens.
+
+    Raises:
+        TypeError, ValueError: as `repo_loss`.
+    """
+    logps = check_logps(call.logps)
+    loss = make_logps_loss(logps, call, call)
+    check_memory(logps=logps, **loss.named_tensors)
+    return _make_output(loss, *composite.loss_of_given_logps(logps, loss))
 
 
 class RepoLoss(nn.Module):

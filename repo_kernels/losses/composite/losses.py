@@ -83,3 +83,10 @@ def loss_of_hidden(head: Head, reference: Head | None, loss: Loss) -> Outputs:
     result, live = compute_dtype(head[0]), prepare(head[0], loss).live
     logits = head_logits(head, live, result)
     return _loss_of_rows(logits, None if reference is None else head_logits(reference, live, result), loss)
+
+
+def loss_of_given_logps(logps: Tensor, loss: Loss) -> Outputs:
+    """Compute the outputs of a loss from log-probabilities (T,) or (B, L) that the caller has computed."""
+    prepared = prepare(logps, loss)
+    given = torch.where(prepared.live, logps.reshape(-1), torch.zeros_like(logps).reshape(-1))
+    return loss_of_logps(given, None, None, loss, prepared)

@@ -24,9 +24,9 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "log-probs": lambda z: selective_log_softmax(z, IDS, temperature=0.7),
     "entropy": lambda z: selective_log_softmax(z, IDS, return_entropy=True)[1],
     "linear loss": lambda h: linear_repo_loss(h, WEIGHT.to(h), IDS, OLD, ADVANTAGES, bias=BIAS.to(h)).loss,
-    "linear losses per token": lambda h: linear_repo_loss(
-        h, WEIGHT.to(h), IDS, OLD, ADVANTAGES, loss_agg_mode="none"
-    ).loss,
+    "linear losses per token": lambda h: (
+        linear_repo_loss(h, WEIGHT.to(h), IDS, OLD, ADVANTAGES, loss_agg_mode="none").loss
+    ),
     "linear log-probs": lambda h: linear_selective_log_softmax(h, WEIGHT.to(h), IDS),
 }
 
@@ -207,9 +207,7 @@ def test_inputs_made_in_inference_mode_are_constants(masked: bool, form: str) ->
             out = linear_selective_log_softmax(leaf, weight, ids, bias=make(BIAS))
         elif form.startswith("linear"):
             options |= {"ref_hidden": make(point("linear", seed=5)), "ref_weight": weight, "ref_bias": make(BIAS)}
-            out = linear_repo_loss(
-                leaf, weight, ids, old, advantages, kl_estimator="full", beta=0.3, **options
-            ).loss
+            out = linear_repo_loss(leaf, weight, ids, old, advantages, kl_estimator="full", beta=0.3, **options).loss
         else:
             out = repo_loss(leaf, ids, old, advantages, **options).loss
         (gradient,) = torch.autograd.grad(out.sum() * 0.5, leaf)
