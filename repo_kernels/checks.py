@@ -91,7 +91,7 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         if value.device.type == "meta":
             raise ValueError(f"{name} must be a float or a 0-d tensor with data, {takes}; got {describe(value)}")
         return
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) or isinstance(value, np.number)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
     # Comparisons instead of math.isfinite, which torch.compile cannot trace for a float that varies. It does not ask
     # for 0, which would become a condition of the graph: then 0 would take a graph of its own.

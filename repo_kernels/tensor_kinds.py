@@ -76,9 +76,9 @@ def check_kind(name: str, value: Tensor, like: Tensor | None = None) -> None:
         like: the logits or hidden states, or None if those are the value.
     """
     plain = type(value) in PLAIN_TYPES and value.layout is torch.strided and not value.is_nested
-    if plain and (torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()):
-        if like is None or type(like) in PLAIN_TYPES:
-            return
+    unseen = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
+    if plain and unseen and (like is None or type(like) in PLAIN_TYPES):
+        return
     if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
         raise TypeError(f"{name} must be a tensor with data; got an {type(value).__name__}, which no call has filled")
     if value.is_nested:

@@ -9,7 +9,7 @@ subclass of both; a module has its options already and takes the inputs alone::
                     +--> LinearRepoLossInputs --+--> LinearRepoLossCall  linear_repo_loss(hidden, weight, ...)
     HiddenStates ---+                                                    LinearRepoLoss(options)(hidden, weight, ...)
 
-`LossOptions` are `TokenOptions`, which also serve `repo_loss_from_logps`, and what concerns the vocabulary; `LossInputs`
+`LossOptions` are `TokenOptions`, which also serve `repo_loss_from_logps`, and what concerns the vocabulary. `LossInputs`
 are its `TokenValues` and the token ids.
 
 Their `__init__` gives functions and modules their signature, at run time and to type checkers, and their docstrings the
@@ -76,8 +76,8 @@ class TokenValues:
             policy is the current one, rho is 1 and has the gradient of log pi.
         reward_advantages: A_R; leading shape, or (B,) or (B, 1) with one value per sequence; fp32 or fp64.
         cost_advantages: A_C; like reward_advantages, or None.
-        costs: C of each sequence, (B,), (B, 1) or leading shape, fp32 or fp64; a sequence is unsafe if C > d. They always enter
-            the statistics.
+        costs: C of each sequence, (B,), (B, 1) or leading shape, fp32 or fp64; a sequence is unsafe if C > d. They
+            always enter the statistics.
         cost_baselines: like costs; subtracted from the hinge {C - d}^+ with cost_mode="rectified" and without
             cost_advantages.
         lam: the multiplier lambda of the cost, >= 0.

@@ -25,7 +25,7 @@ from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, ma
 from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
 from .composite import losses as composite
-from .inputs import HiddenStates, LinearRepoLossCall, LogpsLossCall, LinearRepoLossInputs, RepoLossCall, RepoLossInputs
+from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
 from .keywords import method_takes, takes
 from .linear_ops import gradients_wanted, linear_loss
 from .ops import fused_loss

@@ -1,4 +1,4 @@
-"""What a call takes beside the plainest form: masks of numbers, columns, numpy's scalars, rows outside of all bounds."""
+"""What a call takes beside the plainest form: masks of numbers, columns, numpy's scalars, rows outside of bounds."""
 
 from __future__ import annotations
 
@@ -126,14 +126,10 @@ def test_messages_say_what_to_pass_instead() -> None:
     hidden, ids, head = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), torch.nn.Linear(4, 7)
     with pytest.raises(TypeError, match=r"^weight must be a tensor; got a module, Linear: pass its weight, and its"):
         linear_selective_log_softmax(hidden, head, ids)
-    with pytest.raises(
-        ValueError, match=r"^weight must have shape \(V, 4\) .* of shape \(0,\).*partitioned \(ZeRO-3\)"
-    ):
+    with pytest.raises(ValueError, match=r"^weight must have shape \(V, 4\) .* of shape \(0,\).*partitioned \(Ze"):
         linear_selective_log_softmax(hidden, torch.zeros(0), ids)
     rows = torch.nested.nested_tensor([torch.zeros(2, 5), torch.zeros(3, 5)], layout=torch.jagged)
-    with pytest.raises(
-        TypeError, match=r"^logits must be a dense tensor; got a nested one: pass its values\(\) as pac"
-    ):
+    with pytest.raises(TypeError, match=r"^logits must be a dense tensor; got a nested one: pass its values\(\) as"):
         selective_log_softmax(rows, ids)
     with pytest.raises(TypeError) as caught:
         repo_loss(hidden, ids, None, list(range(10_000)))
