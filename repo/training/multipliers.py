@@ -1,6 +1,7 @@
 """Multipliers: the weights that change between steps, which are lambda of the cost and optionally beta of the KL.
 
-Their rules are the pure functions of `repo_kernels.penalty`; `Multipliers` is the state that a run carries from step to step.
+Their rules are the pure functions of `repo_kernels.penalty`; `Multipliers` is the state that a run carries from step to
+step.
 """
 
 from __future__ import annotations

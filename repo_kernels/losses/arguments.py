@@ -42,6 +42,10 @@ from ..tensor_kinds import PLAIN_TYPES, check_kind
 from .inputs import LossInputs, TokenValues
 from .options import MODES_WITHOUT_COUNT, SEQUENCE_MODES, LossOptions, TokenOptions
 
+# Looked up once, so that torch.compile sees constants.
+VALUE_NAMES = tuple(field.name for field in fields(TokenValues))
+OPTION_NAMES = tuple(field.name for field in fields(TokenOptions))
+
 
 def check_ids(token_ids: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
     """Check the token ids against the leading shape and the device of the logits; return them as int64."""
@@ -56,8 +60,8 @@ def make_logps_loss(logps: Tensor, options: TokenOptions, inputs: TokenValues) -
     """
     if options.kl_estimator == "full":
         raise ValueError("kl_estimator='full' needs the logits; repo_loss_from_logps takes 'k1', 'k2' or 'k3'")
-    values = {field.name: getattr(inputs, field.name) for field in fields(TokenValues)}
-    constant = {field.name: getattr(options, field.name) for field in fields(TokenOptions)}
+    values = {name: getattr(inputs, name) for name in VALUE_NAMES}
+    constant = {name: getattr(options, name) for name in OPTION_NAMES}
     ids = torch.zeros(logps.shape, dtype=torch.int64, device=logps.device)
     call = LossInputs(token_ids=ids, **values)
     return make_loss(logps[..., None], LossOptions(**constant), call, False, "ref_logits")

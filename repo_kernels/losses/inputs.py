@@ -9,8 +9,8 @@ subclass of both; a module has its options already and takes the inputs alone::
                     +--> LinearRepoLossInputs --+--> LinearRepoLossCall  linear_repo_loss(hidden, weight, ...)
     HiddenStates ---+                                                    LinearRepoLoss(options)(hidden, weight, ...)
 
-`LossOptions` are `TokenOptions`, which also serve `repo_loss_from_logps`, and what concerns the vocabulary. `LossInputs`
-are its `TokenValues` and the token ids.
+`LossOptions` are `TokenOptions`, which also serve `repo_loss_from_logps`, and what concerns the vocabulary;
+`LossInputs` are its `TokenValues` and the token ids.
 
 Their `__init__` gives functions and modules their signature, at run time and to type checkers, and their docstrings the
 list of arguments (keywords.py).

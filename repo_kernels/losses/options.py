@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -73,9 +73,9 @@ class TokenOptions:
     max_length: float | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if isinstance(value := getattr(self, field.name), np.number):
-                object.__setattr__(self, field.name, number(value))
+        for name in ("eps_low", "eps_high", "dual_clip", "max_length", "temperature", "softcap", "entropy_coef"):
+            if isinstance(value := getattr(self, name, None), np.number):
+                object.__setattr__(self, name, number(value))
         for name in ("normalize", "kl_importance_weighted"):
             check_bool(name, getattr(self, name))
         check_choice("cost_mode", self.cost_mode, COST_MODES)
