@@ -19,6 +19,7 @@ from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
+from .models import config_fields
 from .models.actor import Actor
 from .models.critic import make_critics
 from .models.policy import Policy, choose_device, load_policy, load_reference
@@ -130,7 +131,7 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
 
 def context_of(shape: Any) -> int:
     """Return the most tokens that prompt and response may have together. shape: the model's text config."""
-    return getattr(shape, "max_position_embeddings", None) or sys.maxsize
+    return config_fields.context_of(shape) or sys.maxsize
 
 
 def read_prompts(

@@ -17,9 +17,10 @@ from repo_kernels.layers.onednn_linear import onednn_linears
 
 from ..common.errors import UserError, first_line
 from ..config.schema import ModelConfig
-from .attention import Attention, choose_attention
 from .layers import compile_layers, recomputed
+from .layout import Attention, choose_attention
 from .lm_head import check_head
+from .token_ids import padding_id
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,20 @@ class Policy:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Open the context for every forward pass: adapters on or off, autocast, and fused layers on a CPU."""
+        with (
+            self.adapters(),
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+            self._layers(),
+        ):
+            yield
+
+    @contextmanager
+    def adapters(self) -> Iterator[None]:
+        """Open the context in which the LoRA adapters are off for a reference that is the policy without them."""
         if self.base_only:
             self.model.disable_adapters()
         try:
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None), self._layers():
-                yield
+            yield
         finally:
             if self.base_only:
                 self.model.enable_adapters()
@@ -124,7 +134,7 @@ def load_policy(
     if lora:
         add_lora(model, config.lora_rank)
     eos = end_of_sequence_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    pad = padding_id(model, (tokenizer.pad_token_id, *eos))
     autocast = None if dtype == model.dtype else dtype
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         check_head(model)
