@@ -115,6 +115,9 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
         policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
     else:
         policy = sampler = load_policy(path, device, True, config.model, trust)
+    if policy.merged:
+        line = f"model: the adapter {path} is merged into its base {policy.merged}"
+        console.print(line, markup=False, highlight=False)
     shape = policy.model.config.get_text_config()
     prompts = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
     reference = load_reference(policy, path, config.model, trust)

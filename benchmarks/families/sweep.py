@@ -31,9 +31,8 @@ def _apart(family: str, folder: Path) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         signal.alarm(LIMIT)
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, 1)
-        os.dup2(devnull, 2)
+        for stream in (0, 1, 2):  # nothing asks a question, and what libraries print would break the table
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         result.write_text(json.dumps(run(family, folder / "model")))
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -49,8 +48,11 @@ def main(families: Sequence[str], out: Path) -> None:
         for outcome in sweep(families):
             file.write(json.dumps(outcome) + "\n")
             file.flush()
-            print(f"{time.strftime('%H:%M:%S')} {outcome['family']:24} {outcome['result']:10} {outcome['layout']:14}"
-                  f"{outcome['decoding']:28} {outcome['difference']:.0e} {outcome['why'][:200]}", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} {outcome['family']:24} {outcome['result']:10} {outcome['layout']:14}"
+                f"{outcome['decoding']:28} {outcome['difference']:.0e} {outcome['why'][:200]}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

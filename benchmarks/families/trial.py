@@ -133,7 +133,9 @@ def _check_gradient(policy: Policy, actor: Actor, rollout: Rollout, alone: Tenso
         for into, part in zip(total, torch.autograd.grad(logps.sum(), parameters, allow_unused=True), strict=True):
             if part is not None:
                 into += part
-    wanted = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, expected, strict=True)])
+    wanted = torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, expected, strict=True)]
+    )
     got = torch.cat([g.flatten() for g in total])
     error = float((got - wanted).norm() / wanted.norm())
     if not error < 1e-3:

@@ -61,7 +61,8 @@ def packed_attention(
     if segments.keys is not None:
         k, v = take_rows(k, segments.keys), take_rows(v, segments.keys)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = varlen_kernel(query.device, dtype, q.shape[-1], softcap is not None)
+    equal = q.shape[-1] == v.shape[-1]  # SDPA alone takes heads of values that differ from those of queries
+    kernel = varlen_kernel(query.device, dtype, q.shape[-1], softcap is not None) if equal else None
     attend = per_run if kernel is None else kernel[1]
     return attend(q, k, v, segments, scale, sliding_window, softcap)[None], None
 

@@ -37,6 +37,11 @@ def head_size(config: Any) -> int:
     )
 
 
+def equal_head_sizes(config: Any) -> bool:
+    """Tell whether queries and values have heads of the same size, which latent attention has not."""
+    return int(config_field(config, "v_head_dim", head_size(config))) == head_size(config)
+
+
 def is_length_dependent(model: Any) -> bool:
     """Tell whether a rotary embedding of the model changes with the length of what it reads."""
     return any(_rope_types(module) & {*LENGTH_DEPENDENT} for module in model.modules())
@@ -58,7 +63,8 @@ def context_of(config: Any) -> int | None:
     context = config_field(config, "max_position_embeddings")
     rope = config_field(config, "rope_parameters", {})
     several = [value for value in rope.values() if isinstance(value, dict)]
-    limits = [context] if context else []
+    keys = config_field(config, "keep_window_size")  # Doge's dynamic mask chooses among more keys by later tokens too
+    limits = [limit for limit in (context, keys) if limit]
     for parameters in several or [rope]:
         if parameters.get("rope_type") in LENGTH_DEPENDENT:
             original = parameters.get("original_max_position_embeddings")

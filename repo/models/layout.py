@@ -13,7 +13,7 @@ from ..common.errors import UserError, first_line
 from ..data.packing import Packed, pack, pad
 from ..data.sequences import Sequences, make_sequences
 from .attention import using_packed
-from .config_fields import config_field, head_size
+from .config_fields import config_field, equal_head_sizes, head_size
 from .hidden_states import trunk_states
 from .token_ids import plain_ids
 from .varlen import varlen_kernel
@@ -39,8 +39,8 @@ class Attention:
 
 
 def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Decide how a causal LM or a trunk reads its input: by its config, then by a trial in which packed, or else padded,
-    and separate sequences must give the same states.
+    """Decide how a causal LM or a trunk reads its input: by its config, then by a trial in which packed sequences, or else
+    padded ones, must give the same states as separate ones.
 
     dtype: of the forward pass; autocast is used if the weights have another one. Raises UserError if a sequence alone
     is not read the same by positions and mask as without them.
@@ -58,11 +58,13 @@ def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> At
             return Attention(False, f"one sequence at a time, {own}", f"{obstacle}; {why_alone}", pads=False)
         return Attention(False, f"padded batches, {own}", obstacle)
     softcap = config_field(text, "attn_logit_softcapping") is not None
-    kernel = varlen_kernel(device, dtype, head_size(text), softcap)
+    kernel = varlen_kernel(device, dtype, head_size(text), softcap) if equal_head_sizes(text) else None
     if kernel is not None:
         return Attention(True, kernel[0], "")
     why = "no FlashAttention installed that runs here"
-    if device.type != "cuda":
+    if not equal_head_sizes(text):
+        why = "queries and values have heads of different sizes"
+    elif device.type != "cuda":
         why = "FlashAttention needs CUDA"
     elif dtype not in (torch.float16, torch.bfloat16):
         why = f"FlashAttention takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"

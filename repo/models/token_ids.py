@@ -64,6 +64,6 @@ def require_embedded(ids: Iterable[int], rows: int, where: str) -> None:
     largest = max(ids, default=0)
     if largest >= rows:
         raise UserError(
-            f"{where} has token id {largest}, but the model embeds {rows} tokens, ids 0 to {rows - 1}: tokens were added "
-            "to the tokenizer without resizing the model (model.resize_token_embeddings)"
+            f"{where} has token id {largest}, but the model embeds {rows} tokens, ids 0 to {rows - 1}: tokens were "
+            "added to the tokenizer without resizing the model (model.resize_token_embeddings)"
         )
