@@ -39,8 +39,8 @@ class Attention:
 
 
 def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Decide how a causal LM or a trunk reads its input: by its config, then by a trial in which packed sequences, or else
-    padded ones, must give the same states as separate ones.
+    """Decide how a model reads its input: by its config, then by a trial in which packed sequences, or else
+    padded ones, must give the same states as separate ones. model: a causal LM or a trunk.
 
     dtype: of the forward pass; autocast is used if the weights have another one. Raises UserError if a sequence alone
     is not read the same by positions and mask as without them.

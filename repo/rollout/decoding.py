@@ -20,8 +20,9 @@ from ..models.policy import Policy
 from ..models.token_ids import plain_ids
 from .kv_cache import Decoder, GrowingDecoder, RereadingDecoder, StaticDecoder, cache_argument
 
-PROMPTS = (6, 3)  # tokens of the prompts of the trial, which has two samples of each
-STEPS = 3  # tokens that the trial appends; a row is dropped after the first
+PROMPTS = (6, 3)  # tokens of the prompts of the trial, which has two samples of each: rows 0 and 1, 2 and 3
+STEPS = 2  # tokens that the trial appends to each row; row 1 is dropped after the first
+COMPARED = (0, 3)  # rows whose logits are compared; the second one moves up when row 1 is dropped
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,12 @@ def _words(way: Decoding) -> str:
     return "decoding with a cache" if way.selects else "decoding with a cache whose rows stay"
 
 
-def _rows(prompts: list[list[int]]) -> list[int]:
-    """List the rows of the trial that stay after the first step: all but the second sample of the first prompt."""
-    return [row for row in range(2 * len(prompts)) if row != 1]
-
-
 def _read_alone(policy: Policy, prompts: list[list[int]], tokens: Tensor) -> Tensor:
-    """Compute the logits (rows * (STEPS + 1), V) of the rows that stay, each from one plain pass of the model."""
+    """Compute the logits (rows * (STEPS + 1), V) of the rows to compare, each from one plain pass of the model."""
     logits = []
     autocast = policy.autocast is not None
     with policy.adapters(), torch.autocast(policy.device.type, policy.autocast, enabled=autocast):
-        for row in _rows(prompts):
+        for row in COMPARED:
             prompt = torch.tensor(prompts[row // 2], device=policy.device)
             out = policy.model(input_ids=torch.cat((prompt, tokens[row]))[None], use_cache=False)
             logits.append(out.logits[0, len(prompt) - 1 :])
@@ -125,22 +121,21 @@ def _read_alone(policy: Policy, prompts: list[list[int]], tokens: Tensor) -> Ten
 
 
 def _decode(policy: Policy, way: Decoding, prompts: list[list[int]], tokens: Tensor) -> Tensor:
-    """Compute the same logits by decoding the prompts as `way` says; the first step has all rows."""
-    stay = _rows(prompts)
-    batches = [list(range(len(prompts)))] if way.batches else [[i] for i in range(len(prompts))]
-    logits = []
-    for batch in batches:
+    """Compute the same logits by decoding the prompts as `way` says."""
+    logits, everything = [], list(range(len(prompts)))
+    for batch in [everything] if way.batches else [[i] for i in everything]:
         decoder = way.decoder(policy.model, STEPS)
         prefix = make_sequences([prompts[i] for i in batch], [[]] * len(batch), policy.pad_id).to(policy.device)
         rows = [2 * i + sample for i in batch for sample in (0, 1)]
-        kept = torch.tensor([place for place, row in enumerate(rows) if row in stay], device=policy.device)
-        steps = [decoder.start(prefix, 2)[kept], decoder.step(tokens[rows, 0])[kept]]
-        dropped = len(kept) < len(rows) and decoder.keep(kept)
-        if dropped:
-            rows, kept = [row for row in rows if row in stay], torch.arange(len(kept), device=policy.device)
-        steps += [decoder.step(tokens[rows, t])[kept] for t in range(1, STEPS)]
-        logits.append(torch.stack(steps, 1).flatten(0, 1))
-    return torch.cat(logits)
+        steps = [decoder.start(prefix, 2), decoder.step(tokens[rows, 0])]
+        stay = torch.tensor([place for place, row in enumerate(rows) if row != 1], device=policy.device)
+        kept = rows
+        if len(stay) < len(rows) and decoder.keep(stay):
+            kept = [row for row in rows if row != 1]
+        steps.append(decoder.step(tokens[kept, 1]))
+        for row in set(rows) & {*COMPARED}:
+            logits += [step[(rows if i < STEPS else kept).index(row)] for i, step in enumerate(steps)]
+    return torch.stack(logits)
 
 
 def make_decoder(policy: Policy, rows: int, width: int, limit: int) -> Decoder:
