@@ -19,6 +19,7 @@ from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
+from .data.token_ids import require_embedded
 from .models import config_fields
 from .models.actor import Actor
 from .models.critic import make_critics
@@ -156,6 +157,7 @@ def read_prompts(
     if source == EMBEDDED and folder is not None:
         source = str(folder / "prompts" / f"{split}.jsonl")
     prompts = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room)
+    require_embedded((i for p in prompts.kept for i in p.token_ids), shape.vocab_size, f"{source}: a prompt")
     tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
     line = f"{split} prompts: {len(prompts.kept)} of {source}, mean {tokens:.0f} tokens, {prompts.report()}"
     console.print(line, markup=False, highlight=False)
@@ -217,6 +219,8 @@ def load_data(
         limit = min(context, config.optimizer.micro_batch_tokens)
         supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids)
         examples = supervised.kept
+        ids = (i for e in examples for i in (*e.prompt_ids, *e.response_ids))
+        require_embedded(ids, shape.vocab_size, f"{config.ptx.data}: an example")
         console.print(f"ptx examples: {len(examples)}, {supervised.report()}", markup=False, highlight=False)
     return kept, held_out[: config.evaluation.prompts], examples
 

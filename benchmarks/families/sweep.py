@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,20 +38,3 @@ def _apart(family: str, folder: Path) -> dict[str, Any]:
         return json.loads(result.read_text())
     how = f"killed by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else "left without a result"
     return vars(Outcome(family, "fails", how))
-
-
-def main(families: Sequence[str], out: Path) -> None:
-    """Run the sweep, print each outcome and keep it as a JSON line."""
-    with out.open("a") as file:
-        for outcome in sweep(families):
-            file.write(json.dumps(outcome) + "\n")
-            file.flush()
-            print(
-                f"{time.strftime('%H:%M:%S')} {outcome['family']:24} {outcome['result']:10} {outcome['layout']:14}"
-                f"{outcome['decoding']:28} {outcome['difference']:.0e} {outcome['why'][:200]}",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main(sys.argv[2:] or FAMILIES, Path(sys.argv[1]))

@@ -44,7 +44,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"initializer_range|init_std|initializer_factor|embedding_initializer_range", 0.2),
     (r"is_decoder", True),
     (r"is_encoder_decoder|add_cross_attention|scale_embedding", False),
-    (r".*drop(out|_rate|path)?(_p|_prob)?|.*_dropout|.*_pdrop|.*layerdrop|router_jitter_noise|input_jitter_noise", 0.0),
+    (r".*drop(out|_rate|path)?(_p|_prob)?|.*_dropout|.*_pdrop|.*layerdrop|(router|input)_jitter_noise", 0.0),
     (r"index_topk", 512),
 ]
 
@@ -75,7 +75,7 @@ def _shrunk(default: Any, vocabulary: int, overrides: dict[str, Any]) -> dict[st
         elif value is not None and not isinstance(value, (str, dict, list)):
             rule = next((small for pattern, small in _RULES if re.fullmatch(pattern, name)), None)
             if rule is not None and isinstance(value, bool) == isinstance(rule, bool):
-                arguments[name] = rule
+                arguments[name] = rule if isinstance(rule, bool) or rule != int(rule) else type(value)(rule)
     if "kv_lora_rank" in arguments and "num_key_value_heads" in arguments:  # latent attention has no grouped heads
         arguments["num_key_value_heads"] = arguments["num_attention_heads"]
     # the names that a config class maps to others would be given twice

@@ -22,7 +22,7 @@ from ..data.sequences import Sequences
 from ..scoring.embedded import Reading
 from .hidden_states import States, trunk_states
 from .layout import Attention
-from .lm_head import lm_head
+from .lm_head import lm_head, trunk_of
 from .policy import Policy
 from .sharding import shard
 
@@ -60,7 +60,7 @@ class Actor(nn.Module):
         dicts, where sharded training looks for them. every_layer: give it the states of every layer, not only the last.
         """
         with self.lm.running():
-            hidden = trunk_states(self.policy.base_model, packed, every_layer or self.reads_layers)
+            hidden = trunk_states(trunk_of(self.policy), packed, every_layer or self.reads_layers)
         states = States(packed, hidden, lm_head(self.policy, self.lm.autocast))
         return readout(states, self.critics, *arguments)
 

@@ -37,7 +37,7 @@ def packed_attention(
     """Compute the attention of one layer over a packed row, with the signature that transformers' models call.
 
     Args:
-        query: (1, Hq, T, D). key, value: (1, Hk, T, D). attention_mask: not used.
+        query: (1, Hq, T, D). key, value: (1, Hk, T, D). attention_mask: None.
         segments: which tokens attend to which; passed through the model's keyword arguments.
         scaling: factor of the scores, None for D^-1/2. sliding_window: keys that a query attends to at most, None for
             all. softcap: bound of the scores by softcap * tanh(score / softcap), None for no bound.
@@ -47,10 +47,14 @@ def packed_attention(
         (1, T, Hq, D) in the dtype of autocast, or else of `value`; and None in place of attention weights.
 
     Raises:
-        ValueError: segments are missing, or dropout is not 0.
+        ValueError: segments are missing, a mask is given, or dropout is not 0.
     """
     if segments is None:
         raise ValueError("segments must be given to packed attention through the model's arguments; got None")
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask must be None in packed attention, which does not add what the model puts in it"
+        )
     if dropout:
         raise ValueError(f"dropout must be 0 in packed attention; got {dropout}; put the model in eval mode")
     if windows is not None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..common.errors import UserError, first_line
 from ..data.packing import Packed, pack, pad
 from ..data.sequences import Sequences, make_sequences
+from ..data.token_ids import plain_ids
 from .attention import using_packed
 from .config_fields import config_field, equal_head_sizes, head_size
 from .hidden_states import trunk_states
-from .token_ids import plain_ids
+from .lm_head import trunk_of
 from .varlen import varlen_kernel
 
 
@@ -45,7 +46,7 @@ def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> At
     dtype: of the forward pass; autocast is used if the weights have another one. Raises UserError if a sequence alone
     is not read the same by positions and mask as without them.
     """
-    trunk, text = model.base_model, model.config.get_text_config()
+    trunk, text = trunk_of(model), model.config.get_text_config()
     probe = _probe_sequences(trunk)
     with torch.autocast(device.type, dtype, enabled=dtype != model.dtype):
         alone = _read_alone(trunk, probe, device)

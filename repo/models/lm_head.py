@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UserError, first_line
+from ..data.token_ids import plain_ids
 from .config_fields import config_field
-from .token_ids import plain_ids
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,19 @@ def lm_head(model: Any, autocast: torch.dtype | None = None) -> LmHead:
     return LmHead(linear.weight, linear.bias, float(scale), softcap, dtype)
 
 
+def trunk_of(model: Any) -> Any:
+    """Return the layers of a causal LM without its head; a trunk is returned as it is."""
+    trunk = model.base_model
+    # Llama 4 names its trunk otherwise than its prefix says, so that base_model is the model itself
+    return getattr(model, "model", model) if trunk is model and model.get_output_embeddings() is not None else trunk
+
+
 @torch.no_grad()
 def check_head(model: Any) -> None:
     """Compare the logits of `lm_head` with the model's own on a few tokens. Raises UserError if they differ."""
     head, ids = lm_head(model), plain_ids(model, 1, 5, "head probe").to(model.device)
     try:
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         expected = model(input_ids=ids, use_cache=False).logits.float()
     except Exception as error:  # models raise errors of many types
         raise UserError(

@@ -18,12 +18,12 @@ from repo_kernels.layers.onednn_linear import onednn_linears
 
 from ..common.errors import UserError, first_line
 from ..config.schema import ModelConfig
+from ..data.token_ids import padding_id
 from .adapters import add_lora, base_of, has_adapters, merge_adapters
 from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
 from .quantised import keep_unpacked, quantisation
-from .token_ids import padding_id
 
 
 @dataclass(frozen=True)

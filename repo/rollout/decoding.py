@@ -13,11 +13,11 @@ from transformers.cache_utils import DynamicLayer
 
 from ..common.errors import UserError, first_line
 from ..data.sequences import make_sequences
+from ..data.token_ids import plain_ids
 from ..models.config_fields import is_length_dependent
 from ..models.layers import uncompiled
 from ..models.layout import relative_difference
 from ..models.policy import Policy
-from ..models.token_ids import plain_ids
 from .kv_cache import Decoder, GrowingDecoder, RereadingDecoder, StaticDecoder, cache_argument
 
 PROMPTS = (6, 3)  # tokens of the prompts of the trial, which has two samples of each: rows 0 and 1, 2 and 3
