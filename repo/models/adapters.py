@@ -107,6 +107,14 @@ def merge_adapters(model: Any) -> None:
         model.tie_weights()
 
 
+def load_merged(model: Any, path: str) -> None:
+    """Load the adapter in a folder or on the hub and merge it into its base model, in place."""
+    conversions = getattr(model, "_weight_conversions", None)
+    model.load_adapter(path)
+    merge_adapters(model)
+    model._weight_conversions = conversions  # the adapter's would rename the weights when the model is saved
+
+
 def _replace(model: Any, name: str, module: Any) -> None:
     """Put a module in the place of another one."""
     parent, _, child = name.rpartition(".")

@@ -19,7 +19,7 @@ from repo_kernels.layers.onednn_linear import onednn_linears
 from ..common.errors import UserError, first_line
 from ..config.schema import ModelConfig
 from ..data.token_ids import padding_id
-from .adapters import add_lora, base_of, has_adapters, merge_adapters
+from .adapters import add_lora, base_of, has_adapters, load_merged, merge_adapters
 from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
@@ -177,22 +177,35 @@ def _load(path: str, device: torch.device, dtype: torch.dtype, trust: bool) -> t
     """
     base = base_of(path)
     try:
-        shape = AutoConfig.from_pretrained(base or path, trust_remote_code=trust)
-        # quantised weights are packed for their device when they are loaded, and cannot be moved afterwards
-        placed = {"device_map": {"": device}} if getattr(shape, "quantization_config", None) else {}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust, **placed)
+        model = _load_weights(base or path, device, dtype, trust)
+        if base is None and has_adapters(model):  # an adapter on the hub, whose base transformers has loaded
+            base = str(next(iter(model.peft_config.values())).base_model_name_or_path)
+            model = _load_weights(base, device, dtype, trust)
+        if base is not None:
+            if quantised := quantisation(model):
+                raise UserError(
+                    f"model.path: {path!r} is an adapter for a quantised model ({quantised}), into which it cannot be "
+                    "merged without a loss; merge it into the model that was quantised"
+                )
+            load_merged(model, path)
+    except UserError:
+        raise
     except Exception as error:  # formats and tokenizer libraries raise errors of many types
         raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
-    tokenizer = _load_tokenizer(path, base, trust)
-    if has_adapters(model):
-        if quantised := quantisation(model):
-            raise UserError(
-                f"model.path: {path!r} is an adapter for a quantised model ({quantised}), into which it cannot be "
-                "merged without a loss; merge it into the model that was quantised"
-            )
-        base = base or model.name_or_path
-        merge_adapters(model)
-    return model, tokenizer, base
+    return model, _load_tokenizer(path, base, trust), base
+
+
+def _load_weights(path: str, device: torch.device, dtype: torch.dtype, trust: bool) -> Any:
+    """Load a causal LM. Raises ValueError if the checkpoint lacks some of its weights."""
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    # quantised weights are packed for their device when they are loaded, and cannot be moved afterwards
+    placed = {"device_map": {"": device}} if getattr(shape, "quantization_config", None) else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **placed
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
+    return model
 
 
 def _load_tokenizer(path: str, base: str | None, trust: bool) -> Any:
