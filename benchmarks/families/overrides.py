@@ -12,10 +12,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": _LAST_ATTENDS,
     "deepseek_v2": _EXPERTS,
     "doge": {"keep_window_size": 512},  # a mask that chooses among fewer keys would let them depend on later tokens
-    "dots1": _EXPERTS,
+    "dots1": {**_EXPERTS, "moe_intermediate_size": 16, "n_shared_experts": 1},
     "dots3_note": {"adapter_in_dim": 32},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS,
@@ -26,4 +26,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": _HEADS,
     "nemotron": _HEADS,
     "nemotron_h": {"initializer_range": 0.1},  # its step and its scan differ by 1e-5 of the logits, in fp64 too
+    "reformer": {"axial_pos_embds": False},
+    "zaya": {"num_experts_per_tok": 1},
 }

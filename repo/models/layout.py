@@ -151,13 +151,52 @@ def _padding_obstacle(trunk: Any, probe: Sequences, alone: list[Tensor], dtype: 
         except Exception as error:  # models raise errors of many types
             reasons.append(f"fails: {first_line(error)}")
             continue
-        if difference < (1e-4 if dtype == torch.float32 else 0.1):
+        if difference >= (1e-4 if dtype == torch.float32 else 0.1):
+            reasons.append(f"changes the states of {name} by {difference:.1e}")
+            continue
+        try:
+            difference = _gradient_difference(trunk, padded, probe)
+        except Exception as error:  # models raise errors of many types
+            reasons.append(f"fails in the backward pass: {first_line(error)}")
+            continue
+        if difference < (1e-3 if dtype == torch.float32 else 0.2):
             return f"padding {reasons[0]}" if reasons else None
-        reasons.append(f"changes the states of {name} by {difference:.1e}")
+        reasons.append(f"changes the gradients of {name} by {difference:.1e}")
     raise UserError(
         f"model.path: {name} cannot be trained here: padding {reasons[0]}, and reading one sequence with its positions "
         f"and mask {reasons[1]}"
     )
+
+
+@torch.enable_grad()
+def _gradient_difference(trunk: Any, padded: Packed, probe: Sequences) -> float:
+    """Compare the gradients of trained weights through padded rows and through each row alone, by their norms.
+
+    Where nothing is trained, the gradient of the first matrix, mostly the embedding, stands for all.
+    """
+    rows, floating = probe.token_lists(), [p for p in trunk.parameters() if p.is_floating_point()]
+    weights = [p for p in floating if p.requires_grad]
+    frozen = [] if weights else [p for p in floating if p.ndim == 2][:1]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        got = trunk_states(trunk, padded)[0][padded.rows]
+        alone = []
+        for prompt, response in (rows[row] for row in padded.order.tolist()):
+            ids = torch.tensor([prompt + response[:-1]], device=padded.device)
+            alone.append(trunk(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 :])
+        direction = torch.arange(got.numel(), device=padded.device).view_as(got).sin().to(got.dtype)
+        pairs = [
+            torch.autograd.grad((states * direction).sum(), weights + frozen, materialize_grads=True)
+            for states in (got, torch.cat(alone))
+        ]
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    squares = [
+        (float((a - b).float().square().sum()), float(b.float().square().sum())) for a, b in zip(*pairs, strict=True)
+    ]
+    return (sum(error for error, _ in squares) / sum(size for _, size in squares)) ** 0.5
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:

@@ -12,6 +12,8 @@ from ..common.errors import UserError, first_line
 from ..data.token_ids import plain_ids
 from .config_fields import config_field
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
 
 @dataclass(frozen=True)
 class LmHead:
@@ -37,7 +39,8 @@ def lm_head(model: Any, autocast: torch.dtype | None = None) -> LmHead:
     if not isinstance(linear, nn.Linear):
         raise UserError(f"model.path: {type(model).__name__} has no linear LM head; got {type(linear).__name__}")
     scale = config_field(text, "logit_scale") or 1 / (config_field(text, "logits_scaling") or 1.0)
-    softcap, dtype = config_field(text, "final_logit_softcapping"), autocast or linear.weight.dtype
+    softcap = next((cap for name in SOFTCAPS if (cap := config_field(text, name)) is not None), None)
+    dtype = autocast or linear.weight.dtype
     return LmHead(linear.weight, linear.bias, float(scale), softcap, dtype)
 
 

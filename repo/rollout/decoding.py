@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from ..common.errors import UserError, first_line
 from ..data.sequences import make_sequences
 from ..data.token_ids import plain_ids
-from ..models.config_fields import is_length_dependent
+from ..models.config_fields import config_field, is_length_dependent
 from ..models.layers import uncompiled
 from ..models.layout import relative_difference
 from ..models.policy import Policy
@@ -22,6 +22,7 @@ from .kv_cache import Decoder, GrowingDecoder, RereadingDecoder, StaticDecoder, 
 
 PROMPTS = (6, 3)  # tokens of the prompts of the trial, which has two samples of each: rows 0 and 1, 2 and 3
 STEPS = 2  # tokens that the trial appends to each row; row 1 is dropped after the first
+LONGEST_WINDOW = 64  # sliding windows of more tokens are not tried, which would take too long
 COMPARED = (0, 3)  # rows whose logits are compared; the second one moves up when row 1 is dropped
 
 
@@ -75,8 +76,10 @@ def choose_decoding(policy: Policy) -> Decoding:
 @torch.no_grad()
 def _first_exact(policy: Policy) -> Decoding:
     """Try the ways one after another; see choose_decoding."""
-    ids = plain_ids(policy.model, 2 * len(PROMPTS), max(PROMPTS) + STEPS, "decode probe")
-    prompts = [ids[i, :length].tolist() for i, length in enumerate(PROMPTS)]
+    window = config_field(policy.model.config.get_text_config(), "sliding_window", 0)
+    longest = max(PROMPTS[0], window + 1 if window <= LONGEST_WINDOW else 0)
+    ids = plain_ids(policy.model, 2 * len(PROMPTS), longest + STEPS, "decode probe")
+    prompts = [ids[i, :length].tolist() for i, length in enumerate((longest, *PROMPTS[1:]))]
     tokens = ids[:, -STEPS:].to(policy.device)
     name, reasons = type(policy.model).__name__, []
     expected = _read_alone(policy, prompts, tokens)

@@ -135,7 +135,9 @@ def quantised(tiny_model, tmp_path_factory):
 
 
 def test_quantised_weights_are_not_trained_themselves(quantised):
-    with pytest.raises(UserError, match=r"quantised \(bitsandbytes\) and cannot be trained themselves; set model.lora_r"):
+    with pytest.raises(
+        UserError, match=r"quantised \(bitsandbytes\) and cannot be trained themselves; set model.lora_r"
+    ):
         load_policy(str(quantised), CPU, True, ModelConfig())
 
 
