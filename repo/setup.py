@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from . import assets
+from .common import config_fields
 from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .common.seeds import seed_from
@@ -21,7 +22,6 @@ from .config.schema import Config
 from .data.chat_format import ChatFormat
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
 from .data.token_ids import require_embedded
-from .models import config_fields
 from .models.actor import Actor
 from .models.critic import make_critics
 from .models.policy import Policy, choose_device, load_policy, load_reference

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from ..common.config_fields import config_field
 from ..common.errors import UserError, first_line
-from .config_fields import config_field
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # layers that peft refuses, because their kernels read the weights directly

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.config_fields import config_field, equal_head_sizes, head_size
 from ..common.errors import UserError, first_line
 from ..data.packing import Packed, pack, pad
 from ..data.sequences import Sequences, make_sequences
 from ..data.token_ids import plain_ids
 from .attention import using_packed
-from .config_fields import config_field, equal_head_sizes, head_size
 from .hidden_states import trunk_states
 from .lm_head import trunk_of
 from .varlen import varlen_kernel

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.config_fields import config_field
 from ..common.errors import UserError, first_line
 from ..data.token_ids import plain_ids
-from .config_fields import config_field
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..common.config_fields import config_field, is_length_dependent
 from ..common.errors import UserError, first_line
 from ..data.sequences import make_sequences
 from ..data.token_ids import plain_ids
-from ..models.config_fields import config_field, is_length_dependent
 from ..models.layers import uncompiled
 from ..models.layout import relative_difference
 from ..models.policy import Policy

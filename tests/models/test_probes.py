@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ma
 
 from benchmarks.families.tiny_config import tiny_config
 from repo import train
+from repo.common.config_fields import config_field, context_of, head_size
 from repo.common.errors import UserError
 from repo.config.schema import RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.token_ids import embedding_rows, padding_id, plain_ids, require_embedded
 from repo.models.actor import Actor
-from repo.models.config_fields import config_field, context_of, head_size
 from repo.models.layout import choose_attention
 from repo.models.policy import load_policy
 from repo.rollout import decoding
