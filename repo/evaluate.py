@@ -206,6 +206,9 @@ def run_command(argv: list[str]) -> None:
     console.print(scorers.describe(), markup=False, highlight=False)
     for target in chosen:
         policy = target.load()
+        if policy.merged:
+            line = f"model: the adapter {target.name} is merged into its base {policy.merged}"
+            console.print(line, markup=False, highlight=False)
         if reference is not None:
             require_same_vocabulary(policy, reference, command.reference or "")
         shape = policy.model.config.get_text_config()
