@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from repo_kernels.layers.packed_linear import packed_linears
+
 from ..common.config_fields import config_field, is_length_dependent
 from ..common.errors import UserError, first_line
 from ..data.sequences import make_sequences
@@ -18,6 +22,7 @@ from ..data.token_ids import plain_ids
 from ..models.layers import uncompiled
 from ..models.layout import relative_difference
 from ..models.policy import Policy
+from .fused_decoder import FusedDecoder, why_unfused
 from .kv_cache import Decoder, GrowingDecoder, RereadingDecoder, StaticDecoder, cache_argument
 
 PROMPTS = (6, 3)  # tokens of the prompts of the trial, which has two samples of each: rows 0 and 1, 2 and 3
@@ -141,22 +146,47 @@ def _decode(policy: Policy, way: Decoding, prompts: list[list[int]], tokens: Ten
     return torch.stack(logits)
 
 
-def make_decoder(policy: Policy, rows: int, width: int, limit: int) -> Decoder:
-    """Make a decoder for batches of at most `rows` rows, prompts of at most `width` tokens and responses of `limit`."""
+@contextmanager
+def running_decoder(policy: Policy, rows: int, width: int, limit: int) -> Iterator[Decoder]:
+    """Context with the fastest decoder of a model. It packs or casts the weights once, so they must not change inside.
+
+    Args:
+        policy: inside its `running()` context.
+        rows: largest number of rows of a batch.
+        width: largest number of tokens of a prompt.
+        limit: largest number of tokens of a response.
+    """
     decoding = choose_decoding(policy)
-    if policy.device.type == "cuda" and not _why_growing(policy):
-        return StaticDecoder(policy.model, rows, width + limit, captures=True)
-    return decoding.decoder(policy.model, limit)
+    if policy.device.type == "cpu" and not _why_slower(policy):
+        fused = FusedDecoder(policy.model, limit)
+        with fused.linears():
+            yield fused
+        return
+    with packed_linears(policy.model, rows):
+        if policy.device.type == "cuda" and not _why_slower(policy):
+            yield StaticDecoder(policy.model, rows, width + limit, captures=True)
+        else:
+            yield decoding.decoder(policy.model, limit)
+
+
+FASTEST = {"cuda": "CUDA graph over a static KV cache", "cpu": "one C++ call per token"}
 
 
 def describe_decoding(policy: Policy) -> str:
-    """Describe in one line how responses are decoded, and on CUDA why not by a CUDA graph."""
-    decoding = choose_decoding(policy)
-    if policy.device.type != "cuda" or decoding.why:
+    """Describe in one line how responses are decoded, and why not in the fastest way of the device."""
+    decoding, device = choose_decoding(policy), policy.device.type
+    if decoding.why or device not in FASTEST:
         return f"decoding: {decoding.describe()}"
     with policy.running():
-        why = _why_growing(policy)
-    return f"decoding: growing KV cache ({why})" if why else "decoding: CUDA graph over a static KV cache"
+        why = _why_slower(policy)
+    return f"decoding: {decoding.describe()} ({why})" if why else f"decoding: {FASTEST[device]}"
+
+
+def _why_slower(policy: Policy) -> str:
+    """Return the reason why a model is not decoded in the fastest way of its device, "" if it is."""
+    if choose_decoding(policy).why:
+        return choose_decoding(policy).why
+    return _why_growing(policy) if policy.device.type == "cuda" else why_unfused(policy)
 
 
 _why_growing_by_model: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -172,8 +202,6 @@ def _why_growing(policy: Policy) -> str:
             why = "not every layer has full attention"
         elif is_length_dependent(model):
             why = "its rotary embedding looks at the length"  # on the host, which a graph cannot
-        elif choose_decoding(policy).why:
-            why = choose_decoding(policy).why
         else:
             why = "" if decodes_in_buffers(policy) else "the model does not take a 4-D mask"
         _why_growing_by_model[model] = why

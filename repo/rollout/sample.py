@@ -13,15 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repo_kernels.layers.packed_linear import packed_linears
-
 from ..common.seeds import generator
 from ..config.schema import RolloutConfig
 from ..data.prompts import Prompt
 from ..data.sequences import Sequences, make_sequences
 from ..models.layers import uncompiled
 from ..models.policy import Policy
-from .decoding import choose_decoding, make_decoder
+from .decoding import choose_decoding, running_decoder
 from .kv_cache import Decoder
 
 WORTH_SHRINKING = 0.75  # drop finished rows once at most this share of the batch is left, because that copies the cache
@@ -84,7 +82,7 @@ def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: in
 
 @torch.no_grad()
 def decode(
-    policy: Policy, decoder: Decoder, prompts: Sequence[Prompt], samples: int, uniforms: Tensor, config: RolloutConfig
+    policy: Policy, by: Decoder, prompts: Sequence[Prompt], samples: int, uniforms: Tensor, config: RolloutConfig
 ) -> tuple[list[list[int]], Tensor]:
     """Decode one batch of B = len(prompts) * samples responses.
 
@@ -94,7 +92,7 @@ def decode(
     """
     device, limit = policy.device, uniforms.shape[1]
     prefix = make_sequences([p.token_ids for p in prompts], [[]] * len(prompts), policy.pad_id).to(device)
-    logits = decoder.start(prefix, samples)
+    logits = by.start(prefix, samples)
     uniforms = uniforms.to(device)
     stop = torch.tensor(policy.eos_ids, device=device)
     rows = torch.arange(len(uniforms), device=device)  # rows that are still in the decoder
@@ -113,9 +111,9 @@ def decode(
             if going == 0:
                 break
             kept = (~done).nonzero().squeeze(1) if going <= WORTH_SHRINKING * len(rows) else None
-            if kept is not None and decoder.keep(kept):
+            if kept is not None and by.keep(kept):
                 rows, tokens, done = rows[kept], tokens[kept], done[kept]
-        logits = decoder.step(tokens)
+        logits = by.step(tokens)
     return [_until_stop(row, policy.eos_ids) for row in sampled.tolist()], logps.cpu()
 
 
@@ -152,14 +150,13 @@ def sample(
     responses: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     logps = torch.zeros(uniforms.shape)
     rows_at_once = min(per_batch, len(prompts)) * samples
-    with policy.running(), uncompiled(policy.model), packed_linears(policy.model, rows_at_once):
-        decoder = make_decoder(policy, rows_at_once, len(prompts[order[-1]].token_ids), config.max_response_tokens)
+    width, limit = len(prompts[order[-1]].token_ids), config.max_response_tokens
+    with policy.running(), uncompiled(policy.model), running_decoder(policy, rows_at_once, width, limit) as by:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             rows = [i * samples + s for i in chosen for s in range(samples)]
-            decoded, logps[rows] = decode(
-                policy, decoder, [prompts[i] for i in chosen], samples, uniforms[rows], config
-            )
+            asked = [prompts[i] for i in chosen]
+            decoded, logps[rows] = decode(policy, by, asked, samples, uniforms[rows], config)
             for row, tokens in zip(rows, decoded, strict=True):
                 responses[row] = tokens
     repeated = tuple(p for p in prompts for _ in range(samples))

@@ -1,6 +1,7 @@
 """Decoding in fixed buffers: the logits of a growing cache, whatever the batch, and the models that it refuses."""
 
 import dataclasses
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,12 +22,16 @@ from repo.models.policy import load_policy
 from repo.rollout import decoding, kv_cache
 from repo.rollout import sample as sampling
 from repo.rollout.decoding import decodes_in_buffers, describe_decoding
+from repo.rollout.fused_decoder import FusedDecoder
 from repo.rollout.kv_cache import GrowingDecoder, StaticDecoder
 from repo.rollout.sample import sample
+from repo_kernels.backends.cpu import extension
 from repo_kernels.layers.packed_linear import packed_linears
 from tests.support.tiny import QUESTIONS, make_tokenizer, save_tiny_model
 
 CPU = torch.device("cpu")
+needs_extension = pytest.mark.skipif(not extension.available(), reason="the C++ backend was not built")
+FUSED = pytest.param(FusedDecoder, marks=needs_extension)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SMALL = {
     "vocab_size": 400,
@@ -132,18 +137,30 @@ def test_responses_from_buffers_are_those_of_a_growing_cache(policy, prompts, mo
     expected = sample(policy, prompts, 4, config, seed=0, step=0)
     ended = expected.sequences.response_lengths < 40
     assert 0 < ended.sum() < len(ended)
-    monkeypatch.setattr(sampling, "make_decoder", in_buffers)
+    monkeypatch.setattr(sampling, "running_decoder", contextmanager(yielding(in_buffers)))
     assert sample(policy, prompts, 4, config, seed=0, step=0).texts == expected.texts
 
 
-def test_finished_rows_leave_the_batch_without_changing_the_others(policy, prompts, monkeypatch):
+def yielding(make):
+    """Make a generator function of a function that makes a decoder."""
+
+    def generator(*arguments):
+        yield make(*arguments)
+
+    return generator
+
+
+@pytest.mark.parametrize("decoder", [GrowingDecoder, FUSED])
+def test_finished_rows_leave_the_batch_without_changing_the_others(decoder, policy, prompts, monkeypatch):
+    if decoder is GrowingDecoder:
+        monkeypatch.setattr(decoding, "why_unfused", lambda policy: "not wanted")
     policy = dataclasses.replace(policy, eos_ids=tuple(range(1, 30)))
     config, sizes = RolloutConfig(max_response_tokens=60), []
-    step = GrowingDecoder.step
-    monkeypatch.setattr(GrowingDecoder, "step", lambda self, tokens: (sizes.append(len(tokens)), step(self, tokens))[1])
+    step = decoder.step
+    monkeypatch.setattr(decoder, "step", lambda self, tokens: (sizes.append(len(tokens)), step(self, tokens))[1])
     shrinking = sample(policy, prompts, 4, config, seed=0, step=0)
     assert sizes[0] == 24 > 2 * sizes[-1] > 0
-    monkeypatch.setattr(GrowingDecoder, "keep", lambda self, rows: False)
+    monkeypatch.setattr(decoder, "keep", lambda self, rows: False)
     assert sample(policy, prompts, 4, config, seed=0, step=0).texts == shrinking.texts
 
 
@@ -172,8 +189,11 @@ def test_models_that_need_a_growing_cache_are_told_apart(why, policy):
     assert decoding._why_growing(with_model(policy, REFUSED[why])) == why
 
 
-def test_the_choice_is_one_line(policy):
-    assert describe_decoding(policy) == "decoding: token by token, growing KV cache"
+def test_the_choice_is_one_line_and_says_why_no_faster_way_is_taken(policy, monkeypatch):
+    chosen = "one C++ call per token" if extension.available() else "token by token, growing KV cache"
+    assert describe_decoding(policy).startswith(f"decoding: {chosen}")
+    monkeypatch.setattr(decoding, "why_unfused", lambda policy: "its MLP has biases")
+    assert describe_decoding(policy) == "decoding: token by token, growing KV cache (its MLP has biases)"
 
 
 @GPU
@@ -198,7 +218,6 @@ def test_rollouts_on_a_gpu_are_those_of_the_growing_cache(tmp_path, monkeypatch)
     kept = tokenize_prompts(questions, make_tokenizer(), None, 200).kept
     config = RolloutConfig(max_response_tokens=40, batch_size=8)
     captured = sample(policy, kept, 4, config, seed=0, step=0)
-    monkeypatch.setattr(
-        sampling, "make_decoder", lambda policy, rows, width, limit: GrowingDecoder(policy.model, limit)
-    )
+    growing = yielding(lambda policy, rows, width, limit: GrowingDecoder(policy.model, limit))
+    monkeypatch.setattr(sampling, "running_decoder", contextmanager(growing))
     assert sample(policy, kept, 4, config, seed=0, step=0).texts == captured.texts
