@@ -53,6 +53,7 @@ TYPES = {
     "bool": "true or false",
     "int": "integer",
     "float": "number",
+    "Any": "any value",
 }
 
 

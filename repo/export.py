@@ -2,6 +2,7 @@
 
 python -m repo.export runs/mine                          the best checkpoint
 python -m repo.export runs/mine --checkpoint latest      the newest, or step-000010
+python -m repo.export runs/mine --merge                  LoRA adapters merged into the weights, as one whole model
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from transformers.utils import logging as transformers_logging
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
 from .config.parse import load_config
-from .models.policy import save_policy
+from .models.policy import merged, save_policy
 from .runs.checkpoint import find_named, read_state
 from .runs.folder import require_run
 from .runs.model_card import model_card
 from .setup import load_checkpoint_policy
 
 
-def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
+def export(folder: Path, name: str, out: Path | None, trust: bool, merge: bool = False) -> Path:
     """Write the policy of a checkpoint in Hugging Face format, with a model card, and return the folder.
 
     folder: the run.
     name: best, latest, or a checkpoint's folder name such as step-000010.
     out: folder to create; None for RUN/export-<checkpoint>.
     trust: run Python code that comes with the model.
+    merge: add LoRA adapters to the weights, so that the folder is a whole model; no change without adapters.
 
     Raises UserError if `out` exists or the checkpoint is missing or damaged.
     """
@@ -38,6 +40,7 @@ def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
     if target.exists():
         raise UserError(f"--out: {target} exists; choose another folder")
     policy = load_checkpoint_policy(source, config, torch.device("cpu"), trust)
+    policy = merged(policy) if merge else policy
     steps = read_state(source)[0].step
 
     def write(staging: Path) -> None:
@@ -57,9 +60,10 @@ def run_command(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), latest or step-000010")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into the weights: one whole model")
     options = parser.parse_args(argv)
     transformers_logging.disable_progress_bar()
-    print(f"model: {export(options.run, options.checkpoint, options.out, options.trust_remote_code)}")
+    print(f"model: {export(options.run, options.checkpoint, options.out, options.trust_remote_code, options.merge)}")
 
 
 def main() -> None:

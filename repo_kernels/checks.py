@@ -94,10 +94,11 @@ def check_scalar(name: str, value: Any, accepts: Callable[[float], bool], takes:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
+    size: Any = abs(value)
     # Comparisons instead of math.isfinite, which torch.compile cannot trace for a float that varies. It does not ask
     # for 0, which would become a condition of the graph: then 0 would take a graph of its own.
-    normal = abs(value) <= FLOAT32_MAX and (torch.compiler.is_compiling() or value == 0 or abs(value) >= FLOAT32_TINY)
-    if not (normal and accepts(value)):
+    normal = size <= FLOAT32_MAX and (torch.compiler.is_compiling() or value == 0 or size >= FLOAT32_TINY)
+    if not (normal and accepts(value)):  # type: ignore[arg-type]  # numpy's numbers compare as floats do
         raise ValueError(f"{name} must be {takes} and a normal number in float32; got {value!r}")
 
 

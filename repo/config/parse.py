@@ -6,7 +6,6 @@ import argparse
 import difflib
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from ..common.errors import UserError
+from ..common.errors import UserError, warn_user
 from .renamed import rename_arguments
 from .schema import Config, check, field_names
 
@@ -97,11 +96,6 @@ def _explain(error: Exception) -> UserError:
     near = near or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), 1, 0.6)]
     hint = f"; did you mean {near[0]!r}?" if near else "; --help lists all"
     return UserError(f"unknown configuration key {name!r}{hint}")
-
-
-def warn_user(sentence: str) -> None:
-    """Print a warning to stderr."""
-    print(f"warning: {sentence}", file=sys.stderr)
 
 
 def parse_config(
