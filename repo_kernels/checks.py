@@ -6,6 +6,7 @@ Values of floats are checked. Values of tensors are not, since reading one makes
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def describe(value: object) -> str:
     return f"{text if len(text) <= 200 else text[:200] + ' ...'} ({type(value).__name__})"
 
 
-def number(value: Scalar | None) -> Scalar | None:
+def number(value: Any) -> Any:
     """Return a numpy scalar as Python's number, anything else as it is."""
     return value.item() if isinstance(value, np.number) else value
 
@@ -77,7 +78,7 @@ def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
     return " or ".join(str(s) for s in dict.fromkeys(shapes))
 
 
-def check_scalar(name: str, value: object, accepts: Callable[[float], bool], takes: str) -> None:
+def check_scalar(name: str, value: Any, accepts: Callable[[float], bool], takes: str) -> None:
     """Check a number: a float that `accepts` takes, finite and not flushed to 0 in fp32, or a 0-d numeric tensor.
 
     Raises:
@@ -93,10 +94,11 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
+    size: Any = abs(value)
     # Comparisons instead of math.isfinite, which torch.compile cannot trace for a float that varies. It does not ask
     # for 0, which would become a condition of the graph: then 0 would take a graph of its own.
-    normal = abs(value) <= FLOAT32_MAX and (torch.compiler.is_compiling() or value == 0 or abs(value) >= FLOAT32_TINY)
-    if not (normal and accepts(value)):
+    normal = size <= FLOAT32_MAX and (torch.compiler.is_compiling() or value == 0 or size >= FLOAT32_TINY)
+    if not (normal and accepts(value)):  # type: ignore[arg-type]  # numpy's numbers compare as floats do
         raise ValueError(f"{name} must be {takes} and a normal number in float32; got {value!r}")
 
 

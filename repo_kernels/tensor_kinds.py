@@ -79,7 +79,7 @@ def check_kind(name: str, value: Tensor, like: Tensor | None = None) -> None:
     unseen = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
     if plain and unseen and (like is None or type(like) in PLAIN_TYPES):
         return
-    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):  # type: ignore[attr-defined]
         raise TypeError(f"{name} must be a tensor with data; got an {type(value).__name__}, which no call has filled")
     if value.is_nested:
         raise TypeError(

@@ -6,6 +6,7 @@ No shape depends on a value either: the host does not wait, and torch.compile ge
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def make_loss(
 def _plain_numbers(inputs: LossInputs) -> LossInputs:
     """Return the inputs with Python's numbers for numpy scalars."""
     names = ("lam", "beta", "grad_scale", "divisor", "cost_limit")
-    changed = {name: number(x) for name in names if isinstance(x := getattr(inputs, name), np.number)}
+    changed: dict[str, Any] = {name: number(x) for name in names if isinstance(x := getattr(inputs, name), np.number)}
     return replace(inputs, **changed) if changed else inputs
 
 
