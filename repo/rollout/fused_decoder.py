@@ -68,7 +68,7 @@ class FusedDecoder:
     @contextmanager
     def linears(self) -> Iterator[None]:
         """Context in which the model's own linear layers, which read the prompts, multiply by the packed weights."""
-        packed: dict[nn.Module, Tensor] = {self.model.lm_head: self.stack.head}
+        packed: dict[nn.Linear, Tensor] = {self.model.lm_head: self.stack.head}
         for layer, weights in zip(trunk_of(self.model).layers, self.stack.packed, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             joined = attention.q_proj, attention.k_proj, attention.v_proj
@@ -149,7 +149,7 @@ def _why_not_shaped(model: Any) -> str:
         names = {name for name, _ in layer.named_children()}, {name for name, _ in layer.self_attn.named_children()}
         if names[0] != LAYER or not names[1] <= ATTENTION:
             return f"its layers have other parts than Llama's ({', '.join(sorted(names[0] | names[1]))})"
-        linears = [getattr(layer.self_attn, n, None) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        linears: list[Any] = [getattr(layer.self_attn, n, None) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
         linears += [getattr(layer.mlp, n, None) for n in ("gate_proj", "up_proj", "down_proj")]
         if any(type(m) is not nn.Linear for m in linears):
             return "not every projection is an nn.Linear"
