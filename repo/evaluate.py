@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence
 from .common.files import make_parent, write_text
+from .config.arguments import join_negative_numbers, user_path
 from .config.parse import make_parser, parse_config
 from .config.schema import Config
 from .evaluation.evaluator import Evaluator, content_of
@@ -90,9 +91,14 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
         help="for a run: best, latest, step-000010, all, or reference (the model that training began with)",
     )
     switches.add_argument(
-        "--reference", metavar="MODEL", help="model that the KL is measured from; default: the one a run began with"
+        "--reference",
+        type=os.path.expanduser,
+        metavar="MODEL",
+        help="model that the KL is measured from; default: the one a run began with",
     )
-    switches.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write; default: RUN/eval/NAME.json")
+    switches.add_argument(
+        "--out", type=user_path, metavar="FILE", help="JSON file to write; default: RUN/eval/NAME.json"
+    )
     switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
     parser = make_parser("repo.evaluate", __doc__ or "", switches)
     if not argv or argv[0].startswith("-"):
@@ -100,21 +106,22 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
             parser.parse_args(["--help"])
         raise UserError("repo.evaluate takes a run folder or a model first: python -m repo.evaluate RUN|MODEL")
     try:
-        options, rest = switches.parse_known_args(argv[1:])
+        options, rest = switches.parse_known_args(join_negative_numbers(argv[1:]))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-    run = Path(argv[0]) if (Path(argv[0]) / "config.yaml").is_file() else None
+    target = os.path.expanduser(argv[0])
+    run = Path(target) if (Path(target) / "config.yaml").is_file() else None
     if run is None and options.checkpoint:
         raise UserError(f"--checkpoint takes a run folder; {argv[0]} is not one (it has no config.yaml)")
     base = ["--config", str(run / "config.yaml")] if run else []
     config = parse_config(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
     if run is None:  # a model needs no training prompts, so the embedded ones must not be built for it
         data = dataclasses.replace(config.data, train=config.data.eval)
-        config = dataclasses.replace(named(config, argv[0]), data=data)
+        config = dataclasses.replace(named(config, target), data=data)
     if config.evaluation.prompts == 0:
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=sys.maxsize))
     reference = options.reference or (config.model.path if run else None)
-    return Command(argv[0], run, options.checkpoint, reference, options.out, options.trust_remote_code), config
+    return Command(target, run, options.checkpoint, reference, options.out, options.trust_remote_code), config
 
 
 def named(config: Config, path: str) -> Config:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
+from .config.arguments import user_path
 from .config.parse import load_config
 from .models.policy import save_policy
 from .runs.checkpoint import find_named, read_state
@@ -53,9 +54,9 @@ def run_command(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="repo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=user_path, help="run folder")
     parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), latest or step-000010")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)
     transformers_logging.disable_progress_bar()

@@ -46,8 +46,10 @@ class FunctionScorer:
         takes = f"{self.where} must return {len(prompts)} numbers"
         try:
             scores = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise UserError(f"{takes}; got {type(values).__name__} ({first_line(error)})") from None
+        if scores.layout != torch.strided:
+            raise UserError(f"{takes} in a dense tensor; got one of layout {scores.layout}")
         if scores.shape != (len(prompts),):
             raise UserError(f"{takes}; got shape {tuple(scores.shape)}")
         return self.manifest.apply(scores)

@@ -8,16 +8,17 @@ import yaml
 
 from repo import train
 from repo.common.errors import UserError
+from repo.config.fields import field_names
 from repo.config.parse import PRESETS, load_config, preset_names
-from repo.config.schema import Config, field_names
+from repo.config.schema import Config
 
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_there_are_fewer_than_70_fields_and_each_is_documented(capsys):
-    assert len(field_names()) < 70
+def test_there_are_fewer_than_85_fields_and_each_is_documented(capsys):
+    assert len(field_names()) < 85
     with pytest.raises(SystemExit):
         train.run_command(["--help"])
     shown = " ".join(capsys.readouterr().out.split())

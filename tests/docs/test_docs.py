@@ -67,7 +67,7 @@ def test_the_pure_functions_that_are_named_exist():
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_field_that_is_named_exists(name):
-    from repo.config.schema import field_names
+    from repo.config.fields import field_names
 
     text = read(name) if name != "CHANGELOG.md" else ""  # which names the old fields
     known = set(field_names())
@@ -79,7 +79,7 @@ def test_every_field_that_is_named_exists(name):
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_switch_that_is_named_exists(name):
-    from repo.config.schema import field_names
+    from repo.config.fields import field_names
 
     sources = [*(ROOT / "repo").glob("*.py"), ROOT / "repo/assets/__main__.py", *(ROOT / "benchmarks").rglob("*.py")]
     sources += [*(ROOT / "repo/config").glob("*.py"), *(ROOT / "examples").glob("*.py")]
@@ -145,7 +145,7 @@ def _read(path: Path) -> str:
 
 
 def test_the_configuration_page_has_every_field(generator):
-    from repo.config.schema import field_names
+    from repo.config.fields import field_names
 
     page = generator.configuration_page()
     assert all(f"| `{name}` |" in page for name in field_names())
