@@ -37,6 +37,7 @@ from .evaluation.evaluator import Evaluator, content_of
 from .evaluation.tables import print_compensation, print_summary
 from .models.actor import Actor
 from .models.policy import Policy, choose_device, load_policy
+from .rollout.stop_tokens import with_stop_tokens
 from .runs.checkpoint import find_named, steps_of
 from .scoring.judge import load_judge
 from .setup import find_assets, load_checkpoint_policy, load_held_out, model_path, scorers_beside
@@ -210,7 +211,9 @@ def run_command(argv: list[str]) -> None:
     judge = load_judge(config.evaluation.judge, folder, str(device), config.scoring.timeout, trust)
     console.print(scorers.describe(), markup=False, highlight=False)
     for target in chosen:
-        policy = target.load()
+        policy, line = with_stop_tokens(target.load(), config.rollout.stop_tokens)
+        if line:
+            console.print(line, markup=False, highlight=False)
         if reference is not None:
             require_same_vocabulary(policy, reference, command.reference or "")
         shape = policy.model.config.get_text_config()

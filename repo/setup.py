@@ -22,6 +22,7 @@ from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, toke
 from .models.actor import Actor
 from .models.critic import make_critics
 from .models.policy import Policy, choose_device, load_policy, load_reference
+from .rollout.stop_tokens import with_stop_tokens
 from .runs.loggers import check_loggers
 from .runs.state_files import restore_weights
 from .scoring.judge import Judge, load_judge
@@ -114,6 +115,10 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
         policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
     else:
         policy = sampler = load_policy(path, device, True, config.model, trust)
+    policy, line = with_stop_tokens(policy, config.rollout.stop_tokens)
+    sampler = dataclasses.replace(sampler, eos_ids=policy.eos_ids) if shards > 1 else policy
+    if line:
+        console.print(line, markup=False, highlight=False)
     shape = policy.model.config.get_text_config()
     prompts = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
     reference = load_reference(policy, path, config.model, trust)

@@ -24,6 +24,7 @@ from .session import Session, finish
 from .training.batch import make_batch
 from .training.mismatch import agreement, describe_mismatch
 from .training.multipliers import Multipliers
+from .training.truncation import for_training
 from .training.update import Updater
 
 
@@ -57,13 +58,14 @@ def train(session: Session) -> None:
             rollout, scores, ref_logps = gather(world, rollout, scores, ref_logps, parts.policy.pad_id)
             timer.mark("score")
             saver.wait()  # the background checkpoint must finish before weights change
-            predictions = updater.predict(rollout.sequences, step)
+            sequences, judged = for_training(r, rollout, scores)
+            predictions = updater.predict(sequences, step)
             lam, beta = multipliers.lam, multipliers.beta
-            batch = make_batch(config, rollout.sequences, scores, ref_logps, lam, beta, predictions)
+            batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions)
             result = updater.update(batch, step, config.steps)
             timer.mark("update")
 
-            agreed = agreement(rollout.logps, result.logps, rollout.sequences.response_mask)
+            agreed = agreement(rollout.logps, result.logps, sequences.response_mask)
             record = step_record(step, algorithm, rollout, scores, batch, result, agreed, timer.seconds)
             multipliers.update(scores.costs.tolist(), record["rectified_cost"], record["kl"])
             samples = sample_records(step, rollout, scores, batch.advantages, algorithm.cost_limit)

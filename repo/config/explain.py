@@ -95,7 +95,8 @@ def _unknown_key(text: str) -> str | None:
 def _nearest(name: str) -> list[str]:
     """Return the field that an unknown key probably means, in a list that is empty if there is none.
 
-    A field of the same name comes first, then the name that another library gives a field, then a similar spelling.
+    A close spelling comes first, then fields of the same name in other groups, then the name that another library gives
+    a field, then a more distant spelling.
     """
     known, name = field_names(), name.replace("-", "_")
     last = name.rsplit(".", 1)[-1]
@@ -103,7 +104,7 @@ def _nearest(name: str) -> list[str]:
         return [name]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if same:
-        return same
+        return difflib.get_close_matches(name, same, 1, 0.8) or same
     if last in ELSEWHERE:
         return [ELSEWHERE[last]]
     by_last = {k.rsplit(".", 1)[-1]: k for k in known}

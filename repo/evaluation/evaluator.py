@@ -75,6 +75,7 @@ class Evaluator:
         columns: dict[str, list[Any]] = {
             "tokens": rollout.sequences.response_lengths.tolist(),
             "surprise": (-rollout.logps.double().sum(1)).tolist(),
+            "truncated": rollout.truncated.tolist(),
         }
         if self.reference is not None:
             layers, budget = self.scorers.layers_of(self.reference.lm.model), config.optimizer.micro_batch_tokens
@@ -111,7 +112,7 @@ class Evaluator:
             return None
         known, ids = run.read_evaluation(name), [p.id for p in self.prompts]
         if isinstance(known, dict):
-            known = {RENAMED.get(key, key): value for key, value in known.items()}
+            known = {"stop_tokens": []} | {RENAMED.get(key, key): value for key, value in known.items()}
             same = all(known.get(key) == value for key, value in settings_of(self.config).items())
             every = self.config.evaluation.samples_per_prompt
             if same and [r["id"] for r in known["responses"]][::every] == ids:
@@ -128,6 +129,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "max_response_tokens": config.rollout.max_response_tokens,
         "temperature": config.rollout.temperature,
+        "stop_tokens": config.rollout.stop_tokens,
         "top_p": config.rollout.top_p,
         "reward_scorer": config.scoring.reward,
         "cost_scorer": config.scoring.cost,

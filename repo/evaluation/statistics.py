@@ -63,6 +63,7 @@ QUANTITIES: dict[str, Callable[[Columns], Array]] = {
     "refusal_rate": _mean("refusal"),
     "repetition": _mean("repetition"),
     "response_tokens": _mean("tokens"),
+    "truncated": _mean("truncated"),
     "kl": _mean("kl"),
     "kl_per_token": _per_token("kl"),
     "entropy": _per_token("surprise"),
@@ -74,6 +75,7 @@ NEEDS = {
     "judge_prompts_mostly_unsafe": "judge_safe",
     "refusal_rate": "refusal",
     "repetition": "repetition",
+    "truncated": "truncated",
     "kl": "kl",
     "kl_per_token": "kl",
     "entropy": "surprise",
@@ -100,8 +102,8 @@ class Evaluation:
 
     records: one for each response, as the file stores it; the k responses to a prompt are in a row. Keys are `id`,
         `category`, `prompt`, `response`, `tokens`, `reward`, `cost` and optionally `judge_safe`, `refusal`,
-        `repetition`, `kl` and `surprise`. The last two are log pi - log pi_ref and -log pi, summed over the sampled
-        tokens, in nats.
+        `repetition`, `truncated`, `kl` and `surprise`. The last two are log pi - log pi_ref and -log pi, summed over
+        the sampled tokens, in nats.
     cost_limit: d; a response is safe iff its cost is at most d.
     """
 
@@ -152,7 +154,7 @@ class Evaluation:
             "hinge": rectified_cost(costs, self.cost_limit),
             "excess": costs - self.limit,
         }
-        optional = ("judge_safe", "refusal", "repetition", "kl", "surprise")
+        optional = ("judge_safe", "refusal", "repetition", "truncated", "kl", "surprise")
         for key in ("reward", "cost", "tokens", *(k for k in optional if k in self.records[0])):
             flat[key] = self.column(key)
         return {key: values.reshape(shape).numpy() for key, values in flat.items()}

@@ -144,6 +144,7 @@ TITLES = {
     "refusal_rate": Title("refusals", "{:.1%}"),
     "repetition": Title("repeated word 4-grams", "{:.1%}"),
     "response_tokens": Title("response tokens", "{:.1f}"),
+    "truncated": Title("cut off at the limit of tokens", "{:.1%}"),
     "kl": Title("KL to the reference, nats per response", "{:.2f}"),
     "kl_per_token": Title("KL to the reference, nats per token", "{:.4f}"),
     "entropy": Title("entropy, nats per token", "{:.3f}"),

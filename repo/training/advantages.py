@@ -29,7 +29,7 @@ class Advantages:
     returns: dict[str, Tensor] = field(default_factory=dict)
 
 
-def group_advantages(values: Tensor, group: Tensor) -> Tensor:
+def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
     """Compute leave-one-out advantages: A_i = u_i - mean of the other u_j of the same prompt.
 
     This is the baseline of RLOO, arXiv 2402.14740.
@@ -37,13 +37,19 @@ def group_advantages(values: Tensor, group: Tensor) -> Tensor:
     Args:
         values: (B,) float, the score u of each response.
         group: (B,) int64, the prompt of each response.
+        counted: (B,) bool; responses where it is false enter no mean and get 0, and so does a response that is the only
+            counted one of its prompt. None: all count, and each prompt needs two.
 
     Returns:
         (B,) in the dtype of `values`.
 
     Raises:
-        ValueError: a group has a single response, which leaves no baseline.
+        ValueError: a group has a single response, which leaves no baseline, and `counted` is None.
     """
+    if counted is not None:
+        index, counts, totals = _group_sums(values, group, counted)
+        others = (totals[index] - values) / (counts[index] - 1).clamp_min(1)
+        return torch.where(counted & (counts[index] > 1), values - others, 0.0)
     index, counts, totals = _group_sums(values, group)
     if bool((counts < 2).any()):
         raise ValueError("group_advantages needs at least 2 responses per prompt; a group has 1")
@@ -51,7 +57,7 @@ def group_advantages(values: Tensor, group: Tensor) -> Tensor:
     return values - others
 
 
-def divide_by_group_std(advantages: Tensor, group: Tensor) -> Tensor:
+def divide_by_group_std(advantages: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
     """Divide advantages by their standard deviation within the group plus 1e-6; return 0 where the deviation is 0.
 
     The deviation divides by the size n of the group, not by n - 1.
@@ -59,23 +65,29 @@ def divide_by_group_std(advantages: Tensor, group: Tensor) -> Tensor:
     Args:
         advantages: (B,) combined advantages.
         group: (B,) int64, the prompt of each response.
+        counted: (B,) bool, the responses that the deviation is over; None: all.
 
     Returns:
         (B,) in the dtype of `advantages`.
     """
-    index, counts, totals = _group_sums(advantages, group)
+    index, counts, totals = _group_sums(advantages, group, counted)
+    counts = counts.clamp_min(1)
     deviation = advantages - (totals / counts)[index]
+    if counted is not None:
+        deviation = torch.where(counted, deviation, 0.0)
     variance = torch.zeros_like(totals).index_add_(0, index, deviation**2) / counts
     std = variance.sqrt()[index]
     return torch.where(std > 0, advantages / (std + 1e-6), torch.zeros_like(advantages))
 
 
-def _group_sums(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,))."""
+def _group_sums(values: Tensor, group: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,)) of counted values."""
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
     zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)
-    return index, zeros.index_add(0, index, torch.ones_like(values)), zeros.index_add(0, index, values)
+    ones = torch.ones_like(values) if counted is None else counted.to(values.dtype)
+    summed = values if counted is None else torch.where(counted, values, 0.0)
+    return index, zeros.index_add(0, index, ones), zeros.index_add(0, index, summed)
 
 
 @renamed_arguments(mode="cost_mode")
@@ -200,6 +212,7 @@ def method_advantages(
     log_ratio: Tensor | None = None,
     beta: float = 0.0,
     values: Mapping[str, Tensor] | None = None,
+    counted: Tensor | None = None,
 ) -> Advantages:
     """Compute the advantages of reward and cost, and combine them as the configured method does.
 
@@ -213,6 +226,8 @@ def method_advantages(
         log_ratio: (B, R) log pi_old - log pi_ref in nats; None unless the KL is placed in the reward.
         beta: weight of the KL.
         values: by signal, (B, R) the critics' values at sampling; None or empty for leave-one-out advantages.
+        counted: (B,) bool, the responses that baselines are formed over; None: all. The others get advantages 0: in
+            groups by this, with critics by their empty mask.
     """
     mode, limit = loss_mode(algorithm), algorithm.cost_limit
     cost_score = rectified_cost(costs, limit) if mode == "rectified" else costs
@@ -227,15 +242,15 @@ def method_advantages(
         if values:
             separate[name], returns[name] = gae(signal, values[name], mask, critic.gamma, critic.gae_lambda)
         else:
-            separate[name] = group_advantages(signal.sum(1), group)
+            separate[name] = group_advantages(signal.sum(1), group, counted)
     reward, cost = separate["reward"], separate.get("cost")
     if algorithm.method == "crpo":
         assert cost is not None
         combined = crpo_advantages(reward, cost, costs, limit, algorithm.crpo_tolerance)
-        return Advantages(reward, None, _scaled(algorithm, combined, group), returns)
+        return Advantages(reward, None, _scaled(algorithm, combined, group, counted), returns)
     combined = rectified_advantages(reward, cost, costs, lam, mode or "", limit, algorithm.normalize)
-    return Advantages(reward, cost, _scaled(algorithm, combined, group), returns)
+    return Advantages(reward, cost, _scaled(algorithm, combined, group, counted), returns)
 
 
-def _scaled(algorithm: AlgorithmConfig, combined: Tensor, group: Tensor) -> Tensor:
-    return divide_by_group_std(combined, group) if algorithm.scale_by_std else combined
+def _scaled(algorithm: AlgorithmConfig, combined: Tensor, group: Tensor, counted: Tensor | None) -> Tensor:
+    return divide_by_group_std(combined, group, counted) if algorithm.scale_by_std else combined
