@@ -16,6 +16,7 @@ from repo_kernels.layers.fused_layers import fused_layers
 from repo_kernels.layers.onednn_linear import onednn_linears
 
 from ..common.errors import UserError, first_line
+from ..common.hub import require_model
 from ..config.schema import ModelConfig
 from .attention import Attention, choose_attention
 from .layers import compile_layers, recomputed
@@ -111,6 +112,7 @@ def load_policy(
     config = config or ModelConfig()
     dtype, lora = getattr(torch, config.dtype), trainable and config.lora_rank > 0
     full = trainable and not lora
+    require_model(path, "model.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         model = AutoModelForCausalLM.from_pretrained(
