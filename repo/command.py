@@ -10,10 +10,9 @@ from rich.console import Console
 
 from .common.errors import UserError
 from .config.arguments import join_negative_numbers, user_path
-from .config.parse import PRESETS, make_parser, parse_config, preset_names
+from .config.parse import PRESETS, make_parser, parse_config, preset_names, require_run
 from .config.renamed import new_name
 from .config.schema import Config
-from .runs.folder import require_run
 
 LOG_WIDTH = 140  # columns of output that goes to a file or pipe
 

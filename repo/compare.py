@@ -18,7 +18,6 @@ from .command import console_of
 from .common.errors import UserError, exit_with_sentence, require_package
 from .common.files import make_parent, write_folder
 from .config.arguments import join_negative_numbers, user_path
-from .evaluation.comparison import compare_pair, contender, print_pair, print_quantities, require_comparable
 from .runs.json_lines import finite
 
 
@@ -45,6 +44,8 @@ def run_command(argv: list[str] | None = None) -> None:
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another folder")
     require_package("matplotlib", "the figure of a comparison")
+    # after the arguments are checked: these take seconds to load
+    from .evaluation.comparison import compare_pair, contender, print_pair, print_quantities, require_comparable
     from .reporting.pareto import draw_frontier
 
     console = console_of()

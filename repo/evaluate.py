@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence
@@ -33,17 +31,21 @@ from .common.files import make_parent, write_text
 from .config.arguments import join_negative_numbers, user_path
 from .config.parse import make_parser, parse_config
 from .config.schema import Config
-from .evaluation.evaluator import Evaluator, content_of
-from .evaluation.tables import print_compensation, print_summary
-from .models.actor import Actor
-from .models.policy import Policy, choose_device, load_policy
-from .rollout.stop_tokens import with_stop_tokens
-from .runs.checkpoint import find_named, steps_of
-from .scoring.judge import load_judge
-from .setup import find_assets, load_checkpoint_policy, load_held_out, model_path, scorers_beside
+
+if TYPE_CHECKING:  # what follows takes seconds to load, so functions import it once the arguments are read
+    import torch
+
+    from .models.policy import Policy
 
 SAMPLES = 4
 """Responses to each prompt, unless evaluation.samples_per_prompt is given."""
+
+
+READ = (
+    "data.eval, data.column, data.system_prompt, data.max_prompt_tokens, evaluation.*, scoring.*, rollout.*, "
+    "algorithm.cost_limit, model.device, model.dtype, seed"
+)
+"""Fields of the configuration that an evaluation reads."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,15 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
 
     argv: the arguments after the program's name. Raises UserError for input that cannot be parsed.
     """
-    switches = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    switches = argparse.ArgumentParser(
+        prog="repo.evaluate",
+        usage="python -m repo.evaluate RUN|MODEL [options] [--GROUP.FIELD VALUE ...]",
+        description=__doc__,
+        epilog=f"Fields that an evaluation reads: {READ}. `python -m repo.train --help` says what each means.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     switches.add_argument(
         "--checkpoint",
         metavar="NAME",
@@ -101,10 +111,10 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
         "--out", type=user_path, metavar="FILE", help="JSON file to write; default: RUN/eval/NAME.json"
     )
     switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
-    parser = make_parser("repo.evaluate", __doc__ or "", switches)
+    parser = make_parser("repo.evaluate", "")
+    if {"-h", "--help"} & {*argv}:
+        switches.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & {*argv}:
-            parser.parse_args(["--help"])
         raise UserError("repo.evaluate takes a run folder or a model first: python -m repo.evaluate RUN|MODEL")
     try:
         options, rest = switches.parse_known_args(join_negative_numbers(argv[1:]))
@@ -133,12 +143,17 @@ def named(config: Config, path: str) -> Config:
 def load_named(path: str, config: Config, device: torch.device, trust: bool) -> Policy:
     """Load a frozen model by folder, hub name or "embedded"."""
     config = named(config, path)
+    from .models.policy import load_policy
+    from .setup import find_assets, model_path
+
     folder = find_assets(config, Console(quiet=True))
     return load_policy(model_path(config, folder), device, False, config.model, trust)
 
 
 def targets(command: Command, config: Config, device: torch.device) -> Iterator[Target]:
     """Yield the policies to evaluate. Raises UserError for a checkpoint that does not exist or is damaged."""
+    from .runs.checkpoint import find_named, steps_of
+
     if command.run is None:
         name = Path(command.target).name or command.target
         out = Path("evaluations") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
@@ -160,6 +175,9 @@ def targets(command: Command, config: Config, device: torch.device) -> Iterator[
 
 def _load_from_run(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
     """Load the policy in RUN/final or in a checkpoint folder."""
+    from .models.policy import load_policy
+    from .setup import load_checkpoint_policy
+
     if source.name == "final":
         return load_policy(str(source), device, False, config.model, trust)
     return load_checkpoint_policy(source, config, device, trust)
@@ -201,6 +219,16 @@ def run_command(argv: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("repo.evaluate is one process; start it with python, not with torchrun")
     command, config = read_command(argv)
+    from transformers.utils import logging as transformers_logging
+
+    from .evaluation.evaluator import Evaluator, content_of
+    from .evaluation.tables import print_compensation, print_summary
+    from .models.actor import Actor
+    from .models.policy import choose_device
+    from .rollout.stop_tokens import with_stop_tokens
+    from .scoring.judge import load_judge
+    from .setup import find_assets, load_held_out, scorers_beside
+
     console = console_of()
     transformers_logging.disable_progress_bar()
     device, trust = choose_device(config.model.device), command.trust

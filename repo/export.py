@@ -9,18 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-from transformers.utils import logging as transformers_logging
-
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
 from .config.arguments import user_path
-from .config.parse import load_config
-from .models.policy import save_policy
-from .runs.checkpoint import find_named, read_state
-from .runs.folder import require_run
-from .runs.model_card import model_card
-from .setup import load_checkpoint_policy
+from .config.parse import load_config, require_run
 
 
 def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
@@ -34,6 +26,15 @@ def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
     Raises UserError if `out` exists or the checkpoint is missing or damaged.
     """
     require_run(folder, "RUN")
+    import torch  # after the arguments are checked: these take seconds to load
+    from transformers.utils import logging as transformers_logging
+
+    from .models.policy import save_policy
+    from .runs.checkpoint import find_named, read_state
+    from .runs.model_card import model_card
+    from .setup import load_checkpoint_policy
+
+    transformers_logging.disable_progress_bar()
     config, source = load_config(folder / "config.yaml"), find_named(folder, name)
     target = out or folder / f"export-{source.name}"
     if target.exists():
@@ -59,7 +60,6 @@ def run_command(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=user_path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)
-    transformers_logging.disable_progress_bar()
     print(f"model: {export(options.run, options.checkpoint, options.out, options.trust_remote_code)}")
 
 

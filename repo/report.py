@@ -10,7 +10,7 @@ import argparse
 
 from .common.errors import exit_with_sentence
 from .config.arguments import user_path
-from .reporting.document import write_report
+from .config.parse import require_run
 
 
 def run_command(argv: list[str] | None = None) -> None:
@@ -21,6 +21,9 @@ def run_command(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=user_path, help="run folder")
     parser.add_argument("--out", type=user_path, metavar="FOLDER", help="folder to write to; default: RUN/report")
     options = parser.parse_args(argv)
+    require_run(options.run, "RUN")
+    from .reporting.document import write_report  # after the arguments are checked: it takes seconds to load
+
     print(f"report: {write_report(options.run, options.out)}")
 
 

@@ -104,6 +104,12 @@ def _plain(value: Any) -> Any:
     return number(value) if number else value
 
 
+def require_run(folder: Path, given_as: str) -> None:
+    """Raise UserError unless the folder is a run folder. given_as: the argument that names it."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{given_as}: {folder} is not a run folder (it has no config.yaml)")
+
+
 def load_config(path: Path) -> Config:
     """Load and check the configuration file of a run folder; fields may have their names of version 0.1."""
     return parse_config(make_parser("repo", ""), ["--config", str(path)], warn=lambda _: None)
