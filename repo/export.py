@@ -1,7 +1,10 @@
 """Export a checkpoint of a run as a model in Hugging Face format.
 
-python -m repo.export runs/mine                          the best checkpoint
-python -m repo.export runs/mine --checkpoint latest      the newest, or step-000010
+python -m repo.export runs/mine                          the newest checkpoint
+python -m repo.export runs/mine --checkpoint best        the best by its training batches, or step-000010
+
+`best` was chosen on the responses of a few training batches, which say little: compare both on held-out prompts with
+`python -m repo.evaluate runs/mine --checkpoint all` before you prefer it.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def run_command(argv: list[str] | None = None) -> None:
         prog="repo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=user_path, help="run folder")
-    parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), latest or step-000010")
+    parser.add_argument("--checkpoint", default="latest", metavar="NAME", help="latest (default), best or step-000010")
     parser.add_argument("--out", type=user_path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)

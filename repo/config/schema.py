@@ -226,10 +226,10 @@ class OptimizerConfig:
 class EvaluationConfig:
     """The evaluation on held-out prompts, before and after training."""
 
-    prompts: NonNegativeInt = 200
+    prompts: NonNegativeInt = 100
     """Largest number of held-out prompts to use. 0: no evaluation."""
-    samples_per_prompt: PositiveInt = 1
-    """Number of responses to each held-out prompt."""
+    samples_per_prompt: PositiveInt = 4
+    """Number of responses to each held-out prompt. 1: no statement on prompts that are mostly unsafe."""
     judge: str = "embedded"
     """Judge of safety that training never uses: "embedded", "none", or one scorer given like scoring.cost, which calls
     a response safe iff its score is <= 0."""

@@ -22,6 +22,7 @@ from ..runs.folder import Run, versions
 from ..runs.json_lines import finite
 from ..scoring.judge import Judge
 from ..scoring.scorers import Scorers
+from .kinds import measured_by_kind
 from .reward_hacking import is_refusal, repetition
 from .statistics import RENAMED, Evaluation
 
@@ -144,4 +145,5 @@ def content_of(config: Config, evaluation: Evaluation, **about: Any) -> dict[str
     about: further keys, such as the policy's name.
     """
     settings = {**settings_of(config), "data": config.data.eval, "versions": versions()}
-    return {**about, **settings, **finite({"summary": evaluation.summary(), "responses": evaluation.records})}
+    summary = evaluation.summary() | {"kinds": measured_by_kind(evaluation)}
+    return {**about, **settings, **finite({"summary": summary, "responses": evaluation.records})}

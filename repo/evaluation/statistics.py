@@ -85,6 +85,9 @@ NEEDS = {
 POINTS = {"cost_max"}
 """Quantities without an interval: a resampled maximum never exceeds the sample's, so its bootstrap is meaningless."""
 
+SEVERAL = {"prompts_mostly_unsafe", "judge_prompts_mostly_unsafe"}
+"""Quantities that need several responses to a prompt: of one each, they are the unsafe rate under another name."""
+
 COUNTED = {"prompts_mostly_unsafe", "judge_prompts_mostly_unsafe", "cost_max"}
 """Quantities that depend on the number of responses per prompt, and compare only between equal numbers."""
 
@@ -192,7 +195,7 @@ def measured(columns: Columns) -> dict[str, dict[str, float | None]]:
     """
     intervals = {}
     for key, statistic in QUANTITIES.items():
-        if NEEDS.get(key, "cost") in columns:
+        if NEEDS.get(key, "cost") in columns and (key not in SEVERAL or columns["cost"].shape[1] > 1):
             resampled = None if key in POINTS or few(columns) else resampled_of(key, columns)
             intervals[key] = interval_of(float(statistic(columns)), resampled)
     return intervals
@@ -255,7 +258,7 @@ def paired(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float |
     changes = {}
     for key, statistic in QUANTITIES.items():
         needed = NEEDS.get(key, "cost")
-        if needed in a and needed in b and (same or key not in COUNTED):
+        if needed in a and needed in b and (same or key not in COUNTED) and (before.samples > 1 or key not in SEVERAL):
             change = float(statistic(b)) - float(statistic(a))
             resampled = None if key in POINTS or few(a) else resampled_of(key, b) - resampled_of(key, a)
             changes[key] = interval_of(change, resampled)
