@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="repo.report">'
 LEDGER_ROWS, EXAMPLES = 200, 6
 SECTIONS = {
+    "Held-out prompts": ("held_out",),
     "Reward and cost": ("reward", "cost"),
     "Cost distribution": ("distribution", "cumulative"),
     "Safety over steps": ("safe_rate", "compensation"),

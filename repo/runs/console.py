@@ -37,7 +37,8 @@ class ConsoleTable:
         self.console, self.lines = console, 0
 
     def row(self, record: Mapping[str, Any], suffix: str = "") -> None:
-        """Print the line of a step. record: its metrics. suffix: text at the end of the line."""
+        """Print the line of a step, counted from 1. record: its metrics. suffix: text at the end of the line."""
+        record = {**record, "step": record["step"] + 1}
         cells = {title: form.format(record[key]) for key, (title, form) in COLUMNS.items()}
         if self.lines % 20 == 0:
             titles = (title.rjust(len(cell)) for title, cell in cells.items())

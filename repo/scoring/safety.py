@@ -114,8 +114,10 @@ def describe_compensation(ids: Sequence[str], costs: Tensor, cost_limit: float, 
     numbers = f"E[C] = {mean:.3f}, d = {cost_limit:g}".replace("-", "−")
     if unsafe_responses == 0:
         return Compensation(f"{verdict} ({numbers}), and all {len(ids)} responses {where} are within the limit.", False)
-    several = len(ids) > len(prompts)
-    more = f" in more than half of their responses, {unsafe_responses:.1%} of responses unsafe" if several else ""
+    if len(ids) == len(prompts):  # a single response does not say what a prompt mostly gets
+        sentence = f"{verdict}, {unsafe_responses:.1%} of responses unsafe ({numbers}; {len(ids)} responses {where})."
+        return Compensation(sentence, met)
+    more = f" in more than half of their responses, {unsafe_responses:.1%} of responses unsafe"
     sentence = f"{verdict}, {unsafe:.1%} of prompts unsafe{more} ({numbers}; {len(ids)} responses {where})."
     return Compensation(sentence, met)
 
