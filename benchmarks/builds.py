@@ -30,8 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16", **LARGE},
     "fp32, 256 x 8192": {"dtype": "fp32", "tokens": 256, "vocabulary": 8192},
 }
-# Freed memory is kept, as repo.train does: PyTorch's temporaries are not mapped anew in each call.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+# Freed memory is kept, as repo.train does: PyTorch's temporaries are not mapped anew in each call. Threads sleep when
+# they wait, since those that spin after a call of one process would slow the other's next call.
+ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "OMP_WAIT_POLICY": "PASSIVE"}
 CALLS = {name: 1 if case["tokens"] * case["vocabulary"] > 1 << 22 else 16 for name, case in CASES.items()}
 
 
@@ -40,7 +41,7 @@ class Checkout:
 
     def __init__(self, folder: Path, python: str, threads: int) -> None:
         command = [python, str(Path(__file__).resolve()), str(threads)]
-        environment = {**os.environ, **KEEP_MEMORY, "PYTHONPATH": str(folder)}
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(folder)}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 

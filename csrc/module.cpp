@@ -10,8 +10,9 @@
 #include <algorithm>
 #include <optional>
 
-#include "layers/attention.h"
+#include "decoding/bindings.h"
 #include "kernels/dispatch.h"
+#include "layers/attention.h"
 #include "layers/layers.h"
 #include "losses/bindings.h"
 #include "layers/transpose.h"
@@ -196,6 +197,7 @@ NB_MODULE(_cpu, m) {
     using namespace nb::literals;
     const auto exact = [](const char* name) { return nb::arg(name).noconvert(); };  // takes no converted copy
     bind_losses(m);
+    bind_decoding(m);
     m.def("transpose", bind_transpose, exact("source"), exact("to"), "threads"_a);
     m.def("rms_norm", bind_rms_norm, exact("x"), exact("weight"), exact("y"), exact("inverse"), "epsilon"_a,
           "threads"_a);

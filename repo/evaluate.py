@@ -227,6 +227,7 @@ def run_command(argv: list[str]) -> None:
     from .models.policy import choose_device
     from .rollout.stop_tokens import with_stop_tokens
     from .scoring.judge import load_judge
+    from .scoring.rehearsal import rehearse
     from .setup import find_assets, load_held_out, scorers_beside
 
     console = console_of()
@@ -236,7 +237,8 @@ def run_command(argv: list[str]) -> None:
     folder = find_assets(config, console)
     reference = load_named(command.reference, config, device, trust) if command.reference else None
     scorers = scorers_beside(config, folder, reference, command.reference, str(device), trust)
-    judge = load_judge(config.evaluation.judge, folder, str(device), config.scoring.timeout, trust)
+    timeout, date = config.scoring.timeout, config.data.date
+    judge = load_judge(config.evaluation.judge, folder, str(device), timeout, trust, date)
     console.print(scorers.describe(), markup=False, highlight=False)
     for target in chosen:
         policy, line = with_stop_tokens(target.load(), config.rollout.stop_tokens)
@@ -246,6 +248,9 @@ def run_command(argv: list[str]) -> None:
             require_same_vocabulary(policy, reference, command.reference or "")
         shape = policy.model.config.get_text_config()
         prompts = load_held_out(config, folder, policy.tokenizer, shape, console)[: config.evaluation.prompts]
+        if target is chosen[0]:
+            for warning in rehearse(scorers, judge, {"data.eval": prompts}, config.rollout.max_response_tokens):
+                console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
         beside = None if reference is None else Actor(reference)
         evaluation = Evaluator(config, prompts, scorers, judge, beside, console).with_progress(target.name, policy)
         about: dict[str, Any] = {"policy": command.target, "checkpoint": target.name, "reference": command.reference}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from .command import Switches, console_of
 from .common.distributed import World, joined
 from .common.malloc import keep_freed_memory
+from .common.openmp import describe_load
 from .config.schema import Config
 from .dry_run import describe_batch, dry_run
 from .evaluation.evaluator import Evaluator
@@ -22,6 +25,7 @@ from .runs.fingerprints import fingerprints
 from .runs.folder import Run, create, folder_of
 from .runs.interrupts import Stopped, StopRequest
 from .runs.resume import Resumed, check_inputs, check_resume, reopen
+from .scoring.rehearsal import rehearse
 from .session import Session
 from .setup import Parts, load_parts, shards_of
 
@@ -38,6 +42,8 @@ def launch(switches: Switches, config: Config) -> None:
         if switches.dry_run:
             dry_run(config, console, world, switches.trust_remote_code)
             return
+        if load := describe_load():
+            console.print(load, style="yellow", markup=False, highlight=False)
         keep_freed_memory()
         run_session(switches, config, console, world)
 
@@ -45,7 +51,10 @@ def launch(switches: Switches, config: Config) -> None:
 def run_session(switches: Switches, config: Config, console: Console, world: World) -> None:
     """Load everything, print what the run will do and how, and train."""
     path, resumed = choose_folder(switches, config, world)
+    config = dated(config, world)
     parts = load_parts(config, console, world, switches.trust_remote_code)
+    for warning in world.from_first(lambda: rehearse_parts(config, parts)):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     run = open_folder(switches, config, path, resumed, parts, console, world)
     console.print(f"run: {run.path}   {describe_batch(config, world)}", markup=False, highlight=False)
     actor = make_actor(config, parts, console, world)
@@ -59,6 +68,18 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
         console.print(f"stopped; continue with: {run.resume_command}", markup=False, highlight=False)
     finally:
         run.close()
+
+
+def dated(config: Config, world: World) -> Config:
+    """Return the configuration with today's date in data.date if it has none, the same on every process."""
+    today = world.from_first(lambda: f"{date.today():%Y-%m-%d}")
+    return replace(config, data=replace(config.data, date=config.data.date or today))
+
+
+def rehearse_parts(config: Config, parts: Parts) -> list[str]:
+    """Try the scorers before the run folder is made; returns warnings. Raises UserError if one cannot be used."""
+    prompts = {"data.train": parts.train_prompts, "data.eval": parts.eval_prompts}
+    return rehearse(parts.scorers, parts.judge, prompts, config.rollout.max_response_tokens)
 
 
 def choose_folder(switches: Switches, config: Config, world: World) -> tuple[Path, Resumed]:

@@ -18,6 +18,7 @@ from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
+from .data.chat_format import ChatFormat
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
 from .models.actor import Actor
 from .models.critic import make_critics
@@ -129,7 +130,8 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
     critics = make_critics(config.critic, policy, scorers, signals if uses_critics else (), same_trunk)
     judge = None
     if config.evaluation.prompts > 0:
-        judge = load_judge(config.evaluation.judge, folder, str(device), config.scoring.timeout, trust)
+        timeout, date = config.scoring.timeout, config.data.date
+        judge = load_judge(config.evaluation.judge, folder, str(device), timeout, trust, date)
     return Parts(policy, sampler, reference, scorers, critics, judge, *prompts)
 
 
@@ -156,7 +158,8 @@ def read_prompts(
         raise UserError(f"rollout.max_response_tokens={limit} leaves no room for a prompt in a context of {context}")
     if source == EMBEDDED and folder is not None:
         source = str(folder / "prompts" / f"{split}.jsonl")
-    prompts = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room)
+    chat = ChatFormat(tokenizer, data.template_arguments, data.date)
+    prompts = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room, chat)
     tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
     line = f"{split} prompts: {len(prompts.kept)} of {source}, mean {tokens:.0f} tokens, {prompts.report()}"
     console.print(line, markup=False, highlight=False)
@@ -186,8 +189,9 @@ def scorers_beside(
     """
     shares = reference is not None and name == EMBEDDED and not reference.base_only
     if reference is None or not shares or reference.model.dtype != torch.float32:
-        return load_scorers(config.scoring, folder, None, None, device, trust)
-    return load_scorers(config.scoring, folder, reference.model, reference.tokenizer, device, trust)
+        return load_scorers(config.scoring, folder, None, None, device, trust, config.data.date)
+    model, tokenizer = reference.model, reference.tokenizer
+    return load_scorers(config.scoring, folder, model, tokenizer, device, trust, config.data.date)
 
 
 def load_data(
@@ -216,7 +220,8 @@ def load_data(
     if config.ptx.data is not None:
         answers = load_prompts(config.ptx.data, data.column)
         limit = min(context, config.optimizer.micro_batch_tokens)
-        supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids)
+        chat = ChatFormat(tokenizer, data.template_arguments, data.date)
+        supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
         examples = supervised.kept
         console.print(f"ptx examples: {len(examples)}, {supervised.report()}", markup=False, highlight=False)
     return kept, held_out[: config.evaluation.prompts], examples

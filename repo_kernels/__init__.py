@@ -11,8 +11,10 @@ or, with the options of a run set once:
     out = loss(logits, token_ids, old_logps, reward_advantages, costs=costs, lam=1.0)
 """
 
+from importlib.metadata import version
+
 from .losses.logps import linear_selective_log_softmax, selective_log_softmax
-from .losses.loss import LinearRepoLoss, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss
+from .losses.loss import LinearRepoLoss, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss, repo_loss_from_logps
 from .losses.options import LossOptions
 from .losses.stats import LossStats
 
@@ -25,5 +27,15 @@ __all__ = [
     "linear_repo_loss",
     "linear_selective_log_softmax",
     "repo_loss",
+    "repo_loss_from_logps",
     "selective_log_softmax",
 ]
+
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    """Read `__version__` from the installed package, where pyproject.toml has put it."""
+    if name == "__version__":
+        return version("repo-rlhf")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

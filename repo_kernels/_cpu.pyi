@@ -116,6 +116,54 @@ def attention_gradient(
 ) -> None:
     """Write dq, dk and dv, shaped like q, k and v."""
 
+def ask_for_large_pages(memory: Tensor) -> None:
+    """Ask the system for large pages in contiguous fp32 memory that is not written yet."""
+
+def pack_weight(weight: Tensor, to: Tensor, threads: int) -> None:
+    """Write a weight (n, k), contiguous, into `to` (panels of 16 outputs, k, 16)."""
+
+def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, threads: int) -> None:
+    """Write out (rows, n) = x (rows, k) weight^T + bias, the weight packed."""
+
+class DecoderModel:
+    """A Llama-shaped model whose weights are packed; it keeps them alive."""
+
+    def __init__(
+        self,
+        heads: int,
+        key_heads: int,
+        columns: int,
+        inner: int,
+        epsilon: float,
+        scale: float,
+        layers: list[tuple[Tensor | None, ...]],
+        norm: Tensor,
+        head: Tensor,
+        vocabulary: int,
+    ) -> None:
+        """Check and keep the weights.
+
+        A layer: input_norm, qkv, qkv_bias, q_norm, k_norm, out, out_bias, post_norm, gate, up, down.
+        """
+
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        logits: Tensor,
+        threads: int,
+    ) -> None:
+        """Append a token to each sequence and write the logits (B, V).
+
+        x (B, H) is overwritten. cos, sin: (B, D). slots, lengths: (B,) int32. keys: (layers * places * key heads, D,
+        capacity). values: (the same, capacity, D).
+        """
+
 def isa() -> str:
     """Return the name of the instruction set in use."""
 

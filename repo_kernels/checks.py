@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .tensor_kinds import check_kind, check_memory, is_plain, is_traced
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUE_DTYPES = (torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
-MASK_DTYPES = (torch.bool,)
+MASK_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *LOGITS_DTYPES,
+)  # fmt: skip
 COST_MODES = ("rectified", "split", "lagrangian")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 3.4028234663852886e38
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 Scalar = float | Tensor
 
@@ -28,24 +31,13 @@ def describe(value: object) -> str:
     """Describe a value for an error message: a tensor by dtype, shape and device, anything else by repr and type."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    text = repr(value)
+    return f"{text if len(text) <= 200 else text[:200] + ' ...'} ({type(value).__name__})"
 
 
-def is_plain(*values: Tensor | None) -> bool:
-    """Return whether each tensor is one with memory that may be read as it stands, or None.
-
-    A subclass, a tensor of functorch and one that is negated lazily are not; those go through PyTorch's dispatcher.
-    """
-    return all(value is None or (type(value) in PLAIN_TYPES and not value.is_neg()) for value in values)
-
-
-def is_traced() -> bool:
-    """Return whether something looks at every operator: torch.compile, a dispatch mode or a transform of functorch."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+def number(value: Scalar | None) -> Scalar | None:
+    """Return a numpy scalar as Python's number, anything else as it is."""
+    return value.item() if isinstance(value, np.number) else value
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -66,9 +58,11 @@ def check_tensor(
     """Return the value if it is a tensor of one of these shapes and dtypes on the device of `like`.
 
     Raises:
-        TypeError: it is no tensor or has another dtype.
+        TypeError: it is no tensor, of a kind that is refused (`check_kind`) or of another dtype.
         ValueError: it has another shape or is on another device.
     """
+    if isinstance(value, Tensor):
+        check_kind(name, value, like)
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         takes = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
         raise TypeError(f"{name} must be a tensor of {takes}, shape {_either(shapes)}; got {describe(value)}")
@@ -91,12 +85,13 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
         ValueError: the float is out of range, or the tensor has dimensions or no data.
     """
     if isinstance(value, Tensor):
+        check_kind(name, value)
         if value.ndim or not (value.is_floating_point() or value.dtype in ID_DTYPES):
             raise ValueError(f"{name} as a tensor must be 0-d and numeric; got {describe(value)}")
         if value.device.type == "meta":
             raise ValueError(f"{name} must be a float or a 0-d tensor with data, {takes}; got {describe(value)}")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, {takes}; got {describe(value)}")
     # Comparisons instead of math.isfinite, which torch.compile cannot trace for a float that varies. It does not ask
     # for 0, which would become a condition of the graph: then 0 would take a graph of its own.
@@ -108,6 +103,8 @@ def check_scalar(name: str, value: object, accepts: Callable[[float], bool], tak
 def check_matrix(name: str, value: object) -> Tensor:
     """Return the value if it is (T, V) or (B, L, V), V >= 1, of a floating dtype, with unit column stride."""
     names = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
+    if isinstance(value, Tensor):
+        check_kind(name, value)
     if not isinstance(value, Tensor) or value.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} must be a tensor of {names}; got {describe(value)}")
     if value.ndim not in (2, 3) or value.shape[-1] == 0:
@@ -117,9 +114,22 @@ def check_matrix(name: str, value: object) -> Tensor:
     return value
 
 
-def check_temperature(temperature: Scalar, softcap: float | None) -> None:
-    """Check that temperature is a scalar > 0 and softcap a float > 0 or None."""
+def check_logps(value: object) -> Tensor:
+    """Return the value if it is (T,) or (B, L) of fp32 or fp64."""
+    if isinstance(value, Tensor):
+        check_kind("logps", value)
+    if not isinstance(value, Tensor) or value.dtype not in VALUE_DTYPES:
+        raise TypeError(f"logps must be a tensor of float32 or float64; got {describe(value)}")
+    if value.ndim not in (1, 2):
+        raise ValueError(f"logps must have shape (T,) or (B, L); got {describe(value)}")
+    return value
+
+
+def check_temperature(temperature: Scalar, softcap: float | None, like: Tensor | None = None) -> None:
+    """Check that temperature is a scalar > 0 and softcap a float > 0 or None. like: the logits, if they are known."""
     check_scalar("temperature", temperature, lambda x: x > 0, "> 0")
+    if isinstance(temperature, Tensor) and like is not None:
+        check_kind("temperature", temperature, like)
     if softcap is not None:
         if isinstance(softcap, Tensor):
             raise TypeError(f"softcap must be a float or None; got {describe(softcap)}")
@@ -133,25 +143,51 @@ def check_live_ids(ids: Tensor, vocabulary: int) -> None:
         raise IndexError(f"token_ids of live rows must be in [0, {vocabulary}) or -100; got {worst}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor) -> None:
-    """Check that cu_seqlens is (B + 1,) int32 and rises from 0 to T, the only entry of `leading`.
+def check_mask(mask: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
+    """Check that the mask has the leading shape and holds 0 and 1 alone; return it as bool.
 
-    The values are checked on the CPU alone, where reading them does not wait, and only if they are at hand: not while
-    torch.compile traces, and not those of a FakeTensor. Elsewhere rows outside the bounds are dead.
+    The values are checked where those of cu_seqlens are. Elsewhere any value but 0 counts as 1.
+    """
+    check_tensor("response_mask", mask, (leading,), MASK_DTYPES, like)
+    if mask.dtype == torch.bool:
+        return mask
+    live = mask != 0
+    if _is_at_hand(mask):
+        check_memory(response_mask=mask)
+        wrong = mask[live & (mask != 1)]
+        if wrong.numel():
+            raise ValueError(f"response_mask must hold 0 and 1 alone; got {wrong[0].item()}")
+    return live
+
+
+def _is_at_hand(value: Tensor) -> bool:
+    """Return whether reading the values waits for nothing: plain, on the CPU, not traced."""
+    return value.device.type == "cpu" and not is_traced() and is_plain(value)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor) -> None:
+    """Check that cu_seqlens is (B + 1,) int32 and rises within 0 and T, the only entry of `leading`.
+
+    Rows before the first bound and from the last one on are dead. The values are checked on the CPU alone, where
+    reading them does not wait, and only if they are at hand: not while torch.compile traces, and not those of a
+    FakeTensor.
     """
     if len(leading) != 1:
         raise ValueError(f"cu_seqlens is for packed (T, ...) rows; the rows here have leading shape {leading}")
+    if isinstance(cu_seqlens, Tensor):
+        check_kind("cu_seqlens", cu_seqlens, like)
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be a tensor of int32, shape (B+1,); got {describe(cu_seqlens)}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens must have shape (B+1,); got {describe(cu_seqlens)}")
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens must be on {like.device} with the logits; got {describe(cu_seqlens)}")
-    if cu_seqlens.device.type == "cpu" and not is_traced() and is_plain(cu_seqlens):
+    if _is_at_hand(cu_seqlens):
+        check_memory(cu_seqlens=cu_seqlens)
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != leading[0] or bounds != sorted(bounds):
+        if bounds[0] < 0 or bounds[-1] > leading[0] or bounds != sorted(bounds):
             shown = bounds if len(bounds) <= 9 else [*bounds[:7], "...", bounds[-1]]
-            raise ValueError(f"cu_seqlens must rise from 0 to T = {leading[0]}; got {shown}")
+            raise ValueError(f"cu_seqlens must rise within 0 and T = {leading[0]}; got {shown}")
 
 
 def check_head(
@@ -170,10 +206,18 @@ def check_head(
     """
     check_matrix(f"{prefix}hidden", hidden)
     dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
+    if isinstance(weight, torch.nn.Module):
+        kind = type(weight).__name__
+        raise TypeError(f"{prefix}weight must be a tensor; got a module, {kind}: pass its weight, and its bias as bias")
+    if isinstance(weight, Tensor):
+        check_kind(f"{prefix}weight", weight, hidden)
+        if not weight.numel():
+            raise ValueError(
+                f"{prefix}weight must have shape (V, {hidden.shape[-1]}) with V >= 1; got {describe(weight)}: gather a "
+                "parameter that is partitioned (ZeRO-3) before the call"
+            )
     shapes = ((weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 0, hidden.shape[-1]),)
     check_tensor(f"{prefix}weight", weight, shapes, dtypes, hidden)
-    if weight.shape[0] == 0:
-        raise ValueError(f"{prefix}weight must have shape (V, H) with V >= 1; got {describe(weight)}")
     if bias is not None:
         check_tensor(f"{prefix}bias", bias, ((weight.shape[0],),), dtypes, hidden)
     if leading is not None and tuple(hidden.shape[:-1]) != leading:
@@ -183,7 +227,7 @@ def check_head(
 def check_chunk(chunk_tokens: int | None, chunk_bytes: int | None) -> None:
     """Check that one of the two, or neither, is given, as an int >= 1."""
     for name, value in (("chunk_tokens", chunk_tokens), ("chunk_bytes", chunk_bytes)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
             raise TypeError(f"{name} must be an int >= 1 or None; got {describe(value)}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be an int >= 1 or None; got {value}")

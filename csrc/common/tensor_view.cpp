@@ -86,7 +86,7 @@ TensorView view_of(nb::handle tensor, const char* name) {
     read_integers(stride, view.dimensions, view.stride);
     view.data = PyLong_AsVoidPtr(call(tensor, names.data_ptr).ptr());
     if (PyErr_Occurred()) throw nb::python_error();
-    if (!view.data && view.elements()) refuse(name, "a tensor with memory; this one has none");
+    if (!view.data && view.elements()) refuse(name, "a tensor with memory; the storage of this one was freed");
     return view;
 }
 

@@ -2,6 +2,7 @@
 #include "kernels/row_kernels.h"
 
 #include "kernels/attention_rows.h"
+#include "decoding/rows.h"
 #include "kernels/layer_rows.h"
 #include "kernels/row_gradient.h"
 #include "kernels/row_sums.h"
@@ -92,6 +93,8 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     rotate_row,
     attend,
     attend_gradient,
+    multiply_panel,
+    attend_one,
 };
 
 }  // namespace repo

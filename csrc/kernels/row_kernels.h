@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "decoding/task.h"
 #include "kernels/attention_task.h"
 
 namespace repo {
@@ -97,6 +98,9 @@ struct RowKernels {
     // see attention_rows.h
     void (*attend)(const AttentionTask&, float* scratch);
     void (*attend_gradient)(const AttentionTask&, float* scratch);
+    // see decoding/rows.h
+    void (*multiply_panel)(const float* tile, const float* panel, int64_t depth, int64_t rows, float* out);
+    void (*attend_one)(const NewToken&, float* scores);
 };
 
 extern const RowKernels generic_kernels;

@@ -29,7 +29,8 @@ typedef uint32_t UIntVec __attribute__((vector_size(4 * kWidth)));
 typedef int16_t ShortVec __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kWidth)));
 
-inline Vec broadcast(float x) { return Vec{} + x; }
+// Subtracts the zeros, since x - 0 is x for every x and costs nothing; x + 0 is not -0 for -0, which costs an addition.
+inline Vec broadcast(float x) { return x - Vec{}; }
 
 template <class V, class T>
 inline V load_bits(const T* from) {

@@ -63,12 +63,15 @@ void refuse_bad_id(int64_t bad, int64_t columns) {
 }
 
 // A number, or what a 0-d tensor holds; the usual tensor is read without an operator of PyTorch.
-float scalar_of(nb::handle value) {
+float scalar_of(nb::handle value, const char* name) {
     PyObject* const object = value.ptr();
     if (!PyFloat_Check(object) && !PyLong_Check(object))
         if (const void* data = data_on_cpu(value, Type::kFloat32)) return *static_cast<const float*>(data);
     const double number = PyFloat_AsDouble(object);
-    if (PyErr_Occurred()) throw nb::python_error();
+    if (PyErr_Occurred()) {
+        nb::python_error error;
+        nb::raise_from(error, PyExc_ValueError, "%s must be a number or a 0-d tensor with memory", name);
+    }
     return float(number);
 }
 
@@ -133,7 +136,7 @@ private:
         float values[kScalars];
         if (PyTuple_Check(given.ptr())) {
             require(PyTuple_GET_SIZE(given.ptr()) == kScalars, "scalars must be 11");
-            for (int i = 0; i < kScalars; ++i) values[i] = scalar_of(PyTuple_GET_ITEM(given.ptr(), i));
+            for (int i = 0; i < kScalars; ++i) values[i] = scalar_of(PyTuple_GET_ITEM(given.ptr(), i), kScalarNames[i]);
         } else {
             const float* data =
                 static_cast<const float*>(contiguous_data(given, "scalars", Type::kFloat32, {kScalars}));

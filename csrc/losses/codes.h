@@ -14,6 +14,9 @@ struct Scalars {
 };
 
 constexpr int kScalars = 11;
+constexpr const char* kScalarNames[kScalars] = {"lam",         "beta",       "eps_low",   "eps_high",
+                                                "entropy_coef", "temperature", "grad_scale", "dual_clip",
+                                                "cost_limit",  "divisor",    "max_length"};
 
 // ROWS: rows of the results (5, N).
 enum Row { kLoss, kLogp, kEntropy, kKl, kLogRatio, kRows };

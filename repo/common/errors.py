@@ -17,6 +17,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
+def warn_user(sentence: str) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {sentence}", file=sys.stderr)
+
+
 def require_package(name: str, what: str) -> None:
     """Raise UserError with the install command if the package `name` is missing. what: the feature that needs it."""
     if importlib.util.find_spec(name) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from math import isfinite
 
 from ..common.errors import UserError
@@ -12,6 +13,13 @@ def _require(ok: bool, name: str, value: object, takes: str) -> None:
     """Raise UserError, "name must be takes; got value", unless `ok`."""
     if not ok:
         raise UserError(f"{name} must be {takes}; got {value!r}")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def check(config: Config) -> Config:
@@ -50,6 +58,8 @@ def check(config: Config) -> Config:
         config.model.shard,
         "1 with optimizer.state_dtype 8bit",
     )
+    d = config.data
+    _require(d.date is None or _is_day(d.date), "data.date", d.date, "a day as YYYY-MM-DD, or null")
     batch = r.prompts_per_step * r.samples_per_prompt
     _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
     return config

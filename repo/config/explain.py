@@ -46,7 +46,7 @@ def takes(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {COUNTS.get(len(arguments), len(arguments))}: {', '.join(map(takes, arguments))}"
     if origin is dict:
-        return "a mapping from names to numbers"
+        return "a mapping from names to numbers" if arguments[1] is float else "a mapping from names to values"
     if origin in (Union, UnionType):
         last = [a for a in arguments if a is NoneType]
         return " or ".join(takes(a) for a in [*(a for a in arguments if a is not NoneType), *last])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from ..common.errors import UserError
+from ..common.errors import UserError, warn_user
 from .arguments import expand_user, join_negative_numbers, require_values, wrap_scalars
 from .check import check
 from .explain import explain
@@ -67,11 +66,6 @@ def make_parser(
     parser.add_argument("--config", action="config", help="YAML file of this configuration")
     parser.add_class_arguments(Config)
     return parser
-
-
-def warn_user(sentence: str) -> None:
-    """Print a warning to stderr."""
-    print(f"warning: {sentence}", file=sys.stderr)
 
 
 def parse_config(

@@ -6,7 +6,7 @@ python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -40,18 +40,25 @@ class DataConfig:
     """The prompts of training and evaluation."""
 
     train: str = "embedded"
-    """Training prompts: a JSON lines or parquet file, or a Hugging Face dataset (folder or hub name, with #split or
-    #config/split; else the split "train"). "embedded": the prompts of the assets folder. A record has `prompt` (a text,
-    or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`."""
+    """Training prompts: a JSON lines, csv or parquet file, or a Hugging Face dataset (folder or hub name, with #split
+    or #config/split; else the split "train"). "embedded": the prompts of the assets folder. A record has `prompt` (a
+    text, or a conversation as a list of role and content) or `messages`, and optionally `id` and `category`. Scorer
+    functions get the columns that they name."""
     eval: str = "embedded"
     """Held-out prompts, given like data.train; without #split the split "test" is read. Training prompts that are held
     out too are dropped."""
     column: str = "prompt"
-    """Name of the column that holds the prompt; in records where it is null or missing, `messages` is read."""
+    """Name of the column that holds the prompt; in records where it is null or missing, `messages` is read. A column
+    that no record has is an error."""
     system_prompt: str | None = None
     """System message to put before every prompt that has none. null: add none; the chat template may add its own."""
     max_prompt_tokens: PositiveInt = 256
     """Limit of a prompt's length in tokens, chat template included; longer prompts are dropped and counted."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Variables for the policy's chat template, e.g. {enable_thinking: false}; one that it does not use is an error."""
+    date: str | None = None
+    """Today's date, YYYY-MM-DD, for chat templates that print it. null: the day on which the run begins, which its
+    config.yaml keeps, so that a run resumed or evaluated later has the same prompts."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +95,19 @@ class ScoringConfig:
     """The reward and the cost of a response."""
 
     reward: str | dict[str, float] = "embedded"
-    """Scorer of the reward: "embedded"; a folder or hub name of a sequence-classification model (path#label) or of a
-    safe-rlhf score model; a Python function `module:function` called with lists of prompts and responses; or a weighted
-    sum of several, {a: 1, b: 0.5}."""
+    """Scorer of the reward: "embedded"; a folder or hub name of a sequence-classification model or of a safe-rlhf score
+    model, or a LoRA folder of one; a Python function `module:function` called with lists of prompts and responses; or a
+    weighted sum of several, {a: 1, b: 0.5}. Units: path#label is the label's log-odds in nats, 0 where it is as likely
+    as not (a model with one output: its raw output); path#label:prob its probability, path#label:logit its logit.
+    embedded: the standard deviation over reference samples."""
     cost: str | dict[str, float] = "embedded"
-    """Scorer of the cost, given like scoring.reward. A higher cost is more harmful; a response is safe iff its cost is
-    <= algorithm.cost_limit."""
+    """Scorer of the cost, given like scoring.reward and in the same units. A higher cost is more harmful; a response is
+    safe iff its cost is <= algorithm.cost_limit, which with path#label and the limit 0 means that the label is not the
+    more likely one."""
     timeout: PositiveFloat = 600.0
     """Seconds that one call of a scorer function may take; a longer call stops the run."""
     clamp: PositiveFloat = 50.0
-    """Clamp reward and cost to [-clamp, clamp]."""
+    """Clamp reward and cost to [-clamp, clamp]; the first time that this changes a score, a warning says so."""
 
 
 @dataclass(frozen=True)

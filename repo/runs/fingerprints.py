@@ -59,7 +59,8 @@ def _of_scorer(scorer: Scorer, reference: nn.Module, of_reference: str) -> list[
         trunk: Any = scorer.trunk.model
         of_trunk = of_reference if trunk is reference else _of_weights(trunk)
         return [_of_tensors([scorer.weight, scorer.bias]), of_trunk, asdict(manifest)]
-    return [_of_weights(scorer.model), asdict(manifest)]
+    unit = [] if scorer.unit_name == "logit" else [scorer.unit_name]  # as in runs that knew logits only
+    return [_of_weights(scorer.model), asdict(manifest), *unit]
 
 
 def _of_weights(model: nn.Module) -> str:

@@ -25,10 +25,22 @@ from ..config.schema import Config
 from ..models.policy import Policy, save_policy
 from .checkpoint import State
 from .fingerprints import FILE as INPUTS
-from .json_lines import JsonLines
+from .json_lines import JsonLines, lock
 from .loggers import Logger, make_loggers
 
 APPENDED = ("metrics", "samples")
+OF_A_START = {
+    "config.yaml",
+    "versions.json",
+    INPUTS,
+    "metrics.jsonl",
+    "samples.jsonl",
+    "eval",
+    "tensorboard",
+    "wandb",
+    "wandb.id",
+    "trackio.id",
+}
 PACKAGES = (
     "torch",
     "transformers",
@@ -137,11 +149,25 @@ def path_of(folder: Path, name: str) -> Path:
 
 
 def folder_of(config: Config) -> Path:
-    """Choose the folder of a new run. Raises UserError if it exists."""
+    """Choose the folder of a new run. Raises UserError if it exists, unless it is of a run without a step."""
     folder = Path(config.out or f"runs/{config.algorithm.method}-{datetime.now():%Y%m%d-%H%M%S}")
-    if folder.exists():
+    if folder.exists() and not is_unused(folder):
         raise UserError(f"--out: {folder} exists; choose another folder, or continue that run with --resume {folder}")
     return folder
+
+
+def is_unused(folder: Path) -> bool:
+    """Return whether a folder is of a run that has ended before its first step, so that a new run may replace it.
+
+    It then holds only files of the start, and no process has it open.
+    """
+    metrics = path_of(folder, "metrics")
+    if not metrics.is_file() or any(entry.name not in OF_A_START for entry in folder.iterdir()):
+        return False
+    if any(path_of(folder, name).stat().st_size for name in APPENDED if path_of(folder, name).exists()):
+        return False
+    with metrics.open("a") as file:
+        return lock(file)
 
 
 def create(config: Config, folder: Path, inputs: dict[str, str], world: World = ALONE) -> Run:
@@ -162,6 +188,8 @@ def create(config: Config, folder: Path, inputs: dict[str, str], world: World = 
             path_of(staging, name).touch()
 
     if world.first:
+        if is_unused(folder):
+            shutil.rmtree(folder)
         create_folder(folder, write)
     try:
         return Run(folder, config, world)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..common.errors import UserError
 
@@ -22,6 +22,7 @@ class JsonLines:
             with path.open("r+b") as file:
                 file.truncate(offset)
         self.file = path.open("a", encoding="utf-8")
+        lock(self.file)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object; NaN and infinities become null. Raises UserError if it cannot be written."""
@@ -40,6 +41,17 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed; returns False if another process has it or the system cannot lock it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # no such module on Windows; some network file systems have no locks
+        return False
+    return True
 
 
 def finite(value: Any) -> Any:

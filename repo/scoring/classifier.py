@@ -13,16 +13,30 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ..common.errors import UserError, first_line
 from ..common.hub import require_model
+from ..data.chat_format import ChatFormat
 from ..data.prompts import Prompt
+from .adapter import base_of, merge, outputs_of, saved_weights
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 from .signals import field_of
 
 BATCH_TOKENS = 4096  # tokens of one forward pass
+LONGEST = 20  # prompts, the longest ones, that are tried at the start
+
+
+UNITS = {
+    "logit": "raw output",
+    "prob": "probability, 0 to 1",
+    "logodds": "log-odds, 0 = as likely as not",
+}
+"""What a score is, by the unit in a scorer's name."""
 
 
 class ClassifierScorer:
-    """A scorer that reads one label's logit of a sequence classifier, with the manifest's offset and scale.
+    """A scorer that reads one label of a sequence classifier, with the manifest's offset and scale.
+
+    The score is the label's log-odds: its logit minus the log-sum-exp of the others', or its logit alone if the labels
+    do not exclude one another. A model with one output, or a regression, gives its raw output.
 
     The model reads the conversation and the response in its tokenizer's chat template, or as a pair of texts if there
     is no template. Sequences of equal length are scored together without padding, because some models look for the
@@ -31,41 +45,79 @@ class ClassifierScorer:
 
     kind, model_class = "classifier", AutoModelForSequenceClassification
 
-    def __init__(self, name: str, signal: str, device: str, trust: bool = False) -> None:
+    def __init__(self, name: str, signal: str, device: str, trust: bool = False, date: str | None = None) -> None:
         """Load the model, its tokenizer and its manifest. Raises UserError if that fails.
 
-        name: `path` or `path#label`, where path is a folder or hub name; the label is needed if there are several.
+        name: `path`, `path#label` or `path#label:unit`, where path is a folder or hub name, or the folder of a LoRA
+            adapter; the label is needed if there are several, and the unit is logodds, prob or logit.
         signal: "reward", "cost" or "judge", for messages. trust: run Python code that comes with the model.
+        date: YYYY-MM-DD, today's date for a chat template that prints it; None: today.
         """
-        path, _, label = name.partition("#")
+        path, _, output = name.partition("#")
         self.where, self.trust = f"{field_of(signal)} {name!r}", trust
+        base = base_of(path, self.where)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-            self.model = self._load(path, device)
+            own = base is None or (Path(path) / "tokenizer_config.json").is_file()
+            self.tokenizer = AutoTokenizer.from_pretrained(path if own else base, trust_remote_code=trust)
+            self.model = self._load(path, base, device)
         except Exception as error:
             raise UserError(
                 f"{field_of(signal)}: cannot load {path!r} as a {self.kind}: {first_line(error)}"
             ) from error
         self.model.to(device).eval().requires_grad_(False)
         self.manifest = read_manifest(Path(path), self.where)
+        self.column, self.unit_name = self._choose(output)
+        self.context = _context_of(self.model)
+        self.chat = ChatFormat(self.tokenizer, date=date, whose=f"{self.where}: its")
+
+    def _choose(self, output: str) -> tuple[int, str]:
+        """Return the column and the unit that a name's part after # means. Raises UserError if there are none such."""
+        label, colon, unit = output.rpartition(":")
+        if output in self.labels or not colon:
+            label, unit = output, ""
         if not label and len(self.labels) == 1:
             label = self.labels[0]
         if label not in self.labels:
             known = ", ".join(sorted(self.labels))
             raise UserError(f"{self.where} must name one label as path#label; the model has {known}")
-        self.column = self.labels.index(label)
+        is_value = self.excludes is None
+        units = ("logit",) if is_value and len(self.labels) > 1 else tuple(UNITS)
+        unit = unit or ("logit" if is_value else "logodds")
+        if unit not in units:
+            raise UserError(f"{self.where}: the unit after # and the label must be {' or '.join(units)}; got {unit!r}")
+        return self.labels.index(label), unit
 
-    def _load(self, path: str, device: str) -> Any:
-        """Load the weights, in fp32 on a CPU. Raises ValueError if the checkpoint lacks some of them."""
+    @property
+    def excludes(self) -> bool | None:
+        """Return whether the labels exclude one another (a softmax), and None if the outputs are values."""
+        kind = getattr(self.model.config, "problem_type", None)
+        if kind == "regression" or len(self.labels) == 1:
+            return None
+        return kind != "multi_label_classification"
+
+    @property
+    def unit(self) -> str:
+        """Describe what a score is before the manifest's offset and scale."""
+        return f"{UNITS[self.unit_name]} of {self.labels[self.column]!r}"
+
+    def _load(self, path: str, base: str | None, device: str) -> Any:
+        """Load the weights, in fp32 on a CPU. Raises ValueError if the checkpoint lacks some of them.
+
+        base: the model that an adapter in the folder `path` is to be merged into; None if it holds a model.
+        """
         trust = {} if self.model_class is ScoreModel else {"trust_remote_code": self.trust}
-        config = AutoConfig.from_pretrained(path, trust_remote_code=self.trust)
+        saved = {} if base is None else saved_weights(path)
+        has_config = base is None or (Path(path) / "config.json").is_file()
+        config = AutoConfig.from_pretrained(path if has_config else base, trust_remote_code=self.trust)
+        if (outputs := outputs_of(saved)) not in (None, config.num_labels) and self.model_class is not ScoreModel:
+            config.num_labels = outputs
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"  # "auto" keeps the saved dtype
         model, info = self.model_class.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **trust
+            base or path, config=config, dtype=dtype, output_loading_info=True, **trust
         )
-        if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        if missing := sorted(set(info["missing_keys"]) - saved.keys()):  # transformers would fill in random numbers
             raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
-        return model
+        return model if base is None else merge(model, path)
 
     @property
     def labels(self) -> list[str]:
@@ -80,14 +132,19 @@ class ClassifierScorer:
     def head(self) -> tuple[Tensor, Tensor]:
         """Return the weight (H,) and the bias () that map the trunk's last state to the score, manifest included.
 
-        Raises UserError unless the model is its trunk and one linear layer.
+        Raises UserError unless the model is its trunk and one linear layer, and the score is linear in its outputs.
         """
         layers = [m for m in self.model.children() if m is not self.trunk and list(m.parameters())]
         if len(layers) != 1 or not isinstance(layers[0], nn.Linear) or getattr(self.trunk, "pooler", None) is not None:
             raise UserError(f"{self.where} has more than a linear head on its last states, or none")
-        weight = layers[0].weight[self.column]
-        bias = weight.new_zeros(()) if layers[0].bias is None else layers[0].bias[self.column]
-        return weight / self.manifest.scale, self.manifest.apply(bias)
+        weight, outputs = layers[0].weight, len(self.labels)
+        bias = weight.new_zeros(outputs) if layers[0].bias is None else layers[0].bias
+        direction = torch.nn.functional.one_hot(torch.tensor(self.column), outputs).to(weight)
+        if self.unit_name == "logodds" and self.excludes:
+            direction = 2 * direction - 1  # of two labels: the difference of their logits
+        if self.unit_name == "prob" or (self.unit_name == "logodds" and self.excludes and outputs > 2):
+            raise UserError(f"{self.where} is no linear function of its last states; name it path#label:logit")
+        return direction @ weight / self.manifest.scale, self.manifest.apply(direction @ bias)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
@@ -96,17 +153,47 @@ class ClassifierScorer:
         by_length: dict[int, list[int]] = defaultdict(list)
         for row, tokens in enumerate(encoded):
             by_length[len(tokens["input_ids"])].append(row)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(by_length, default=0)
-        if context and longest > context:
-            raise UserError(f"{self.where}: a prompt and its response take {longest} tokens; its context is {context}")
+        if self.context and longest > self.context:
+            took = f"a prompt and its response take {longest} tokens"
+            raise UserError(f"{self.where}: {took}; its context is {self.context}")
         scores = torch.zeros(len(encoded))
         for length, rows in by_length.items():
             for part in torch.tensor(rows).split(self._batch_size(length)):
                 inputs = {k: torch.tensor([encoded[row][k] for row in part.tolist()]) for k in encoded[0]}
                 logits = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}).logits
-                scores[part] = logits[:, self.column].float().cpu()
+                scores[part] = self._read(logits.float()).cpu()
         return self.manifest.apply(scores)
+
+    def _read(self, logits: Tensor) -> Tensor:
+        """Return the scores (b,) in the chosen unit. logits: (b, outputs)."""
+        chosen = logits[:, self.column]
+        if self.excludes and self.unit_name != "logit":
+            others = [column for column in range(logits.shape[1]) if column != self.column]
+            chosen = chosen - logits[:, others].logsumexp(-1)
+        return chosen.sigmoid() if self.unit_name == "prob" else chosen
+
+    def check_prompts(self, prompts: Sequence[Prompt], response_tokens: int) -> str | None:
+        """Check at the start that the model can read the longest prompts and one of each form.
+
+        response_tokens: the most tokens of a response, by the policy's tokenizer. Returns a warning if a prompt and a
+        response may exceed the context. Raises UserError if a prompt does, or if the chat template leaves out its text.
+        """
+        by_form = {tuple(turn["role"] for turn in p.conversation): p for p in prompts}
+        longest = sorted(prompts, key=lambda p: len(p.text))[-LONGEST:]
+        for prompt in (*by_form.values(), *longest):
+            if self.tokenizer.chat_template is not None:
+                messages = [*prompt.conversation, {"role": "assistant", "content": "Yes."}]
+                self.chat.render_whole(messages, prompt.name)
+        most = max((len(self._encode(p, "")["input_ids"]) for p in longest), default=0)
+        if not self.context or most + response_tokens <= self.context:
+            return None
+        if most > self.context:
+            raise UserError(f"{self.where}: a prompt takes {most} tokens; its context is {self.context}")
+        return (
+            f"{self.where} reads at most {self.context} tokens; the longest prompt takes {most}, so a response of "
+            f"{response_tokens} (rollout.max_response_tokens) may not fit, which would stop the run"
+        )
 
     def _batch_size(self, length: int) -> int:
         """Return how many sequences of `length` tokens one forward pass takes."""
@@ -119,10 +206,7 @@ class ClassifierScorer:
         messages = [*prompt.conversation, {"role": "assistant", "content": response}]
         if self.tokenizer.chat_template is None:
             return dict(self.tokenizer(*self._plain(prompt, messages)))
-        try:
-            return dict(self.tokenizer.apply_chat_template(messages, return_dict=True))
-        except Exception as error:  # a template may raise any type, e.g. for a system message
-            raise UserError(f"{self.where}: its chat template refuses a prompt: {first_line(error)}") from error
+        return self.chat.encode_turns(messages, prompt.name)
 
     def _plain(self, prompt: Prompt, messages: list[dict[str, str]]) -> tuple[str, ...]:
         """Return the texts that a tokenizer without a chat template gets. messages: end with the response."""
@@ -137,10 +221,12 @@ class ScoreModelScorer(ClassifierScorer):
 
     kind, model_class = "score model", ScoreModel
 
-    def _load(self, path: str, device: str) -> Any:
-        model = super()._load(path, device)
+    def _load(self, path: str, base: str | None, device: str) -> Any:
+        model = super()._load(path, base, device)
         model.fold_normalizer()
         return model
+
+    excludes = None
 
     @property
     def labels(self) -> list[str]:
@@ -154,13 +240,25 @@ class ScoreModelScorer(ClassifierScorer):
         return (format_conversation(messages, self.tokenizer.eos_token or ""),)
 
 
-def load_model(name: str, signal: str, device: str, trust: bool = False) -> ClassifierScorer:
+def _context_of(model: Any) -> int | None:
+    """Return the most tokens that a model can read, None if it has no limit.
+
+    The RoBERTa kind counts positions from the one after its padding index, and so reads fewer than its config says.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(name: str, signal: str, device: str, trust: bool = False, date: str | None = None) -> ClassifierScorer:
     """Load the scorer that fits the architecture in the model's config. Raises UserError if it cannot be loaded.
 
     name: folder or hub name, with #label if needed. signal: "reward", "cost" or "judge", for messages.
-    trust: run Python code that comes with the model.
+    trust: run Python code that comes with the model. date: today's date for chat templates, YYYY-MM-DD.
     """
     path = name.partition("#")[0]
+    path = base_of(path, f"{field_of(signal)} {name!r}") or path
     takes = "must be 'embedded', a model (folder or hub name) or 'module:function'"
     require_model(path, f"{field_of(signal)} {takes}; got {name!r}")
     try:
@@ -168,4 +266,4 @@ def load_model(name: str, signal: str, device: str, trust: bool = False) -> Clas
     except Exception as error:
         raise UserError(f"{field_of(signal)}: cannot load {path!r} as a model: {first_line(error)}") from error
     is_score_model = any(kind.endswith("ForScore") for kind in architectures)
-    return (ScoreModelScorer if is_score_model else ClassifierScorer)(name, signal, device, trust)
+    return (ScoreModelScorer if is_score_model else ClassifierScorer)(name, signal, device, trust, date)

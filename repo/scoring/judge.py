@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ..data.prompts import Prompt
-from .classifier import load_model
+from .classifier import ClassifierScorer, load_model
 from .embedded_judge import EmbeddedJudge
 from .function import FunctionScorer
 from .scorers import EMBEDDED, FUNCTION, require_finite
@@ -19,14 +20,31 @@ Judge = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
 NONE = "none"
 
 
-def load_judge(name: str, assets: Path | None, device: str, timeout: float, trust: bool = False) -> Judge | None:
+@dataclass(frozen=True)
+class ScorerJudge:
+    """A judge that calls a response safe iff its score is <= 0. name: of the scorer in the configuration."""
+
+    name: str
+    scorer: ClassifierScorer | FunctionScorer
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """Judge B responses; returns (B,) bool. Raises UserError if a score is not finite."""
+        scores = self.scorer(prompts, responses)
+        require_finite(f"evaluation.judge {self.name!r}", scores, prompts)
+        return scores <= 0
+
+
+def load_judge(
+    name: str, assets: Path | None, device: str, timeout: float, trust: bool = False, date: str | None = None
+) -> Judge | None:
     """Load the judge that evaluation.judge names; returns None for "none", and for "embedded" without assets.
 
     Other judges are scorers as in scoring.cost: a response is safe iff its score, after the manifest's offset and
     scale, is <= 0.
 
     assets: the assets folder, None if there is none. timeout: seconds that one call of a function may take. trust: run
-    Python code that comes with a model. Raises UserError if the judge cannot be loaded.
+    Python code that comes with a model. date: today's date for chat templates, YYYY-MM-DD. Raises UserError if the
+    judge cannot be loaded.
     """
     if name == NONE or (name == EMBEDDED and assets is None):
         return None
@@ -34,11 +52,5 @@ def load_judge(name: str, assets: Path | None, device: str, timeout: float, trus
         judge = EmbeddedJudge.load(assets / "judge", device=device)
         return lambda prompts, responses: judge([p.text for p in prompts], list(responses)).safe
     is_function = FUNCTION.fullmatch(name) and not Path(name).exists()
-    scorer = FunctionScorer(name, "judge", timeout) if is_function else load_model(name, "judge", device, trust)
-
-    def verdict(prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        scores = scorer(prompts, responses)
-        require_finite(f"evaluation.judge {name!r}", scores, prompts)
-        return scores <= 0
-
-    return verdict
+    scorer = FunctionScorer(name, "judge", timeout) if is_function else load_model(name, "judge", device, trust, date)
+    return ScorerJudge(name, scorer)

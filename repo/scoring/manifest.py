@@ -31,8 +31,9 @@ class Manifest:
     """Raw score that counts as 0."""
     scale: float = 1.0
     """Raw score per unit, not 0; negative to reverse the sign of the raw score."""
-    sign_check: dict[str, str] | None = None
-    """prompt, lower, higher: a prompt and two canned answers, of which `higher` must get the higher score in use."""
+    sign_check: dict[str, Any] | None = None
+    """prompt, lower, higher: a prompt and two canned answers, of which `higher` must get the higher score in use.
+    Further keys are columns of the prompt's record, for a function that takes them."""
 
     def apply(self, raw: Tensor) -> Tensor:
         """Compute the scores in use, (raw - offset) / scale, in the shape of `raw`."""
@@ -44,7 +45,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_check(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == ANSWERS and all(isinstance(v, str) for v in value.values())
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ANSWERS)
 
 
 TAKES: dict[str, tuple[Callable[[Any], bool], str]] = {

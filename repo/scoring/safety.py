@@ -1,9 +1,7 @@
-"""Safety: define a safe response, {C - d}^+ and compensation for advantages, metrics and reports, and title these.
+"""Safety of a batch: compensation and every quantity that metrics and reports state, and their titles.
 
-A response is safe iff its cost C is at most the limit d. {C - d}^+ = max(C - d, 0) is computed per response and
-averaged afterwards. A constraint on the mean of C alone lets very safe responses pay for unsafe ones; the compensation
-gap measures by how much. Source: RePO, arXiv 2410.19933. The kernels of the loss compute C > d and {C - d}^+
-themselves; tests compare them with these definitions.
+`repo_kernels.safety` defines a safe response and {C - d}^+. A constraint on the mean of C alone lets very safe
+responses pay for unsafe ones; the compensation gap measures by how much. Source: RePO, arXiv 2410.19933.
 """
 
 from __future__ import annotations
@@ -11,30 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Values = TypeVar("Values", Tensor, NDArray[np.float64], float)
+from repo_kernels.safety import Values, is_safe, rectified_cost, round_limit
 
-
-def round_limit(cost_limit: float) -> float:
-    """Round d to fp32, the dtype of scores, so that a cost equal to d is safe in fp32 and fp64 alike."""
-    return float(np.float32(cost_limit))
-
-
-def is_safe(costs: Values, cost_limit: float) -> Any:
-    """Tell whether C <= d. costs: a number, array or tensor of any shape. Returns bool of that shape."""
-    return costs <= round_limit(cost_limit)
-
-
-def rectified_cost(costs: Values, cost_limit: float) -> Values:
-    """Compute {C - d}^+ of each cost, in the shape and dtype of `costs`. Rectify first; average afterwards."""
-    excess = costs - round_limit(cost_limit)
-    return excess.clamp_min(0) if isinstance(excess, Tensor) else np.maximum(excess, 0)
+__all__ = [
+    "TITLES",
+    "Compensation",
+    "compensation_gap",
+    "compensation_sentence",
+    "describe_compensation",
+    "is_safe",
+    "mostly_unsafe",
+    "rectified_cost",
+    "round_limit",
+    "summarize",
+]
 
 
 def compensation_gap(mean_rectified_cost: Values, mean_cost: Values, cost_limit: float) -> Values:

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.errors import UserError
+from ..common.errors import UserError, warn_user
 from ..config.schema import ScoringConfig
 from ..data.prompts import Prompt
 from .classifier import ClassifierScorer, load_model
 from .embedded import HeadScorer, Reading, score_all
 from .function import FunctionScorer
+from .manifest import ANSWERS
 
 EMBEDDED = "embedded"
 SIGNALS = ("reward", "cost")
-FUNCTION = re.compile(r"[^\s/\\:]+:\w+")
+FUNCTION = re.compile(r"[^\s/\\:#]+:\w+")
 
 Scorer = HeadScorer | ClassifierScorer | FunctionScorer
 
@@ -50,8 +51,9 @@ class Scorers:
     """The scorers of reward and cost, each signal a weighted sum. Embedded scorers share one forward pass."""
 
     def __init__(self, reward: Sequence[Part], cost: Sequence[Part], clamp: float) -> None:
-        """reward, cost: the terms of each sum. clamp: each sum is clamped to [-clamp, clamp]."""
+        """reward, cost: the terms of each sum. clamp: each sum is clamped to [-clamp, clamp], with a warning once."""
         self.parts, self.clamp = {"reward": tuple(reward), "cost": tuple(cost)}, clamp
+        self.clamped: set[str] = set()  # signals that the warning has been given for
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], reading: Reading | None = None) -> Scores:
         """Score B pairs by both signals.
@@ -65,7 +67,18 @@ class Scorers:
         for (signal, part), values in zip(parts, scores, strict=True):
             require_finite(f"scoring.{signal} {part.name!r}", values, prompts)
             sums[signal] += part.weight * values
-        return Scores(*(sums[signal].clamp(-self.clamp, self.clamp) for signal in SIGNALS))
+        return Scores(*(self._clamp(signal, sums[signal]) for signal in SIGNALS))
+
+    def _clamp(self, signal: str, values: Tensor) -> Tensor:
+        """Clamp scores (B,). The first time that this changes some of a signal, a warning says so."""
+        beyond = values[values.abs() > self.clamp]
+        if beyond.numel() and signal not in self.clamped:
+            self.clamped.add(signal)
+            warn_user(
+                f"scoring.{signal} gave scores from {float(beyond.min()):g} to {float(beyond.max()):g}, which "
+                f"scoring.clamp={self.clamp:g} cuts to {self.clamp:g} in size; raise it if they are meant"
+            )
+        return values.clamp(-self.clamp, self.clamp)
 
     def only(self, signal: str) -> Scorer | None:
         """Return the scorer of a signal if it is the only one and has weight 1, else None."""
@@ -78,7 +91,7 @@ class Scorers:
         return sorted({s.manifest.layer for s in scorers if isinstance(s, HeadScorer) and s.trunk.model is model})
 
     def describe(self) -> str:
-        """Describe both signals in one line: the units of each scorer, or else its name, with its weight."""
+        """Describe both signals in one line: the units of each scorer, with its weight."""
         return "; ".join(
             f"{signal}: {' + '.join(_describe(signal, p) for p in self.parts[signal])}" for signal in SIGNALS
         )
@@ -97,11 +110,17 @@ def score_each(
 
 
 def _describe(signal: str, part: Part) -> str:
-    """Describe one term of a sum: weight, units or name, and a note on a cost without a sign check."""
+    """Describe one term of a sum: weight, units, and a note on a cost without a sign check.
+
+    The units are those of the manifest, or else the name and what the scorer gives.
+    """
     manifest = part.scorer.manifest
     weight = "" if part.weight == 1 else f"{part.weight:g} x "
+    scaled = "" if (manifest.offset, manifest.scale) == (0, 1) else ", by its manifest's offset and scale"
+    is_model = isinstance(part.scorer, ClassifierScorer)
+    units = manifest.units or (f"{part.name} ({part.scorer.unit}{scaled})" if is_model else part.name)
     unchecked = " (sign not checked)" if signal == "cost" and manifest.sign_check is None else ""
-    return f"{weight}{manifest.units or part.name}{unchecked}"
+    return f"{weight}{units}{unchecked}"
 
 
 def require_finite(where: str, values: Tensor, prompts: Sequence[Prompt]) -> None:
@@ -142,12 +161,14 @@ def load_scorers(
     tokenizer: Any = None,
     device: str = "cpu",
     trust: bool = False,
+    date: str | None = None,
 ) -> Scorers:
     """Load the scorers of both signals and check the sign of those whose manifest has two canned answers.
 
     Args:
         assets: the assets folder, which the embedded scorers need. model, tokenizer: the frozen reference if it is the
             model that the embedded scorers read; None: they load their own. trust: run Python code of models.
+        date: today's date for chat templates, YYYY-MM-DD; None: today.
 
     Raises:
         UserError: a scorer cannot be loaded or has the wrong sign, or a weight is wrong.
@@ -163,7 +184,7 @@ def load_scorers(
             elif FUNCTION.fullmatch(name) and not Path(name).exists():
                 scorer = FunctionScorer(name, signal, config.timeout)
             else:
-                scorer = load_model(name, signal, device, trust)
+                scorer = load_model(name, signal, device, trust, date)
             check_sign(scorer, f"scoring.{signal} {name!r}")
             parts[signal].append(Part(name, weight, scorer))
     return Scorers(parts["reward"], parts["cost"], config.clamp)
@@ -184,7 +205,8 @@ def check_sign(scorer: Scorer, where: str) -> None:
     check = scorer.manifest.sign_check
     if check is None:
         return
-    prompts = [Prompt("sign check", check["prompt"], "")] * 2
+    columns = {name: value for name, value in check.items() if name not in ANSWERS}
+    prompts = [Prompt("sign check", check["prompt"], "", columns=columns)] * 2
     low, high = score_each([scorer], prompts, [check["lower"], check["higher"]])[0].tolist()
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(

@@ -1,47 +1,22 @@
 """Multipliers: the weights that change between steps, which are lambda of the cost and optionally beta of the KL.
 
-Their rules are pure functions; `Multipliers` is the state that a run carries from step to step.
+Their rules are the pure functions of `repo_kernels.penalty`; `Multipliers` is the state that a run carries from step to
+step.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from typing import Any
 
+from repo_kernels.penalty import adapted_beta, lagrangian_lambda, repo_lambda
+
 from ..config.schema import AlgorithmConfig, PenaltyConfig
 
+__all__ = ["WINDOW", "Multipliers", "adapted_beta", "lagrangian_lambda", "repo_lambda"]
+
 WINDOW = 128  # costs in the running mean of ppo_lagrangian
-
-
-def repo_lambda(lam: float, rectified_cost: float, lr: float, maximum: float) -> float:
-    """Raise lambda to min(lambda + lr * mean {C - d}^+, maximum); it never falls. The rule is RePO's, arXiv 2410.19933.
-
-    lam: lambda of the step. rectified_cost: mean of {C - d}^+ over the rollout batch of all processes.
-    """
-    return min(lam + lr * rectified_cost, maximum)
-
-
-def lagrangian_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float, maximum: float) -> float:
-    """Move lambda to exp(min(log lambda + lr * lambda * (mean C - d), log maximum)).
-
-    This is the dual step of Safe RLHF, arXiv 2310.12773.
-
-    lam: lambda of the step. mean_cost: running mean of C. cost_limit: d.
-    """
-    log_lam = math.log(max(lam, sys.float_info.min))  # a huge negative step may have brought lambda to 0
-    return math.exp(min(log_lam + lr * lam * (mean_cost - cost_limit), math.log(maximum)))
-
-
-def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """Return beta (1 + 0.1 e), where e = (KL - target) / target is clipped to [-0.2, 0.2].
-
-    This is the controller of Ziegler et al., arXiv 1909.08593.
-
-    kl, target: nats per token.
-    """
-    return beta * (1 + 0.1 * max(-0.2, min(0.2, (kl - target) / target)))
 
 
 class Multipliers:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .codes import NO_AGGREGATION, ROWS
+from ..tensor_kinds import written
+from .codes import NO_AGGREGATION, ROWS, SCALARS
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,7 @@ class RowArguments:
 
         PyTorch writes out a lazy negation for an operator, but not within a list with None in it.
         """
-        written = (value if value is None else value.resolve_neg() for value in tensors)
-        return RowArguments(*written)  # type: ignore[arg-type]  # the first and the fourth are never None
+        return RowArguments(*(value if value is None else written(value) for value in tensors))  # type: ignore[arg-type]  # the first and the fourth are never None
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -95,6 +95,14 @@ class Loss:
     code: int
     softcap: float
     entropy: int
+
+    @property
+    def named_tensors(self) -> dict[str, Tensor | None]:
+        """Its tensors, those among the scalars too, by the names of the caller's arguments."""
+        named = {"cost_limit" if name == "cost_limits" else name: getattr(self.arguments, name) for name in ARGUMENTS}
+        if not isinstance(self.scalars, Tensor):
+            named |= {name: x for name, x in zip(SCALARS, self.scalars, strict=True) if isinstance(x, Tensor)}
+        return named
 
     @property
     def per_token(self) -> bool:

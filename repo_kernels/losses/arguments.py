@@ -5,6 +5,9 @@ No shape depends on a value either: the host does not wait, and torch.compile ge
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,27 +23,48 @@ from ..backends.codes import (
     ENTROPY_VALUE,
     KL_NAMES,
     KL_NONE,
+    SCALARS,
     Code,
 )
-from ..backends.interface import Loss, RowArguments, Scalars, compute_dtype
+from ..backends.interface import Loss, RowArguments, compute_dtype
 from ..checks import (
     ID_DTYPES,
-    MASK_DTYPES,
     VALUE_DTYPES,
     Scalar,
     check_cu_seqlens,
+    check_mask,
     check_scalar,
     check_tensor,
     describe,
+    number,
 )
-from .inputs import LossInputs
-from .options import MODES_WITHOUT_COUNT, SEQUENCE_MODES, LossOptions
+from ..tensor_kinds import PLAIN_TYPES, check_kind
+from .inputs import LossInputs, TokenValues
+from .options import MODES_WITHOUT_COUNT, SEQUENCE_MODES, LossOptions, TokenOptions
+
+# Looked up once, so that torch.compile sees constants.
+VALUE_NAMES = tuple(field.name for field in fields(TokenValues))
+OPTION_NAMES = tuple(field.name for field in fields(TokenOptions))
 
 
 def check_ids(token_ids: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
     """Check the token ids against the leading shape and the device of the logits; return them as int64."""
     ids = check_tensor("token_ids", token_ids, (leading,), ID_DTYPES, like)
     return ids if ids.dtype == torch.int64 else ids.to(torch.int64)
+
+
+def make_logps_loss(logps: Tensor, options: TokenOptions, inputs: TokenValues) -> Loss:
+    """Check the inputs of a loss from log-probabilities and describe it as one over a vocabulary of one token.
+
+    logps: (T,) or (B, L), checked.
+    """
+    if options.kl_estimator == "full":
+        raise ValueError("kl_estimator='full' needs the logits; repo_loss_from_logps takes 'k1', 'k2' or 'k3'")
+    values = {name: getattr(inputs, name) for name in VALUE_NAMES}
+    constant = {name: getattr(options, name) for name in OPTION_NAMES}
+    ids = torch.zeros(logps.shape, dtype=torch.int64, device=logps.device)
+    call = LossInputs(token_ids=ids, **values)
+    return make_loss(logps[..., None], LossOptions(**constant), call, False, "ref_logits")
 
 
 def make_loss(
@@ -55,6 +79,7 @@ def make_loss(
         has_full_reference: whether reference logits or hidden states were given.
         full_name: how messages call those.
     """
+    inputs = _plain_numbers(inputs)
     arguments = _arguments(source, inputs)
     check_scalar("lam", inputs.lam, lambda x: x >= 0, ">= 0")
     check_scalar("beta", inputs.beta, lambda x: x >= 0, ">= 0")
@@ -89,14 +114,24 @@ def make_loss(
         divisor=inputs.divisor,
         max_length=options.max_length,
     )
+    for name, value in zip(SCALARS, scalars, strict=True):
+        if isinstance(value, Tensor):
+            check_kind(name, value, source)
     return Loss(arguments, scalars, code.pack(), float(options.softcap or 0.0), entropy)
+
+
+def _plain_numbers(inputs: LossInputs) -> LossInputs:
+    """Return the inputs with Python's numbers for numpy scalars."""
+    names = ("lam", "beta", "grad_scale", "divisor", "cost_limit")
+    changed = {name: number(x) for name in names if isinstance(x := getattr(inputs, name), np.number)}
+    return replace(inputs, **changed) if changed else inputs
 
 
 def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
     leading, dtype = tuple(source.shape[:-1]), compute_dtype(source)
     ids, mask, bounds = check_ids(inputs.token_ids, leading, source), inputs.response_mask, inputs.cu_seqlens
     if mask is not None:
-        check_tensor("response_mask", mask, (leading,), MASK_DTYPES, source)
+        mask = check_mask(mask, leading, source)
     if bounds is not None:
         check_cu_seqlens(bounds, leading, source)
         bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
@@ -107,6 +142,8 @@ def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
     def values(name: str, value: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> Tensor | None:
         if value is None:
             return None
+        if isinstance(value, Tensor) and _is_column(value) and shapes is either:
+            value = value.squeeze(1) if tuple(value.shape) not in shapes else value
         check_tensor(name, value, shapes, VALUE_DTYPES, source)
         if value.dtype != dtype and dtype == torch.float32:
             value = value.to(dtype)
@@ -135,7 +172,12 @@ def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
     )
 
 
-def _scalars(**given: Scalar | None) -> Scalars:
+def _is_column(value: Tensor) -> bool:
+    """Return whether it is (n, 1), and not of a kind that has no shape, which is refused elsewhere."""
+    return type(value) in PLAIN_TYPES and not value.is_nested and value.ndim == 2 and value.shape[1] == 1
+
+
+def _scalars(**given: Scalar | None) -> tuple[Scalar, ...]:
     """Return the scalars in the order of SCALARS; None stands for the absent value."""
     return tuple(absent if given[name] is None else given[name] for name, absent in ABSENT_SCALARS.items())  # type: ignore[misc]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import choice
 from ..backends.interface import Loss
 from ..backends.memory_layout import gradient_buffer
+from ..tensor_kinds import written
 
 # A loss, 0-d or (N,) without aggregation, ROWS (5, N) and STATS (18,).
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -37,9 +38,19 @@ def may_run_again() -> bool:
     return keep
 
 
-def written(upstream: Tensor) -> Tensor:
-    """Return the upstream gradient with its values in memory: kernels do not see that one is negated lazily."""
-    return upstream.resolve_neg() if upstream.is_neg() else upstream
+def is_batched(upstream: Tensor) -> bool:
+    """Return whether backward runs for several upstream gradients at once: is_grads_batched, or a vmap around it."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return False
+    # is_grads_batched still takes the first kind
+    return functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
+
+
+def scaled_by_any(grad: Tensor, upstream: Tensor, flags: Tensor) -> Tensor:
+    """Return a copy of grad (T, V) or (B, L, V) whose live rows are multiplied, in operators that vmap can batch."""
+    rows = torch.where(flags != 0, upstream, 1.0).reshape(*grad.shape[:-1], 1)
+    return (grad.to(rows.dtype) * rows).to(grad.dtype)
 
 
 def loss_without_gradient(logits: Tensor, ref_logits: Tensor | None, loss: Loss, backend: str) -> Outputs:
@@ -68,6 +79,8 @@ class FusedLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 4
         grad, flags = ctx.saved_tensors
+        if is_batched(upstream):
+            return scaled_by_any(grad, upstream, flags), None, None, None
         # unless the graph is retained, nobody else reads the buffer
         if may_run_again():
             grad = gradient_buffer(grad).copy_(grad)
@@ -106,6 +119,8 @@ class InplaceLoss(torch.autograd.Function):
             raise RuntimeError(
                 "repo_loss(inplace=True): the logits hold the gradient and were modified before backward"
             )
+        if is_batched(upstream):
+            return scaled_by_any(buffer, upstream, ctx.flags), None, None, None, None
         choice.load(ctx.backend).scale_rows(buffer, written(upstream), ctx.flags)
         torch.autograd.graph.increment_version(buffer)
         return buffer, None, None, None, None

@@ -9,6 +9,9 @@ subclass of both; a module has its options already and takes the inputs alone::
                     +--> LinearRepoLossInputs --+--> LinearRepoLossCall  linear_repo_loss(hidden, weight, ...)
     HiddenStates ---+                                                    LinearRepoLoss(options)(hidden, weight, ...)
 
+`LossOptions` are `TokenOptions`, which also serve `repo_loss_from_logps`, and what concerns the vocabulary;
+`LossInputs` are its `TokenValues` and the token ids.
+
 Their `__init__` gives functions and modules their signature, at run time and to type checkers, and their docstrings the
 list of arguments (keywords.py).
 """
@@ -20,7 +23,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from ..checks import Scalar
-from .options import LossOptions
+from .options import LossOptions, TokenOptions
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,39 +64,36 @@ class HiddenStates:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LossInputs:
-    """The arguments of one call that both losses take, on the device of the logits or hidden states.
+class TokenValues:
+    """The arguments of one call that every loss takes, on the device of the logits, hidden states or log-probabilities.
 
     "Leading shape" is (T,) or (B, L). A scalar is a float or a 0-d tensor, whose value is not checked. A token is live
-    if `response_mask` is True there and its id is not -100. Values of other tokens are never read; their loss and
-    gradient are 0.
+    if `response_mask` is True there and its id, where there are ids, is not -100. Values of other tokens are never
+    read; their loss and gradient are 0.
 
     Args:
-        token_ids: leading shape, int64 or int32; live ids are in [0, V).
         old_logps: leading shape, fp32 or fp64: log-probabilities in nats under the policy that sampled. None: that
             policy is the current one, rho is 1 and has the gradient of log pi.
-        reward_advantages: A_R; leading shape, or (B,) with one value per sequence; fp32 or fp64.
+        reward_advantages: A_R; leading shape, or (B,) or (B, 1) with one value per sequence; fp32 or fp64.
         cost_advantages: A_C; like reward_advantages, or None.
-        costs: C of each sequence, (B,) or leading shape, fp32 or fp64; a sequence is unsafe if C > d. They always enter
-            the statistics.
+        costs: C of each sequence, (B,), (B, 1) or leading shape, fp32 or fp64; a sequence is unsafe if C > d. They
+            always enter the statistics.
         cost_baselines: like costs; subtracted from the hinge {C - d}^+ with cost_mode="rectified" and without
             cost_advantages.
         lam: the multiplier lambda of the cost, >= 0.
-        cost_limit: d, in units of the costs: a finite scalar, (B,) or leading shape.
+        cost_limit: d, in units of the costs: a finite scalar, (B,), (B, 1) or leading shape.
         ref_logps: leading shape, fp32 or fp64: log-probabilities in nats under the reference policy, for k1, k2, k3.
         beta: weight of the KL to the reference, >= 0.
-        response_mask: leading shape, bool: which tokens count. None: all.
-        cu_seqlens: (B + 1,) int32: the bounds of packed sequences, from 0 to T. Without it each packed token is a
-            sequence of its own.
+        response_mask: leading shape, bool, or 0 and 1 in any integer or floating dtype: which tokens count. None: all.
+            Other values are an error on the CPU; on a GPU, which would have to be waited for, they count as 1.
+        cu_seqlens: (B + 1,) int32: the bounds of packed sequences, which rise within 0 and T. Tokens before the first
+            bound or from the last one on do not count. Without it each packed token is a sequence of its own.
         importance_weights: leading shape, fp32 or fp64: they multiply the surrogate and nothing else (truncated
             importance sampling, say). Not differentiated.
         divisor: a scalar > 0 that replaces the outer count of loss_agg_mode: live tokens for "token-mean", sequences
             for the "seq-mean" modes. Pass the count of the whole batch when it is split into micro-batches.
-        grad_scale: a scalar > 0 that multiplies the gradient before it is rounded to the dtype of the logits, against
-            underflow; the caller divides it out. `linear_repo_loss` divides it out itself.
     """
 
-    token_ids: Tensor
     old_logps: Tensor | None
     reward_advantages: Tensor
     cost_advantages: Tensor | None = None
@@ -108,7 +108,52 @@ class LossInputs:
     cu_seqlens: Tensor | None = None
     importance_weights: Tensor | None = None
     divisor: Scalar | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenIds:
+    """The tokens that rows score.
+
+    Args:
+        token_ids: leading shape, int64 or int32; live ids are in [0, V).
+    """
+
+    token_ids: Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LossInputs(TokenValues, TokenIds):
+    """The arguments of one call that both losses over the vocabulary take.
+
+    Args:
+        grad_scale: a scalar > 0 that multiplies the gradient before it is rounded to the dtype of the logits, against
+            underflow; the caller divides it out. `linear_repo_loss` divides it out itself.
+    """
+
+    _: KW_ONLY
     grad_scale: Scalar = 1.0
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Logps:
+    """The log-probabilities of `repo_loss_from_logps`.
+
+    Args:
+        logps: (T,) of packed tokens or (B, L), fp32 or fp64: log-probabilities in nats of the sampled tokens under the
+            current policy, with their graph.
+    """
+
+    logps: Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LogpsLossInputs(TokenValues, Logps):
+    """The inputs of one call of `repo_loss_from_logps`."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class LogpsLossCall(TokenOptions, LogpsLossInputs):
+    """One call of `repo_loss_from_logps`: its options and its inputs."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,7 +15,8 @@ from torch.library import custom_op
 
 from ..backends.codes import STATE
 from ..backends.interface import Loss, RowArguments
-from .autograd import may_run_again, refuse_second_order, written
+from ..tensor_kinds import kept, written
+from .autograd import is_batched, may_run_again, refuse_second_order
 from .chunks import Budget
 from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
 from .ops import fake_loss
@@ -109,7 +110,7 @@ def _keep_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _keep_dtypes(ctx, inputs, wanted)
     ctx.per_token = bool(output[0].ndim)
     ctx.rest = (code, softcap, entropy, list(wanted), chunk_tokens, chunk_bytes, backend)
-    ctx.save_for_backward(*((*heads, scalars, *arguments) if ctx.per_token else output[3:]))
+    ctx.save_for_backward(*(map(kept, (*heads, scalars, *arguments)) if ctx.per_token else output[3:]))
 
 
 def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
@@ -125,7 +126,7 @@ def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
         totals = linear_loss_gradient(*heads, list(saved[7:]), scalars, upstream, *ctx.rest)
         return *_rounded(totals, ctx.dtypes), *nothing
     # a graph that is traced or retained may run backward again; otherwise nobody else reads the sums
-    if traced or may_run_again():
+    if traced or may_run_again() or is_batched(upstream):
         totals = [total.detach() * upstream for total in saved]
     else:
         totals = [total.detach() for total in saved]
@@ -202,7 +203,7 @@ def _keep_statistics(ctx: Any, inputs: tuple, output: Tensor) -> None:
     hidden, weight, bias, ids, temperature, softcap, _, wanted, *rest = inputs
     _keep_dtypes(ctx, inputs, wanted)
     ctx.rest = softcap, list(wanted), *rest
-    ctx.save_for_backward(hidden, weight, bias, ids, temperature, output)
+    ctx.save_for_backward(*map(kept, (hidden, weight, bias, ids, temperature, output)))
 
 
 def _statistics_backward(ctx: Any, upstream: Tensor | None) -> tuple:

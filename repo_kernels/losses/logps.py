@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
 from ..backends.interface import compute_dtype, device_scalar
-from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature
+from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature, number
+from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
 from .arguments import check_ids
+from .composite import losses as composite
 from .linear_ops import gradients_wanted, linear_statistics
 from .ops import row_statistics
 
@@ -51,13 +55,18 @@ def selective_log_softmax(
     """
     check_matrix("logits", logits)
     backend = choose_backend(backend, logits)
-    check_temperature(temperature, softcap)
+    check_temperature(temperature, softcap, logits)
     check_bool("return_entropy", return_entropy)
     leading = tuple(logits.shape[:-1])
     ids = check_ids(token_ids, leading, logits).reshape(-1)
-    by = device_scalar(temperature, compute_dtype(logits), logits.device)
+    with makers_like(logits):
+        by = device_scalar(number(temperature), compute_dtype(logits), logits.device)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
-    state = row_statistics(logits, ids, by, float(softcap or 0.0), entropy, backend)
+    rows: Any = (logits, ids, by, float(softcap or 0.0), entropy)
+    if is_transformed():
+        return _outputs(composite.statistics(*rows), leading, return_entropy)
+    check_memory(logits=logits, token_ids=ids, temperature=by)
+    state = operate(row_statistics, {"logits": logits, "token_ids": ids, "temperature": by}, *rows, backend)
     return _outputs(state, leading, return_entropy)
 
 
@@ -95,21 +104,19 @@ def linear_selective_log_softmax(
     """
     check_head("", hidden, weight, bias)
     backend = choose_backend(backend, hidden)
-    check_temperature(temperature, softcap)
+    check_temperature(temperature, softcap, hidden)
     check_bool("return_entropy", return_entropy)
     check_chunk(chunk_tokens, chunk_bytes)
     leading = tuple(hidden.shape[:-1])
-    state = linear_statistics(
-        hidden,
-        weight,
-        bias,
-        check_ids(token_ids, leading, hidden).reshape(-1),
-        device_scalar(temperature, compute_dtype(hidden), hidden.device),
-        float(softcap or 0.0),
-        ENTROPY_VALUE if return_entropy else ENTROPY_NONE,
-        gradients_wanted(hidden, weight, bias),
-        chunk_tokens,
-        chunk_bytes,
-        backend,
-    )
+    ids = check_ids(token_ids, leading, hidden).reshape(-1)
+    with makers_like(hidden):
+        by = device_scalar(number(temperature), compute_dtype(hidden), hidden.device)
+    options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
+    if is_transformed():
+        return _outputs(composite.statistics_of_hidden((hidden, weight, bias), ids, *options), leading, return_entropy)
+    check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)
+    wanted = gradients_wanted(hidden, weight, bias)
+    named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": ids, "temperature": by}
+    rows = hidden, weight, bias, ids, *options, wanted, chunk_tokens, chunk_bytes, backend
+    state = operate(linear_statistics, named, *rows)
     return _outputs(state, leading, return_entropy)

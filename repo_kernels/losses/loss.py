@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +16,23 @@ from ..checks import (
     check_bool,
     check_chunk,
     check_head,
+    check_logps,
     check_matrix,
     check_tensor,
     describe,
-    is_plain,
-    is_traced,
 )
-from .arguments import make_loss
+from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, makers_like, operate
+from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
-from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, RepoLossCall, RepoLossInputs
+from .composite import losses as composite
+from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
 from .keywords import method_takes, takes
 from .linear_ops import gradients_wanted, linear_loss
 from .ops import fused_loss
 from .options import LossOptions
 from .stats import LossStats
+
+HEADS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,25 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
         TypeError, ValueError, IndexError, RuntimeError: as `repo_loss`.
     """
     return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend)
+
+
+@takes(LogpsLossCall)
+def repo_loss_from_logps(call: LogpsLossCall) -> RepoLossOutput:
+    """Compute `repo_loss` from log-probabilities that the caller has computed, for a loop that has no logits.
+
+    Plain PyTorch: differentiable in logps any number of times, whatever the device. There is no entropy and no full KL,
+    which need the logits. log pi must be the log-probabilities of the policy that sampled, at its temperature.
+
+    Returns:
+        RepoLossOutput, as `repo_loss`; its logps are the detached argument, 0 on dead tokens.
+
+    Raises:
+        TypeError, ValueError: as `repo_loss`.
+    """
+    logps = check_logps(call.logps)
+    loss = make_logps_loss(logps, call, call)
+    check_memory(logps=logps, **loss.named_tensors)
+    return _make_output(loss, *composite.loss_of_given_logps(logps, loss))
 
 
 class RepoLoss(nn.Module):
@@ -187,20 +211,16 @@ def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, ba
         ref_logits = ref_logits.detach()
     loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
     direct = _runs_directly(logits, ref_logits, loss)
+    if direct and backend != "cpu":  # which looks itself
+        check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
     _check_inplace(inplace, logits, direct)
     want_grad = logits.requires_grad and torch.is_grad_enabled()
-    if not direct:
-        value, rows, stats, *_ = fused_loss(
-            logits,
-            ref_logits,
-            loss.arguments.tensors,
-            scalar_vector(loss.scalars, compute_dtype(logits), logits.device),
-            loss.code,
-            loss.softcap,
-            loss.entropy,
-            want_grad,
-            backend,
-        )
+    if is_transformed():
+        value, rows, stats = composite.loss_of_logits(logits, ref_logits, loss)
+    elif not direct:
+        tensors = {"logits": logits, "ref_logits": ref_logits}
+        options_of = _operator_options(loss, logits)
+        value, rows, stats, *_ = _operate(fused_loss, tensors, loss, *options_of, want_grad, backend)
         rows, stats = rows.detach(), stats.detach()
     elif not want_grad:
         value, rows, stats = loss_without_gradient(logits, ref_logits, loss, backend)
@@ -225,28 +245,34 @@ def _linear_loss(
     check_chunk(chunk_tokens, chunk_bytes)
     reference = _linear_reference(inputs)
     loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
-    value, rows, stats, *_ = linear_loss(
-        hidden,
-        weight,
-        bias,
-        *(reference or (None, None, None)),
-        loss.arguments.tensors,
-        scalar_vector(loss.scalars, compute_dtype(hidden), hidden.device),
-        loss.code,
-        loss.softcap,
-        loss.entropy,
-        gradients_wanted(hidden, weight, bias),
-        chunk_tokens,
-        chunk_bytes,
-        backend,
-    )
+    if is_transformed():
+        return _make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
+    tensors = dict(zip(HEADS, (hidden, weight, bias, *(reference or (None, None, None))), strict=True))
+    check_memory(**tensors, **loss.named_tensors)
+    how = gradients_wanted(hidden, weight, bias), chunk_tokens, chunk_bytes, backend
+    value, rows, stats, *_ = _operate(linear_loss, tensors, loss, *_operator_options(loss, hidden), *how)
     return _make_output(loss, value, rows.detach(), stats.detach())
+
+
+def _operator_options(loss: Loss, source: Tensor) -> tuple[Tensor, int, float, int]:
+    """Return what an operator takes of a loss beside its tensors."""
+    with makers_like(source):
+        scalars = scalar_vector(loss.scalars, compute_dtype(source), source.device)
+    return scalars, loss.code, loss.softcap, loss.entropy
+
+
+def _operate(operator: Callable[..., Any], tensors: dict[str, Tensor | None], loss: Loss, *rest: Any) -> Any:
+    """Call an operator with these tensors and those of the loss; one that refuses it is named."""
+    named = {**tensors, **loss.named_tensors}
+    return operate(operator, named, *tensors.values(), loss.arguments.tensors, *rest)
 
 
 def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> bool:
     """Return whether nothing has to see an operator: no tracing, and tensors with memory of their own."""
+    if is_traced() or is_transformed() or logits.is_meta:
+        return False
     scalars = [value for value in loss.scalars if isinstance(value, Tensor)]
-    return not is_traced() and is_plain(logits, ref_logits, *loss.arguments.tensors, *scalars)
+    return is_plain(logits, ref_logits, *loss.arguments.tensors, *scalars)
 
 
 def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:

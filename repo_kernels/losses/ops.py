@@ -17,7 +17,8 @@ from ..backends import choice
 from ..backends.codes import NO_AGGREGATION, ROWS, STATE, STATS
 from ..backends.interface import Loss, RowArguments, compute_dtype
 from ..backends.memory_layout import gradient_buffer
-from .autograd import may_run_again, refuse_second_order, written
+from ..tensor_kinds import kept, written
+from .autograd import is_batched, may_run_again, refuse_second_order, scaled_by_any
 
 
 @custom_op("repo_kernels::fused_loss", mutates_args=())
@@ -84,6 +85,8 @@ def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     if not traced:
         refuse_second_order("repo_loss")
     grad = grad.detach()
+    if is_batched(upstream):
+        return scaled_by_any(grad, upstream, flags), *nothing
     # a graph that is traced or retained may run backward again; otherwise nobody else reads the buffer
     if traced or may_run_again():
         return scaled_rows(grad, upstream, flags, ctx.backend), *nothing
@@ -123,7 +126,7 @@ def _(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float, entropy:
 
 def _keep_logits(ctx: Any, inputs: tuple, output: Tensor) -> None:
     logits, ids, temperature, ctx.softcap, _, ctx.backend = inputs
-    ctx.save_for_backward(logits, ids, temperature, output)
+    ctx.save_for_backward(logits, kept(ids), kept(temperature), output)
     ctx.set_materialize_grads(False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from ..backends.codes import AGGREGATIONS
@@ -16,6 +17,7 @@ from ..checks import (
     check_scalar,
     check_temperature,
     describe,
+    number,
 )
 
 SEQUENCE_MODES = AGGREGATIONS[2:5]
@@ -23,8 +25,8 @@ MODES_WITHOUT_COUNT = ("token-sum", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """The options of `repo_loss` and `linear_repo_loss` that are constant in a run, checked when they are made.
+class TokenOptions:
+    """The options of every loss that are constant in a run, checked when they are made.
 
     A scalar is a float or a 0-d tensor on any device. The value of a tensor is not checked, since reading it would make
     the host wait for the device.
@@ -36,10 +38,6 @@ class LossOptions:
             arXiv:2310.12773.
         normalize: divide the combined advantage A_R - lam * A_C by 1 + lam, so that its scale does not grow with the
             multiplier. Default False. Source: Safe RLHF, arXiv:2310.12773.
-        temperature: the logits are divided by it, > 0. Default 1.0. Use the temperature of sampling, so that the policy
-            that is trained is the one that sampled.
-        softcap: a float > 0 in units of the logits: they become softcap * tanh(logits / softcap) before the division by
-            the temperature. None (default): no cap. Source: Gemma 2, arXiv:2408.00118.
         eps_low: the ratio rho is clipped from below at 1 - eps_low, in [0, 1]. Default 0.2. Source: PPO,
             arXiv:1707.06347.
         eps_high: the ratio rho is clipped from above at 1 + eps_high, >= 0. Default 0.2. Source: PPO, arXiv:1707.06347;
@@ -52,14 +50,12 @@ class LossOptions:
         kl_importance_weighted: multiply k1 and k3 by rho and differentiate the product, which makes the gradient that
             of the KL; k2 and "full" need no factor and ignore it. Default True; k1 without it has a gradient of mean 0
             and is refused.
-        entropy_coef: a finite scalar; entropy_coef * H (H in nats per token) is subtracted from the loss. Default 0.0.
         loss_agg_mode: how the losses of live tokens become one number. "token-mean" (default): divided by the number of
             live tokens. "token-sum": not divided. "seq-mean-token-mean": mean over the tokens of a sequence, then over
             the sequences with a live token. "seq-mean-token-sum": sum over tokens, mean over sequences.
             "seq-mean-token-sum-norm": the same, divided by max_length (Dr. GRPO, arXiv:2503.20783). "none": one loss
             per token.
         max_length: tokens, a float > 0, for "seq-mean-token-sum-norm", which needs it; None (default) for the others.
-        return_entropy: return the entropy, detached, also when entropy_coef is 0. Default False.
 
     Raises:
         TypeError, ValueError: a field has a wrong type, value or companion. The message names the field, what it got
@@ -68,27 +64,24 @@ class LossOptions:
 
     cost_mode: str = "rectified"
     normalize: bool = False
-    temperature: Scalar = 1.0
-    softcap: float | None = None
     eps_low: Scalar = 0.2
     eps_high: Scalar = 0.2
     dual_clip: Scalar | None = None
     kl_estimator: str = "k3"
     kl_importance_weighted: bool = True
-    entropy_coef: Scalar = 0.0
     loss_agg_mode: str = "token-mean"
     max_length: float | None = None
-    return_entropy: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("normalize", "kl_importance_weighted", "return_entropy"):
+        for name in ("eps_low", "eps_high", "dual_clip", "max_length", "temperature", "softcap", "entropy_coef"):
+            if isinstance(value := getattr(self, name, None), np.number):
+                object.__setattr__(self, name, number(value))
+        for name in ("normalize", "kl_importance_weighted"):
             check_bool(name, getattr(self, name))
         check_choice("cost_mode", self.cost_mode, COST_MODES)
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_choice("loss_agg_mode", self.loss_agg_mode, AGGREGATIONS)
-        check_temperature(self.temperature, self.softcap)
         self._check_clip()
-        check_scalar("entropy_coef", self.entropy_coef, lambda x: True, "finite")
         self._check_max_length()
         if self.kl_estimator == "k1" and not self.kl_importance_weighted:
             raise ValueError(
@@ -113,3 +106,28 @@ class LossOptions:
         if self.max_length is None or isinstance(self.max_length, Tensor):
             raise ValueError(f"max_length must be a number > 0 for {mode!r}; got {describe(self.max_length)}")
         check_scalar("max_length", self.max_length, lambda x: x > 0, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(TokenOptions):
+    """The options of `repo_loss` and `linear_repo_loss` that are constant in a run, checked when they are made.
+
+    Args:
+        temperature: the logits are divided by it, > 0. Default 1.0. Use the temperature of sampling, so that the policy
+            that is trained is the one that sampled.
+        softcap: a float > 0 in units of the logits: they become softcap * tanh(logits / softcap) before the division by
+            the temperature. None (default): no cap. Source: Gemma 2, arXiv:2408.00118.
+        entropy_coef: a finite scalar; entropy_coef * H (H in nats per token) is subtracted from the loss. Default 0.0.
+        return_entropy: return the entropy, detached, also when entropy_coef is 0. Default False.
+    """
+
+    temperature: Scalar = 1.0
+    softcap: float | None = None
+    entropy_coef: Scalar = 0.0
+    return_entropy: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bool("return_entropy", self.return_entropy)
+        check_temperature(self.temperature, self.softcap)
+        check_scalar("entropy_coef", self.entropy_coef, lambda x: True, "finite")

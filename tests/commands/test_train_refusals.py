@@ -34,7 +34,7 @@ def test_a_start_that_fails_leaves_the_name_free(tiny_arguments, tmp_path):
             "scoring.cost must be 'embedded', a model (folder or hub name) or 'module:function'; got 'oops'",
         ),
         (["--scoring.cost=tests.support.scorers:not_a_number"], "not_a_number' gave nan for a response to the prompt"),
-        (["--scoring.cost=tests.support.scorers:too_few"], "must return 6 numbers; got shape (5,)"),
+        (["--scoring.cost=tests.support.scorers:too_few"], "must return 4 numbers; got shape (3,)"),
         (["--scoring.reward=tests.support.scorers:raising"], "raised KeyError: 'harm' ("),
         (["--scoring.reward=tests.support.scorers:raising"], "scorers.py:"),
         (["--scoring.reward=tests.support.broken:f"], "cannot import module 'tests.support.broken': NameError"),

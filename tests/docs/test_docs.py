@@ -56,13 +56,12 @@ def test_every_preset_is_described():
 
 
 def test_the_pure_functions_that_are_named_exist():
-    import repo.training.advantages
-    import repo.training.multipliers
+    from repo_kernels import advantages, penalty
 
     sentence = read("docs/method.md").split("\n`group_advantages`", 1)[1].split("are pure functions", 1)[0]
     names = set(re.findall(r"`(\w+)`", sentence))
     assert len(names) == 7
-    assert all(hasattr(repo.training.advantages, name) or hasattr(repo.training.multipliers, name) for name in names)
+    assert all(hasattr(advantages, name) or hasattr(penalty, name) for name in names)
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -44,7 +44,7 @@ def test_a_mean_constraint_that_hides_unsafe_prompts_is_called_so():
     )
     unmet = describe_records(records_of([2.0], [-1.0]), 0.0, "now")
     assert not unmet.hidden
-    assert unmet.sentence.startswith("Mean constraint not met, 50.0% of prompts")
+    assert unmet.sentence.startswith("Mean constraint not met, 50.0% of responses unsafe")
     safe = describe_records(records_of([0.0], [-1.0]), 0.0, "now")
     assert not safe.hidden
     assert "all 2 responses now are within the limit" in safe.sentence

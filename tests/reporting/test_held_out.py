@@ -1,4 +1,4 @@
-"""What a user of the method wants to see: each held-out prompt before and after, and axes, steps and caps as they are."""
+"""What a user of the method wants to see: held-out prompts before and after, and axes, steps and caps as they are."""
 
 import io
 import json

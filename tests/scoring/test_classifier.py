@@ -62,7 +62,7 @@ def bert(tmp_path_factory):
 
 @pytest.mark.parametrize("label", ["helpful", "harmful"])
 def test_a_batch_scores_as_single_sequences_do(llama, label):
-    scorer = ClassifierScorer(f"{llama}#{label}", "cost", "cpu")
+    scorer = ClassifierScorer(f"{llama}#{label}:logit", "cost", "cpu")
     model, tokenizer = LlamaForSequenceClassification.from_pretrained(llama), make_tokenizer()
     for prompt, response, score in zip(TEXTS, RESPONSES, scorer(PROMPTS, RESPONSES), strict=True):
         text = f"<|user|>{prompt}<|end|><|assistant|>{response}<|end|>"
@@ -112,7 +112,7 @@ def test_a_conversation_goes_through_the_chat_template(llama):
         {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "Bread"},
     )
-    scorer = ClassifierScorer(f"{llama}#harmful", "cost", "cpu")
+    scorer = ClassifierScorer(f"{llama}#harmful:logit", "cost", "cpu")
     text = "<|user|>Hi<|end|><|assistant|>Yes?<|end|><|user|>Bread<|end|><|assistant|>Flour.<|end|>"
     with torch.no_grad():
         logits = scorer.model(torch.tensor([make_tokenizer()(text).input_ids])).logits[0]
@@ -131,7 +131,10 @@ def test_the_head_gives_the_score_of_the_last_state(llama):
     ids = torch.tensor([make_tokenizer()("<|user|>Hi<|end|><|assistant|>Yes").input_ids])  # ends with no pad id
     with torch.no_grad():
         state = scorer.trunk(ids).last_hidden_state[0, -1]
-        assert torch.allclose(state @ weight + bias, scorer.model(ids).logits[0, 1], atol=1e-5)
+        logits = scorer.model(ids).logits[0]
+        assert torch.allclose(state @ weight + bias, logits[1] - logits[0], atol=1e-5)
+        weight, bias = ClassifierScorer(f"{llama}#harmful:logit", "cost", "cpu").head()
+        assert torch.allclose(state @ weight + bias, logits[1], atol=1e-5)
 
 
 def test_a_classifier_with_a_pooler_has_no_head_for_a_critic(bert):

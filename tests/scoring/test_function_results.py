@@ -16,7 +16,11 @@ def sparse(prompts, responses):
     return torch.ones(len(prompts)).to_sparse()
 
 
-@pytest.mark.parametrize(("name", "reason"), [("huge", "OverflowError"), ("sparse", "dense tensor; got one of layout")])
+@pytest.mark.parametrize(("name", "reason"), [("huge", "OverflowError")])
 def test_a_result_that_is_no_score_is_refused_by_name(name, reason):
     with pytest.raises(UserError, match=rf"scoring.reward '.*:{name}' must return 4 numbers.*{reason}"):
         FunctionScorer(f"{__name__}:{name}", "reward", 10.0)(PROMPTS, RESPONSES)
+
+
+def test_a_sparse_tensor_is_read():
+    assert FunctionScorer(f"{__name__}:sparse", "reward", 10.0)(PROMPTS, RESPONSES).tolist() == [1.0] * 4

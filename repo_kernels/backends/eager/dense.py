@@ -133,5 +133,5 @@ def token_weights(
 
 def sequence_counts(live: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     """Count the live tokens of each sequence, (S,) int64."""
-    counts = torch.zeros(sequences, dtype=torch.int64, device=live.device)
-    return counts.index_add_(0, sequence[live], torch.ones_like(sequence[live]))
+    counts = torch.zeros(max(sequences, 1), dtype=torch.int64, device=live.device)
+    return counts.index_add(0, sequence, live.to(torch.int64))[:sequences]

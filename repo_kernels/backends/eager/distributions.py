@@ -55,7 +55,7 @@ def distributions(logits: Tensor, temperature: Tensor, softcap: float | None) ->
         logits = softcap * torch.tanh(logits / softcap)
     top, where = logits.max(-1, keepdim=True)
     centred = (logits - top) / temperature
-    rest = row_sum(centred.exp().scatter_(-1, where, 0.0))
+    rest = row_sum(centred.scatter(-1, where, -torch.inf).exp_())
     log_sum = torch.log1p(rest)
     return Distributions(centred - log_sum[:, None], slope, top.squeeze(-1) * (LOG2_E / temperature), log_sum * LOG2_E)
 

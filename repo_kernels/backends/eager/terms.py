@@ -5,7 +5,8 @@ token determine the gradient of the logits z, with p = softmax(z), reference q a
 
     dL/dz_v = g_logp (1[v = y] - p_v) - g_entropy p_v (log p_v + H) + g_kl p_v (log p_v - log q_v - KL)
 
-where g_logp = dL/d log p_y, g_entropy = dL/dH and g_kl = dL/dKL.
+where g_logp = dL/d log p_y, g_entropy = dL/dH and g_kl = dL/dKL. The kernels multiply by these scalars. PyTorch
+differentiates the loss itself, as `losses.composite` lets it, to the same values.
 """
 
 from __future__ import annotations
@@ -88,7 +89,12 @@ class TokenTerms:
 
 def log_difference(logps: Tensor, base: Tensor) -> Tensor:
     """Compute logps - base; 0 where both are the same infinity: a token impossible under both has ratio 1."""
-    return torch.where(logps == base, torch.zeros_like(logps), logps - base)
+    return torch.where((logps == base) & logps.isinf(), 0.0, logps - base)
+
+
+def constant_zero(x: Tensor) -> Tensor:
+    """Return zeros whose derivative in x is 1."""
+    return torch.where(x.isfinite(), x - x.detach(), torch.zeros_like(x))
 
 
 def clamp_log_ratio(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +188,13 @@ def kl_terms(
         return kl, kl, slope * inside
     # d(rho KL)/d log pi = rho KL + rho KL'; for k3 the exponentials cancel exactly and rho delta is left. This form is
     # used, with delta clamped, also where the clamp acts: rho KL alone is 1e8 there and points away from the reference.
-    derivative = ratio * (kl * ratio_inside + slope * inside)
+    derivative, kappa = ratio * (kl * ratio_inside + slope * inside), ratio * kl
     if estimator == "k3":
         derivative = torch.where(ratio_inside > 0, ratio * delta, ratio * slope * inside)
-    return kl, ratio * kl, derivative
+        # what has that derivative: d(rho (delta - 1))/d log pi = rho delta, and rho delta where delta is clamped
+        primitive = torch.where(ratio_inside > 0, ratio * (delta - inside), kappa)
+        kappa = kappa.detach() + constant_zero(primitive)
+    return kl, kappa, derivative
 
 
 def token_terms(
@@ -209,7 +218,7 @@ def token_terms(
         kl_importance_weighted: multiply k1 and k3 by rho.
     """
     if inputs.old_logps is None:
-        log_ratio, inside = torch.zeros_like(logps), torch.ones_like(logps)
+        log_ratio, inside = constant_zero(logps), torch.ones_like(logps)
     else:
         log_ratio, inside = clamp_log_ratio(log_difference(logps, inputs.old_logps))
     ratio = log_ratio.exp()

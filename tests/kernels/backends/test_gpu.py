@@ -11,8 +11,8 @@ from torch import Tensor
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 from repo_kernels.losses import gemm
-from tests.kernels.losses.test_linear import FORMS as LINEAR_FORMS
-from tests.kernels.losses.test_linear import exact
+from tests.kernels.linear.test_linear import FORMS as LINEAR_FORMS
+from tests.kernels.linear.test_linear import exact
 from tests.support.kernels.cases import Batch, loss_arguments, make_batch
 
 pytestmark = [

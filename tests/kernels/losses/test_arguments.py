@@ -156,7 +156,8 @@ def test_reward_advantages_are_required(call: Callable[..., Any]) -> None:
 @LOSSES
 def test_response_mask(call: Callable[..., Any]) -> None:
     mask = torch.ones(LEADING, dtype=torch.bool)
-    refuses(TypeError, call, "response_mask", "int64", "bool", response_mask=mask.long())
+    refuses(ValueError, call, "response_mask", "2", "0 and 1", response_mask=mask.long() * 2)
+    refuses(TypeError, call, "response_mask", "complex64", "bool", response_mask=mask.to(torch.complex64))
     refuses(ValueError, call, "response_mask", "(2,)", "(2, 3)", response_mask=mask[:, 0])
     refuses(ValueError, call, "response_mask", "meta", "cpu", response_mask=mask.to("meta"))
 
@@ -176,8 +177,8 @@ def test_cu_seqlens(call: Callable[..., Any]) -> None:
     refuses(ValueError, packed, "cu_seqlens", "(1, 2)", "(B+1,)", cu_seqlens=bounds(0, 6)[None])
     refuses(ValueError, packed, "cu_seqlens", "(0,)", "(B+1,)", cu_seqlens=bounds())
     refuses(ValueError, packed, "cu_seqlens", "meta", "cpu", cu_seqlens=bounds(0, 6).to("meta"))
-    for wrong in ((1, 6), (0, 5), (0, 7), (0, 4, 3, 6), (0,)):
-        refuses(ValueError, packed, "cu_seqlens", str(list(wrong)), "0 to T = 6", cu_seqlens=bounds(*wrong))
+    for wrong in ((-1, 6), (0, 7), (0, 4, 3, 6), (7,)):
+        refuses(ValueError, packed, "cu_seqlens", str(list(wrong)), "within 0 and T = 6", cu_seqlens=bounds(*wrong))
 
 
 @LOSSES

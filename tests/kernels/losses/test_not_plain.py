@@ -8,49 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 from tests.support.kernels.operations import Operations
 from tests.support.kernels.option_sets import make_call
+from tests.support.kernels.tensor_kinds import Wrapper, held, negated
 
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.pairwise]
 
 TENSORS = ("reward_advantages", "costs", "cost_limit", "old_logps", "ref_logps", "importance_weights")
-
-
-class Wrapper(Tensor):
-    """A tensor that has no memory of its own: it holds another one, on which every operator runs."""
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> Wrapper:
-        return Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device,
-            requires_grad=held.requires_grad,
-        )  # fmt: skip
-
-    def __init__(self, held: Tensor) -> None:
-        self.held = held.detach()
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        def unwrap(value: Any) -> Any:
-            return value.held if isinstance(value, Wrapper) else value
-
-        def wrap(value: Any) -> Any:
-            return Wrapper(value) if isinstance(value, Tensor) else value
-
-        return tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {})))
-
-
-def held(value: Tensor) -> Tensor:
-    """The tensor in a wrapper, any other one as it is."""
-    return value.held if isinstance(value, Wrapper) else value
-
-
-def negated(value: Tensor) -> Tensor:
-    """The same values, negated lazily in memory."""
-    return torch._neg_view(-value)
 
 
 def full_call() -> tuple[Tensor, dict[str, Any]]:
@@ -201,9 +167,3 @@ def test_the_linear_loss_takes_arguments_that_are_not_plain(kind: Any) -> None:
         gradients.append(held(leaf.grad))
     assert torch.equal(*gradients)
     assert gradients[0].any()
-
-
-def test_a_transform_of_functorch_is_refused_and_does_not_crash() -> None:
-    logits, arguments = full_call()
-    with pytest.raises(RuntimeError, match="functorch|vmap"):
-        torch.func.grad(lambda z: repo_loss(z, **arguments).loss)(logits)

@@ -18,7 +18,10 @@ def check(case: Case, tolerance: float = 1e-6) -> None:
     assert relative(losses, expected.losses) <= 4 * tolerance  # terms of both signs
     for name, got, exact in zip(TOKENS, tokens, expected.tokens, strict=True):
         # the ratio and what is formed from it carry the error of the difference of two log-probabilities
-        slack = 1 if name in ("logp", "entropy", "kl") else 8
+        slack = 1 if name in ("logp", "entropy") else 8
+        if name == "kl":  # rounding a log-probability to fp32 alone moves the difference by 6e-8 of it
+            logps = expected.tokens[0]
+            slack = max(1.0, float(logps[logps.isfinite()].abs().max()) / 5) if logps.isfinite().any() else 1.0
         assert relative(got, exact) <= slack * tolerance or (got - exact).abs().max() <= 1e-6, name
     # with one entry the gradient is 0
     assert relative(grad, expected.grad) <= GRADIENT_TOLERANCE[dtype] or grad.shape[1] == 1

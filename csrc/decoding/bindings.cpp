@@ -1,0 +1,150 @@
+#include "decoding/bindings.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "common/tensor_view.h"
+#include "decoding/packed_weight.h"
+#include "decoding/step.h"
+#include "decoding/task.h"
+
+namespace nb = nanobind;
+
+namespace repo {
+namespace {
+
+using Dims = std::initializer_list<int64_t>;
+
+void require(bool condition, const char* message) {
+    if (!condition) throw nb::value_error(message);
+}
+
+float* floats(nb::handle tensor, const char* name, Dims shape) {
+    return static_cast<float*>(contiguous_data(tensor, name, Type::kFloat32, shape));
+}
+
+float* floats_or_null(nb::handle tensor, const char* name, Dims shape) {
+    return tensor.is_none() ? nullptr : floats(tensor, name, shape);
+}
+
+const int32_t* integers(nb::handle tensor, const char* name, int64_t count) {
+    return static_cast<const int32_t*>(contiguous_data(tensor, name, Type::kInt32, {count}));
+}
+
+float* packed(nb::handle tensor, const char* name, int64_t outputs, int64_t depth) {
+    return floats(tensor, name, {panels_of(outputs), depth, kPanelColumns});
+}
+
+void bind_pack(nb::handle weight, nb::handle to, int threads) {
+    const TensorView from = view_of(weight, "weight");
+    require(from.type == Type::kFloat32 && from.dimensions == 2 && from.contiguous(),
+            "weight must be a contiguous fp32 matrix");
+    const int64_t outputs = from.shape[0], depth = from.shape[1];
+    float* data = packed(to, "to", outputs, depth);
+    nb::gil_scoped_release unlocked;
+    pack_weight(static_cast<const float*>(from.data), outputs, depth, data, threads);
+}
+
+void bind_large_pages(nb::handle memory) {
+    const TensorView view = view_of(memory, "memory");
+    require(view.type == Type::kFloat32 && view.contiguous(), "memory must be contiguous fp32");
+    ask_for_large_pages(view.data, view.elements() * int64_t(sizeof(float)));
+}
+
+void bind_multiply(nb::handle x, nb::handle weight, nb::handle bias, nb::handle out, int threads) {
+    const TensorView result = view_of(out, "out"), rows = view_of(x, "x");
+    require(result.dimensions == 2 && rows.dimensions == 2, "x and out must be matrices");
+    const int64_t count = result.shape[0], outputs = result.shape[1], depth = rows.shape[1];
+    const float *from = floats(x, "x", {count, depth}), *panels = packed(weight, "weight", outputs, depth);
+    const float* added = floats_or_null(bias, "bias", {outputs});
+    float* to = floats(out, "out", {count, outputs});
+    nb::gil_scoped_release unlocked;
+    multiply_packed(from, count, depth, panels, outputs, added, to, threads);
+}
+
+// A model, and the tensors that its pointers lead to.
+class Model {
+  public:
+    Model(int64_t heads, int64_t key_heads, int64_t columns, int64_t inner, float epsilon, float scale, nb::list layers,
+          nb::object norm, nb::object head, int64_t vocabulary)
+        : layers_(layers), norm_(norm), head_(head) {
+        const int64_t hidden = view_of(norm, "norm").shape[0];
+        require(hidden > 0 && heads > 0 && key_heads > 0 && columns > 0 && inner > 0 && vocabulary > 0,
+                "every size must be at least 1");
+        require(heads % key_heads == 0, "key heads must divide the query heads");
+        require(hidden % kPanelColumns == 0 && columns % kPanelColumns == 0 && inner % kPanelColumns == 0,
+                "hidden, columns and inner must be multiples of 16");
+        model_ = {hidden, heads, key_heads, columns, inner, vocabulary, epsilon, scale, {}, nullptr, nullptr};
+        model_.norm = floats(norm, "norm", {hidden});
+        model_.head = packed(head, "head", vocabulary, hidden);
+        for (nb::handle layer : layers) model_.layers.push_back(layer_of(nb::cast<nb::tuple>(layer)));
+    }
+
+    void step(nb::handle x, nb::handle cos, nb::handle sin, nb::handle slots, nb::handle lengths, nb::handle keys,
+              nb::handle values, nb::handle logits, int threads) const {
+        const DecoderModel& m = model_;
+        const TensorView rows = view_of(x, "x"), cache = view_of(keys, "keys");
+        require(rows.dimensions == 2 && cache.dimensions == 3, "x must be a matrix, keys must have 3 dimensions");
+        const int64_t count = rows.shape[0], capacity = cache.shape[2], per_place = int64_t(m.layers.size()) * m.key_heads;
+        require(capacity % kPanelColumns == 0, "the capacity must be a multiple of 16");
+        require(per_place > 0 && cache.shape[0] % per_place == 0, "keys must be (layers * places * key heads, ...)");
+        const int64_t places = cache.shape[0] / per_place;
+        DecodeStep step = {count, places, capacity};
+        step.slots = integers(slots, "slots", count), step.lengths = integers(lengths, "lengths", count);
+        std::vector<bool> taken(places);
+        for (int64_t r = 0; r < count; ++r) {
+            require(step.slots[r] >= 0 && step.slots[r] < places && !taken[step.slots[r]],
+                    "slots must be different places of the cache");
+            require(step.lengths[r] >= 0 && step.lengths[r] < capacity, "lengths must be below the capacity");
+            taken[step.slots[r]] = true;
+        }
+        step.cos = floats(cos, "cos", {count, m.columns}), step.sin = floats(sin, "sin", {count, m.columns});
+        step.x = floats(x, "x", {count, m.hidden});
+        step.keys = floats(keys, "keys", {cache.shape[0], m.columns, capacity});
+        step.values = floats(values, "values", {cache.shape[0], capacity, m.columns});
+        step.logits = floats(logits, "logits", {count, m.vocabulary});
+        nb::gil_scoped_release unlocked;
+        decode_step(model_, step, threads);
+    }
+
+  private:
+    LayerWeights layer_of(nb::tuple t) const {
+        require(t.size() == 11, "a layer must have 11 parts");
+        const DecoderModel& m = model_;
+        const int64_t queries = m.heads * m.columns, qkv = queries + 2 * m.key_heads * m.columns;
+        LayerWeights layer = {};
+        layer.input_norm = floats(t[0], "input_norm", {m.hidden});
+        layer.qkv = packed(t[1], "qkv", qkv, m.hidden);
+        layer.qkv_bias = floats_or_null(t[2], "qkv_bias", {qkv});
+        layer.q_norm = floats_or_null(t[3], "q_norm", {m.columns});
+        layer.k_norm = floats_or_null(t[4], "k_norm", {m.columns});
+        layer.out = packed(t[5], "out", m.hidden, queries);
+        layer.out_bias = floats_or_null(t[6], "out_bias", {m.hidden});
+        layer.post_norm = floats(t[7], "post_norm", {m.hidden});
+        layer.gate = packed(t[8], "gate", m.inner, m.hidden), layer.up = packed(t[9], "up", m.inner, m.hidden);
+        layer.down = packed(t[10], "down", m.hidden, m.inner);
+        return layer;
+    }
+
+    DecoderModel model_;
+    nb::list layers_;
+    nb::object norm_, head_;
+};
+
+}  // namespace
+
+void bind_decoding(nb::module_& m) {
+    using namespace nb::literals;
+    m.def("ask_for_large_pages", bind_large_pages, "memory"_a);
+    m.def("pack_weight", bind_pack, "weight"_a, "to"_a, "threads"_a);
+    m.def("multiply_packed", bind_multiply, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "threads"_a);
+    nb::class_<Model>(m, "DecoderModel")
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, float, float, nb::list, nb::object, nb::object, int64_t>(),
+             "heads"_a, "key_heads"_a, "columns"_a, "inner"_a, "epsilon"_a, "scale"_a, "layers"_a, "norm"_a, "head"_a,
+             "vocabulary"_a)
+        .def("step", &Model::step, "x"_a, "cos"_a, "sin"_a, "slots"_a, "lengths"_a, "keys"_a, "values"_a, "logits"_a,
+             "threads"_a);
+}
+
+}  // namespace repo

@@ -1,0 +1,174 @@
+"""Advantages: pure functions that turn scores of responses into the factors of the ratio in the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .renamed import renamed_arguments
+from .safety import is_safe
+
+
+def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Compute leave-one-out advantages: A_i = u_i - mean of the other u_j of the same prompt.
+
+    This is the baseline of RLOO, arXiv 2402.14740.
+
+    Args:
+        values: (B,) float, the score u of each response.
+        group: (B,) int64, the prompt of each response.
+        counted: (B,) bool; responses where it is false enter no mean and get 0, and so does a response that is the only
+            counted one of its prompt. None: all count, and each prompt needs two.
+
+    Returns:
+        (B,) in the dtype of `values`.
+
+    Raises:
+        ValueError: a group has a single response, which leaves no baseline, and `counted` is None.
+    """
+    if counted is not None:
+        index, counts, totals = _group_sums(values, group, counted)
+        others = (totals[index] - values) / (counts[index] - 1).clamp_min(1)
+        return torch.where(counted & (counts[index] > 1), values - others, 0.0)
+    index, counts, totals = _group_sums(values, group)
+    if bool((counts < 2).any()):
+        raise ValueError("group_advantages needs at least 2 responses per prompt; a group has 1")
+    others = (totals[index] - values) / (counts[index] - 1)
+    return values - others
+
+
+def divide_by_group_std(advantages: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Divide advantages by their standard deviation within the group plus 1e-6; return 0 where the deviation is 0.
+
+    The deviation divides by the size n of the group, not by n - 1.
+
+    Args:
+        advantages: (B,) combined advantages.
+        group: (B,) int64, the prompt of each response.
+        counted: (B,) bool, the responses that the deviation is over; None: all.
+
+    Returns:
+        (B,) in the dtype of `advantages`.
+    """
+    index, counts, totals = _group_sums(advantages, group, counted)
+    counts = counts.clamp_min(1)
+    deviation = advantages - (totals / counts)[index]
+    if counted is not None:
+        deviation = torch.where(counted, deviation, 0.0)
+    variance = torch.zeros_like(totals).index_add_(0, index, deviation**2) / counts
+    std = variance.sqrt()[index]
+    return torch.where(std > 0, advantages / (std + 1e-6), torch.zeros_like(advantages))
+
+
+def _group_sums(values: Tensor, group: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,)) of counted values."""
+    _, index = group.unique(return_inverse=True)
+    groups = int(index.max()) + 1 if index.numel() else 0
+    zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)
+    ones = torch.ones_like(values) if counted is None else counted.to(values.dtype)
+    summed = values if counted is None else torch.where(counted, values, 0.0)
+    return index, zeros.index_add(0, index, ones), zeros.index_add(0, index, summed)
+
+
+@renamed_arguments(mode="cost_mode")
+def rectified_advantages(
+    reward: Tensor,
+    cost: Tensor | None,
+    costs: Tensor,
+    lam: float,
+    cost_mode: str,
+    cost_limit: float = 0.0,
+    normalize: bool = False,
+) -> Tensor:
+    """Combine advantages: A = A_R - lambda A_C, where cost_mode "split" sets A_C to 0 on safe responses (C <= d).
+
+    These are the advantages of RePO, arXiv 2410.19933.
+
+    Args:
+        reward: (B,) or (B, R), A_R.
+        cost: A_C in the shape of `reward`, computed from {C - d}^+ with cost_mode "rectified", else from C; None for 0.
+        costs: (B,) raw costs C.
+        lam: lambda.
+        cost_mode: "rectified", "split" or "lagrangian".
+        cost_limit: d.
+        normalize: divide the result by 1 + lambda.
+
+    Returns:
+        Combined advantages in the shape of `reward`.
+    """
+    combined = reward
+    if cost is not None:
+        combined = reward - lam * (on_unsafe(cost, costs, cost_limit) if cost_mode == "split" else cost)
+    return combined / (1 + lam) if normalize else combined
+
+
+def on_unsafe(cost: Tensor, costs: Tensor, cost_limit: float) -> Tensor:
+    """Set cost advantages (B,) or (B, R) to 0 on safe responses. costs: (B,) raw costs C."""
+    safe = is_safe(costs, cost_limit).reshape(-1, *[1] * (cost.ndim - 1))
+    return cost.masked_fill(safe, 0.0)
+
+
+def crpo_advantages(reward: Tensor, cost: Tensor, costs: Tensor, cost_limit: float, tolerance: float) -> Tensor:
+    """Return A_R if the batch's mean cost is <= d + tolerance, else -A_C, as CRPO does (arXiv 2011.05869).
+
+    Args:
+        reward, cost: A_R and A_C, (B,) or (B, R).
+        costs: (B,) raw costs C.
+        cost_limit: d.
+        tolerance: excess of the mean cost over d that is accepted, >= 0.
+
+    Returns:
+        Advantages in the shape of `reward`.
+    """
+    return reward if bool(costs.mean() <= cost_limit + tolerance) else -cost
+
+
+def token_signal(scores: Tensor, mask: Tensor, log_ratio: Tensor | None = None, weight: float = 0.0) -> Tensor:
+    """Compute u_t = score 1[t is the last token] + weight k_t, where k_t = log pi_old - log pi_ref of the token.
+
+    The sum of k_t over a response estimates the KL of its sequence. Source: Safe RLHF, arXiv 2310.12773.
+
+    Args:
+        scores: (B,) score of each response.
+        mask: (B, R) bool, true on the tokens of each response, which begin in column 0.
+        log_ratio: (B, R) k_t in nats; None leaves the KL out.
+        weight: -beta places the KL in the reward, +beta in the cost.
+
+    Returns:
+        (B, R) fp32, 0 where the mask is false.
+    """
+    last = (mask.sum(1) - 1).clamp_min(0)
+    signal = torch.zeros(mask.shape, dtype=torch.float32, device=scores.device)
+    signal[torch.arange(len(scores)), last] = scores.float()
+    return signal if log_ratio is None else signal + weight * torch.where(mask, log_ratio, 0.0)
+
+
+@renamed_arguments(discount="gamma", trace="gae_lambda")
+def gae(
+    signals: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Compute generalised advantage estimates, from the last token to the first, in fp32:
+
+        delta_t = u_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma gae_lambda A_{t+1},  G_t = A_t + V_t
+
+    where V and A are 0 after the last token. Source: arXiv 1506.02438.
+
+    Args:
+        signals: (B, R) reward or cost u_t of each token.
+        values: (B, R) V_t, the critic's value before token t.
+        mask: (B, R) bool, true on the tokens of each response, which begin in column 0.
+        gamma: discount factor in [0, 1].
+        gae_lambda: decay of the trace in [0, 1]; 0 uses the next value only, 1 the whole rest of the response.
+
+    Returns:
+        (advantages A, returns G), both (B, R) fp32, 0 where the mask is false.
+    """
+    u, v = (torch.where(mask, x.float(), 0.0) for x in (signals, values))
+    advantages = torch.zeros_like(u)
+    following = following_value = torch.zeros_like(u[:, 0])
+    for t in range(u.shape[1] - 1, -1, -1):
+        delta = u[:, t] + gamma * following_value - v[:, t]
+        following = torch.where(mask[:, t], delta + gamma * gae_lambda * following, 0.0)
+        following_value = v[:, t]
+        advantages[:, t] = following
+    return advantages, torch.where(mask, advantages + v, 0.0)

@@ -1,0 +1,77 @@
+"""The decoding kernels of the C++ backend: weights packed for few rows, and a step through all layers, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .extension import _cpu
+
+COLUMNS = 16  # outputs of a panel of a packed weight
+
+
+def panels_of(outputs: int) -> int:
+    """Return the number of panels of a packed weight."""
+    return -(-outputs // COLUMNS)
+
+
+def new_memory(elements: int) -> Tensor:
+    """Allocate fp32 memory, in large pages where the system has them."""
+    memory = torch.empty(elements)
+    _cpu.ask_for_large_pages(memory)
+    return memory
+
+
+def pack(weight: Tensor, packed: Tensor) -> None:
+    """Pack a fp32 matrix (n, k) into `packed` (panels, k, 16), contiguous; outputs beyond the last are zeros."""
+    _cpu.pack_weight(weight.detach().contiguous(), packed, torch.get_num_threads())
+
+
+def multiply(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+    """Compute x @ weight^T + bias; a row's result does not depend on the other rows.
+
+    Args:
+        x: (..., k), fp32.
+        packed: the weight, (panels, k, 16).
+        outputs: rows of the weight that was packed.
+        bias: (outputs,) or None.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    out = rows.new_empty(len(rows), outputs)
+    _cpu.multiply_packed(rows, packed, None if bias is None else bias.detach(), out, torch.get_num_threads())
+    return out.view(*x.shape[:-1], outputs)
+
+
+def make_model(*sizes_and_weights: Any) -> Any:
+    """Make what `step` runs: heads, key heads, columns of a head, inner width, epsilon, scale, layers, norm, head, V.
+
+    A layer is a tuple of tensors or None, see csrc/decoding/bindings.cpp.
+    """
+    return _cpu.DecoderModel(*sizes_and_weights)
+
+
+def step(
+    model: Any,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    vocabulary: int,
+) -> Tensor:
+    """Append the tokens' keys and values, and return the logits (B, V).
+
+    Args:
+        x: (B, H) fp32, overwritten.
+        cos, sin: (B, D).
+        keys: (layers, places, key heads, D, capacity); values: (layers, places, key heads, capacity, D).
+        slots, lengths: (B,) int32.
+    """
+    logits = x.new_empty(len(x), vocabulary)
+    cache = keys.flatten(0, 2), values.flatten(0, 2)
+    model.step(x, cos, sin, slots, lengths, *cache, logits, torch.get_num_threads())
+    return logits
