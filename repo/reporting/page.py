@@ -138,7 +138,7 @@ def _ledger_row(entry: Entry, limit: float, low: float, high: float, once: bool)
     first, last = entry.visits[0], entry.visits[-1]
     text = escaped(entry.prompt, PROMPT_LENGTH)
     small = " · ".join(escaped(x, 80) for x in (entry.category, entry.id) if x)
-    cells = (
+    cells: tuple[tuple[float | str, str], ...] = (
         (len(entry.visits), str(len(entry.visits))),
         ("", spark([v.cost for v in entry.visits], limit, low, high, last.unsafe)),
         (first.cost, _cost(first.cost, limit)),
