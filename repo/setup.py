@@ -14,12 +14,14 @@ from rich.console import Console
 from torch import nn
 
 from . import assets
+from .common import config_fields
 from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.chat_format import ChatFormat
 from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
+from .data.token_ids import require_embedded
 from .models.actor import Actor
 from .models.critic import make_critics
 from .models.policy import Policy, choose_device, load_policy, load_reference
@@ -116,6 +118,9 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
         policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
     else:
         policy = sampler = load_policy(path, device, True, config.model, trust)
+    if policy.merged:
+        adapter = f"model: the adapter {path} is merged into its base {policy.merged}"
+        console.print(adapter, markup=False, highlight=False)
     policy, line = with_stop_tokens(policy, config.rollout.stop_tokens)
     sampler = dataclasses.replace(sampler, eos_ids=policy.eos_ids) if shards > 1 else policy
     if line:
@@ -137,7 +142,7 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
 
 def context_of(shape: Any) -> int:
     """Return the most tokens that prompt and response may have together. shape: the model's text config."""
-    return getattr(shape, "max_position_embeddings", None) or sys.maxsize
+    return config_fields.context_of(shape) or sys.maxsize
 
 
 def read_prompts(
@@ -160,6 +165,7 @@ def read_prompts(
         source = str(folder / "prompts" / f"{split}.jsonl")
     chat = ChatFormat(tokenizer, data.template_arguments, data.date)
     prompts = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room, chat)
+    require_embedded((i for p in prompts.kept for i in p.token_ids), shape.vocab_size, f"{source}: a prompt")
     tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
     line = f"{split} prompts: {len(prompts.kept)} of {source}, mean {tokens:.0f} tokens, {prompts.report()}"
     console.print(line, markup=False, highlight=False)
@@ -223,6 +229,8 @@ def load_data(
         chat = ChatFormat(tokenizer, data.template_arguments, data.date)
         supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
         examples = supervised.kept
+        ids = (i for e in examples for i in (*e.prompt_ids, *e.response_ids))
+        require_embedded(ids, shape.vocab_size, f"{config.ptx.data}: an example")
         console.print(f"ptx examples: {len(examples)}, {supervised.report()}", markup=False, highlight=False)
     return kept, held_out[: config.evaluation.prompts], examples
 

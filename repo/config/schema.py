@@ -23,8 +23,8 @@ class ModelConfig:
     """Type of the policy's forward passes and of frozen weights, which are rounded to it when loaded. Trained weights
     and critics with models of their own stay float32."""
     lora_rank: NonNegativeInt = 0
-    """Rank of LoRA adapters on every linear layer except the LM head, with alpha = 2 x rank; needs the package peft. 0:
-    no adapters, all weights are trained."""
+    """Rank of LoRA adapters on every linear layer except the LM head and the routers of experts, with alpha = 2 x rank;
+    needs the package peft. Experts that share one tensor get none. 0: no adapters, all weights are trained."""
     gradient_checkpointing: bool = False
     """Recompute the policy's activations in the backward pass: takes less memory and one more forward pass."""
     shard: NonNegativeInt = 1

@@ -20,9 +20,9 @@ from ..data.micro_batches import divide, micro_batches
 from ..data.packing import Packed, pack, pad, unflat
 from ..data.sequences import Sequences
 from ..scoring.embedded import Reading
-from .attention import Attention
 from .hidden_states import States, trunk_states
-from .lm_head import lm_head
+from .layout import Attention
+from .lm_head import lm_head, trunk_of
 from .policy import Policy
 from .sharding import shard
 
@@ -35,7 +35,7 @@ class Actor(nn.Module):
     lm: the model as it was loaded, with its tokenizer and device; its module is `policy`.
     attention: the policy's attention, or that of the first model, policy or critic, that cannot read packed rows. If it
     packs, prompts and responses are laid end to end and a prompt is computed once for all its responses; else they are
-    padded.
+    padded, or read one at a time.
     """
 
     attention: Attention
@@ -48,7 +48,7 @@ class Actor(nn.Module):
         self.lm, self.world, self.sharded = policy, world, shards > 1
         self.policy, self.critics = policy.model, nn.ModuleDict() if critics is None else critics
         choices: list[Any] = [policy.attention, *(c.attention for c in self.critics.values() if c.trunk is not None)]
-        self.attention = next((choice for choice in choices if not choice.packs), choices[0])
+        self.attention = min(choices, key=lambda choice: (choice.packs, choice.pads))
         self.reads_layers = any(critic.trunk is None for critic in self.critics.values())
         if self.sharded:
             shard(self, self.critics.values(), shards, policy.device, policy.autocast)
@@ -60,7 +60,7 @@ class Actor(nn.Module):
         dicts, where sharded training looks for them. every_layer: give it the states of every layer, not only the last.
         """
         with self.lm.running():
-            hidden = trunk_states(self.policy.base_model, packed, every_layer or self.reads_layers)
+            hidden = trunk_states(trunk_of(self.policy), packed, every_layer or self.reads_layers)
         states = States(packed, hidden, lm_head(self.policy, self.lm.autocast))
         return readout(states, self.critics, *arguments)
 
@@ -88,7 +88,9 @@ class Actor(nn.Module):
         return laid_out + [self._layout(nothing, rows[:1], False)] * idle
 
     def _cut(self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool) -> list[Tensor]:
-        return micro_batches(sequences, rows, budget, True, padded=not self.attention.packs, with_last=with_last)
+        packs, pads = self.attention.packs, self.attention.pads
+        budget = budget if packs or pads else 0  # a row that exceeds the budget gets a pass of its own
+        return micro_batches(sequences, rows, budget, True, padded=not packs, with_last=with_last)
 
     def _layout(self, sequences: Sequences, rows: Tensor, with_last: bool) -> Packed:
         return pack(sequences, rows, True, with_last) if self.attention.packs else pad(sequences, rows, with_last)

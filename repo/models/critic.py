@@ -14,8 +14,8 @@ from ..config.schema import CriticConfig
 from ..scoring.classifier import ClassifierScorer
 from ..scoring.embedded import HeadManifest, HeadScorer
 from ..scoring.scorers import Scorers
-from .attention import choose_attention
 from .hidden_states import States, trunk_states
+from .layout import choose_attention
 from .policy import Policy
 
 VALUE_CLIP = 5.0  # as in Safe RLHF

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import UserError
-from ..common.seeds import generator
+from ..common.config_fields import config_field
+from ..common.errors import UserError, first_line
+from ..data.token_ids import plain_ids
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,33 @@ def lm_head(model: Any, autocast: torch.dtype | None = None) -> LmHead:
     linear, text = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(linear, nn.Linear):
         raise UserError(f"model.path: {type(model).__name__} has no linear LM head; got {type(linear).__name__}")
-    scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1.0)
-    softcap, dtype = getattr(text, "final_logit_softcapping", None), autocast or linear.weight.dtype
+    scale = config_field(text, "logit_scale") or 1 / (config_field(text, "logits_scaling") or 1.0)
+    softcap = next((cap for name in SOFTCAPS if (cap := config_field(text, name)) is not None), None)
+    dtype = autocast or linear.weight.dtype
     return LmHead(linear.weight, linear.bias, float(scale), softcap, dtype)
+
+
+def trunk_of(model: Any) -> Any:
+    """Return the layers of a causal LM without its head; a trunk is returned as it is."""
+    trunk = model.base_model
+    # Llama 4 names its trunk otherwise than its prefix says, so that base_model is the model itself
+    return getattr(model, "model", model) if trunk is model and model.get_output_embeddings() is not None else trunk
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
     """Compare the logits of `lm_head` with the model's own on a few tokens. Raises UserError if they differ."""
-    head = lm_head(model)
-    ids = torch.randint(0, head.weight.shape[0], (1, 5), generator=generator("head probe"))
-    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    head, ids = lm_head(model), plain_ids(model, 1, 5, "head probe").to(model.device)
+    try:
+        hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+    except Exception as error:  # models raise errors of many types
+        raise UserError(
+            f"model.path: {type(model).__name__} cannot be run on token ids alone: {first_line(error)}"
+        ) from error
     logits = nn.functional.linear(hidden * head.scale, head.weight.to(hidden.dtype), head.bias).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    expected = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.05
     if expected.shape != logits.shape or (logits - expected).abs().max() > tolerance * expected.abs().max():
         raise UserError(

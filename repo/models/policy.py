@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from repo_kernels.layers.fused_layers import fused_layers
 from repo_kernels.layers.onednn_linear import onednn_linears
@@ -18,9 +19,12 @@ from repo_kernels.layers.onednn_linear import onednn_linears
 from ..common.errors import UserError, first_line
 from ..common.hub import require_model
 from ..config.schema import ModelConfig
-from .attention import Attention, choose_attention
+from ..data.token_ids import padding_id
+from .adapters import add_lora, base_of, has_adapters, load_merged, merge_adapters
 from .layers import compile_layers, recomputed
+from .layout import Attention, choose_attention
 from .lm_head import check_head
+from .quantised import keep_unpacked, quantisation
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Policy:
     base_only: switch the LoRA adapters off, which makes it the reference.
     autocast: dtype of the forward pass, None for that of the weights.
     recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled.
+    merged: base model of the adapter folder that was loaded and merged into it, None for a whole model.
+    saves_merged: adapters are merged into the weights when it is saved, because they do not fit the base that is named.
     """
 
     model: Any
@@ -44,15 +50,26 @@ class Policy:
     autocast: torch.dtype | None = None
     recomputes: bool = False
     compiled: bool = False
+    merged: str | None = None
+    saves_merged: bool = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Open the context for every forward pass: adapters on or off, autocast, and fused layers on a CPU."""
+        with (
+            self.adapters(),
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+            self._layers(),
+        ):
+            yield
+
+    @contextmanager
+    def adapters(self) -> Iterator[None]:
+        """Open the context in which the LoRA adapters are off for a reference that is the policy without them."""
         if self.base_only:
             self.model.disable_adapters()
         try:
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None), self._layers():
-                yield
+            yield
         finally:
             if self.base_only:
                 self.model.enable_adapters()
@@ -96,7 +113,9 @@ def choose_device(name: str) -> torch.device:
 def load_policy(
     path: str, device: torch.device, trainable: bool, config: ModelConfig | None = None, trust: bool = False
 ) -> Policy:
-    """Load a causal LM, add LoRA adapters if configured, and choose its attention.
+    """Load a causal LM, add LoRA adapters if configured, and choose the way in which it reads.
+
+    An adapter folder is merged into its base model.
 
     Args:
         path: folder or hub name.
@@ -106,27 +125,31 @@ def load_policy(
         trust: run Python code that comes with the model.
 
     Raises:
-        UserError: transformers cannot load the model, a weight is not finite, the logits are not a linear LM head's, or
-            there is no end-of-sequence token.
+        UserError: transformers cannot load the model, a weight is not finite or is quantised and would be trained, the
+            logits are not a linear LM head's, sequences are not read the same in any layout, or there is no
+            end-of-sequence token.
     """
     config = config or ModelConfig()
     dtype, lora = getattr(torch, config.dtype), trainable and config.lora_rank > 0
     full = trainable and not lora
     require_model(path, "model.path")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32 if full else dtype, trust_remote_code=trust
-        )
-    except Exception as error:  # formats and tokenizer libraries raise errors of many types
-        raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
+    model, tokenizer, merged = _load(path, device, torch.float32 if full else dtype, trust)
     if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
         raise UserError(f"model.path: weight {bad} of {path!r} is not finite")
-    model.to(device).eval().requires_grad_(full)
+    if quantised := quantisation(model):
+        if full:
+            raise UserError(
+                f"model.path: the weights of {path!r} are quantised ({quantised}) and cannot be trained themselves; "
+                "set model.lora_rank to train adapters beside them, or load a model that is not quantised"
+            )
+    else:
+        model.to(device)
+    model.eval().requires_grad_(full)
+    saves_merged = lora and (add_lora(model, config.lora_rank) or merged is not None)
     if lora:
-        add_lora(model, config.lora_rank)
+        keep_unpacked(model)
     eos = end_of_sequence_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    pad = padding_id(model, (tokenizer.pad_token_id, *eos))
     autocast = None if dtype == model.dtype else dtype
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         check_head(model)
@@ -135,30 +158,66 @@ def load_policy(
     if compiled:
         compile_layers(model)
     return Policy(
-        model, tokenizer, eos, pad, device, attention, autocast=autocast, recomputes=recomputes, compiled=compiled
+        model,
+        tokenizer,
+        eos,
+        pad,
+        device,
+        attention,
+        autocast=autocast,
+        recomputes=recomputes,
+        compiled=compiled,
+        merged=merged,
+        saves_merged=saves_merged,
     )
 
 
-def add_lora(model: Any, rank: int) -> None:
-    """Add trainable fp32 LoRA adapters to every linear layer except the LM head; at first they change no output.
+def _load(path: str, device: torch.device, dtype: torch.dtype, trust: bool) -> tuple[Any, Any, str | None]:
+    """Load model and tokenizer; an adapter is merged. Returns both, and the base model of an adapter folder or None.
 
-    Raises UserError if peft is missing or does not support the model.
+    Raises UserError if transformers cannot load them.
     """
+    base = base_of(path)
     try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError("model.lora_rank needs the package peft: pip install peft") from None
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # every run starts with the same random factor
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        try:
-            model.add_adapter(config)
-        except (ImportError, ValueError) as error:  # transformers refuses old versions of peft
-            raise UserError(f"model.lora_rank: {first_line(error)}") from error
-    model.eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        model = _load_weights(base or path, device, dtype, trust)
+        if base is None and has_adapters(model):  # an adapter on the hub, whose base transformers has loaded
+            base = str(next(iter(model.peft_config.values())).base_model_name_or_path)
+            model = _load_weights(base, device, dtype, trust)
+        if base is not None:
+            if quantised := quantisation(model):
+                raise UserError(
+                    f"model.path: {path!r} is an adapter for a quantised model ({quantised}), into which it cannot be "
+                    "merged without a loss; merge it into the model that was quantised"
+                )
+            load_merged(model, path)
+    except UserError:
+        raise
+    except Exception as error:  # formats and tokenizer libraries raise errors of many types
+        raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
+    return model, _load_tokenizer(path, base, trust), base
+
+
+def _load_weights(path: str, device: torch.device, dtype: torch.dtype, trust: bool) -> Any:
+    """Load a causal LM. Raises ValueError if the checkpoint lacks some of its weights."""
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    # quantised weights are packed for their device when they are loaded, and cannot be moved afterwards
+    placed = {"device_map": {"": device}} if getattr(shape, "quantization_config", None) else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **placed
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
+        raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
+    return model
+
+
+def _load_tokenizer(path: str, base: str | None, trust: bool) -> Any:
+    """Load the tokenizer of a model, or for an adapter folder that has none, that of its base."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except Exception as error:
+        if base is not None:
+            return _load_tokenizer(base, None, trust)
+        raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
 
 
 def load_reference(policy: Policy, path: str, config: ModelConfig, trust: bool = False) -> Policy:
@@ -192,5 +251,18 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
 
     weights: name -> whole tensor, needed for a sharded model; None: the model's own.
     """
-    policy.model.save_pretrained(folder, state_dict=weights)
+    model = policy.model
+    if policy.saves_merged and has_adapters(model):
+        model = copy.deepcopy(model)
+        merge_adapters(model)
+    model.save_pretrained(folder, state_dict=weights)
     policy.tokenizer.save_pretrained(folder)
+
+
+def merged(policy: Policy) -> Policy:
+    """Return a policy whose adapters are merged into its weights, in place; one without adapters as it is."""
+    if has_adapters(policy.model):
+        if quantised := quantisation(policy.model):
+            raise UserError(f"--merge: adapters cannot be merged into quantised weights ({quantised}) without a loss")
+        merge_adapters(policy.model)
+    return policy

@@ -1,26 +1,25 @@
-"""Decoding: the KV cache of a batch, and the forward pass that adds one token to each of its rows.
+"""Decoders: the cache of a batch, and the forward pass that adds one token to each of its rows.
 
-A growing cache serves every model and device. On CUDA, models with full attention in every layer decode in buffers of
-fixed size instead, so that a step can be replayed as one CUDA graph.
+A growing cache serves most models on every device. On CUDA, models with full attention in every layer decode in buffers
+of fixed size instead, so that a step can be replayed as one CUDA graph. Models without a cache that works read all
+tokens again at each step. decoding.py chooses.
 """
 
 from __future__ import annotations
 
 import inspect
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..data.sequences import Sequences, make_sequences
-from ..models.policy import Policy
+from ..data.sequences import Sequences
 
 COLUMNS = 16  # lengths of fixed buffers are multiples of this, because fast attention kernels need aligned masks
 WARM_UP_STEPS = 3  # steps before a CUDA graph is captured
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types that read positions on the host, which a graph cannot
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # names of a model's cache, the newest first
 
 
 class Decoder(Protocol):
@@ -67,6 +66,11 @@ class BufferedLayer(DynamicLayer):
         self.keys, self.values = keys[..., :stop, :], values[..., :stop, :]
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows, which may repeat, and leave the room behind."""
+        super().reorder_cache(beam_idx)
+        self.room = None
+
 
 def _with_room(states: Tensor, extra: int) -> Tensor:
     """Copy states (B, heads, length, dim) into a new buffer of length + extra columns."""
@@ -83,64 +87,122 @@ def make_cache(model: Any, extra: int) -> DynamicCache:
     return cache
 
 
-def _as_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """Return the cache as a keyword argument of the model's forward; transformers 5.24 renamed that argument."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+def cache_argument(model: Any) -> str | None:
+    """Return the name of the argument of a model's forward that takes a cache, None if there is none."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in accepted), None)
 
 
-def prefill(model: Any, prefix: Sequences, cache: DynamicCache) -> Tensor:
-    """Run the prompts, write their keys and values into the cache, and return the logits (prompts, V) after each."""
+def _read(model: Any, cache: Any, **inputs: Any) -> Tensor:
+    """Run the model on inputs (B, n) and return the logits (B, V) after the last column.
+
+    cache: appended to; None for a forward pass without a cache. Inputs that the model does not take are left out.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    given: dict[str, Any] = {**inputs, "use_cache": cache is not None, "logits_to_keep": 1}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        given = {name: value for name, value in given.items() if name in accepted}
+    if cache is not None:
+        given[cache_argument(model) or "past_key_values"] = cache
+    return model(**given).logits[:, -1]
+
+
+def prefill(model: Any, prefix: Sequences, cache: Any, pads: bool = True) -> Tensor:
+    """Run the prompts, write their keys and values into the cache, and return the logits (prompts, V) after each.
+
+    pads: prompts may have different lengths; without it the model gets no attention mask.
+    """
     width = prefix.prompt_width
-    out = model(
-        input_ids=prefix.input_ids[:, :width],
-        attention_mask=prefix.attention_mask[:, :width].to(torch.int64),
-        position_ids=prefix.position_ids[:, :width],
-        **_as_cache(model, cache),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return out.logits[:, -1]
+    mask = {"attention_mask": prefix.attention_mask[:, :width].to(torch.int64)} if pads else {}
+    inputs = {"input_ids": prefix.input_ids[:, :width], "position_ids": prefix.position_ids[:, :width]}
+    return _read(model, cache, **inputs, **mask)
 
 
 class GrowingDecoder:
-    """A decoder whose cache grows by one token per step and which can drop finished rows. It serves every model."""
+    """A decoder whose cache grows by one token per step and which can drop finished rows."""
 
-    def __init__(self, model: Any, limit: int) -> None:
-        """limit: largest number of tokens of a response."""
-        self.model, self.limit = model, limit
+    def __init__(self, model: Any, limit: int, pads: bool = True, selects: bool = True) -> None:
+        """limit: largest number of tokens of a response.
+
+        pads: prompts may have different lengths. Without it the model gets no attention mask, which some apply to the
+        last token alone.
+        selects: rows of the cache can be repeated and dropped. Without it each row computes its own prompt, and
+        finished rows stay.
+        """
+        self.model, self.limit, self.pads, self.selects = model, limit, pads, selects
 
     def start(self, prefix: Sequences, samples: int) -> Tensor:
         """Begin a batch and return the logits of the first token; see Decoder."""
         self.cache = make_cache(self.model, self.limit)
-        logits = prefill(self.model, prefix, self.cache)
-        if samples > 1:
-            self.cache.batch_repeat_interleave(samples)
-        mask = prefix.attention_mask[:, : prefix.prompt_width].repeat_interleave(samples, 0)
+        rows = torch.arange(len(prefix.input_ids), device=prefix.input_ids.device).repeat_interleave(samples)
+        if samples > 1 and self.selects:
+            logits = self._prefill(prefix)[rows]
+            self.cache.reorder_cache(rows)
+            prefix = repeated(prefix, rows)
+        else:
+            prefix = repeated(prefix, rows)
+            logits = self._prefill(prefix)
+        mask = prefix.attention_mask[:, : prefix.prompt_width]
         self.mask = torch.nn.functional.pad(mask, (0, self.limit), value=True).to(torch.int64)
-        self.positions, self.length = prefix.prompt_lengths.repeat_interleave(samples), prefix.prompt_width
-        return logits.repeat_interleave(samples, 0)
+        self.positions, self.length = prefix.prompt_lengths, prefix.prompt_width
+        return logits
+
+    def _prefill(self, prefix: Sequences) -> Tensor:
+        """Read the prompts and return the logits (prompts, V) after each."""
+        return prefill(self.model, prefix, self.cache, self.pads)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row and return the logits of the next one; see Decoder."""
         self.length += 1
-        out = self.model(
+        logits = _read(
+            self.model,
+            self.cache,
             input_ids=tokens[:, None],
-            attention_mask=self.mask[:, : self.length],
             position_ids=self.positions[:, None],
-            **_as_cache(self.model, self.cache),
-            use_cache=True,
-            logits_to_keep=1,
+            **({"attention_mask": self.mask[:, : self.length]} if self.pads else {}),
         )
         self.positions = self.positions + 1
-        return out.logits[:, -1]
+        return logits
 
     def keep(self, rows: Tensor) -> bool:
-        """Drop all rows but `rows`; return False if a layer's cache cannot shrink."""
-        if not all(isinstance(layer, DynamicLayer) for layer in self.cache.layers):
+        """Drop all rows but `rows`; return False if the cache cannot shrink."""
+        if not self.selects:
             return False
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         return True
+
+
+def repeated(prefix: Sequences, rows: Tensor) -> Sequences:
+    """Select rows (n,) of prompts, which may repeat, without narrowing their rectangle."""
+    lengths = prefix.prompt_lengths[rows], prefix.response_lengths[rows]
+    return Sequences(prefix.input_ids[rows], *lengths, prefix.prompt_width, prefix.group[rows])
+
+
+class RereadingDecoder:
+    """A decoder without a cache, which reads prompt and response again for each token. Prompts have equal lengths."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def start(self, prefix: Sequences, samples: int) -> Tensor:
+        """Begin a batch and return the logits of the first token; see Decoder."""
+        self.ids = prefix.input_ids[:, : prefix.prompt_width].repeat_interleave(samples, 0)
+        return self._logits()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row and return the logits of the next one; see Decoder."""
+        self.ids = torch.cat((self.ids, tokens[:, None]), 1)
+        return self._logits()
+
+    def keep(self, rows: Tensor) -> bool:
+        """Drop all rows but `rows`."""
+        self.ids = self.ids[rows]
+        return True
+
+    def _logits(self) -> Tensor:
+        """Read all tokens and return the logits (B, V) of the next ones."""
+        return _read(self.model, None, input_ids=self.ids)
 
 
 class StaticLayer(DynamicLayer):
@@ -229,15 +291,13 @@ class StaticDecoder:
     def _step(self) -> None:
         """Run one step on the buffers: `tokens` in, `logits` out, and positions and column moved on."""
         self.mask.index_fill_(3, self.column, 0)
-        out = self.model(
+        self.logits = _read(
+            self.model,
+            self.cache,
             input_ids=self.tokens[:, None],
             attention_mask=self.mask,
             position_ids=self.positions[:, None],
-            **_as_cache(self.model, self.cache),
-            use_cache=True,
-            logits_to_keep=1,
         )
-        self.logits = out.logits[:, -1]
         self.positions += 1
         self.column += 1
 
@@ -262,57 +322,3 @@ class StaticDecoder:
                 self._step()
         finally:
             torch.set_autocast_cache_enabled(cached)
-
-
-def make_decoder(policy: Policy, rows: int, width: int, limit: int) -> Decoder:
-    """Make a decoder for batches of at most `rows` rows, prompts of at most `width` tokens and responses of `limit`."""
-    if policy.device.type == "cuda" and not _why_growing(policy):
-        return StaticDecoder(policy.model, rows, width + limit, captures=True)
-    return GrowingDecoder(policy.model, limit)
-
-
-def describe_decoding(policy: Policy) -> str:
-    """Describe in one line how responses are decoded, and on CUDA why not by a CUDA graph."""
-    if policy.device.type != "cuda":
-        return "decoding: token by token, growing KV cache"
-    with policy.running():
-        why = _why_growing(policy)
-    return f"decoding: growing KV cache ({why})" if why else "decoding: CUDA graph over a static KV cache"
-
-
-_why_growing_by_model: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def _why_growing(policy: Policy) -> str:
-    """Return the reason why a model needs a growing cache, "" if it does not. The answer is kept for each model."""
-    model = policy.model
-    if model not in _why_growing_by_model:
-        if not getattr(model, "_can_compile_fullgraph", False):
-            why = "the model's step has no fixed shape"
-        elif any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
-            why = "not every layer has full attention"
-        elif any(getattr(m, "rope_type", "") in LENGTH_DEPENDENT for m in model.modules()):
-            why = "its rotary embedding looks at the length"
-        else:
-            why = "" if decodes_in_buffers(policy) else "the model does not take a 4-D mask"
-        _why_growing_by_model[model] = why
-    return _why_growing_by_model[model]
-
-
-@torch.no_grad()
-def decodes_in_buffers(policy: Policy) -> bool:
-    """Tell by a trial whether fixed buffers with a 4-D mask give the same logits as a growing cache.
-
-    They do not for models that compute distances from a 2-D mask, which no config field shows.
-    """
-    prefix = make_sequences([[5, 6, 7, 8, 9], [8, 4, 9]], [[], []], policy.pad_id).to(policy.device)
-    tokens = torch.tensor([5, 9, 6, 7], device=policy.device)
-    growing, static = GrowingDecoder(policy.model, 3), StaticDecoder(policy.model, 4, 8, captures=False)
-    expected, got = growing.start(prefix, 2), static.start(prefix, 2)
-    for _ in range(2):
-        try:
-            expected, got = growing.step(tokens), static.step(tokens)
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return False
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 0.05
-    return bool((expected - got).abs().max() < tolerance * expected.float().abs().max())

@@ -1,7 +1,7 @@
 """Sampling: responses from the policy, each drawn from its own seed, so that batching never changes a sample.
 
 A prompt is computed once for all its samples, and weights are packed or cast once per rollout. The cache and the decode
-step are in kv_cache.py.
+step are in kv_cache.py, their choice in decoding.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..data.prompts import Prompt
 from ..data.sequences import Sequences, make_sequences
 from ..models.layers import uncompiled
 from ..models.policy import Policy
-from .kv_cache import Decoder, make_decoder
+from .decoding import choose_decoding, make_decoder
+from .kv_cache import Decoder
 
 WORTH_SHRINKING = 0.75  # drop finished rows once at most this share of the batch is left, because that copies the cache
 
@@ -148,7 +149,7 @@ def sample(
     uniforms = draw_uniforms(prompts, samples, config.max_response_tokens, seed, step)
     uniforms = uniforms[part.start * samples : part.stop * samples]
     prompts = prompts[part.start : part.stop]
-    per_batch = max(1, config.batch_size // samples)
+    per_batch = max(1, config.batch_size // samples) if choose_decoding(policy).batches else 1
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     responses: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     logps = torch.zeros(uniforms.shape)

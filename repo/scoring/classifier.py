@@ -15,12 +15,14 @@ from ..common.errors import UserError, first_line
 from ..common.hub import require_model
 from ..data.chat_format import ChatFormat
 from ..data.prompts import Prompt
+from ..data.token_ids import embedding_rows, plain_ids, require_embedded
 from .adapter import base_of, merge, outputs_of, saved_weights
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 from .signals import field_of
 
 BATCH_TOKENS = 4096  # tokens of one forward pass
+CANNED = Prompt("canned", "How are you?", "")  # read at load, to see that the tokenizer fits the model
 LONGEST = 20  # prompts, the longest ones, that are tried at the start
 
 
@@ -69,6 +71,27 @@ class ClassifierScorer:
         self.column, self.unit_name = self._choose(output)
         self.context = _context_of(self.model)
         self.chat = ChatFormat(self.tokenizer, date=date, whose=f"{self.where}: its")
+        # transformers' classifiers refuse more than one sequence if the config has no pad id
+        has_pad = self.model.config.get_text_config().pad_token_id is not None
+        self.batches = has_pad or self.model_class is ScoreModel
+        self._try()
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Find out whether sequences of equal length get the same scores together as alone.
+
+        Raises UserError if the tokenizer has ids beyond the model's embedding, or the model cannot be run.
+        """
+        ids = plain_ids(self.model, 2, 7, "classifier probe").to(self.model.device)
+        require_embedded(self._encode(CANNED, "Yes.")["input_ids"], embedding_rows(self.model), self.where)
+        try:
+            alone = torch.cat([self.model(input_ids=row[None]).logits for row in ids]).float()
+        except Exception as error:  # models raise errors of many types
+            raise UserError(f"{self.where} cannot score a sequence of token ids: {first_line(error)}") from error
+        if self.batches:
+            together = self.model(input_ids=ids).logits.float()
+            tolerance = 1e-4 if self.model.dtype == torch.float32 else 0.05
+            self.batches = bool((together - alone).abs().max() <= tolerance * alone.abs().max())
 
     def _choose(self, output: str) -> tuple[int, str]:
         """Return the column and the unit that a name's part after # means. Raises UserError if there are none such."""
@@ -197,9 +220,7 @@ class ClassifierScorer:
 
     def _batch_size(self, length: int) -> int:
         """Return how many sequences of `length` tokens one forward pass takes."""
-        # transformers' classifiers refuse more than one sequence if the config has no pad id
-        padded = self.model.config.get_text_config().pad_token_id is not None
-        return max(1, BATCH_TOKENS // length) if padded else 1
+        return max(1, BATCH_TOKENS // length) if self.batches else 1
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         """Tokenise one pair into the model's inputs. Raises UserError if the chat template refuses it."""
@@ -232,9 +253,6 @@ class ScoreModelScorer(ClassifierScorer):
     def labels(self) -> list[str]:
         """List the indices of the scores, as text."""
         return [str(i) for i in range(self.model.score_head.out_features)]
-
-    def _batch_size(self, length: int) -> int:
-        return max(1, BATCH_TOKENS // length)
 
     def _plain(self, prompt: Prompt, messages: list[dict[str, str]]) -> tuple[str, ...]:
         return (format_conversation(messages, self.tokenizer.eos_token or ""),)

@@ -16,7 +16,10 @@ from ..common.errors import UserError, first_line
 from ..data.prompts import Prompt
 from .manifest import Manifest, make_manifest
 from .signals import field_of
-from .user_code import TimeUp, call_within, torch_settings_restored
+from .user_code import Settings, TimeUp, call_within, torch_settings, torch_settings_restored
+
+SETTINGS: dict[str, Settings] = {}
+"""By module the torch settings that its import has left, which its functions are called with."""
 
 
 class FunctionScorer:
@@ -35,7 +38,8 @@ class FunctionScorer:
         """
         self.where, self.timeout = f"{field_of(signal)} {name!r}", timeout
         self.function = load_function(name, signal)
-        self.source = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+        self.module = name.partition(":")[0]
+        self.source = getattr(sys.modules[self.module], "__file__", None)
         self.parameters, self.takes_all = _parameters(self.function)
         content = getattr(self.function, "manifest", None)
         self.manifest = Manifest() if content is None else make_manifest(content, f"{self.where}: its manifest")
@@ -76,7 +80,7 @@ class FunctionScorer:
     def _call(self, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Any:
         """Call the function and return its result. Raises UserError on a timeout or an exception."""
         try:
-            with torch_settings_restored():
+            with torch_settings_restored(SETTINGS.get(self.module)):
                 return call_within(self.timeout, self.function, prompts, responses, **columns)
         except TimeUp:
             raise UserError(f"{self.where} did not return within scoring.timeout={self.timeout:g} seconds") from None
@@ -90,8 +94,11 @@ def load_function(name: str, signal: str) -> Callable[..., Any]:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
+        is_new = module_name not in sys.modules
         with torch_settings_restored():
             module = importlib.import_module(module_name)
+            if is_new:
+                SETTINGS[module_name] = torch_settings()
     except Exception as error:  # the module's own code runs here
         raise UserError(f"{field_of(signal)}: cannot import module {module_name!r}: {first_line(error)}") from error
     function = getattr(module, attribute, None)

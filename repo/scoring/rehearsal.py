@@ -11,7 +11,7 @@ from .classifier import ClassifierScorer
 from .embedded import HeadScorer
 from .function import FunctionScorer
 from .judge import Judge, ScorerJudge
-from .scorers import SIGNALS, Part, Scorers, require_finite
+from .scorers import SIGNALS, Part, Scorers, require_finite, score_each
 from .signals import field_of
 
 CANNED = {
@@ -76,7 +76,7 @@ def _try_canned(signal: str, parts: Sequence[Part], prompts: Sequence[Prompt]) -
     low, high = torch.zeros(count), torch.zeros(count)
     for part in parts:
         pairs = [*prompts, *prompts]
-        scores = part.scorer(pairs, [answers[0]] * count + [answers[1]] * count)
+        (scores,) = score_each([part.scorer], pairs, [answers[0]] * count + [answers[1]] * count)
         require_finite(f"{field} {part.name!r}", scores, pairs)
         low, high = low + part.weight * scores[:count], high + part.weight * scores[count:]
     if len(parts) == 1 and parts[0].scorer.manifest.sign_check is not None:

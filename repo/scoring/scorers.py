@@ -117,8 +117,8 @@ def _describe(signal: str, part: Part) -> str:
     manifest = part.scorer.manifest
     weight = "" if part.weight == 1 else f"{part.weight:g} x "
     scaled = "" if (manifest.offset, manifest.scale) == (0, 1) else ", by its manifest's offset and scale"
-    is_model = isinstance(part.scorer, ClassifierScorer)
-    units = manifest.units or (f"{part.name} ({part.scorer.unit}{scaled})" if is_model else part.name)
+    plain = f"{part.name} ({part.scorer.unit}{scaled})" if isinstance(part.scorer, ClassifierScorer) else part.name
+    units = manifest.units or plain
     unchecked = " (sign not checked)" if signal == "cost" and manifest.sign_check is None else ""
     return f"{weight}{units}{unchecked}"
 

@@ -12,27 +12,44 @@ from typing import Any
 import torch
 
 AGAIN = 1.0  # seconds between two signals to a call that catches the first
-WAKE = getattr(signal, "SIGVTALRM", None) if hasattr(signal, "pthread_kill") else None
-"""Signal that ends a call. Not SIGALRM, which the called code may use for time limits of its own."""
+WAKE: Any = getattr(signal, "SIGVTALRM", None) if hasattr(signal, "pthread_kill") else None
+"""Signal that ends a call, None on Windows. Not SIGALRM, which the called code may use for limits of its own."""
 
 
 class TimeUp(BaseException):
     """Raised in a call whose time is up. It is no Exception, so `except Exception` in the called code lets it pass."""
 
 
+Settings = tuple[bool, torch.dtype, torch.device]
+"""torch's grad mode, default dtype and default device."""
+
+
+def torch_settings() -> Settings:
+    """Return the current settings."""
+    return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+
+
+def set_torch(settings: Settings) -> None:
+    """Change the current settings."""
+    grad, dtype, device = settings
+    torch.set_grad_enabled(grad)
+    torch.set_default_dtype(dtype)
+    if torch.get_default_device() != device:
+        torch.set_default_device(None)  # as it is where nobody has set one
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+
+
 @contextmanager
-def torch_settings_restored() -> Iterator[None]:
-    """Restore torch's grad mode, default dtype and default device on leaving the context."""
-    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+def torch_settings_restored(within: Settings | None = None) -> Iterator[None]:
+    """Restore torch's settings on leaving the context. within: settings in the context; None: the current ones."""
+    before = torch_settings()
     try:
+        if within is not None:
+            set_torch(within)
         yield
     finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None)  # as it is where nobody has set one
-            if torch.get_default_device() != device:
-                torch.set_default_device(device)
+        set_torch(before)
 
 
 def call_within(seconds: float, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

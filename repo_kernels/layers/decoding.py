@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends.cpu import decoding as cpu
 
+Matrices = dict[str, tuple[Tensor, ...]]  # by the name of their product, joined along the outputs
 COLUMNS = cpu.COLUMNS  # hidden width, inner width and head dimension are multiples of this
 
 
@@ -89,7 +90,7 @@ class DecoderStack:
         epsilon: float,
         scale: float,
     ) -> None:
-        matrices = [*map(_matrices, layers), {"head": (head,)}]
+        matrices: list[Matrices] = [*map(_matrices, layers), {"head": (head,)}]
         memory = cpu.new_memory(sum(_size(weights) for named in matrices for weights in named.values()))
         *self.packed, last = _pack(matrices, memory)
         self.head = last["head"]
@@ -116,9 +117,9 @@ class DecoderStack:
         return cpu.step(self._model, x, cos, sin, cache.keys, cache.values, slots, lengths, self.vocabulary)
 
 
-def _matrices(layer: LayerWeights) -> dict[str, tuple[Tensor, ...]]:
+def _matrices(layer: LayerWeights) -> Matrices:
     """Return the weights of each product by name."""
-    products = {"qkv": (layer.q, layer.k, layer.v), "out": (layer.out,)}
+    products: Matrices = {"qkv": (layer.q, layer.k, layer.v), "out": (layer.out,)}
     return products | {"gate": (layer.gate,), "up": (layer.up,), "down": (layer.down,)}
 
 
@@ -127,7 +128,7 @@ def _size(weights: Sequence[Tensor]) -> int:
     return sum(cpu.panels_of(len(weight)) * COLUMNS * weight.shape[1] for weight in weights)
 
 
-def _pack(matrices: Sequence[dict[str, tuple[Tensor, ...]]], memory: Tensor) -> list[dict[str, Tensor]]:
+def _pack(matrices: Sequence[Matrices], memory: Tensor) -> list[dict[str, Tensor]]:
     """Pack weights into one block of memory, in the order in which a step reads them. Several of a name are joined."""
     packed: list[dict[str, Tensor]] = []
     at = 0

@@ -23,7 +23,7 @@ def test_a_folder_gives_the_prompts_of_its_files(records, tmp_path):
     assert [p.columns for p in prompts] == records
 
 
-@pytest.mark.parametrize("names", [("train.jsonl", "test.jsonl"), ("train/a.csv", "a/test_1.csv")])
+@pytest.mark.parametrize("names", [("train.jsonl", "test.jsonl"), ("train/a.csv", "test/a.csv")])
 def test_splits_come_from_the_names_of_files_and_folders(names, tmp_path):
     for name in names:
         path = tmp_path / "folder" / name

@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from repo.data.packing import flat, pack
 from repo.data.segments import make_segments
 from repo.data.sequences import make_sequences
-from repo.models.attention import IMPLEMENTATION, choose_attention, packed_attention, recompute_contexts, using_packed
+from repo.models.attention import IMPLEMENTATION, packed_attention, recompute_contexts, using_packed
+from repo.models.layout import choose_attention
 from repo_kernels.backends import cpu
 from tests.support.packed_models import (
     CPU,
@@ -94,7 +95,9 @@ def test_a_model_that_cannot_be_packed_is_recognised(kind, why):
 
 def test_a_model_that_fails_on_packed_rows_is_padded_with_its_error():
     model = build(FAMILIES["llama"])
-    model.base_model.layers[1].self_attn.forward = lambda *_, **__: 1 / 0
+    layer = model.base_model.layers[1].self_attn
+    own = layer.forward
+    layer.forward = lambda *inputs, **options: 1 / 0 if "segments" in options else own(*inputs, **options)
     assert choose_attention(model, CPU, torch.float32).why.endswith("ZeroDivisionError: division by zero")
 
 

@@ -9,7 +9,7 @@ import torch
 from repo.data.packing import pack
 from repo.data.segments import make_segments
 from repo.models import attention, varlen
-from repo.models.attention import choose_attention
+from repo.models.layout import choose_attention
 from repo.models.varlen import first_that_agrees, flash_kernel, per_run, torch_kernel
 from tests.support.packed_models import (
     CPU,

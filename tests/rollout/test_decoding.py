@@ -18,9 +18,10 @@ from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.policy import load_policy
-from repo.rollout import kv_cache
+from repo.rollout import decoding, kv_cache
 from repo.rollout import sample as sampling
-from repo.rollout.kv_cache import GrowingDecoder, StaticDecoder, decodes_in_buffers, describe_decoding
+from repo.rollout.decoding import decodes_in_buffers, describe_decoding
+from repo.rollout.kv_cache import GrowingDecoder, StaticDecoder
 from repo.rollout.sample import sample
 from repo_kernels.layers.packed_linear import packed_linears
 from tests.support.tiny import QUESTIONS, make_tokenizer, save_tiny_model
@@ -168,7 +169,7 @@ def test_weights_cast_once_compute_what_autocast_computes(policy):
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_models_that_need_a_growing_cache_are_told_apart(why, policy):
-    assert kv_cache._why_growing(with_model(policy, REFUSED[why])) == why
+    assert decoding._why_growing(with_model(policy, REFUSED[why])) == why
 
 
 def test_the_choice_is_one_line(policy):

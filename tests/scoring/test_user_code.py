@@ -177,14 +177,18 @@ def test_torch_settings_are_restored_after_a_call(scorer):
 def test_torch_settings_are_restored_after_an_import(tmp_path, monkeypatch):
     (tmp_path / "module_with_settings.py").write_text(
         "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
-        "torch.set_default_device('meta')\ndef score(prompts, responses): return [0.0] * len(prompts)\n"
+        "torch.set_default_device('meta')\ndef score(prompts, responses):\n"
+        "    settings = torch.is_grad_enabled(), torch.empty(1).dtype, torch.empty(1).device.type\n"
+        "    return [float(settings == (False, torch.float64, 'meta'))] * len(prompts)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     made = FunctionScorer("module_with_settings:score", "reward", 20.0)
     assert torch.is_grad_enabled()
     assert torch.empty(1).dtype == torch.float32
     assert torch.empty(1).device.type == "cpu"
-    assert made(PROMPTS, RESPONSES).tolist() == [0, 0]
+    assert made(PROMPTS, RESPONSES).tolist() == [1, 1]
+    assert torch.is_grad_enabled()
+    assert torch.empty(1).device.type == "cpu"
 
 
 def test_a_sparse_result_is_read_and_a_number_too_large_is_a_sentence(scorer):

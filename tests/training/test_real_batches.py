@@ -10,7 +10,7 @@ from repo.config.schema import Config, OptimizerConfig
 from repo.data.prompts import load_prompts, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
-from repo.models.attention import Attention
+from repo.models.layout import Attention
 from repo.models.policy import load_policy
 from repo.training.accumulation import Accumulator
 from repo.training.advantages import Advantages
