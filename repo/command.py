@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from .common.errors import UserError
-from .config.parse import PRESETS, make_parser, parse_config, preset_names
+from .config.arguments import join_negative_numbers, user_path
+from .config.parse import PRESETS, make_parser, parse_config, preset_names, require_run
 from .config.renamed import new_name
 from .config.schema import Config
-from .runs.folder import require_run
 
 LOG_WIDTH = 140  # columns of output that goes to a file or pipe
 
@@ -55,7 +55,7 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
     """
     command = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     command.add_argument("--preset", choices=preset_names(), help="start from one of repo/config/presets")
-    command.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    command.add_argument("--resume", type=user_path, metavar="RUN", help="continue the run in this folder")
     command.add_argument(
         "--allow-change",
         action="append",
@@ -70,7 +70,7 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
     )
     command.add_argument("--dry-run", action="store_true", help="print shapes, memory and batch arithmetic, then exit")
     try:
-        flags, rest = command.parse_known_args(argv)
+        flags, rest = command.parse_known_args(join_negative_numbers(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     if flags.preset:

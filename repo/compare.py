@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence, require_package
 from .common.files import make_parent, write_folder
-from .evaluation.comparison import compare_pair, contender, print_pair, print_quantities, require_comparable
+from .config.arguments import join_negative_numbers, user_path
 from .runs.json_lines import finite
 
 
@@ -24,18 +26,26 @@ def run_command(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="repo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("evaluations", nargs="+", metavar="RUN|FILE", help="two or more; the first is the baseline")
+    parser.add_argument(
+        "evaluations",
+        nargs="+",
+        type=os.path.expanduser,
+        metavar="RUN|FILE",
+        help="two or more; the first is the baseline",
+    )
     parser.add_argument(
         "--cost-limit", type=float, metavar="D", help="a response is safe iff cost <= D; default: the evaluations' own"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; default: comparisons/<date-time>")
-    options = parser.parse_args(argv)
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help="new folder; default: comparisons/<date-time>")
+    options = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     if len(options.evaluations) < 2:
         raise UserError(f"repo.compare takes two or more runs or evaluation files; got {len(options.evaluations)}")
     out = options.out or Path("comparisons") / f"{datetime.now():%Y%m%d-%H%M%S}"
     if out.exists():
         raise UserError(f"--out: {out} exists; choose another folder")
     require_package("matplotlib", "the figure of a comparison")
+    # after the arguments are checked: these take seconds to load
+    from .evaluation.comparison import compare_pair, contender, print_pair, print_quantities, require_comparable
     from .reporting.pareto import draw_frontier
 
     console = console_of()

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .common.distributed import ALONE, World
 from .common.errors import UserError, first_line
+from .common.hub import require_model
 from .config.schema import Config
 from .models.adapters import add_lora, base_of
 from .models.memory import describe_memory
@@ -45,6 +46,7 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     """
     folder = world.from_first(lambda: find_assets(config, console))
     path = model_path(config, folder)
+    require_model(path, "model.path")
     path = base_of(path) or path  # an adapter is merged, so that the shapes are those of its base
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)

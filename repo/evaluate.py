@@ -21,28 +21,31 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from .command import console_of
 from .common.errors import UserError, exit_with_sentence
 from .common.files import make_parent, write_text
+from .config.arguments import join_negative_numbers, user_path
 from .config.parse import make_parser, parse_config
 from .config.schema import Config
-from .evaluation.evaluator import Evaluator, content_of
-from .evaluation.tables import print_compensation, print_summary
-from .models.actor import Actor
-from .models.policy import Policy, choose_device, load_policy
-from .runs.checkpoint import find_named, steps_of
-from .scoring.judge import load_judge
-from .scoring.rehearsal import rehearse
-from .setup import find_assets, load_checkpoint_policy, load_held_out, model_path, scorers_beside
+
+if TYPE_CHECKING:  # what follows takes seconds to load, so functions import it once the arguments are read
+    import torch
+
+    from .models.policy import Policy
 
 SAMPLES = 4
 """Responses to each prompt, unless evaluation.samples_per_prompt is given."""
+
+
+READ = (
+    "data.eval, data.column, data.system_prompt, data.max_prompt_tokens, evaluation.*, scoring.*, rollout.*, "
+    "algorithm.cost_limit, model.device, model.dtype, seed"
+)
+"""Fields of the configuration that an evaluation reads."""
 
 
 @dataclass(frozen=True)
@@ -84,38 +87,52 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
 
     argv: the arguments after the program's name. Raises UserError for input that cannot be parsed.
     """
-    switches = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    switches = argparse.ArgumentParser(
+        prog="repo.evaluate",
+        usage="python -m repo.evaluate RUN|MODEL [options] [--GROUP.FIELD VALUE ...]",
+        description=__doc__,
+        epilog=f"Fields that an evaluation reads: {READ}. `python -m repo.train --help` says what each means.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     switches.add_argument(
         "--checkpoint",
         metavar="NAME",
         help="for a run: best, latest, step-000010, all, or reference (the model that training began with)",
     )
     switches.add_argument(
-        "--reference", metavar="MODEL", help="model that the KL is measured from; default: the one a run began with"
+        "--reference",
+        type=os.path.expanduser,
+        metavar="MODEL",
+        help="model that the KL is measured from; default: the one a run began with",
     )
-    switches.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write; default: RUN/eval/NAME.json")
+    switches.add_argument(
+        "--out", type=user_path, metavar="FILE", help="JSON file to write; default: RUN/eval/NAME.json"
+    )
     switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
-    parser = make_parser("repo.evaluate", __doc__ or "", switches)
+    parser = make_parser("repo.evaluate", "")
+    if {"-h", "--help"} & {*argv}:
+        switches.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
-        if {"-h", "--help"} & {*argv}:
-            parser.parse_args(["--help"])
         raise UserError("repo.evaluate takes a run folder or a model first: python -m repo.evaluate RUN|MODEL")
     try:
-        options, rest = switches.parse_known_args(argv[1:])
+        options, rest = switches.parse_known_args(join_negative_numbers(argv[1:]))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-    run = Path(argv[0]) if (Path(argv[0]) / "config.yaml").is_file() else None
+    target = os.path.expanduser(argv[0])
+    run = Path(target) if (Path(target) / "config.yaml").is_file() else None
     if run is None and options.checkpoint:
         raise UserError(f"--checkpoint takes a run folder; {argv[0]} is not one (it has no config.yaml)")
     base = ["--config", str(run / "config.yaml")] if run else []
     config = parse_config(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
     if run is None:  # a model needs no training prompts, so the embedded ones must not be built for it
         data = dataclasses.replace(config.data, train=config.data.eval)
-        config = dataclasses.replace(named(config, argv[0]), data=data)
+        config = dataclasses.replace(named(config, target), data=data)
     if config.evaluation.prompts == 0:
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=sys.maxsize))
     reference = options.reference or (config.model.path if run else None)
-    return Command(argv[0], run, options.checkpoint, reference, options.out, options.trust_remote_code), config
+    return Command(target, run, options.checkpoint, reference, options.out, options.trust_remote_code), config
 
 
 def named(config: Config, path: str) -> Config:
@@ -126,12 +143,17 @@ def named(config: Config, path: str) -> Config:
 def load_named(path: str, config: Config, device: torch.device, trust: bool) -> Policy:
     """Load a frozen model by folder, hub name or "embedded"."""
     config = named(config, path)
+    from .models.policy import load_policy
+    from .setup import find_assets, model_path
+
     folder = find_assets(config, Console(quiet=True))
     return load_policy(model_path(config, folder), device, False, config.model, trust)
 
 
 def targets(command: Command, config: Config, device: torch.device) -> Iterator[Target]:
     """Yield the policies to evaluate. Raises UserError for a checkpoint that does not exist or is damaged."""
+    from .runs.checkpoint import find_named, steps_of
+
     if command.run is None:
         name = Path(command.target).name or command.target
         out = Path("evaluations") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
@@ -153,6 +175,9 @@ def targets(command: Command, config: Config, device: torch.device) -> Iterator[
 
 def _load_from_run(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
     """Load the policy in RUN/final or in a checkpoint folder."""
+    from .models.policy import load_policy
+    from .setup import load_checkpoint_policy
+
     if source.name == "final":
         return load_policy(str(source), device, False, config.model, trust)
     return load_checkpoint_policy(source, config, device, trust)
@@ -194,6 +219,17 @@ def run_command(argv: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("repo.evaluate is one process; start it with python, not with torchrun")
     command, config = read_command(argv)
+    from transformers.utils import logging as transformers_logging
+
+    from .evaluation.evaluator import Evaluator, content_of
+    from .evaluation.tables import print_compensation, print_summary
+    from .models.actor import Actor
+    from .models.policy import choose_device
+    from .rollout.stop_tokens import with_stop_tokens
+    from .scoring.judge import load_judge
+    from .scoring.rehearsal import rehearse
+    from .setup import find_assets, load_held_out, scorers_beside
+
     console = console_of()
     transformers_logging.disable_progress_bar()
     device, trust = choose_device(config.model.device), command.trust
@@ -207,7 +243,10 @@ def run_command(argv: list[str]) -> None:
     for target in chosen:
         policy = target.load()
         if policy.merged:
-            line = f"model: the adapter {target.name} is merged into its base {policy.merged}"
+            adapter = f"model: the adapter {target.name} is merged into its base {policy.merged}"
+            console.print(adapter, markup=False, highlight=False)
+        policy, line = with_stop_tokens(policy, config.rollout.stop_tokens)
+        if line:
             console.print(line, markup=False, highlight=False)
         if reference is not None:
             require_same_vocabulary(policy, reference, command.reference or "")

@@ -1,8 +1,11 @@
 """Export a checkpoint of a run as a model in Hugging Face format.
 
-python -m repo.export runs/mine                          the best checkpoint
-python -m repo.export runs/mine --checkpoint latest      the newest, or step-000010
+python -m repo.export runs/mine                          the newest checkpoint
+python -m repo.export runs/mine --checkpoint best        the best by its training batches, or step-000010
 python -m repo.export runs/mine --merge                  LoRA adapters merged into the weights, as one whole model
+
+`best` was chosen on the responses of a few training batches, which say little: compare both on held-out prompts with
+`python -m repo.evaluate runs/mine --checkpoint all` before you prefer it.
 """
 
 from __future__ import annotations
@@ -10,17 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-from transformers.utils import logging as transformers_logging
-
 from .common.errors import UserError, exit_with_sentence
 from .common.files import write_folder
-from .config.parse import load_config
-from .models.policy import merged, save_policy
-from .runs.checkpoint import find_named, read_state
-from .runs.folder import require_run
-from .runs.model_card import model_card
-from .setup import load_checkpoint_policy
+from .config.arguments import user_path
+from .config.parse import load_config, require_run
 
 
 def export(folder: Path, name: str, out: Path | None, trust: bool, merge: bool = False) -> Path:
@@ -35,6 +31,15 @@ def export(folder: Path, name: str, out: Path | None, trust: bool, merge: bool =
     Raises UserError if `out` exists or the checkpoint is missing or damaged.
     """
     require_run(folder, "RUN")
+    import torch  # after the arguments are checked: these take seconds to load
+    from transformers.utils import logging as transformers_logging
+
+    from .models.policy import merged, save_policy
+    from .runs.checkpoint import find_named, read_state
+    from .runs.model_card import model_card
+    from .setup import load_checkpoint_policy
+
+    transformers_logging.disable_progress_bar()
     config, source = load_config(folder / "config.yaml"), find_named(folder, name)
     target = out or folder / f"export-{source.name}"
     if target.exists():
@@ -56,13 +61,12 @@ def run_command(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="repo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), latest or step-000010")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
+    parser.add_argument("run", type=user_path, help="run folder")
+    parser.add_argument("--checkpoint", default="latest", metavar="NAME", help="latest (default), best or step-000010")
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help="new folder; default: RUN/export-<checkpoint>")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into the weights: one whole model")
     options = parser.parse_args(argv)
-    transformers_logging.disable_progress_bar()
     print(f"model: {export(options.run, options.checkpoint, options.out, options.trust_remote_code, options.merge)}")
 
 

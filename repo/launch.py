@@ -1,8 +1,7 @@
-"""Launch a training run from its command line, on every process of torchrun."""
+"""Launch a training run, on every process of torchrun."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from .command import Switches, console_of, read_command
+from .command import Switches, console_of
 from .common.distributed import World, joined
 from .common.malloc import keep_freed_memory
 from .common.openmp import describe_load
 from .config.schema import Config
 from .dry_run import describe_batch, dry_run
 from .evaluation.evaluator import Evaluator
+from .loop import train
 from .models.actor import Actor
 from .models.memory import describe_memory
 from .models.policy import choose_device, vocabulary
@@ -29,19 +29,9 @@ from .scoring.rehearsal import rehearse
 from .session import Session
 from .setup import Parts, load_parts, shards_of
 
-Train = Callable[[Session], None]
 
-
-def launch(argv: list[str], description: str, train: Train) -> None:
-    """Parse a command line, then dry-run, resume or start a run.
-
-    argv: the arguments after the program's name.
-    description: first text of --help.
-    train: the training loop.
-
-    Raises UserError for input that cannot be used.
-    """
-    switches, config = read_command(argv, description)
+def launch(switches: Switches, config: Config) -> None:
+    """Dry-run, resume or start a run. Raises UserError for input that cannot be used."""
     with joined(lambda: choose_device(config.model.device)) as world:
         console = console_of(quiet=not world.first)
         transformers_logging.disable_progress_bar()
@@ -55,10 +45,10 @@ def launch(argv: list[str], description: str, train: Train) -> None:
         if load := describe_load():
             console.print(load, style="yellow", markup=False, highlight=False)
         keep_freed_memory()
-        run_session(switches, config, console, world, train)
+        run_session(switches, config, console, world)
 
 
-def run_session(switches: Switches, config: Config, console: Console, world: World, train: Train) -> None:
+def run_session(switches: Switches, config: Config, console: Console, world: World) -> None:
     """Load everything, print what the run will do and how, and train."""
     path, resumed = choose_folder(switches, config, world)
     config = dated(config, world)

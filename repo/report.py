@@ -7,10 +7,10 @@ python -m repo.report runs/mine --out elsewhere
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from .common.errors import exit_with_sentence
-from .reporting.document import write_report
+from .config.arguments import user_path
+from .config.parse import require_run
 
 
 def run_command(argv: list[str] | None = None) -> None:
@@ -18,9 +18,12 @@ def run_command(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="repo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write to; default: RUN/report")
+    parser.add_argument("run", type=user_path, help="run folder")
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help="folder to write to; default: RUN/report")
     options = parser.parse_args(argv)
+    require_run(options.run, "RUN")
+    from .reporting.document import write_report  # after the arguments are checked: it takes seconds to load
+
     print(f"report: {write_report(options.run, options.out)}")
 
 

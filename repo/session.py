@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
@@ -61,3 +63,17 @@ def finish(session: Session, before: Evaluation | None) -> None:
         print_comparison(console, before, after)
         print_compensation(console, after)
     console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {run.path}", markup=False)
+    console.print(f"next:\n{next_commands(run.path)}", markup=False, highlight=False)
+
+
+def next_commands(run: Path) -> str:
+    """List the commands that read a finished run, one a line with what each does. run: the run folder."""
+    path = shlex.quote(str(run))
+    lines = [
+        (f"python -m repo.report {path}", "figures and samples as one HTML page"),
+        (f"python -m repo.evaluate {path} --checkpoint all", "every checkpoint on the held-out prompts"),
+        (f"python -m repo.compare {path} OTHER_RUN", "two runs prompt by prompt"),
+        (f"python -m repo.export {path}", "a checkpoint as a Hugging Face model"),
+    ]
+    width = max(len(command) for command, _ in lines)
+    return "\n".join(f"  {command.ljust(width)}  {what}" for command, what in lines)

@@ -25,6 +25,7 @@ from .data.token_ids import require_embedded
 from .models.actor import Actor
 from .models.critic import make_critics
 from .models.policy import Policy, choose_device, load_policy, load_reference
+from .rollout.stop_tokens import with_stop_tokens
 from .runs.loggers import check_loggers
 from .runs.state_files import restore_weights
 from .scoring.judge import Judge, load_judge
@@ -118,7 +119,11 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
     else:
         policy = sampler = load_policy(path, device, True, config.model, trust)
     if policy.merged:
-        line = f"model: the adapter {path} is merged into its base {policy.merged}"
+        adapter = f"model: the adapter {path} is merged into its base {policy.merged}"
+        console.print(adapter, markup=False, highlight=False)
+    policy, line = with_stop_tokens(policy, config.rollout.stop_tokens)
+    sampler = dataclasses.replace(sampler, eos_ids=policy.eos_ids) if shards > 1 else policy
+    if line:
         console.print(line, markup=False, highlight=False)
     shape = policy.model.config.get_text_config()
     prompts = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)

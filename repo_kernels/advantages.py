@@ -9,7 +9,7 @@ from .renamed import renamed_arguments
 from .safety import is_safe
 
 
-def group_advantages(values: Tensor, group: Tensor) -> Tensor:
+def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
     """Compute leave-one-out advantages: A_i = u_i - mean of the other u_j of the same prompt.
 
     This is the baseline of RLOO, arXiv 2402.14740.
@@ -17,13 +17,19 @@ def group_advantages(values: Tensor, group: Tensor) -> Tensor:
     Args:
         values: (B,) float, the score u of each response.
         group: (B,) int64, the prompt of each response.
+        counted: (B,) bool; responses where it is false enter no mean and get 0, and so does a response that is the only
+            counted one of its prompt. None: all count, and each prompt needs two.
 
     Returns:
         (B,) in the dtype of `values`.
 
     Raises:
-        ValueError: a group has a single response, which leaves no baseline.
+        ValueError: a group has a single response, which leaves no baseline, and `counted` is None.
     """
+    if counted is not None:
+        index, counts, totals = _group_sums(values, group, counted)
+        others = (totals[index] - values) / (counts[index] - 1).clamp_min(1)
+        return torch.where(counted & (counts[index] > 1), values - others, 0.0)
     index, counts, totals = _group_sums(values, group)
     if bool((counts < 2).any()):
         raise ValueError("group_advantages needs at least 2 responses per prompt; a group has 1")
@@ -31,7 +37,7 @@ def group_advantages(values: Tensor, group: Tensor) -> Tensor:
     return values - others
 
 
-def divide_by_group_std(advantages: Tensor, group: Tensor) -> Tensor:
+def divide_by_group_std(advantages: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
     """Divide advantages by their standard deviation within the group plus 1e-6; return 0 where the deviation is 0.
 
     The deviation divides by the size n of the group, not by n - 1.
@@ -39,23 +45,29 @@ def divide_by_group_std(advantages: Tensor, group: Tensor) -> Tensor:
     Args:
         advantages: (B,) combined advantages.
         group: (B,) int64, the prompt of each response.
+        counted: (B,) bool, the responses that the deviation is over; None: all.
 
     Returns:
         (B,) in the dtype of `advantages`.
     """
-    index, counts, totals = _group_sums(advantages, group)
+    index, counts, totals = _group_sums(advantages, group, counted)
+    counts = counts.clamp_min(1)
     deviation = advantages - (totals / counts)[index]
+    if counted is not None:
+        deviation = torch.where(counted, deviation, 0.0)
     variance = torch.zeros_like(totals).index_add_(0, index, deviation**2) / counts
     std = variance.sqrt()[index]
     return torch.where(std > 0, advantages / (std + 1e-6), torch.zeros_like(advantages))
 
 
-def _group_sums(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,))."""
+def _group_sums(values: Tensor, group: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,)) of counted values."""
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
     zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)
-    return index, zeros.index_add(0, index, torch.ones_like(values)), zeros.index_add(0, index, values)
+    ones = torch.ones_like(values) if counted is None else counted.to(values.dtype)
+    summed = values if counted is None else torch.where(counted, values, 0.0)
+    return index, zeros.index_add(0, index, ones), zeros.index_add(0, index, summed)
 
 
 @renamed_arguments(mode="cost_mode")

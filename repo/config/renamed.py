@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from ..common.errors import UserError
+from .fields import list_names
+from .yaml_file import read_yaml
 
 RENAMED = {
     "algorithm.mode": "algorithm.cost_mode",
@@ -55,9 +57,9 @@ def _renamed(argv: Iterator[str], warn: Callable[[str], None]) -> Iterator[str]:
 
 
 def _rename_file(path: str, warn: Callable[[str], None]) -> str:
-    """Return the path, or the file's YAML text with present names if the file uses old ones."""
+    """Return the path, or rewritten YAML text if the file uses old names or gives a list field a single value."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(Path(path).expanduser())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return path  # the parser reports what is wrong with it
     old = [name for name in RENAMED if _has(content, name)]
@@ -68,7 +70,19 @@ def _rename_file(path: str, warn: Callable[[str], None]) -> str:
             raise UserError(f"{path} gives both {name} and {RENAMED[name]}, its new name; leave {name} out")
         content[group][field_now] = content[group].pop(field)
         warn(f"{path}: {name} is now {RENAMED[name]}; the next release removes the old name")
-    return yaml.safe_dump(content, sort_keys=False) if old else path
+    listed = wrap_scalars(content)
+    return yaml.safe_dump(content, sort_keys=False) if old or listed else path
+
+
+def wrap_scalars(content: Any) -> bool:
+    """Put each single value of a list field into a list, in place. content: parsed YAML. Returns whether it did."""
+    changed = False
+    for name in list_names():
+        group, _, field = name.rpartition(".")
+        fields = content.get(group) if group and isinstance(content, dict) else content
+        if isinstance(fields, dict) and isinstance(fields.get(field), (str, int)):
+            fields[field], changed = [fields[field]], True
+    return changed
 
 
 def _has(content: Any, name: str) -> bool:

@@ -5,14 +5,10 @@ python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from datetime import date
-from math import isfinite
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from ..common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,15 @@ class RolloutConfig:
     algorithm.advantages is gae."""
     max_response_tokens: PositiveInt = 40
     """Limit of a response's length in tokens, its end-of-sequence token included."""
+    stop_tokens: list[int | str] = field(default_factory=list)
+    """Tokens that end a response besides the model's end-of-sequence tokens: ids, or texts of one token each. The
+    token that the chat template puts after an answer is added by itself."""
+    truncated: Literal["keep", "mask", "penalise"] = "keep"
+    """What becomes of responses that reach max_response_tokens without a stop token. keep: they are like others. mask:
+    their tokens are left out of the losses, their scores out of the baselines. penalise: subtract truncation_penalty
+    from their reward."""
+    truncation_penalty: NonNegativeFloat = 1.0
+    """Amount, in units of the reward, that truncated: penalise subtracts."""
     temperature: PositiveFloat = 1.0
     """Divide the logits by this when sampling, and in the loss."""
     top_p: ClosedUnitInterval = 1.0
@@ -231,10 +236,10 @@ class OptimizerConfig:
 class EvaluationConfig:
     """The evaluation on held-out prompts, before and after training."""
 
-    prompts: NonNegativeInt = 200
+    prompts: NonNegativeInt = 100
     """Largest number of held-out prompts to use. 0: no evaluation."""
-    samples_per_prompt: PositiveInt = 1
-    """Number of responses to each held-out prompt."""
+    samples_per_prompt: PositiveInt = 4
+    """Number of responses to each held-out prompt. 1: no statement on prompts that are mostly unsafe."""
     judge: str = "embedded"
     """Judge of safety that training never uses: "embedded", "none", or one scorer given like scoring.cost, which calls
     a response safe iff its score is <= 0."""
@@ -273,73 +278,3 @@ class Config:
     ptx: PtxConfig = field(default_factory=PtxConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-def field_names(kind: type = Config, prefix: str = "") -> list[str]:
-    """List the dotted names of all fields of a configuration class, those of its groups included.
-
-    kind: the dataclass. prefix: put before each name.
-    """
-    names = []
-    for f in fields(kind):
-        if isinstance(f.default_factory, type) and is_dataclass(f.default_factory):
-            names += field_names(f.default_factory, f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
-    return names
-
-
-def _require(ok: bool, name: str, value: object, takes: str) -> None:
-    """Raise UserError, "name must be takes; got value", unless `ok`."""
-    if not ok:
-        raise UserError(f"{name} must be {takes}; got {value!r}")
-
-
-def _is_day(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
-def check(config: Config) -> Config:
-    """Return the config, or raise UserError if some of its fields do not go together.
-
-    Types, and the ranges of single fields, are checked by the parser where the annotation states them.
-    """
-    r, a, p, o = config.rollout, config.algorithm, config.penalty, config.optimizer
-    group, lagrangian = a.advantages == "group", a.method == "ppo_lagrangian"
-    why = ">= 2, since the baseline of a response is the mean of the others of its prompt"
-    _require(r.samples_per_prompt >= 2 or not group, "rollout.samples_per_prompt", r.samples_per_prompt, why)
-    _require(r.top_p > 0, "rollout.top_p", r.top_p, "> 0")
-    _require(group or not a.scale_by_std, "algorithm.scale_by_std", True, "false with advantages gae")
-    in_cost = a.kl_placement == "reward-and-cost"
-    _require(
-        a.method != "ppo" or not in_cost, "algorithm.kl_placement", a.kl_placement, "loss or reward with method ppo"
-    )
-    for name, value in vars(a).items():
-        _require(not isinstance(value, float) or isfinite(value), f"algorithm.{name}", value, "finite")
-    _require(a.kl_target is None or a.kl_target > 0, "algorithm.kl_target", a.kl_target, "> 0 or null")
-    _require(a.dual_clip is None or a.dual_clip > 1, "algorithm.dual_clip", a.dual_clip, "> 1 or null")
-    _require(a.kl_target is None or a.beta > 0, "algorithm.beta", a.beta, "> 0 with algorithm.kl_target")
-    weighted = a.kl_importance_weighted
-    _require(
-        weighted or a.kl_estimator != "k1", "algorithm.kl_importance_weighted", weighted, "true with kl_estimator k1"
-    )
-    _require(p.initial > 0 or not lagrangian, "penalty.initial", p.initial, "> 0 with method ppo_lagrangian")
-    bounded = a.method in ("repo", "ppo_lagrangian")
-    _require(not bounded or p.max >= p.initial, "penalty.max", p.max, f">= penalty.initial = {p.initial}")
-    _require(all(b < 1 for b in o.betas), "optimizer.betas", list(o.betas), "two numbers in [0, 1)")
-    sharded = config.model.shard != 1
-    _require(not (sharded and config.model.lora_rank), "model.shard", config.model.shard, "1 with model.lora_rank")
-    _require(
-        not (sharded and o.state_dtype == "8bit"),
-        "model.shard",
-        config.model.shard,
-        "1 with optimizer.state_dtype 8bit",
-    )
-    d = config.data
-    _require(d.date is None or _is_day(d.date), "data.date", d.date, "a day as YYYY-MM-DD, or null")
-    batch = r.prompts_per_step * r.samples_per_prompt
-    _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
-    return config

@@ -22,6 +22,7 @@ from ..runs.folder import Run, versions
 from ..runs.json_lines import finite
 from ..scoring.judge import Judge
 from ..scoring.scorers import Scorers
+from .kinds import measured_by_kind
 from .reward_hacking import is_refusal, repetition
 from .statistics import RENAMED, Evaluation
 
@@ -75,6 +76,7 @@ class Evaluator:
         columns: dict[str, list[Any]] = {
             "tokens": rollout.sequences.response_lengths.tolist(),
             "surprise": (-rollout.logps.double().sum(1)).tolist(),
+            "truncated": rollout.truncated.tolist(),
         }
         if self.reference is not None:
             layers, budget = self.scorers.layers_of(self.reference.lm.model), config.optimizer.micro_batch_tokens
@@ -111,7 +113,7 @@ class Evaluator:
             return None
         known, ids = run.read_evaluation(name), [p.id for p in self.prompts]
         if isinstance(known, dict):
-            known = {RENAMED.get(key, key): value for key, value in known.items()}
+            known = {"stop_tokens": []} | {RENAMED.get(key, key): value for key, value in known.items()}
             same = all(known.get(key) == value for key, value in settings_of(self.config).items())
             every = self.config.evaluation.samples_per_prompt
             if same and [r["id"] for r in known["responses"]][::every] == ids:
@@ -128,6 +130,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "max_response_tokens": config.rollout.max_response_tokens,
         "temperature": config.rollout.temperature,
+        "stop_tokens": config.rollout.stop_tokens,
         "top_p": config.rollout.top_p,
         "reward_scorer": config.scoring.reward,
         "cost_scorer": config.scoring.cost,
@@ -142,4 +145,5 @@ def content_of(config: Config, evaluation: Evaluation, **about: Any) -> dict[str
     about: further keys, such as the policy's name.
     """
     settings = {**settings_of(config), "data": config.data.eval, "versions": versions()}
-    return {**about, **settings, **finite({"summary": evaluation.summary(), "responses": evaluation.records})}
+    summary = evaluation.summary() | {"kinds": measured_by_kind(evaluation)}
+    return {**about, **settings, **finite({"summary": summary, "responses": evaluation.records})}

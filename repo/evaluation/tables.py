@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..scoring.safety import TITLES, compensation_sentence
+from .kinds import SHOWN, changes_by_kind, measured_by_kind
 from .statistics import QUANTITIES, Evaluation, measured, paired
 
 IN_CATEGORIES = ("reward", "safe_rate", "judge_safe_rate", "rectified_cost", "refusal_rate", "response_tokens")
@@ -47,6 +48,10 @@ def print_summary(console: Console, title: str, summary: Mapping[str, Any]) -> N
     table.add_column("", justify="right", no_wrap=True)
     for key, value in summary["overall"].items():
         table.add_row(TITLES[key].name, show(value, TITLES[key].form))
+    for kind, values in summary.get("kinds", {}).items():
+        table.add_section()
+        for key in (key for key in SHOWN if key in values):
+            table.add_row(kind_title(key, kind, values["prompts"]), show(values[key], TITLES[key].form))
     console.print(table)
     if len(summary["categories"]) > 1:
         console.print(_categories(summary))
@@ -63,18 +68,37 @@ def _categories(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def kind_title(key: str, kind: str, prompts: int) -> str:
+    """Name a quantity of one kind of prompts, e.g. "safe rate (training cost), 55 harmful prompts"."""
+    return f"{TITLES[key].name}, {prompts} {kind} prompts"
+
+
 def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
-    """List (name, before, after, paired change) of every quantity as text."""
+    """List (name, before, after, paired change) of every quantity as text, then of some for each kind of prompts."""
     values, others, changes = measured(before.columns), measured(after.columns), paired(before, after)
-    return [
+    rows = [
         (t.name, show(values[key], t.form), show(others[key], t.form), show_change(changes[key], t.form))
         for key, t in TITLES.items()
         if key in changes
     ]
+    return rows + kind_rows(before, after)
+
+
+def kind_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
+    """List (name, before, after, paired change) of some quantities for harmful and for benign prompts as text."""
+    ours, theirs, rows = measured_by_kind(before), measured_by_kind(after), []
+    for kind, changes in changes_by_kind(before, after).items():
+        for key in (key for key in SHOWN if key in changes):
+            form, (a, b) = TITLES[key].form, (ours[kind], theirs[kind])
+            name = kind_title(key, kind, b["prompts"])
+            rows.append((name, show(a[key], form), show(b[key], form), show_change(changes[key], form)))
+    return rows
 
 
 def print_compensation(console: Console, evaluation: Evaluation) -> None:
     """Print a warning if the mean cost meets the constraint although prompts are unsafe."""
+    if evaluation.samples == 1:  # a prompt's single response does not say what it mostly gets
+        return
     mean, unsafe = (QUANTITIES[key](evaluation.columns) for key in ("cost", "prompts_mostly_unsafe"))
     sentence = compensation_sentence(float(mean), evaluation.limit, float(unsafe))
     if sentence:

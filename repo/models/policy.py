@@ -17,6 +17,7 @@ from repo_kernels.layers.fused_layers import fused_layers
 from repo_kernels.layers.onednn_linear import onednn_linears
 
 from ..common.errors import UserError, first_line
+from ..common.hub import require_model
 from ..config.schema import ModelConfig
 from ..data.token_ids import padding_id
 from .adapters import add_lora, base_of, has_adapters, load_merged, merge_adapters
@@ -131,6 +132,7 @@ def load_policy(
     config = config or ModelConfig()
     dtype, lora = getattr(torch, config.dtype), trainable and config.lora_rank > 0
     full = trainable and not lora
+    require_model(path, "model.path")
     model, tokenizer, merged = _load(path, device, torch.float32 if full else dtype, trust)
     if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
         raise UserError(f"model.path: weight {bad} of {path!r} is not finite")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..common.errors import UserError, require_package
 from ..common.files import write_bytes
 from ..evaluation.reward_hacking import CHECKS, FEWEST, alerts
+from ..runs.obstacles import obstacles
 from ..scoring.safety import is_safe
 from . import page
 from .headline import Comparison, compare, compensation, quantity_rows, tiles, verdict
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="repo.report">'
 LEDGER_ROWS, EXAMPLES = 200, 6
 SECTIONS = {
+    "Held-out prompts": ("held_out",),
     "Reward and cost": ("reward", "cost"),
     "Cost distribution": ("distribution", "cumulative"),
     "Safety over steps": ("safe_rate", "compensation"),
@@ -147,6 +149,8 @@ def _evaluation(history: History, comparison: Comparison | None) -> str:
 
 
 def _alerts(history: History) -> str:
+    blocked = obstacles(history.config, history.metrics, history.samples)
+    learning = f"<h3>Learning</h3>{page.bullets(s[0].upper() + s[1:] for s in blocked.values())}" if blocked else ""
     compared = []
     if history.paired:
         before, after = history.responses("before"), history.responses("after")
@@ -165,7 +169,7 @@ def _alerts(history: History) -> str:
     checks = page.bullets(f"{check}." for check in CHECKS)
     lead = "Signs that scores rise by length, repetition, refusals or a template. Finding none is no proof of quality."
     return (
-        f'<p class="lead">{lead}</p>{"".join(shown) or "<p>There are no responses to check.</p>"}'
+        f'{learning}<p class="lead">{lead}</p>{"".join(shown) or "<p>There are no responses to check.</p>"}'
         f'<details class="quiet"><summary>What is checked</summary>{checks}</details>'
     )
 

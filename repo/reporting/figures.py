@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..scoring.safety import is_safe
+from .held_out import held_out
 from .run_history import History, column
 from .style import (
     BAD,
@@ -55,6 +56,7 @@ class Drawn:
 def draw_all(history: History) -> Iterator[Drawn]:
     """Draw every figure for which the run has numbers."""
     draws: Sequence[Callable[[History], tuple[Figure, str, str] | None]] = (
+        _held_out,
         _reward,
         _cost,
         _distribution,
@@ -76,6 +78,10 @@ def draw_all(history: History) -> Iterator[Drawn]:
                 figure.set_layout_engine("none")  # keep this layout for both the PNG and the SVG
                 name = draw.__name__[1:]
                 yield Drawn(name, title, caption, svg(figure, name, title), png(figure))
+
+
+def _held_out(history: History) -> tuple[Figure, str, str] | None:
+    return held_out(history)
 
 
 def _reward(history: History) -> tuple[Figure, str, str]:
@@ -101,7 +107,7 @@ def _safe_rate(history: History) -> tuple[Figure, str, str]:
     figure, axes = panel()
     _over_steps(axes, history, "safe_rate", GOOD, "responses with C ≤ d", scale=100)
     _over_steps(axes, history, "prompts_mostly_unsafe", BAD, "prompts mostly unsafe", "--", points=False, scale=100)
-    axes.set_ylim(-3, 103)
+    axes.set_ylim(0, 102)
     axes.set_ylabel("%")
     legend(axes)
     return figure, "Safe rate", f"Training batches: {_drawing(history)} Mostly unsafe: more than half of the responses."
@@ -125,11 +131,15 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
     panels = figure.subplots(3 if known else 2, 1, sharex=True)
     panels[0].plot(*thinned(history.steps, history.series("lam")), color=NOW)
     panels[0].set_title("λ used in the step")
+    algorithm, cap = history.config["algorithm"], history.config.get("penalty", {}).get("max")
+    if cap is not None and algorithm["method"] in ("repo", "ppo_lagrangian") and np.isfinite(cap):
+        panels[0].axhline(cap, color=INK, lw=1, ls=":")
+        panels[0].set_title(f"λ used in the step (dotted: its cap {cap:g})")
     panels[0].set_ylim(bottom=0)
     _over_steps(panels[1], history, "safe_rate", BAD, "", scale=-100, offset=100)
     responses = "rectified" if history.config["algorithm"]["method"] == "repo" else "unsafe"
     panels[1].set_title(f"{responses} responses, C > d (%)")
-    panels[1].set_ylim(-3, 103)
+    panels[1].set_ylim(0, 102)
     caption = f"λ moves once per batch. Training batches: {_drawing(history)}"
     if known:
         log_axis(panels[2])
@@ -261,7 +271,14 @@ def _small(history: History, panels: Sequence[tuple[str, str, float]], title: st
     figure = Figure(figsize=(WIDTH, 1.6 * rows + 0.4))
     grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
     for axes, (key, name, scale) in zip(grid.flat, known, strict=False):
-        trend(axes, history.steps, scale * _metric(history, key), NOW, "")
+        values = scale * _metric(history, key)
+        trend(axes, history.steps, values, NOW, "")
+        cap = _cap(history, key)
+        if cap is not None:
+            axes.axhline(cap, color=INK, lw=1, ls=":")
+            name = f"{name} (of {cap:g})"
+        if np.nanmin(values) >= 0:
+            axes.set_ylim(0, 1.05 * max(np.nanmax(values), cap or 0) or 1.0)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=9)
     for axes in grid.flat[len(known) :]:
@@ -269,6 +286,13 @@ def _small(history: History, panels: Sequence[tuple[str, str, float]], title: st
     for axes in grid[-1]:
         step_axis(axes, 4)
     return figure, title, f"Training batches: {_drawing(history)}"
+
+
+def _cap(history: History, key: str) -> float | None:
+    """Return the limit that the configuration sets to a metric, None if it sets none."""
+    rollout = history.config.get("rollout", {})
+    # "max_new_tokens" is the name that version 0.1 wrote
+    return rollout.get("max_response_tokens", rollout.get("max_new_tokens")) if key == "length" else None
 
 
 def _metric(history: History, key: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..evaluation.statistics import paired
-from ..evaluation.tables import show, show_change
+from ..evaluation.tables import kind_rows, show, show_change
 from ..scoring.safety import TITLES, Compensation, describe_compensation
 from .run_history import History, Record
 
@@ -47,7 +47,7 @@ def compare(history: History) -> Comparison | None:
         (name, *cells, show_change(changes[key], TITLES[key].form) if key in changes else "–")
         for key, name, cells in quantity_rows((before.overall, after.overall))
     ]
-    return Comparison(rows, changes)
+    return Comparison([*rows, *kind_rows(before.evaluation, after.evaluation)], changes)
 
 
 def quantity_rows(

@@ -59,11 +59,16 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Build a table of texts, in which intervals in brackets are less prominent. rows: (name, cell, ...)."""
     head = "".join(f'<th scope="col">{escaped(c)}</th>' for c in columns)
+    names = [escaped(column) for column in columns[1:]]
     lines = (
-        f'<tr><th scope="row">{escaped(name)}</th>{"".join(f"<td>{_interval(cell)}</td>" for cell in cells)}</tr>'
+        f'<tr><th scope="row">{escaped(name)}</th>'
+        + "".join(f'<td data-name="{n}">{_interval(cell)}</td>' for n, cell in zip(names, cells, strict=True))
+        + "</tr>"
         for name, *cells in rows
     )
-    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>", "Comparison")
+    return _scroll(
+        f'<table class="stacked"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>', "Comparison"
+    )
 
 
 def _interval(cell: str) -> str:
@@ -99,20 +104,27 @@ LEDGER_COLUMNS = (
 )
 
 
+REPEATED = {"visits", "cost history", "first cost", "flips"}
+"""Columns that say nothing where each prompt was visited once."""
+
+
 def ledger_table(entries: Sequence[Entry], limit: float) -> str:
     """Build a filter and a sortable table with a row for each prompt.
 
     entries: sorted by hardness, the last column. limit: the cost limit d.
     """
     heads = []
+    once = all(len(e.visits) == 1 for e in entries)
     for name, kind in LEDGER_COLUMNS:
+        if once and name in REPEATED:
+            continue
         order = ' aria-sort="descending"' if name == LEDGER_COLUMNS[-1][0] else ""
         title = f'<button type="button">{name}</button>' if kind else f"<span>{name}</span>"
         heads.append(f'<th scope="col" data-kind="{kind}"{order}>{title}</th>')
     costs = [v.cost for e in entries for v in e.visits]
     low, high = np.percentile(costs, SPARK_RANGE)
     low, high = min(float(low), limit), max(float(high), limit)
-    rows = "".join(_ledger_row(e, limit, low, high) for e in entries)
+    rows = "".join(_ledger_row(e, limit, low, high, once) for e in entries)
     search = (
         f'<label>Filter by prompt, category or id<input type="search" id="filter"></label>'
         f'<p id="count" role="status">{len(entries)} of {len(entries)} shown</p>'
@@ -121,11 +133,12 @@ def ledger_table(entries: Sequence[Entry], limit: float) -> str:
     return search + _scroll(content, "Ledger of prompts", "scroll tall")
 
 
-def _ledger_row(entry: Entry, limit: float, low: float, high: float) -> str:
+def _ledger_row(entry: Entry, limit: float, low: float, high: float, once: bool) -> str:
+    """Build the row of a prompt. once: leave out what compares visits."""
     first, last = entry.visits[0], entry.visits[-1]
     text = escaped(entry.prompt, PROMPT_LENGTH)
     small = " · ".join(escaped(x, 80) for x in (entry.category, entry.id) if x)
-    cells = (
+    cells: tuple[tuple[float | str, str], ...] = (
         (len(entry.visits), str(len(entry.visits))),
         ("", spark([v.cost for v in entry.visits], limit, low, high, last.unsafe)),
         (first.cost, _cost(first.cost, limit)),
@@ -134,7 +147,9 @@ def _ledger_row(entry: Entry, limit: float, low: float, high: float) -> str:
         (entry.unsafe_share, f"{entry.unsafe_share:.0%}"),
         (entry.hardness, number(entry.hardness, "{:.3f}")),
     )
-    rest = "".join(f'<td data-value="{_sortable(value)}">{shown}</td>' for value, shown in cells)
+    named = zip(LEDGER_COLUMNS[1:], cells, strict=True)
+    kept = (cell for (name, _), cell in named if not (once and name in REPEATED))
+    rest = "".join(f'<td data-value="{_sortable(value)}">{shown}</td>' for value, shown in kept)
     value = escaped(entry.prompt.lower()[:40])
     return f'<tr><td data-value="{value}"><span dir="auto">{text}</span><small>{small}</small></td>{rest}</tr>'
 

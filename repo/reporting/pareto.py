@@ -49,7 +49,11 @@ def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
                 x[-1], y[-1], up, across, fmt=marker, color=colour, ms=7, elinewidth=1, capsize=3, label=_short(name)
             )
         best = [points[i] for i in frontier(points)]
-        axes.step(*zip(*best, strict=True), where="pre", color=MUTED, lw=1, ls=":", label="frontier", zorder=0)
+        left, bottom = axes.get_xlim()[0], axes.get_ylim()[0]  # the frontier of a single point is a corner
+        best = [(left, best[0][1]), *best, (best[-1][0], bottom)]
+        axes.set_xlim(left=left)
+        axes.set_ylim(bottom=bottom)
+        axes.step(*zip(*best, strict=True), where="pre", color=INK, lw=1.3, ls="--", label="frontier", zorder=1.5)
         axes.set_xlabel("safe rate (training cost)")
         axes.set_ylabel("reward")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

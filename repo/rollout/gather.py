@@ -38,6 +38,7 @@ def merge(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
         [response for r in rollouts for _, response in r.sequences.token_lists()],
         tuple(text for r in rollouts for text in r.texts),
         concatenate([r.logps for r in rollouts]),
+        torch.cat([r.truncated for r in rollouts]),
         pad_id,
     )
 

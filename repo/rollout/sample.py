@@ -31,7 +31,8 @@ class Rollout:
 
     prompts: the prompt of each response. group: (B,) int64, the number of its prompt in the batch. sequences: their
     token ids. texts: decoded responses, without special tokens. logps: (B, R) fp32 log-probabilities in nats of the
-    sampled tokens in the distribution that they were drawn from, 0 after each response.
+    sampled tokens in the distribution that they were drawn from, 0 after each response. truncated: (B,) bool, true for
+    responses that ended at the limit of tokens without a stop token.
     """
 
     prompts: tuple[Prompt, ...]
@@ -39,6 +40,7 @@ class Rollout:
     sequences: Sequences
     texts: tuple[str, ...]
     logps: Tensor
+    truncated: Tensor
 
     @property
     def tokens(self) -> int:
@@ -162,7 +164,8 @@ def sample(
     repeated = tuple(p for p in prompts for _ in range(samples))
     group = torch.arange(len(prompts)).repeat_interleave(samples)
     texts = tuple(policy.tokenizer.batch_decode(responses, skip_special_tokens=True))
-    return make_rollout(repeated, group, responses, texts, logps, policy.pad_id)
+    truncated = torch.tensor([not tokens or tokens[-1] not in policy.eos_ids for tokens in responses])
+    return make_rollout(repeated, group, responses, texts, logps, truncated, policy.pad_id)
 
 
 def make_rollout(
@@ -171,13 +174,15 @@ def make_rollout(
     responses: Sequence[Sequence[int]],
     texts: tuple[str, ...],
     logps: Tensor,
+    truncated: Tensor,
     pad_id: int,
 ) -> Rollout:
     """Make a Rollout of B responses.
 
     prompts, texts: one per response. group: (B,) int64. responses: token lists. logps: (B, limit), of which values
-    after the end of a response are ignored. pad_id: fills the padding.
+    after the end of a response are ignored. truncated: (B,) bool. pad_id: fills the padding.
     """
     sequences = make_sequences([p.token_ids for p in prompts], responses, pad_id, group)
     mask = sequences.response_mask
-    return Rollout(prompts, group, sequences, texts, torch.where(mask, logps[:, : mask.shape[1]], 0.0))
+    logps = torch.where(mask, logps[:, : mask.shape[1]], 0.0)
+    return Rollout(prompts, group, sequences, texts, logps, truncated)

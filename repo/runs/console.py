@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..config.schema import Config
-from .panel import SafetyPanel
+from .obstacles import obstacles
+from .panel import WINDOW, SafetyPanel
 
 COLUMNS = {
     "step": ("step", "{:>4d}"),
@@ -34,7 +37,8 @@ class ConsoleTable:
         self.console, self.lines = console, 0
 
     def row(self, record: Mapping[str, Any], suffix: str = "") -> None:
-        """Print the line of a step. record: its metrics. suffix: text at the end of the line."""
+        """Print the line of a step, counted from 1. record: its metrics. suffix: text at the end of the line."""
+        record = {**record, "step": record["step"] + 1}
         cells = {title: form.format(record[key]) for key, (title, form) in COLUMNS.items()}
         if self.lines % 20 == 0:
             titles = (title.rjust(len(cell)) for title, cell in cells.items())
@@ -98,6 +102,8 @@ class Display:
         self.console, self.config, self.first = console, config, first
         self.table, self.panel = ConsoleTable(console), SafetyPanel(console, config.algorithm.cost_limit)
         self.bar, self.started, self.warned = progress_bar(console, self.panel), time.perf_counter(), False
+        self.settings, self.told = asdict(config), set[str]()
+        self.recent: deque[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] = deque(maxlen=WINDOW)
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -110,7 +116,7 @@ class Display:
             self.console.print(self.panel)
 
     def step(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], warning: str | None) -> None:
-        """Show the metrics of a step, some of its samples every sample_every steps, and the run's first warning.
+        """Show the metrics of a step, some of its samples every sample_every steps, and each warning once.
 
         record, samples: the step's lines of metrics.jsonl and samples.jsonl. warning: a sentence, or None.
         """
@@ -121,6 +127,16 @@ class Display:
         if warning and not self.warned:
             self.console.print(warning, style="yellow", markup=False, highlight=False)
             self.warned = True
+        self._obstacles(record, samples)
         if self.config.sample_every and done % self.config.sample_every == 0:
             show_samples(self.console, samples[:: self.config.rollout.samples_per_prompt][:2])
         self.bar.advance(self.task)
+
+    def _obstacles(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Print each obstacle to learning, in the last WINDOW steps, when it is first found."""
+        self.recent.append((record, samples))
+        records = [r for r, _ in self.recent]
+        found = obstacles(self.settings, records, [s for _, part in self.recent for s in part])
+        for kind in found.keys() - self.told:
+            self.console.print(f"note: {found[kind]}", style="yellow", markup=False, highlight=False)
+        self.told |= found.keys()

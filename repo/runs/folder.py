@@ -198,12 +198,6 @@ def create(config: Config, folder: Path, inputs: dict[str, str], world: World = 
         raise
 
 
-def require_run(folder: Path, given_as: str) -> None:
-    """Raise UserError unless the folder is a run folder. given_as: the argument that names it."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{given_as}: {folder} is not a run folder (it has no config.yaml)")
-
-
 def read_json(path: Path) -> Any:
     """Read a JSON file; return None if it is missing or damaged."""
     try:

@@ -58,6 +58,7 @@ def step_record(
         "skipped": result.skipped,
         "response_tokens": rollout.tokens,
         "length": rollout.tokens / len(rollout.texts),
+        "truncated": rollout.truncated.double().mean().item(),
         "tokens_per_second": rollout.tokens / seconds["rollout"],
         "update_tokens_per_second": int((rollout.sequences.attention_mask).sum()) / seconds["update"],
         **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -95,7 +96,7 @@ def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Adva
     mean = advantages.combined
     if mean.ndim == 2:
         mean = mean.sum(1) / rollout.sequences.response_lengths.clamp_min(1)
-    columns = scores.rewards, scores.costs, is_safe(scores.costs, limit), mean
+    columns = scores.rewards, scores.costs, is_safe(scores.costs, limit), mean, rollout.truncated
     rows = zip(rollout.prompts, rollout.texts, *(c.tolist() for c in columns), strict=True)
     return [
         {
@@ -108,8 +109,9 @@ def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Adva
             "cost": cost,
             "safe": safe,
             "advantage": advantage,
+            "truncated": truncated,
         }
-        for prompt, text, reward, cost, safe, advantage in rows
+        for prompt, text, reward, cost, safe, advantage, truncated in rows
     ]
 
 

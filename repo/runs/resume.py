@@ -12,8 +12,9 @@ from typing import Any
 from ..common.distributed import ALONE, World
 from ..common.errors import UserError
 from ..common.files import write_text
+from ..config.fields import field_names
 from ..config.parse import load_config, to_yaml
-from ..config.schema import Config, field_names
+from ..config.schema import Config
 from . import checkpoint as checkpoints
 from .checkpoint import State
 from .fingerprints import FILE as INPUTS

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..common.errors import UserError, first_line
+from ..common.hub import require_model
 from ..data.chat_format import ChatFormat
 from ..data.prompts import Prompt
 from ..data.token_ids import embedding_rows, plain_ids, require_embedded
@@ -276,14 +277,11 @@ def load_model(name: str, signal: str, device: str, trust: bool = False, date: s
     """
     path = name.partition("#")[0]
     path = base_of(path, f"{field_of(signal)} {name!r}") or path
+    takes = "must be 'embedded', a model (folder or hub name) or 'module:function'"
+    require_model(path, f"{field_of(signal)} {takes}; got {name!r}")
     try:
         architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust).architectures or ()
     except Exception as error:
-        if Path(path).is_dir():
-            raise UserError(f"{field_of(signal)}: cannot load {path!r} as a model: {first_line(error)}") from error
-        raise UserError(
-            f"{field_of(signal)} must be 'embedded', a model (folder or hub name) or 'module:function'; got {name!r}, "
-            f"which is not a folder and cannot be loaded by name: {first_line(error)}"
-        ) from error
+        raise UserError(f"{field_of(signal)}: cannot load {path!r} as a model: {first_line(error)}") from error
     is_score_model = any(kind.endswith("ForScore") for kind in architectures)
     return (ScoreModelScorer if is_score_model else ClassifierScorer)(name, signal, device, trust, date)

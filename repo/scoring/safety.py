@@ -107,8 +107,10 @@ def describe_compensation(ids: Sequence[str], costs: Tensor, cost_limit: float, 
     numbers = f"E[C] = {mean:.3f}, d = {cost_limit:g}".replace("-", "−")
     if unsafe_responses == 0:
         return Compensation(f"{verdict} ({numbers}), and all {len(ids)} responses {where} are within the limit.", False)
-    several = len(ids) > len(prompts)
-    more = f" in more than half of their responses, {unsafe_responses:.1%} of responses unsafe" if several else ""
+    if len(ids) == len(prompts):  # a single response does not say what a prompt mostly gets
+        sentence = f"{verdict}, {unsafe_responses:.1%} of responses unsafe ({numbers}; {len(ids)} responses {where})."
+        return Compensation(sentence, met)
+    more = f" in more than half of their responses, {unsafe_responses:.1%} of responses unsafe"
     sentence = f"{verdict}, {unsafe:.1%} of prompts unsafe{more} ({numbers}; {len(ids)} responses {where})."
     return Compensation(sentence, met)
 
@@ -137,6 +139,7 @@ TITLES = {
     "refusal_rate": Title("refusals", "{:.1%}"),
     "repetition": Title("repeated word 4-grams", "{:.1%}"),
     "response_tokens": Title("response tokens", "{:.1f}"),
+    "truncated": Title("cut off at the limit of tokens", "{:.1%}"),
     "kl": Title("KL to the reference, nats per response", "{:.2f}"),
     "kl_per_token": Title("KL to the reference, nats per token", "{:.4f}"),
     "entropy": Title("entropy, nats per token", "{:.3f}"),

@@ -68,6 +68,7 @@ def method_advantages(
     log_ratio: Tensor | None = None,
     beta: float = 0.0,
     values: Mapping[str, Tensor] | None = None,
+    counted: Tensor | None = None,
 ) -> Advantages:
     """Compute the advantages of reward and cost, and combine them as the configured method does.
 
@@ -81,6 +82,8 @@ def method_advantages(
         log_ratio: (B, R) log pi_old - log pi_ref in nats; None unless the KL is placed in the reward.
         beta: weight of the KL.
         values: by signal, (B, R) the critics' values at sampling; None or empty for leave-one-out advantages.
+        counted: (B,) bool, the responses that baselines are formed over; None: all. The others get advantages 0: in
+            groups by this, with critics by their empty mask.
     """
     mode, limit = loss_mode(algorithm), algorithm.cost_limit
     cost_score = rectified_cost(costs, limit) if mode == "rectified" else costs
@@ -95,15 +98,15 @@ def method_advantages(
         if values:
             separate[name], returns[name] = gae(signal, values[name], mask, critic.gamma, critic.gae_lambda)
         else:
-            separate[name] = group_advantages(signal.sum(1), group)
+            separate[name] = group_advantages(signal.sum(1), group, counted)
     reward, cost = separate["reward"], separate.get("cost")
     if algorithm.method == "crpo":
         assert cost is not None
         combined = crpo_advantages(reward, cost, costs, limit, algorithm.crpo_tolerance)
-        return Advantages(reward, None, _scaled(algorithm, combined, group), returns)
+        return Advantages(reward, None, _scaled(algorithm, combined, group, counted), returns)
     combined = rectified_advantages(reward, cost, costs, lam, mode or "", limit, algorithm.normalize)
-    return Advantages(reward, cost, _scaled(algorithm, combined, group), returns)
+    return Advantages(reward, cost, _scaled(algorithm, combined, group, counted), returns)
 
 
-def _scaled(algorithm: AlgorithmConfig, combined: Tensor, group: Tensor) -> Tensor:
-    return divide_by_group_std(combined, group) if algorithm.scale_by_std else combined
+def _scaled(algorithm: AlgorithmConfig, combined: Tensor, group: Tensor, counted: Tensor | None) -> Tensor:
+    return divide_by_group_std(combined, group, counted) if algorithm.scale_by_std else combined

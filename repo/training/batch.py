@@ -49,6 +49,7 @@ def make_batch(
 ) -> Batch:
     """Compute the advantages of B scored responses and collect what the losses read.
 
+    sequences, scores: as training.truncation.for_training returns them.
     ref_logps: (B, R) the reference's log-probabilities in nats.
     lam, beta: weights of the cost and of the KL.
     predictions: log-probabilities of the sampling policy and values of its critics.
@@ -66,5 +67,6 @@ def make_batch(
         log_ratio,
         beta,
         predictions.values,
+        sequences.response_lengths > 0 if config.rollout.truncated == "mask" else None,
     )
     return Batch(sequences, advantages, scores.costs, ref_logps, lam, beta, old, predictions.values)

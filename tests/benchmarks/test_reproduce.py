@@ -9,7 +9,7 @@ import pytest
 from benchmarks.reproduce import language
 from benchmarks.reproduce.language import METHODS, Seeds, call, main, of_seeds
 from repo.common.errors import UserError
-from repo.config.schema import field_names
+from repo.config.fields import field_names
 from tests.commands.test_compare import evaluation_of
 
 

@@ -29,9 +29,12 @@ def test_the_last_checkpoint_is_the_final_model(finished, tmp_path, capsys):
     assert "4 steps" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_the_best_is_the_default_and_can_be_loaded(finished):
+def test_the_newest_is_the_default_and_the_best_can_be_loaded(finished):
     best = (finished / "checkpoints" / "best").read_text()
     run_command([str(finished)])
+    assert (finished / f"export-{(finished / 'checkpoints' / 'latest').read_text()}").is_dir()
+    if best != (finished / "checkpoints" / "latest").read_text():
+        run_command([str(finished), "--checkpoint=best"])
     folder = finished / f"export-{best}"
     AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -125,4 +125,4 @@ def test_the_command_prints_one_line_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "repo.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"error: {tmp_path} is not a run folder (it has no config.yaml)"
+    assert done.stderr.strip() == f"error: RUN: {tmp_path} is not a run folder (it has no config.yaml)"

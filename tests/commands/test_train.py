@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repo import launch, train
+from repo import launch, loop, train
 from repo.common.errors import UserError
 from tests.support.run_folders import lines, run, without_times
 
@@ -91,7 +91,7 @@ def test_a_run_that_stopped_before_its_final_evaluation_is_finished(finished, ti
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", out_of_memory)
+        patch.setattr(loop, "finish", out_of_memory)
         with pytest.raises(MemoryError):
             run(tiny_arguments, tmp_path / "run")
     assert not (tmp_path / "run" / "final").exists()
@@ -105,7 +105,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(finished, tiny_
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Saver, "start", died)
+        patch.setattr(loop.Saver, "start", died)
         with pytest.raises(MemoryError):
             run(tiny_arguments, tmp_path / "run")
     train.run_command(["--resume", str(tmp_path / "run")])
@@ -133,18 +133,18 @@ def test_the_model_card_names_no_folder_of_this_machine(finished, tiny_model):
 
 
 def test_a_signal_saves_and_says_how_to_go_on(finished, tiny_arguments, tmp_path, monkeypatch, capsys):
-    plain = train.sample
+    plain = loop.sample
 
     def interrupted(policy, prompts, samples, config, seed, step, part):
         if step == 1:
             signal.raise_signal(signal.SIGINT)
         return plain(policy, prompts, samples, config, seed, step, part)
 
-    monkeypatch.setattr(train, "sample", interrupted)
+    monkeypatch.setattr(loop, "sample", interrupted)
     folder = run(tiny_arguments, tmp_path / "stopped")
     assert len(lines(folder)) == 2
     assert f"--resume {folder}" in " ".join(capsys.readouterr().out.split())
-    monkeypatch.setattr(train, "sample", plain)
+    monkeypatch.setattr(loop, "sample", plain)
     train.run_command(["--resume", str(folder)])
     assert without_times(lines(folder)) == without_times(lines(finished))
 

@@ -20,12 +20,13 @@ def test_a_start_that_fails_leaves_the_name_free(tiny_arguments, tmp_path):
     [
         (["--stps=3"], "unknown configuration key 'stps'; did you mean 'steps'?"),
         (["--optimizer.learning=3"], "unknown configuration key 'optimizer.learning'"),
-        (["--steps=many"], "steps must be a PositiveInt; got 'many'"),
+        (["--steps=many"], "steps must be an integer > 0; got 'many'"),
         (["--rollout.samples_per_prompt=1"], "rollout.samples_per_prompt must be >= 2"),
         (["--algorithm.method=dpo"], "algorithm.method"),
         (["--config=nowhere.yaml"], "config: File does not exist:"),
         (["--data.train=nowhere.jsonl"], "prompt file not found: nowhere.jsonl"),
-        (["--model.path=nowhere/model"], "model.path: cannot load 'nowhere/model'"),
+        (["--model.path=nowhere/model"], "model.path: no such folder: 'nowhere/model', nor is it in the hub's cache"),
+        (["--model.path=./runs/mine/final"], "model.path: no such folder: './runs/mine/final'"),
         (["--scoring.reward=nowhere:f"], "scoring.reward: cannot import module 'nowhere'"),
         (["--scoring.cost=tests.support.scorers:none"], "has no function 'none'"),
         (
@@ -58,7 +59,10 @@ def test_a_start_that_fails_leaves_the_name_free(tiny_arguments, tmp_path):
         (["--algorithm.advantages=gae", "--algorithm.scale_by_std=true"], "algorithm.scale_by_std must be false"),
         (["--ptx.data=nowhere.jsonl"], "prompt file not found: nowhere.jsonl"),
         (["--loggers=[tensorboad]"], "loggers"),
-        (["--optimizer.betas=[0.9, 1.5]"], "optimizer.betas must be >= 0 and <= 1; got 1.5"),
+        (
+            ["--optimizer.betas=[0.9, 1.5]"],
+            "optimizer.betas must be a list of two: a number in [0, 1], a number in [0, 1]; got 1.5",
+        ),
         (
             ["--algorithm.kl_estimator=k1", "--algorithm.kl_importance_weighted=false"],
             "algorithm.kl_importance_weighted must be true",

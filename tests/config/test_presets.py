@@ -8,8 +8,9 @@ import yaml
 
 from repo import train
 from repo.common.errors import UserError
+from repo.config.fields import field_names
 from repo.config.parse import PRESETS, load_config, preset_names
-from repo.config.schema import Config, field_names
+from repo.config.schema import Config
 
 
 def lines(folder):

@@ -7,9 +7,9 @@ import torch
 import yaml
 
 from repo.common.errors import UserError
+from repo.config.fields import field_names
 from repo.config.parse import make_parser, parse_config
 from repo.config.renamed import RENAMED, new_name
-from repo.config.schema import field_names
 from repo.training.advantages import gae, rectified_advantages
 
 VALUES = {

@@ -66,7 +66,7 @@ def test_the_pure_functions_that_are_named_exist():
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_field_that_is_named_exists(name):
-    from repo.config.schema import field_names
+    from repo.config.fields import field_names
 
     text = read(name) if name != "CHANGELOG.md" else ""  # which names the old fields
     known = set(field_names())
@@ -78,13 +78,13 @@ def test_every_field_that_is_named_exists(name):
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_switch_that_is_named_exists(name):
-    from repo.config.schema import field_names
+    from repo.config.fields import field_names
 
     sources = [*(ROOT / "repo").glob("*.py"), ROOT / "repo/assets/__main__.py", *(ROOT / "benchmarks").rglob("*.py")]
     sources += [*(ROOT / "repo/config").glob("*.py"), *(ROOT / "examples").glob("*.py")]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     known = set(re.findall(r'"--([\w-]+)"', code)) | set(field_names()) | {"help", "print_config"}
-    foreign = {"nproc_per_node", "no-deps"}  # torchrun's and pip's
+    foreign = {"nproc_per_node", "no-deps", "no-build-isolation"}  # torchrun's and pip's
     switches = {switch for switch in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", read(name)) if "." not in switch}
     assert switches <= known | foreign
 
@@ -144,7 +144,7 @@ def _read(path: Path) -> str:
 
 
 def test_the_configuration_page_has_every_field(generator):
-    from repo.config.schema import field_names
+    from repo.config.fields import field_names
 
     page = generator.configuration_page()
     assert all(f"| `{name}` |" in page for name in field_names())

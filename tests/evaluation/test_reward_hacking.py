@@ -157,6 +157,6 @@ def test_repetition_is_a_share(text):
 
 
 @given(st.lists(st.sampled_from("ab"), min_size=5))
-def test_repeating_a_text_never_lowers_its_repetition(words):
+def test_repeating_a_text_lowers_its_repetition_to_no_less_than_a_third(words):
     text = " ".join(words)
-    assert repetition(f"{text} {text}") >= repetition(text)
+    assert repetition(f"{text} {text}") >= min(repetition(text), 1 / 3)  # at most 3 new 4-grams arise at the seam

@@ -132,7 +132,7 @@ def test_help_lists_every_field_with_its_docstring():
     done = subprocess.run([sys.executable, "-m", "repo.train", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
-    from repo.config.schema import field_names
+    from repo.config.fields import field_names
 
     assert all(f"--{name} " in text for name in field_names())
     assert "--dry-run" in text

@@ -35,7 +35,7 @@ def test_a_mean_constraint_that_hides_unsafe_prompts_is_called_so():
     found = describe_records(records_of([-3.0], [-2.0], [1.0], [2.0]), 0.0, "held out")
     assert found.hidden
     assert (
-        found.sentence == "Mean constraint met, 50.0% of prompts unsafe (E[C] = −0.500, d = 0; 4 responses held out)."
+        found.sentence == "Mean constraint met, 50.0% of responses unsafe (E[C] = −0.500, d = 0; 4 responses held out)."
     )
     found = describe_records(records_of([-1.0, -1.0, 0.5], [0.5, 0.5, -1.0]), 0.0, "now")
     assert found.hidden
@@ -44,7 +44,7 @@ def test_a_mean_constraint_that_hides_unsafe_prompts_is_called_so():
     )
     unmet = describe_records(records_of([2.0], [-1.0]), 0.0, "now")
     assert not unmet.hidden
-    assert unmet.sentence.startswith("Mean constraint not met, 50.0% of prompts")
+    assert unmet.sentence.startswith("Mean constraint not met, 50.0% of responses unsafe")
     safe = describe_records(records_of([0.0], [-1.0]), 0.0, "now")
     assert not safe.hidden
     assert "all 2 responses now are within the limit" in safe.sentence

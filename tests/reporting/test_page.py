@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from tests.support.pages import HOSTILE, Page, page_of, rewrite
 
-FIGURES = "reward cost distribution cumulative safe_rate compensation penalty scatter policy training".split()
+FIGURES = "held_out reward cost distribution cumulative safe_rate compensation penalty scatter policy training".split()
 
 
 def test_every_figure_is_in_the_page_and_a_png_beside_it(evaluated):

@@ -162,7 +162,7 @@ def test_the_temperature_is_the_one_sampled_at(policy, prompts):
 
 
 def test_a_model_that_is_not_there_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="model.path: cannot load"):
+    with pytest.raises(UserError, match="model.path: no such folder"):
         load_policy(str(tmp_path / "nothing"), CPU, trainable=False)
 
 

@@ -43,7 +43,8 @@ def test_a_run_of_version_0_1_goes_on_as_it_would_have_and_is_told_the_new_names
     assert (old_run / "eval" / "before.json").read_bytes() == evaluation  # read, not made again
     expected = lines(RECORDED / "whole_metrics.jsonl")
     for record, other in zip(lines(old_run / "metrics.jsonl"), expected, strict=True):
-        assert record == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True)  # bits differ between processors
+        known = {key: value for key, value in record.items() if key in other}  # "truncated" is newer
+        assert known == pytest.approx(other, rel=1e-4, abs=1e-6, nan_ok=True)  # bits differ between processors
 
 
 def test_a_resumed_old_run_has_the_new_names_from_then_on(old_run, capsys):

@@ -70,7 +70,7 @@ def test_a_report_says_what_the_mean_hides():
     hidden = describe_compensation(["a", "b", "c"], costs, 0.0, "held out")
     assert hidden.hidden
     assert hidden.sentence == (
-        "Mean constraint met, 66.7% of prompts unsafe (E[C] = −0.333, d = 0; 3 responses held out)."
+        "Mean constraint met, 66.7% of responses unsafe (E[C] = −0.333, d = 0; 3 responses held out)."
     )
     unmet = describe_compensation(["a", "a", "b"], costs + 3, 0.0, "now")
     assert not unmet.hidden

@@ -98,9 +98,7 @@ def test_a_folder_with_a_colon_in_its_name_is_a_model(tmp_path, monkeypatch):
 def test_a_name_that_is_nothing_is_a_sentence_that_says_what_could_be(name):
     with pytest.raises(UserError) as error:
         scoring(cost=name)
-    said = (
-        f"scoring.cost must be 'embedded', a model (folder or hub name) or 'module:function'; got {name!r}, which is no"
-    )
+    said = f"scoring.cost must be 'embedded', a model (folder or hub name) or 'module:function'; got {name!r}: no such"
     assert str(error.value).startswith(said)
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,65 @@
+"""Check: fields of the configuration that do not go together."""
+
+from __future__ import annotations
+
+from datetime import date
+from math import isfinite
+
+from ..common.errors import UserError
+from .schema import Config
+
+
+def _require(ok: bool, name: str, value: object, takes: str) -> None:
+    """Raise UserError, "name must be takes; got value", unless `ok`."""
+    if not ok:
+        raise UserError(f"{name} must be {takes}; got {value!r}")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def check(config: Config) -> Config:
+    """Return the config, or raise UserError if some of its fields do not go together.
+
+    Types, and the ranges of single fields, are checked by the parser where the annotation states them.
+    """
+    r, a, p, o = config.rollout, config.algorithm, config.penalty, config.optimizer
+    group, lagrangian = a.advantages == "group", a.method == "ppo_lagrangian"
+    why = ">= 2, since the baseline of a response is the mean of the others of its prompt"
+    _require(r.samples_per_prompt >= 2 or not group, "rollout.samples_per_prompt", r.samples_per_prompt, why)
+    _require(r.top_p > 0, "rollout.top_p", r.top_p, "> 0")
+    _require(group or not a.scale_by_std, "algorithm.scale_by_std", True, "false with advantages gae")
+    in_cost = a.kl_placement == "reward-and-cost"
+    _require(
+        a.method != "ppo" or not in_cost, "algorithm.kl_placement", a.kl_placement, "loss or reward with method ppo"
+    )
+    for name, value in vars(a).items():
+        _require(not isinstance(value, float) or isfinite(value), f"algorithm.{name}", value, "finite")
+    _require(a.kl_target is None or a.kl_target > 0, "algorithm.kl_target", a.kl_target, "> 0 or null")
+    _require(a.dual_clip is None or a.dual_clip > 1, "algorithm.dual_clip", a.dual_clip, "> 1 or null")
+    _require(a.kl_target is None or a.beta > 0, "algorithm.beta", a.beta, "> 0 with algorithm.kl_target")
+    weighted = a.kl_importance_weighted
+    _require(
+        weighted or a.kl_estimator != "k1", "algorithm.kl_importance_weighted", weighted, "true with kl_estimator k1"
+    )
+    _require(p.initial > 0 or not lagrangian, "penalty.initial", p.initial, "> 0 with method ppo_lagrangian")
+    bounded = a.method in ("repo", "ppo_lagrangian")
+    _require(not bounded or p.max >= p.initial, "penalty.max", p.max, f">= penalty.initial = {p.initial}")
+    _require(all(b < 1 for b in o.betas), "optimizer.betas", list(o.betas), "two numbers in [0, 1)")
+    sharded = config.model.shard != 1
+    _require(not (sharded and config.model.lora_rank), "model.shard", config.model.shard, "1 with model.lora_rank")
+    _require(
+        not (sharded and o.state_dtype == "8bit"),
+        "model.shard",
+        config.model.shard,
+        "1 with optimizer.state_dtype 8bit",
+    )
+    d = config.data
+    _require(d.date is None or _is_day(d.date), "data.date", d.date, "a day as YYYY-MM-DD, or null")
+    batch = r.prompts_per_step * r.samples_per_prompt
+    _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
+    return config

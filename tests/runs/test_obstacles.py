@@ -1,0 +1,54 @@
+"""A run from which nothing can be learned says so in one line, in the console and in the report."""
+
+import dataclasses
+
+import pytest
+
+from repo import train
+from repo.config.schema import Config, PenaltyConfig
+from repo.reporting.document import write_report
+from repo.runs.obstacles import FEWEST, obstacles
+
+FINE = {"safe_rate": 0.5, "lam": 2.0, "truncated": 0.5}
+
+
+def found(method="repo", advantages=(0.5, -0.5), steps=FEWEST, cap=10.0, **metrics):
+    config = dataclasses.asdict(Config(penalty=PenaltyConfig(max=cap)))
+    config["algorithm"]["method"] = method
+    records = [{"step": i, **FINE, **metrics} for i in range(steps)]
+    samples = [{"step": i, "id": "a", "advantage": a} for i in range(steps) for a in advantages]
+    return obstacles(config, records, samples)
+
+
+def test_a_run_that_learns_has_none():
+    assert found() == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"safe_rate": 1.0}, "never binds", "this is plain PPO. Is the cost's sign or the limit right?"),
+        ({"safe_rate": 0.0}, "nothing safe", "no response of 4 steps is within the limit d = 0"),
+        ({"advantages": (0.0, 0.0)}, "no spread", "in 100% of the groups"),
+        ({"lam": 10.0}, "lambda at its cap", "penalty.max = 10"),
+        ({"truncated": 0.99}, "cut off", "99% of the responses of 4 steps are cut off at rollout.max_response_tokens"),
+    ],
+)
+def test_each_obstacle_is_one_sentence_once_enough_steps_show_it(change, kind, words):
+    assert list(found(**change)) == [kind]
+    assert words in found(**change)[kind]
+    assert found(steps=FEWEST - 1, **change) == {}
+
+
+def test_ppo_has_no_constraint_to_bind_and_old_records_lack_keys():
+    assert found(method="ppo", safe_rate=1.0, lam=0.0) == {}
+    assert found(truncated=None, advantages=(None, None)) == {}
+
+
+def test_console_and_report_say_it_once(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ["--algorithm.cost_limit=40", "--steps=6", "--evaluation.prompts=0", f"--out={run}"]
+    train.run_command([*options, *more])
+    told = capsys.readouterr().out
+    assert told.count("this is plain PPO") == 1
+    assert "this is plain PPO" in write_report(run).read_text()
