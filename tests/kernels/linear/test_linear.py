@@ -108,15 +108,18 @@ def factors_stay_half(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("factors_stay_half")
 @pytest.mark.parametrize("form", ["k3", "per token", "log-probs"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_factors_in_half_precision_do_not_underflow(form: str, dtype: torch.dtype, limit: float) -> None:
+@pytest.mark.parametrize("by", ["eager", "triton"])  # the C++ backend never has half factors
+def test_factors_in_half_precision_do_not_underflow(by: str, form: str, dtype: torch.dtype, limit: float) -> None:
     """A loss divided by 2^30 has gradients that fp16 cannot hold; fp32 sums hold them."""
+    if by == "triton":
+        pytest.importorskip("triton")
     batch = make_batch(61, (24,), VOCABULARY, dtype=torch.float32, dead=0.2)
     leaves = [x.detach().to(dtype).requires_grad_() for x in make_head(batch)]
     weight = leaves[1] = leaves[1].detach().float().requires_grad_()
     tiny = 2.0**-30
     if form == "log-probs":
         ids = batch.token_ids.masked_fill(batch.dead, -100)
-        (linear_selective_log_softmax(*leaves[:2], ids, bias=leaves[2]).sum() * tiny).backward()
+        (linear_selective_log_softmax(*leaves[:2], ids, bias=leaves[2], backend=by).sum() * tiny).backward()
         hidden = leaves[0].detach().double().nan_to_num(0.0)
         wide = weight.detach().double().requires_grad_()
         logps = torch.log_softmax(hidden @ wide.T + leaves[2].detach().double(), -1)
@@ -124,7 +127,7 @@ def test_factors_in_half_precision_do_not_underflow(form: str, dtype: torch.dtyp
     else:
         mine, arguments = make_arguments(batch, **FORMS[form], on_policy=True)
         expected = exact(leaves, arguments, tiny)[2]
-        loss = linear_repo_loss(*leaves[:2], bias=leaves[2], **mine, chunk_tokens=5).loss
+        loss = linear_repo_loss(*leaves[:2], bias=leaves[2], **mine, chunk_tokens=5, backend=by).loss
         loss.backward(torch.full_like(loss, tiny))
     assert weight.grad.dtype == torch.float32
     assert relative(weight.grad, expected) <= limit
