@@ -48,7 +48,7 @@ def test_the_training_loop_gives_the_same_functions() -> None:
 def test_the_version_is_that_of_the_package(monkeypatch) -> None:
     monkeypatch.setattr(repo_kernels, "version", {"repo-rlhf": "7.8"}.__getitem__)
     assert repo_kernels.__version__ == "7.8"
-    monkeypatch.setattr(repo, "version", {"repo-rlhf": "7.9"}.__getitem__)
+    monkeypatch.setattr("importlib.metadata.version", {"repo-rlhf": "7.9"}.__getitem__)
     assert repo.__version__ == "7.9"
     sources = [path.read_text() for folder in ("repo", "repo_kernels") for path in (ROOT / folder).rglob("*.py")]
     assert not any(re.search(r"^__version__ = ", text, re.MULTILINE) for text in sources)
