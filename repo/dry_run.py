@@ -6,11 +6,12 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .common.adapter_folder import base_of
 from .common.distributed import ALONE, World
 from .common.errors import UserError, first_line
 from .common.hub import require_model
 from .config.schema import Config
-from .models.adapters import add_lora, base_of
+from .models.adapters import add_lora
 from .models.memory import describe_memory
 from .models.policy import choose_device
 from .setup import find_assets, load_data, model_path, shards_of
@@ -47,7 +48,7 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     folder = world.from_first(lambda: find_assets(config, console))
     path = model_path(config, folder)
     require_model(path, "model.path")
-    path = base_of(path) or path  # an adapter is merged, so that the shapes are those of its base
+    path = base_of(path, "model.path") or path  # an adapter is merged, so that the shapes are those of its base
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -119,17 +117,3 @@ def _replace(model: Any, name: str, module: Any) -> None:
     """Put a module in the place of another one."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def base_of(path: str) -> str | None:
-    """Return the base model that an adapter folder names, None for any other path."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file() or (Path(path) / "config.json").is_file():
-        return None
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"model.path: {file} is not the config of an adapter: {first_line(error)}") from error
-    if not base:
-        raise UserError(f"model.path: {file} names no base model (base_model_name_or_path)")
-    return str(base)

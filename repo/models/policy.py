@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from repo_kernels.layers.fused_layers import fused_layers
 from repo_kernels.layers.onednn_linear import onednn_linears
 
+from ..common.adapter_folder import base_of
 from ..common.errors import UserError, first_line
 from ..common.hub import require_model
 from ..config.schema import ModelConfig
 from ..data.token_ids import padding_id
-from .adapters import add_lora, base_of, has_adapters, load_merged, merge_adapters
+from .adapters import add_lora, has_adapters, load_merged, merge_adapters
 from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
@@ -177,7 +178,7 @@ def _load(path: str, device: torch.device, dtype: torch.dtype, trust: bool) -> t
 
     Raises UserError if transformers cannot load them.
     """
-    base = base_of(path)
+    base = base_of(path, "model.path")
     try:
         model = _load_weights(base or path, device, dtype, trust)
         if base is None and has_adapters(model):  # an adapter on the hub, whose base transformers has loaded

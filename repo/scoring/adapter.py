@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ..common.errors import UserError, require_package
-
-FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "score_head.weight")
-
-
-def base_of(path: str, where: str) -> str | None:
-    """Return the base model that an adapter folder names, None if `path` is no such folder.
-
-    where: the scorer, for messages. Raises UserError if the folder cannot be read or peft is missing.
-    """
-    file = Path(path) / FILE
-    if not file.is_file():
-        return None
-    require_package("peft", f"{where}, a LoRA folder,")
-    try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{where}: {file} names no base model in base_model_name_or_path")
-    return base
 
 
 def saved_weights(folder: str) -> dict[str, torch.Tensor]:

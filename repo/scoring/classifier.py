@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from ..common.errors import UserError, first_line
+from ..common.adapter_folder import base_of
+from ..common.errors import UserError, first_line, require_package
 from ..common.hub import require_model
 from ..data.chat_format import ChatFormat
 from ..data.prompts import Prompt
 from ..data.token_ids import embedding_rows, plain_ids, require_embedded
-from .adapter import base_of, merge, outputs_of, saved_weights
+from .adapter import merge, outputs_of, saved_weights
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 from .signals import field_of
@@ -58,6 +59,8 @@ class ClassifierScorer:
         path, _, output = name.partition("#")
         self.where, self.trust = f"{field_of(signal)} {name!r}", trust
         base = base_of(path, self.where)
+        if base is not None:
+            require_package("peft", f"{self.where}, a LoRA folder,")
         try:
             own = base is None or (Path(path) / "tokenizer_config.json").is_file()
             self.tokenizer = AutoTokenizer.from_pretrained(path if own else base, trust_remote_code=trust)

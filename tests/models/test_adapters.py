@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaForCausalL
 
 from benchmarks.families.tiny_config import tiny_config
 from repo import evaluate, export, train
+from repo.common.adapter_folder import base_of
 from repo.common.errors import UserError
 from repo.config.schema import ModelConfig
-from repo.models.adapters import base_of, linear_layers
+from repo.models.adapters import linear_layers
 from repo.models.policy import load_policy
 from repo.models.quantised import keep_unpacked
 from tests.support.tiny import make_tokenizer
@@ -62,7 +63,7 @@ def test_a_run_that_starts_from_an_adapter_keeps_the_whole_model(adapter, option
     out = tmp_path / "run"
     train.run_command([*options, f"--model.path={adapter}", f"--model.lora_rank={rank}", "--steps=1", f"--out={out}"])
     assert "is merged into its base" in capsys.readouterr().out
-    assert base_of(str(out / "final")) is None
+    assert base_of(str(out / "final"), "model.path") is None
     assert not any("lora_" in name for name in load_file(out / "final" / "model.safetensors"))
     target = export.export(out, "latest", None, False, merge=True)
     assert torch.allclose(logits(target), logits(out / "final"), atol=1e-5)
@@ -72,7 +73,7 @@ def test_a_run_that_starts_from_an_adapter_keeps_the_whole_model(adapter, option
 def test_a_run_of_adapters_is_exported_as_one_model(tiny_model, options, tmp_path):
     out = tmp_path / "run"
     train.run_command([*options, "--model.lora_rank=4", "--steps=1", f"--out={out}"])
-    assert base_of(str(out / "final")) == str(tiny_model)
+    assert base_of(str(out / "final"), "model.path") == str(tiny_model)
     target = export.export(out, "latest", None, False, merge=True)
     assert (target / "model.safetensors").is_file()
     assert torch.allclose(logits(target), logits(out / "final"), atol=1e-5)
@@ -91,7 +92,7 @@ def test_the_dry_run_and_the_evaluation_take_an_adapter_folder(adapter, tiny_arg
 def test_an_adapter_config_without_a_base_is_a_sentence(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base model"):
-        base_of(str(tmp_path))
+        base_of(str(tmp_path), "model.path")
 
 
 def test_dense_layers_beside_fused_experts_get_adapters_and_routers_none(tmp_path):
