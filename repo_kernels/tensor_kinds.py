@@ -112,6 +112,12 @@ def _check_fake(name: str, value: Tensor, like: Tensor | None) -> None:
         raise TypeError(f"{name} must be a FakeTensor like the others or in FakeTensorMode; got a real tensor")
 
 
+def has_values(value: Tensor) -> bool:
+    """Return whether a tensor has values: one on the meta device and a FakeTensor have shapes alone."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return not value.is_meta and (fakes is None or not isinstance(value, fakes.FakeTensor))
+
+
 def makers_like(source: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a context in which new tensors are fake if `source` is."""
     mode = None if torch.compiler.is_compiling() or type(source) in PLAIN_TYPES else getattr(source, "fake_mode", None)

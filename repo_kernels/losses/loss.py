@@ -21,7 +21,7 @@ from ..checks import (
     check_tensor,
     describe,
 )
-from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, makers_like, operate
+from ..tensor_kinds import check_memory, has_values, is_plain, is_traced, is_transformed, makers_like, operate
 from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
 from .composite import losses as composite
@@ -213,7 +213,7 @@ def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, ba
     direct = _runs_directly(logits, ref_logits, loss)
     if direct and backend != "cpu":  # which looks itself
         check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
-    _check_inplace(inplace, logits, direct)
+    inplace = _check_inplace(inplace, logits, direct)
     want_grad = logits.requires_grad and torch.is_grad_enabled()
     if is_transformed():
         value, rows, stats = composite.loss_of_logits(logits, ref_logits, loss)
@@ -292,13 +292,15 @@ def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> Repo
     )
 
 
-def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> None:
-    """Raise ValueError if the logits cannot be overwritten by their gradient."""
+def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> bool:
+    """Return whether to overwrite the logits: not if they have shapes alone. Raises ValueError if it cannot be done."""
     check_bool("inplace", inplace)
     if not inplace:
-        return
+        return False
     if torch.compiler.is_compiling():
         raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
+    if not has_values(logits):
+        return False
     if not direct:
         raise ValueError(
             "inplace=True writes where the logits lie, and takes plain tensors only: no subclass, no lazy negation, no "
@@ -309,6 +311,7 @@ def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> None:
         if stride < reach:
             raise ValueError(f"logits must not overlap in memory with inplace=True; got strides {logits.stride()}")
         reach = stride * (size - 1) + reach
+    return True
 
 
 def _linear_reference(inputs: HiddenStates) -> tuple[Tensor, Tensor, Tensor | None] | None:
