@@ -12,6 +12,7 @@ import transformers
 
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 GOOD = ("trains", "refused", "not built")
+PLURAL = {"trains": "train", "fails": "fail", "differs": "differ"}
 
 
 def faults(outcomes: Sequence[dict[str, Any]]) -> list[str]:
@@ -29,7 +30,7 @@ def write_table(outcomes: Sequence[dict[str, Any]], page: Path) -> None:
 def table(outcomes: Sequence[dict[str, Any]]) -> str:
     """Format the outcomes in Markdown: a line of counts, and a row for each family."""
     counts = Counter(o["result"] for o in outcomes)
-    counted = ", ".join(f"{number} {result}" for result, number in counts.most_common())
+    counted = ", ".join(f"{number} {PLURAL.get(result, result)}" for result, number in counts.most_common())
     lines = [
         f"{len(outcomes)} families of transformers {transformers.__version__}, torch {torch.__version__}: {counted}.",
         "",

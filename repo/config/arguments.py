@@ -94,9 +94,14 @@ def expand_user(config: Config) -> Config:
     for name in PATHS:
         group, _, field = name.rpartition(".")
         owner = getattr(config, group) if group else config
-        changed = dataclasses.replace(owner, **{field: _expanded(getattr(owner, field))})
-        config = dataclasses.replace(config, **{group: changed}) if group else changed
+        value: Any = dataclasses.replace(owner, **{field: _expanded(getattr(owner, field))})
+        config = _replaced(config, group, value) if group else value
     return config
+
+
+def _replaced(config: Config, group: str, value: Any) -> Config:
+    changes: dict[str, Any] = {group: value}
+    return dataclasses.replace(config, **changes)
 
 
 def _expanded(value: Any) -> Any:

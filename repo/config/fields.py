@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, get_origin, get_type_hints
 
@@ -15,12 +15,10 @@ def field_types(kind: type = Config, prefix: str = "") -> dict[str, Any]:
 
     kind: the dataclass. prefix: put before each name.
     """
-    types, hints = {}, get_type_hints(kind)
-    for f in fields(kind):
-        if is_dataclass(group := hints[f.name]):
-            types |= field_types(group, f"{prefix}{f.name}.")
-        else:
-            types[prefix + f.name] = group
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        group: Any = hint
+        types |= field_types(group, f"{prefix}{name}.") if is_dataclass(hint) else {prefix + name: hint}
     return types
 
 

@@ -68,11 +68,13 @@ def fused_form(
     if full_kl and (softcap or narrowed):  # no form of 64 registers holds it
         threads, pieces = (128, 128) if row_bytes <= NARROW and not narrowed else (256, 256)
         return LaunchForm(threads // warp_size, pieces, 128 if limited else None)
+    if narrowed and target.blackwell:  # its compiler needs more than 64, of which wider programs would fit once
+        return LaunchForm(256 // warp_size, 256, 80)
     share = 1 if entropy == ENTROPY_NONE and not target.blackwell else 2
     share *= 2 if softcap or full_kl or narrowed else 1
     if row_bytes <= NARROW and not narrowed:
         return LaunchForm(128 // warp_size, 512 // share, None if softcap or full_kl or not limited else 64)
-    if row_bytes <= WIDE:
+    if row_bytes <= WIDE or (target.blackwell and item_bytes == 4):  # 16 warps of fp32 would spill there
         return LaunchForm(256 // warp_size, max(1024 // share, 256), 64 if limited else None)
     pieces = 2048 if item_bytes == 2 else 1024
     return LaunchForm(512 // warp_size, max(pieces // share, 512), 64 if limited else None)
@@ -80,4 +82,5 @@ def fused_form(
 
 def single_sweep_form(more: bool, target: Target) -> LaunchForm:
     """Choose the form of a kernel that sweeps once: many programs of few warps. more: it has a softcap or entropy."""
-    return LaunchForm(128 // target.warp_size, 256 if more else 512)
+    # without a limit the compiler of Triton 3.5 takes 32 registers, two less than it needs
+    return LaunchForm(128 // target.warp_size, 256 if more else 512, 64 if target.warp_size == 32 else None)
