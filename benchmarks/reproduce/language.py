@@ -99,7 +99,8 @@ def train(method: str, seed: int, out: Path, overrides: Sequence[str], threads: 
     options = [f"--config={CONFIG}", *METHODS[method][1], f"--seed={seed}", f"--out={run}", *overrides]
     if (run / "config.yaml").is_file():
         wanted, there = parse_config(make_parser("", ""), options), load_config(run / "config.yaml")
-        if replace(wanted, out=None) != replace(there, out=None):
+        date = wanted.data.date or there.data.date  # of the day on which the run began
+        if replace(wanted, out=there.out, data=replace(wanted.data, date=date)) != there:
             raise UserError(f"--out: {run} was trained with another configuration; choose another folder")
         options = ["--resume", str(run)]
     if not (run / "final").is_dir():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from repo import train
+from repo import loop, train
 from repo.common import files
 from repo.evaluation import statistics
 from repo.models import actor
@@ -30,7 +30,7 @@ from repo.training import update
 # place -> (module, function): a child is killed at one of the calls of the function, or shortly after it
 PLACES = {
     "rollout": (sample, "decode"),
-    "reference": (train, "read_reference"),
+    "reference": (loop, "read_reference"),
     "update": (update, "lr_at"),
     "weights": (files, "_write_all"),
     "fsync": (files, "fsync_path"),
