@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .test_arguments import LEADING, LOSSES, VOCABULARY, WIDTH, dense, linear, refuses
+from tests.kernels.arguments.test_arguments import LEADING, LOSSES, VOCABULARY, WIDTH, dense, linear, refuses
 
 ONES = torch.ones(LEADING)
 LOGITS = torch.zeros(*LEADING, VOCABULARY)
