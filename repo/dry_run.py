@@ -14,6 +14,7 @@ from .config.schema import Config
 from .models.adapters import add_lora
 from .models.memory import describe_memory
 from .models.policy import choose_device
+from .models.quantised import require_trainable
 from .setup import find_assets, load_data, model_path, shards_of
 
 
@@ -54,6 +55,7 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
         shape = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except Exception as error:
         raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
+    require_trainable(shape, config.model.lora_rank, path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
         if config.model.lora_rank:

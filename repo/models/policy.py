@@ -25,7 +25,7 @@ from .adapters import add_lora, has_adapters, load_merged, merge_adapters
 from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
-from .quantised import keep_unpacked, quantisation
+from .quantised import keep_unpacked, quantisation, require_trainable
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,9 @@ def load_policy(
     model, tokenizer, merged = _load(path, device, torch.float32 if full else dtype, trust)
     if bad := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
         raise UserError(f"model.path: weight {bad} of {path!r} is not finite")
-    if quantised := quantisation(model):
-        if full:
-            raise UserError(
-                f"model.path: the weights of {path!r} are quantised ({quantised}) and cannot be trained themselves; "
-                "set model.lora_rank to train adapters beside them, or load a model that is not quantised"
-            )
-    else:
+    if full:
+        require_trainable(model.config, 0, path)
+    if not quantisation(model.config):
         model.to(device)
     model.eval().requires_grad_(full)
     saves_merged = lora and (add_lora(model, config.lora_rank) or merged is not None)
@@ -185,7 +181,7 @@ def _load(path: str, device: torch.device, dtype: torch.dtype, trust: bool) -> t
             base = str(next(iter(model.peft_config.values())).base_model_name_or_path)
             model = _load_weights(base, device, dtype, trust)
         if base is not None:
-            if quantised := quantisation(model):
+            if quantised := quantisation(model.config):
                 raise UserError(
                     f"model.path: {path!r} is an adapter for a quantised model ({quantised}), into which it cannot be "
                     "merged without a loss; merge it into the model that was quantised"
@@ -263,7 +259,7 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
 def merged(policy: Policy) -> Policy:
     """Return a policy whose adapters are merged into its weights, in place; one without adapters as it is."""
     if has_adapters(policy.model):
-        if quantised := quantisation(policy.model):
+        if quantised := quantisation(policy.model.config):
             raise UserError(f"--merge: adapters cannot be merged into quantised weights ({quantised}) without a loss")
         merge_adapters(policy.model)
     return policy

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..common.errors import UserError
 
-def quantisation(model: Any) -> str:
-    """Name the method by which a model's weights are quantised, e.g. bitsandbytes; "" if they are not."""
-    config = getattr(model.config, "quantization_config", None)
+
+def quantisation(shape: Any) -> str:
+    """Name the method that quantised a model's weights, e.g. bitsandbytes; "" if none did. shape: its config."""
+    config = getattr(shape, "quantization_config", None)
     if config is None:
         return ""
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     return str(getattr(method, "value", method) or "unknown method")
+
+
+def require_trainable(shape: Any, lora_rank: int, path: str) -> None:
+    """Raise UserError if quantised weights would be trained themselves.
+
+    shape: a model's config. lora_rank: 0 to train the weights. path: of the model, for the message.
+    """
+    if not lora_rank and (quantised := quantisation(shape)):
+        raise UserError(
+            f"model.path: the weights of {path!r} are quantised ({quantised}) and cannot be trained themselves; "
+            "set model.lora_rank to train adapters beside them, or load a model that is not quantised"
+        )
 
 
 def keep_unpacked(model: Any) -> None:

@@ -142,6 +142,13 @@ def test_quantised_weights_are_not_trained_themselves(quantised):
         load_policy(str(quantised), CPU, True, ModelConfig())
 
 
+def test_the_dry_run_refuses_to_train_quantised_weights(quantised, options, tmp_path):
+    arguments = [*options, f"--model.path={quantised}", f"--out={tmp_path / 'run'}", "--dry-run"]
+    with pytest.raises(UserError, match="cannot be trained themselves"):
+        train.run_command(arguments)
+    train.run_command([*arguments, "--model.lora_rank=2"])
+
+
 def test_adapters_on_four_bit_weights_get_the_gradients_of_the_dequantised_model(quantised):
     policy = load_policy(str(quantised), CPU, True, ModelConfig(lora_rank=2))
     whole = load_policy(str(quantised), CPU, True, ModelConfig(lora_rank=2)).model

@@ -18,6 +18,7 @@ SLICE = {  # family -> the way it reads and decodes
     "qwen3_next": ("padded", "cache"),
     "falcon_h1": ("padded", "cache"),
     "mamba2": ("padded", "cache"),
+    "zamba2": ("padded", "cache"),
     "mamba": ("padded", "cache, one prompt at a time"),
     "rwkv": ("one at a time", "no cache, one prompt at a time"),
     "bart": ("one at a time", "cache, one prompt at a time"),
