@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,10 +24,14 @@ def show(value: Mapping[str, float | None], form: str) -> str:
     """
     if value["mean"] is None:
         return "-"
-    if value["low"] is None:
-        return form.format(value["mean"])
-    mean, low, high = (form.format(value[k]) for k in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = (None if value[k] is None else _number(value[k], form) for k in ("mean", "low", "high"))
+    return f"{mean}" if low is None else f"{mean} [{low}, {high}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    """Format a number; what is rounded to zero has no minus sign."""
+    text = form.format(value)
+    return form.format(0.0) if re.fullmatch(r"-0(\.0+)?%?", text) else text
 
 
 def show_change(value: Mapping[str, float | None], form: str) -> str:
@@ -84,6 +89,11 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, st
     return rows + kind_rows(before, after)
 
 
+def has_intervals(rows: Sequence[tuple[str, str, str, str]]) -> bool:
+    """Tell whether any cell of these rows has an interval."""
+    return any("[" in cell for _, *cells in rows for cell in cells)
+
+
 def kind_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
     """List (name, before, after, paired change) of some quantities for harmful and for benign prompts as text."""
     ours, theirs, rows = measured_by_kind(before), measured_by_kind(after), []
@@ -107,10 +117,11 @@ def print_compensation(console: Console, evaluation: Evaluation) -> None:
 
 def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:
     """Print each quantity before and after training with its interval, and the paired change."""
-    title = f"{len(before.ids)} held-out prompts, before and after (95 % bootstrap intervals over prompts)"
-    table = Table(title=title)
+    rows = comparison_rows(before, after)
+    intervals = "95 % bootstrap intervals over prompts" if has_intervals(rows) else "too few for intervals"
+    table = Table(title=f"{len(before.ids)} held-out prompts, before and after ({intervals})")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for row in comparison_rows(before, after):
+    for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -32,7 +32,9 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
     ]
     if table:
         lines += [
-            "Held-out prompts, mean [95 % bootstrap interval over prompts]:",
+            "Held-out prompts, mean [95 % bootstrap interval over prompts]:"
+            if any("[" in cell for _, *cells in table for cell in cells)
+            else "Held-out prompts, means; too few prompts for intervals:",
             "",
             "| | before | after | change |",
             "|---|---|---|---|",

@@ -9,7 +9,15 @@ from rich.console import Console
 from repo.config.schema import Config
 from repo.evaluation.kinds import changes_by_kind, kind_of, measured_by_kind, transitions
 from repo.evaluation.statistics import Evaluation, measured, paired
-from repo.evaluation.tables import comparison_rows, print_comparison, print_compensation, print_summary
+from repo.evaluation.tables import (
+    comparison_rows,
+    has_intervals,
+    print_comparison,
+    print_compensation,
+    print_summary,
+    show,
+    show_change,
+)
 from repo.runs.model_card import model_card
 
 
@@ -75,3 +83,13 @@ def test_one_response_to_a_prompt_says_nothing_of_mostly_unsafe_prompts():
 def test_transitions_count_prompts_by_mean_cost():
     before, after = evaluation([1, 1, -1, -1, 3, -1, -1, -1]), evaluation([-1, -1, -1, -1, 1, 1, 1, 0])
     assert np.array_equal(transitions(before, after), [[1, 1], [1, 1]])
+
+
+def test_too_few_prompts_for_intervals_are_said_so_and_zero_has_no_minus() -> None:
+    rows = [("KL", "0.00", "0.12", "+0.12")]
+    assert not has_intervals(rows)
+    assert "too few prompts for intervals" in model_card(Config(), 4, rows)
+    assert "95 % bootstrap interval" in model_card(Config(), 4, [("KL", "0.00", "0.12 [0.10, 0.14]", "+0.12")])
+    assert show({"mean": -1e-9, "low": None, "high": None}, "{:.2f}") == "0.00"
+    assert show_change({"mean": -1e-9, "low": -0.2, "high": 0.1}, "{:.2f}") == "+0.00 [-0.20, +0.10]"
+    assert show_change({"mean": -1e-9, "low": None, "high": None}, "{:.1%}") == "+0.0 points"
