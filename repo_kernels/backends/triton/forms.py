@@ -82,5 +82,4 @@ def fused_form(
 
 def single_sweep_form(more: bool, target: Target) -> LaunchForm:
     """Choose the form of a kernel that sweeps once: many programs of few warps. more: it has a softcap or entropy."""
-    # without a limit the compiler of Triton 3.5 takes 32 registers, two less than it needs
-    return LaunchForm(128 // target.warp_size, 256 if more else 512, 64 if target.warp_size == 32 else None)
+    return LaunchForm(128 // target.warp_size, 256 if more else 512)
