@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from repo_kernels.backends.cpu import decoding as cpu
-from repo_kernels.backends.cpu.extension import available
-from repo_kernels.layers.decoding import COLUMNS, Cache, DecoderStack, LayerWeights
+from repo_kernels.layers.decoding import COLUMNS, Cache, DecoderStack, LayerWeights, available, multiply
 
 from ..data.sequences import Sequences, make_sequences
 from ..models.layout import relative_difference
@@ -85,7 +83,7 @@ class FusedDecoder:
 
 
 def _forward(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    return cpu.multiply(x, weight, layer.out_features, layer.bias)
+    return multiply(x, weight, layer.out_features, layer.bias)
 
 
 def make_stack(model: Any) -> DecoderStack:

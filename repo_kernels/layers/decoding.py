@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import decoding as cpu
+from ..backends.cpu.decoding import multiply
+from ..backends.cpu.extension import available
+
+__all__ = ["COLUMNS", "Cache", "DecoderStack", "LayerWeights", "available", "multiply"]
 
 Matrices = dict[str, tuple[Tensor, ...]]  # by the name of their product, joined along the outputs
 COLUMNS = cpu.COLUMNS  # hidden width, inner width and head dimension are multiples of this

@@ -29,19 +29,12 @@ from repo.rollout import decoding
 from repo.rollout.fused_decoder import FusedDecoder, why_unfused
 from repo.rollout.kv_cache import GrowingDecoder
 from repo.rollout.sample import sample
-from repo_kernels.backends.cpu import extension
+from repo_kernels.layers.decoding import available
+from tests.rollout.test_decoding import CPU
+from tests.rollout.test_decoding import SMALL as OTHERS_SMALL
 
-pytestmark = pytest.mark.skipif(not extension.available(), reason="the C++ backend was not built")
-CPU = torch.device("cpu")
-SMALL = {
-    "vocab_size": 391,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
+pytestmark = pytest.mark.skipif(not available(), reason="the C++ backend was not built")
+SMALL = {**OTHERS_SMALL, "vocab_size": 391}  # the last panel of the head is not full
 FUSED: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SMALL, head_dim=16),
     "llama with biases of attention": LlamaConfig(**SMALL, head_dim=16, attention_bias=True),
