@@ -125,7 +125,7 @@ def makers_like(source: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def check_memory(**values: Tensor | None) -> None:
-    """Raise ValueError for a plain tensor whose storage was freed or is too small, as FSDP's is outside of its forward.
+    """Raise ValueError for a plain tensor whose storage was freed, as FSDP's is outside of its forward.
 
     values: by the names of arguments.
     """
