@@ -80,7 +80,12 @@ def using_packed(model: Any) -> AbstractContextManager[None]:
     Layers read the name of the attention function from the config when they run, so that layers that are recomputed in
     the backward pass need `recompute_contexts` too.
     """
-    return _Implementation(model, [IMPLEMENTATION, IMPLEMENTATION])
+    return using_attention(model, IMPLEMENTATION)
+
+
+def using_attention(model: Any, name: str) -> AbstractContextManager[None]:
+    """Return a context in which the model's layers use the attention function of this name."""
+    return _Implementation(model, [name, name])
 
 
 def recompute_contexts(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

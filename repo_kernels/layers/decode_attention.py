@@ -1,7 +1,7 @@
 """Attention of one new token per row over a static cache, with grouped heads, without copies and without a mask.
 
-In Triton one launch serves every length, so that a CUDA graph of it stays valid: the kernel reads the current column from
-device memory and takes no other columns. In PyTorch it is the definition, and repeats keys and values.
+In Triton one launch serves every length, so that a CUDA graph of it stays valid: the kernel reads the current column
+from device memory and takes no other columns. In PyTorch it is the definition, and repeats keys and values.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def decode_attention(
 
     Args:
         query: (rows, Hq, D), fp32, bf16 or fp16.
-        keys, values: (rows, Hk, length, D) contiguous, of the query's dtype; Hq is a multiple of Hk, and heads of queries
-            that share a head of keys are adjacent.
+        keys, values: (rows, Hk, length, D) contiguous, of the query's dtype; Hq is a multiple of Hk, and heads of
+            queries that share a head of keys are adjacent.
         starts: (rows,) int64. A row that starts after the column gets zeros.
         column: (1,) int64, below length.
         scale: of the scores.

@@ -1,10 +1,10 @@
 """Attention of one new token per row over a static cache (flash decoding), with grouped heads and without a mask.
 
 A program takes one key head of one row, with all query heads of its group, so that keys and values are read once. The
-columns that the row sees, from its own start to the current column, are divided evenly among `splits` programs, whatever
-their number is: one launch serves every length. A second kernel joins the parts.
+columns that the row sees, from its own start to the current column, are divided evenly among `splits` programs: one
+launch serves every length. A second kernel joins the parts.
 """
-# ruff: noqa: N803, N806 (compile-time values are upper case)
+# ruff: noqa: N803 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
 
 import triton
@@ -91,7 +91,7 @@ def join(
     most = tl.full([P], float("-inf"), tl.float32)
     total = tl.zeros([P], tl.float32)
     weighted = tl.zeros([P, B], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         place = (head * splits + split) * G
         part_most = tl.load(maxima + place + group, mask=group < G, other=float("-inf"))
         part_total = tl.load(totals + place + group, mask=group < G, other=0.0)

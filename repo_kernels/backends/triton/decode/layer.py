@@ -1,5 +1,5 @@
 """The parts of a Llama-shaped layer between its matrix products, for one new token per row."""
-# ruff: noqa: N803, N806 (compile-time values are upper case)
+# ruff: noqa: N803 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
 
 import triton

@@ -2,7 +2,7 @@
 
 Weights are e^(z - max) in fp32, as a softmax has them before its division; every sum is in fp64.
 """
-# ruff: noqa: N803, N806 (compile-time values are upper case)
+# ruff: noqa: N803 (compile-time values are upper case)
 # mypy: disallow-incomplete-defs=False
 
 import triton
