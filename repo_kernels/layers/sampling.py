@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends.choice import KERNEL_DTYPES, TRITON_INSTALLED
 from .decode_backend import triton_launches, usable
 
-MOST_BLOCKS = 1024  # of 4096 logits
+MOST_COLUMNS = 2**20  # of a row, whose sums of blocks one program of the kernel holds
 
 
 def sample_tokens(
@@ -45,8 +45,8 @@ def _why_eager(logits: Tensor, top_p: float) -> str:
         return "Triton is not installed"
     if top_p < 1:
         return "top_p below 1 sorts the probabilities"
-    if logits.dtype not in KERNEL_DTYPES or logits.stride(1) != 1 or logits.shape[1] > MOST_BLOCKS * 4096:
-        return "logits must be float32, bfloat16 or float16 with adjacent columns"
+    if logits.dtype not in KERNEL_DTYPES or logits.stride(1) != 1 or logits.shape[1] > MOST_COLUMNS:
+        return f"logits must be float32, bfloat16 or float16, with at most {MOST_COLUMNS} adjacent columns"
     return ""
 
 

@@ -14,7 +14,7 @@ from ..variants import ELEMENT_BYTES, HOPPER, Variant
 from . import attention, layer, sampling
 
 LEAST_ROWS = 16  # of a matrix product on tensor cores; smaller groups of heads are padded
-BLOCK = 4096  # logits of a block of the sampling
+BLOCK = 2048  # logits of a block of the sampling
 LANES = 1024  # elements of a block of the gate
 
 _NUMBERS = {tl.float32: "fp32", tl.int32: "i32", tl.int64: "i64"}
@@ -53,7 +53,8 @@ def _variant(
 def attend_variant(dtype: str, columns: int, group: int, softcap: bool, split: bool, target: Target) -> Variant:
     """Return the variant that attends with `group` heads of so many columns."""
     padded, width = max(LEAST_ROWS, triton.next_power_of_2(group)), triton.next_power_of_2(columns)
-    block = max(16, min(64, 16384 // (width * ELEMENT_BYTES[dtype])))  # 16 KB of keys at a time
+    keys = 8192 if dtype == "fp32" else 16384  # bytes at a time; with more in fp32 the compiler spills
+    block = max(16, min(64, keys // (width * ELEMENT_BYTES[dtype])))
     constexprs = {"D": columns, "G": group, "P": padded, "B": width, "N": block, "SOFTCAP": softcap, "SPLIT": split}
     elements = block * width // (128 // target.warp_size * target.warp_size)
     parts = (dtype, f"{group}x{columns}", "softcap" * softcap, "split" * split)
@@ -75,11 +76,12 @@ def sampling_variants(dtype: str, blocks: int, aligned: bool, target: Target) ->
 
     blocks: of a row. aligned: rows begin at boundaries of 16 bytes and have a multiple of them.
     """
-    warps, width = 256 // target.warp_size, triton.next_power_of_2(max(blocks, 2))
+    width = triton.next_power_of_2(max(blocks, 2))
     forms = {"W": BLOCK, "E": 16 // ELEMENT_BYTES[dtype] if aligned else 1}
     parts = (dtype, "" if aligned else "unaligned")
-    sums = _variant(sampling.block_sums, parts, dtype, forms, warps)
-    return sums, _variant(sampling.choose, (*parts, width), dtype, {**forms, "B": width}, warps)
+    sums = _variant(sampling.block_sums, parts, dtype, forms, 128 // target.warp_size)
+    choice = {**forms, "B": width}
+    return sums, _variant(sampling.choose, (*parts, width), dtype, choice, 256 // target.warp_size)
 
 
 @functools.cache
@@ -121,7 +123,7 @@ def _each(dtype: str, target: Target) -> Iterator[Variant]:
         for norm in (False, True):
             yield place_variant(dtype, "fp32", "fp32", columns, norm, target)
     for aligned in (True, False):
-        yield from sampling_variants(dtype, 38, aligned, target)
+        yield from sampling_variants(dtype, 75, aligned, target)
     for width in (896, 4096):
         for add in (False, True):
             yield norm_variant("fp32", dtype, width, add, target)
