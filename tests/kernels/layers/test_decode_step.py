@@ -15,6 +15,7 @@ from repo_kernels.layers.decode_layer import add_norm, gate, place_heads
 from repo_kernels.layers.sampling import sample_tokens
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BACKENDS = ["eager", pytest.param("triton", marks=needs_triton)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # half a unit of the result's last place
 
@@ -138,17 +139,17 @@ def test_gate(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tokens_are_those_of_the_whole_sum_in_fp64(dtype: torch.dtype) -> None:
     """Rows of several shapes, with impossible tokens and a block of them; a last block that is not full."""
-    logits = draw(8, 9000) * torch.tensor([[0.0], [1.0], [4.0], [20.0], [1.0], [1.0], [3.0], [3.0]])
-    logits[4, :5000], logits[5, 4096:8192], logits[6, ::2], logits[7, -1] = -torch.inf, -torch.inf, -torch.inf, 60.0
-    logits = logits.to(dtype).repeat(16, 1)
-    uniforms = torch.rand(128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = draw(8, 5000) * torch.tensor([[0.0], [1.0], [4.0], [20.0], [1.0], [1.0], [3.0], [3.0]])
+    logits[4, :3000], logits[5, 2048:4096], logits[6, ::2], logits[7, -1] = -torch.inf, -torch.inf, -torch.inf, 60.0
+    logits = logits.to(dtype).repeat(3, 1)
+    uniforms = torch.rand(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     uniforms[:3], uniforms[8:16] = 0.0, 1 - 2**-53
     for temperature in (1.0, 0.7):
         expected, expected_logps = sample_tokens(logits, uniforms, temperature, 1.0)
         tokens, logps = sample_tokens(logits, uniforms, temperature, 1.0, "triton")
         different = (tokens != expected).nonzero().flatten().tolist()
         assert set(different) <= {*range(8, 16)}  # at the end the definition may take a token that is impossible
-        assert (logits[torch.arange(128), tokens] > -torch.inf).all()
+        assert (logits[torch.arange(24), tokens] > -torch.inf).all()
         same = tokens == expected
         torch.testing.assert_close(logps[same], expected_logps[same], rtol=1e-6, atol=2e-6)
         assert logps.dtype == torch.float32
@@ -160,7 +161,7 @@ def test_a_uniform_number_near_a_boundary_decides_between_its_two_tokens() -> No
     logits = draw(1, 5003) * 2
     probs = torch.softmax(logits, -1)
     cdf = (probs.cumsum(-1, dtype=torch.float64) / probs.sum(dtype=torch.float64))[0]
-    places = torch.arange(0, 4999, 250)
+    places = torch.arange(0, 4999, 700)
     for offset in (-1e-9, 1e-9, -2e-7, 2e-7):
         uniforms = (cdf[places] + offset).clamp(0, 1 - 1e-12)
         expected, _ = sample_tokens(logits.expand(len(places), -1), uniforms, 1.0, 1.0)
@@ -175,3 +176,59 @@ def test_a_uniform_number_near_a_boundary_decides_between_its_two_tokens() -> No
 def test_top_p_is_left_to_pytorch() -> None:
     with pytest.raises(ValueError, match="top_p below 1"):
         sample_tokens(draw(1, 9), torch.zeros(1), 1.0, 0.9, "triton")
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("rows", "heads", "key_heads", "columns"), [(64, 14, 2, 64), (64, 32, 8, 128), (3, 8, 8, 256)])
+def test_one_graph_attends_at_every_length(
+    dtype: torch.dtype, rows: int, heads: int, key_heads: int, columns: int
+) -> None:
+    query, keys, values = (x.cuda() for x in problem(heads, key_heads, columns, 640, dtype, rows))
+    starts = (torch.arange(rows) % 40).cuda()
+    column, scale = torch.tensor([0]).cuda(), columns**-0.5
+    decode_attention(query, keys, values, starts, column, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = decode_attention(query, keys, values, starts, column, scale)
+    for at in (0, 41, 300, 639):
+        column.fill_(at)
+        graph.replay()
+        expected = decode_attention(query, keys, values, starts, column, scale, backend="eager")
+        assert (got.double() - expected.double()).abs().max() <= 2 * TOLERANCE[dtype] * max(1.0, expected.abs().max())
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [50_257, 151_936])
+def test_tokens_of_many_draws_are_those_of_the_whole_sum(dtype: torch.dtype, vocabulary: int) -> None:
+    logits = (draw(64, vocabulary) * torch.linspace(0.1, 5, 64)[:, None]).to(dtype).cuda()
+    different = 0
+    for seed in range(32):
+        uniforms = torch.rand(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).cuda()
+        expected, expected_logps = sample_tokens(logits, uniforms, 0.9, 1.0, "eager")
+        tokens, logps = sample_tokens(logits, uniforms, 0.9, 1.0)
+        different += int((tokens != expected).sum())
+        same = tokens == expected
+        torch.testing.assert_close(logps[same], expected_logps[same], rtol=1e-6, atol=2e-6)
+    assert different <= 2
+
+
+@GPU
+@pytest.mark.gpu
+def test_the_parts_of_a_layer_on_a_gpu() -> None:
+    hidden, delta, weight = draw(64, 896).cuda(), draw(64, 896, seed=1, dtype=torch.bfloat16).cuda(), draw(896).cuda()
+    qkv, angles = draw(64, 18 * 64, dtype=torch.bfloat16).cuda(), draw(64, 32).repeat(1, 2).cuda()
+    gates = draw(64, 2 * 4864, dtype=torch.bfloat16).cuda()
+    found = []
+    for backend in ("eager", "triton"):
+        x, caches = hidden.clone(), [torch.zeros(64, 2, 128, 64, dtype=torch.bfloat16).cuda() for _ in range(2)]
+        y = add_norm(x, delta, weight, 1e-6, torch.bfloat16, backend)
+        query = place_heads(
+            qkv, angles.cos(), angles.sin(), None, *caches, torch.tensor([5]).cuda(), 14, 1e-6, backend
+        )  # fmt: skip
+        found.append((x, y, query, *caches, gate(gates, backend)))
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
