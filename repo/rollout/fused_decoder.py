@@ -1,4 +1,4 @@
-"""A decoder for Llama-shaped models with fp32 weights on the CPU: a step through all layers is one call of the C++ backend."""
+"""A decoder for Llama-shaped models with fp32 weights on the CPU: one call of the C++ backend runs all layers."""
 
 from __future__ import annotations
 
