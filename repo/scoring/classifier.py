@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..common.adapter_folder import base_of
+from ..common.config_fields import longest_input
 from ..common.errors import UserError, first_line, require_package
 from ..common.hub import require_model
 from ..data.chat_format import ChatFormat
@@ -267,9 +268,10 @@ def _context_of(model: Any) -> int | None:
     The RoBERTa kind counts positions from the one after its padding index, and so reads fewer than its config says.
     """
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        padding = getattr(module, "padding_idx", None)  # of an nn.Embedding, or of I-BERT's own kind of embedding
+        if name.endswith("position_embeddings") and padding is not None:
+            return len(module.weight) - padding - 1
+    return longest_input(model.config.get_text_config())
 
 
 def load_model(name: str, signal: str, device: str, trust: bool = False, date: str | None = None) -> ClassifierScorer:
@@ -280,7 +282,8 @@ def load_model(name: str, signal: str, device: str, trust: bool = False, date: s
     """
     path = name.partition("#")[0]
     path = base_of(path, f"{field_of(signal)} {name!r}") or path
-    takes = "must be 'embedded', a model (folder or hub name) or 'module:function'"
+    none = "'none', " if signal == "judge" else ""
+    takes = f"must be 'embedded', {none}a model (folder or hub name) or 'module:function'"
     require_model(path, f"{field_of(signal)} {takes}; got {name!r}")
     try:
         architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust).architectures or ()
