@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..common.hub import require_model
 from ..data.chat_format import ChatFormat
 from ..data.prompts import Prompt
 from ..data.token_ids import embedding_rows, plain_ids, require_embedded
-from .adapter import merge, outputs_of, saved_weights
+from .adapter import errors_only, merge, outputs_of, saved_weights
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 from .signals import field_of
@@ -139,9 +140,11 @@ class ClassifierScorer:
         if (outputs := outputs_of(saved)) not in (None, config.num_labels) and self.model_class is not ScoreModel:
             config.num_labels = outputs
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"  # "auto" keeps the saved dtype
-        model, info = self.model_class.from_pretrained(
-            base or path, config=config, dtype=dtype, output_loading_info=True, **trust
-        )
+        # transformers reports a head that the base lacks and the adapter brings; what nobody brings is refused below
+        with errors_only() if saved else nullcontext():
+            model, info = self.model_class.from_pretrained(
+                base or path, config=config, dtype=dtype, output_loading_info=True, **trust
+            )
         if missing := sorted(set(info["missing_keys"]) - saved.keys()):  # transformers would fill in random numbers
             raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
         return model if base is None else merge(model, path)
