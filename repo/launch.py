@@ -115,12 +115,14 @@ def open_folder(
 
 
 def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:
-    """Make the trained module, sharded over processes if configured; print its attention, decoding and memory."""
+    """Make the trained module, sharded if configured; print its attention, products, decoding and memory."""
     shards = shards_of(config, world)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
     decoding = describe_decoding(parts.sampler)
     actor = Actor(parts.policy, parts.critics, world, shards)
     style = None if actor.attention.packs else "yellow"
     console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
+    if parts.policy.matmul is not None:
+        console.print(parts.policy.matmul.describe(), markup=False, highlight=False)
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     return actor
