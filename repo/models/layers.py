@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..attention.packed import recompute_contexts
 from ..common.errors import UserError
-from .attention import recompute_contexts
 
 Forward = Callable[..., Any]
 
