@@ -57,7 +57,7 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     run = open_folder(switches, config, path, resumed, parts, console, world)
     console.print(f"run: {run.path}   {describe_batch(config, world)}", markup=False, highlight=False)
-    actor = make_actor(config, parts, console, world)
+    actor = make_actor(config, parts, run, console, world)
     evaluator = Evaluator(
         config, parts.eval_prompts, parts.scorers, parts.judge, Actor(parts.reference), console, world
     )
@@ -114,13 +114,19 @@ def open_folder(
     return run
 
 
-def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:
-    """Make the trained module, sharded over processes if configured; print its attention, decoding and memory."""
+def make_actor(config: Config, parts: Parts, run: Run, console: Console, world: World) -> Actor:
+    """Make the trained module, sharded over processes if configured.
+
+    Prints and records how attention, layers and decoding are computed; prints the memory.
+    """
     shards = shards_of(config, world)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
     decoding = describe_decoding(parts.sampler)
     actor = Actor(parts.policy, parts.critics, world, shards)
     style = None if actor.attention.packs else "yellow"
     console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
+    if parts.policy.layers:
+        console.print(f"layers: {parts.policy.layers}", markup=False, highlight=False)
+    run.write_execution([actor.attention.describe(), f"layers: {parts.policy.layers or 'not compiled'}", decoding])
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     return actor

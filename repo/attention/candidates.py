@@ -26,7 +26,7 @@ from .sdpa import Kernel, per_run
 HALF = (torch.float16, torch.bfloat16)
 
 
-class _Missing(Exception):
+class _MissingError(Exception):
     """A candidate is not installed; the message says what is missing."""
 
 
@@ -108,7 +108,7 @@ def first_that_agrees(
         try:
             kernel = candidate.adapt(_function(candidate))
             refusal = _disagreement(kernel, device, dtype, head_dim, 20.0 if softcap else None, window)
-        except _Missing as error:
+        except _MissingError as error:
             refusal = str(error)
         except Exception as error:  # refuses the device, head size or softcap with an error of any type
             refusal = f"fails: {first_line(error)}"
@@ -119,17 +119,17 @@ def first_that_agrees(
 
 
 def _function(candidate: Candidate) -> Callable[..., Any]:
-    """Import a candidate's function. Raises _Missing."""
+    """Import a candidate's function. Raises _MissingError."""
     try:
         module = import_module(candidate.module)
     except ModuleNotFoundError as error:
         package = candidate.module.partition(".")[0]
         if error.name in (package, candidate.module):
-            raise _Missing("is not installed") from error
-        raise _Missing(f"needs the package {error.name}") from error
+            raise _MissingError("is not installed") from error
+        raise _MissingError(f"needs the package {error.name}") from error
     # FlashAttention 4 shares the folder flash_attn with version 2, which may be absent from it
     if not hasattr(module, candidate.function):
-        raise _Missing(f"is not installed: {candidate.module} has no {candidate.function}")
+        raise _MissingError(f"is not installed: {candidate.module} has no {candidate.function}")
     function: Callable[..., Any] = getattr(module, candidate.function)
     return function
 

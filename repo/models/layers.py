@@ -37,6 +37,12 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     return len(layers)
 
 
+def uncompile_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`."""
+    for layer in decoder_layers(model):
+        layer.__dict__.pop("forward", None)
+
+
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Recompute the decoder layers' activations in the backward pass, while the context is open.

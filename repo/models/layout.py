@@ -69,6 +69,12 @@ def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> At
     return Attention(True, choice.name, choice.why, kernel=choice.kernel if choice.traceable else None)
 
 
+def probe_rows(model: Any, attention: Attention) -> Packed:
+    """Lay a few short sequences out for a trial as `attention` says. model: a causal LM or a trunk."""
+    probe, rows = _probe_sequences(trunk_of(model)), torch.arange(4 if attention.packs or attention.pads else 1)
+    return pack(probe, rows, share_prefix=True) if attention.packs else pad(probe, rows)
+
+
 def _probe_sequences(trunk: Any) -> Sequences:
     """Make four short responses to two prompts, three of them to the same one."""
     ids = plain_ids(trunk, 4, 9, "packing probe").tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
 from .quantised import keep_unpacked, quantisation, require_trainable
+from .working_copies import working_copies
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Policy:
     attention: the way it reads prompts and responses.
     base_only: switch the LoRA adapters off, which makes it the reference.
     autocast: dtype of the forward pass, None for that of the weights.
-    recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled.
+    recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled. copied: trained fp32 weights
+    are cast to the dtype of the forward pass once per optimiser step. layers: words for both, and why not.
     merged: base model of the adapter folder that was loaded and merged into it, None for a whole model.
     saves_merged: adapters are merged into the weights when it is saved, because they do not fit the base that is named.
     """
@@ -51,6 +53,8 @@ class Policy:
     autocast: torch.dtype | None = None
     recomputes: bool = False
     compiled: bool = False
+    copied: bool = False
+    layers: str = ""
     merged: str | None = None
     saves_merged: bool = False
 
@@ -85,6 +89,17 @@ class Policy:
             for replaced in () if self.compiled else (onednn_linears, fused_layers):
                 stack.enter_context(replaced(self.model))
             yield
+
+    @contextmanager
+    def copies(self) -> Iterator[None]:
+        """Open the context of all passes between two changes of the weights, which are cast once in it."""
+        with working_copies(self.model, self.dtype) if self.copied else nullcontext():
+            yield
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the forward pass."""
+        return self.autocast or self.model.dtype
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -151,7 +166,7 @@ def load_policy(
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         check_head(model)
         attention = choose_attention(model, device, autocast or model.dtype)
-    compiled, recomputes = trainable and config.compile, trainable and config.gradient_checkpointing
+    compiled, recomputes = trainable and config.compile is True, trainable and config.gradient_checkpointing
     if compiled:
         compile_layers(model)
     return Policy(

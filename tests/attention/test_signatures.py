@@ -28,7 +28,7 @@ def choose(monkeypatch, softcap=False, window=True, **installed):
     for module in PLACES.values():
         parts = module.split(".")
         for i in range(len(parts)):
-            if not parts[0] == "torch":
+            if parts[0] != "torch":
                 monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), None)  # an import fails: not installed
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     for module, function in installed.items():
