@@ -34,40 +34,37 @@ def with_fast_layers(policy: Policy, compiles: bool | Literal["auto"], sharded: 
         return dataclasses.replace(policy, layers="compiled" if policy.compiled else "not compiled, since sharded")
     notes: list[str] = []
     if policy.dtype != torch.float32:
-        policy = _with_copies(policy, notes)
+        policy, note = with_copies(policy)
+        notes.append(note)
     if policy.compiled:
         notes.insert(0, "compiled")
     elif compiles == "auto" and policy.device.type == "cuda":
-        policy = _with_compiled_layers(policy, notes)
+        policy, note = with_compiled_layers(policy)
+        notes.insert(0, note)
     return dataclasses.replace(policy, layers=", ".join(notes))
 
 
-def _with_copies(policy: Policy, notes: list[str]) -> Policy:
-    """Let the policy use working copies if states and gradients stay what they are without; append a note."""
-    copied = dataclasses.replace(policy, copied=True)
+def with_copies(policy: Policy) -> tuple[Policy, str]:
+    """Let a policy use working copies if states and gradients stay what they are without; returns words for it too."""
     dtype = str(policy.dtype).removeprefix("torch.")
+    copied = dataclasses.replace(policy, copied=True)
     if why := _changes(copied, _probe(policy)):
-        notes.append(f"weights cast in every pass: with copies in {dtype} the trial {why}")
-        return policy
-    notes.append(f"weights cast to {dtype} once per optimiser step")
-    return copied
+        return policy, f"weights cast in every pass: with copies in {dtype} the trial {why}"
+    return copied, f"weights cast to {dtype} once per optimiser step"
 
 
-def _with_compiled_layers(policy: Policy, notes: list[str]) -> Policy:
-    """Compile the policy's decoder layers if a trial works; put a note first."""
+def with_compiled_layers(policy: Policy) -> tuple[Policy, str]:
+    """Compile a policy's decoder layers if a trial works; returns words for it too."""
     if not decoder_layers(policy.model):
-        notes.insert(0, f"not compiled: {type(policy.model).__name__} has no decoder layers")
-        return policy
+        return policy, f"not compiled: {type(policy.model).__name__} has no decoder layers"
     expected, begun, graphs = _probe(policy), time.perf_counter(), counters["stats"]["unique_graphs"]
     compile_layers(policy.model)
     compiled = dataclasses.replace(policy, compiled=True)
     if why := _changes(compiled, expected):
         uncompile_layers(policy.model)
-        notes.insert(0, f"not compiled: torch.compile {why}")
-        return policy
+        return policy, f"not compiled: torch.compile {why}"
     graphs = counters["stats"]["unique_graphs"] - graphs
-    notes.insert(0, f"compiled in {time.perf_counter() - begun:.0f} s, {graphs} graphs")
-    return compiled
+    return compiled, f"compiled in {time.perf_counter() - begun:.0f} s, {graphs} graphs"
 
 
 def _changes(policy: Policy, expected: list[Tensor]) -> str:
@@ -75,7 +72,7 @@ def _changes(policy: Policy, expected: list[Tensor]) -> str:
     try:
         computed = _probe(policy)
     except Exception as error:  # compilers and models raise errors of many types
-        return f"fails: {first_line(error)}"
+        return f"fails: {first_line(getattr(error, 'inner_exception', error))}"  # torch.compile wraps its backend's
     difference = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(computed, expected, strict=True))
     if difference < TOLERANCE[policy.dtype]:
         return ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shape_config
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -32,6 +33,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     layers = decoder_layers(model)
     if not layers:
         raise UserError(f"model.compile must be false: {type(model).__name__} has no decoder layers to compile")
+    # by default sizes that are equal in the first call must be equal in all: a row as long as a head is wide would
+    # compile anew for every other length
+    shape_config.use_duck_shape = False
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
     return len(layers)
