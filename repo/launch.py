@@ -115,9 +115,9 @@ def open_folder(
 
 
 def make_actor(config: Config, parts: Parts, run: Run, console: Console, world: World) -> Actor:
-    """Make the trained module, sharded over processes if configured.
+    """Make the trained module, sharded if configured.
 
-    Prints and records how attention, layers and decoding are computed; prints the memory.
+    Prints and records how attention, layers, products and decoding are computed; prints the memory.
     """
     shards = shards_of(config, world)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
@@ -125,8 +125,11 @@ def make_actor(config: Config, parts: Parts, run: Run, console: Console, world: 
     actor = Actor(parts.policy, parts.critics, world, shards)
     style = None if actor.attention.packs else "yellow"
     console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
-    if parts.policy.layers:
-        console.print(f"layers: {parts.policy.layers}", markup=False, highlight=False)
-    run.write_execution([actor.attention.describe(), f"layers: {parts.policy.layers or 'not compiled'}", decoding])
+    lines = [f"layers: {parts.policy.layers}"] if parts.policy.layers else []
+    if parts.policy.matmul is not None:
+        lines.append(parts.policy.matmul.describe())
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    run.write_execution([actor.attention.describe(), decoding, *lines])
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     return actor
