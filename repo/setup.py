@@ -24,7 +24,7 @@ from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, toke
 from .data.token_ids import require_embedded
 from .models.actor import Actor
 from .models.critic import make_critics
-from .models.fast_layers import with_fast_layers
+from .models.fast_layers.choice import with_fast_layers
 from .models.policy import Policy, choose_device, load_policy, load_reference
 from .rollout.stop_tokens import with_stop_tokens
 from .runs.loggers import check_loggers

@@ -36,6 +36,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     # by default sizes that are equal in the first call must be equal in all: a row as long as a head is wide would
     # compile anew for every other length
     shape_config.use_duck_shape = False
+    # a layer has a graph for each combination of: with gradient or not, of its input too, adapters on or off, prompts
+    # shared or not, its window; the default of 8 would leave the last ones uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
     return len(layers)

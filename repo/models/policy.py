@@ -23,12 +23,12 @@ from ..common.hub import require_model
 from ..config.schema import ModelConfig
 from ..data.token_ids import padding_id
 from .adapters import add_lora, has_adapters, load_merged, merge_adapters
+from .fast_layers.working_copies import working_copies
 from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
 from .matmul import Matmul, choose_matmul
 from .quantised import keep_unpacked, quantisation, require_trainable
-from .working_copies import working_copies
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from repo.common.errors import UserError
 from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
-from repo.models import fast_layers
 from repo.models.actor import Actor
-from repo.models.fast_layers import with_fast_layers
+from repo.models.fast_layers import choice
+from repo.models.fast_layers.choice import with_fast_layers
 from repo.models.layers import compile_layers, recomputed, uncompile_layers, uncompiled
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
@@ -119,8 +119,8 @@ def test_layers_are_compiled_by_default_where_a_trial_works(tiny_model, monkeypa
     policy = load_policy(str(tiny_model), CPU, trainable=True, config=ModelConfig(dtype="bfloat16"))
     assert with_fast_layers(policy, "auto").compiled is False  # on a CPU
     policy = dataclasses.replace(policy, copied=True)
-    monkeypatch.setattr(fast_layers, "compile_layers", partial(compile_layers, backend="eager"))
-    compiled, notes = fast_layers.with_compiled_layers(policy)
+    monkeypatch.setattr(choice, "compile_layers", partial(compile_layers, backend="eager"))
+    compiled, notes = choice.with_compiled_layers(policy)
     assert compiled.compiled
     assert re.fullmatch(r"compiled in \d+ s, 4 graphs", notes)
     uncompile_layers(policy.model)
@@ -136,8 +136,8 @@ def test_a_trial_that_fails_leaves_the_layers_as_they_are_and_says_why(fault, ti
 
     torch._dynamo.reset()
     policy = load_policy(str(tiny_model), CPU, trainable=True)
-    monkeypatch.setattr(fast_layers, "compile_layers", partial(compile_layers, backend=backend))
-    plain, notes = fast_layers.with_compiled_layers(policy)
+    monkeypatch.setattr(choice, "compile_layers", partial(compile_layers, backend=backend))
+    plain, notes = choice.with_compiled_layers(policy)
     assert not plain.compiled
     assert notes.startswith(
         "not compiled: torch.compile " + ("fails: " if fault else "changes states or gradients by ")

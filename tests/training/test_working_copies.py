@@ -10,7 +10,7 @@ from repo.config.schema import AlgorithmConfig, Config, ModelConfig, OptimizerCo
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
-from repo.models.fast_layers import with_fast_layers
+from repo.models.fast_layers.choice import with_fast_layers
 from repo.models.policy import load_policy
 from repo.training.advantages import Advantages
 from repo.training.batch import Batch

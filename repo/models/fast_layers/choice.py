@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ..common.errors import first_line
-from .hidden_states import trunk_states
-from .layers import compile_layers, decoder_layers, uncompile_layers
-from .layout import probe_rows
-from .lm_head import trunk_of
-from .policy import Policy
+from ...common.errors import first_line
+from ..hidden_states import trunk_states
+from ..layers import compile_layers, decoder_layers, uncompile_layers
+from ..layout import probe_rows
+from ..lm_head import trunk_of
+from ..policy import Policy
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # relative, of states and gradients
 

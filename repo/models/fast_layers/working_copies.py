@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharding import is_sharded
+from ..sharding import is_sharded
 
 
 @contextmanager
