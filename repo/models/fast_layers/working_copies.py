@@ -60,9 +60,9 @@ def _places(model: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
 @torch.no_grad()
 def _copies(masters: list[nn.Parameter], dtype: torch.dtype) -> dict[nn.Parameter, nn.Parameter]:
     """Cast weights, all in few launches, into parameters that hand their gradients over."""
-    cast = [torch.empty_like(master, dtype=dtype) for master in masters]
+    cast, weights = [torch.empty_like(master, dtype=dtype) for master in masters], list[Tensor](masters)
     if cast:
-        torch._foreach_copy_(cast, masters)
+        torch._foreach_copy_(cast, weights)
     copies = {master: nn.Parameter(copy) for master, copy in zip(masters, cast, strict=True)}
     for master, copy in copies.items():
         copy.register_post_accumulate_grad_hook(partial(_hand_over, master))
