@@ -15,6 +15,7 @@ from .models.adapters import add_lora
 from .models.memory import describe_memory
 from .models.policy import choose_device
 from .models.quantised import require_trainable
+from .rollout.stop_tokens import stop_id
 from .setup import find_assets, load_data, model_path, shards_of
 
 
@@ -64,6 +65,8 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     device = choose_device(config.model.device)
     console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
     text = shape.get_text_config()
+    for token in config.rollout.stop_tokens:
+        stop_id(tokenizer, token, text.vocab_size)
     load_data(config, folder, tokenizer, (), text, console)
     console.print(describe_batch(config, world), markup=False, highlight=False)
     memory = describe_memory(config, model, text.vocab_size, shards=shards_of(config, world))

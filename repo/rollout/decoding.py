@@ -158,7 +158,8 @@ def running_decoder(policy: Policy, rows: int, width: int, limit: int) -> Iterat
     """
     decoding = choose_decoding(policy)
     if policy.device.type == "cpu" and not _why_slower(policy):
-        fused = FusedDecoder(policy.model, limit)
+        half = policy.matmul is not None and policy.matmul.half
+        fused = FusedDecoder(policy.model, limit, torch.bfloat16 if half else torch.float32)
         with fused.linears():
             yield fused
         return
