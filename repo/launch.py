@@ -57,7 +57,7 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     run = open_folder(switches, config, path, resumed, parts, console, world)
     console.print(f"run: {run.path}   {describe_batch(config, world)}", markup=False, highlight=False)
-    actor = make_actor(config, parts, console, world)
+    actor = make_actor(config, parts, run, console, world)
     evaluator = Evaluator(
         config, parts.eval_prompts, parts.scorers, parts.judge, Actor(parts.reference), console, world
     )
@@ -114,15 +114,22 @@ def open_folder(
     return run
 
 
-def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:
-    """Make the trained module, sharded if configured; print its attention, products, decoding and memory."""
+def make_actor(config: Config, parts: Parts, run: Run, console: Console, world: World) -> Actor:
+    """Make the trained module, sharded if configured.
+
+    Prints and records how attention, layers, products and decoding are computed; prints the memory.
+    """
     shards = shards_of(config, world)
     memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
     decoding = describe_decoding(parts.sampler)
     actor = Actor(parts.policy, parts.critics, world, shards)
     style = None if actor.attention.packs else "yellow"
     console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
+    lines = [f"layers: {parts.policy.layers}"] if parts.policy.layers else []
     if parts.policy.matmul is not None:
-        console.print(parts.policy.matmul.describe(), markup=False, highlight=False)
+        lines.append(parts.policy.matmul.describe())
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    run.write_execution([actor.attention.describe(), decoding, *lines])
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     return actor

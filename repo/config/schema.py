@@ -35,9 +35,10 @@ class ModelConfig:
     shard: NonNegativeInt = 1
     """Number of torchrun processes that FSDP2 splits one copy of trained weights, gradients and optimiser states over;
     must divide the number of processes. 1: no splitting, each process has a copy. 0: all processes split one copy."""
-    compile: bool = False
-    """Compile the policy's decoder layers with torch.compile: the update is faster on CUDA, the first steps are slow.
-    """
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the policy's decoder layers with torch.compile. "auto": on CUDA, if a trial at start computes the same;
+    the trial takes a while, less when the compiler's cache on disk has the layers. With model.shard other than 1 "auto"
+    means false."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def likely_cause(config: Config) -> str:
         return f"rollout.top_p={config.rollout.top_p:g} samples from a truncated distribution, whose ratio is biased"
     if config.model.dtype == "bfloat16":
         return "model.dtype bfloat16 rounds differently in decoding and in training; float32 does not"
-    if config.model.compile:
+    if config.model.compile is True:
         return "compiled layers differ from the plain ones that sample"
     return "the model computes differently token by token than in one pass: its cache, positions or attention"
 
