@@ -1,0 +1,124 @@
+"""Activations: what one micro-batch of the update holds at its peak.
+
+A forward and backward pass of the model's own code runs on "meta" tensors, one decoder layer of each kind at a time,
+while the bytes that live are counted. So the figures hold for any architecture, with adapters, autocast and
+recomputation, as long as nothing in a layer depends on values.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repo_kernels.layers.fused_layers import fused_layers
+from repo_kernels.losses.chunks import Budget, HeadSizes
+
+from ..data.packing import Packed
+from ..data.segments import take_rows
+from ..models.layers import decoder_layers, recomputed
+from .live_bytes import LiveBytes
+from .stand_ins import AttentionKernel, Autocast, Head, Pattern, sized
+from .twin import Kind, kinds_of
+
+MOST_CALLS = 5000  # operators of one layer; a state-space model that loops over tokens would take minutes
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How the update runs a model.
+
+    kernel: of attention. half: dtype of autocast, None for none. recomputes: gradient checkpointing is on.
+    fused: repo_kernels replaces norms, rotary embedding and gated MLPs. budget, head: of the chunks of logits; None for
+    a trunk without a head.
+    """
+
+    kernel: AttentionKernel
+    half: torch.dtype | None
+    recomputes: bool
+    fused: bool
+    budget: Budget | None
+    head: HeadSizes | None
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a micro-batch adds to weights and their gradients.
+
+    layers: what all decoder layers keep for the backward pass. attention: part of it that attention keeps.
+    copies: half-precision copies of trained weights. outside: what is kept before and after the layers.
+    working: what the largest backward pass of one layer, or the head, holds beyond that at its peak.
+    """
+
+    layers: int
+    attention: int
+    copies: int
+    outside: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak of the forward and backward pass."""
+        return self.layers + self.copies + self.outside + self.working
+
+
+def activations_of(model: nn.Module, packed: Packed, how: Pass) -> Activations:
+    """Compute what a micro-batch of a causal LM or a trunk holds.
+
+    model: on any device. packed: the inputs, on the CPU.
+
+    Raises Exception of any type, with its reason, if the model cannot be run on "meta".
+    """
+    return combine([(kind.count, run_kind(kind, packed, how)) for kind in kinds_of(model)])
+
+
+def combine(parts: list[tuple[int, Activations]]) -> Activations:
+    """Add up kinds of layers, given as (number of such layers, activations of one)."""
+    layers, attention, copies = (
+        sum(count * getattr(part, name) for count, part in parts) for name in ("layers", "attention", "copies")
+    )
+    working = max(part.working for _, part in parts)
+    return Activations(layers, attention, copies, parts[0][1].outside, working)
+
+
+def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
+    """Run a twin with one layer forward and backward, and count."""
+    trunk, part = kind.trunk, packed.to(torch.device("meta"))
+    pattern = Pattern(None if part.segments is None else part.segments.keys, how.kernel)
+    (layer,) = decoder_layers(trunk)
+    live = LiveBytes(MOST_CALLS)
+    marks: list[int] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_: marks.append(live.now)),
+        layer.register_forward_hook(lambda *_: marks.append(live.now)),
+    ]
+    autocast = None if how.half is None else Autocast(how.half)
+    if autocast is not None:
+        layer.forward = autocast.around(layer.forward)
+    with ExitStack() as stack:
+        stack.enter_context(sized(trunk))
+        stack.enter_context(fused_layers(trunk) if how.fused else nullcontext())
+        stack.enter_context(recomputed(trunk) if how.recomputes else nullcontext())
+        stack.enter_context(live)
+        inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids, "segments": pattern}
+        states = trunk(**inputs, use_cache=False).last_hidden_state
+        copies = 0 if autocast is None else autocast.release()
+        loss = _loss(kind, states, part.rows, how, live)
+        del states
+        attention, kept = pattern.saved, live.now
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    layers = marks[1] - marks[0] - copies
+    held = 0 if how.recomputes else copies  # recomputation casts the weights of one layer at a time
+    return Activations(layers, attention * (not how.recomputes), copies, kept - layers - held, live.peak - kept)
+
+
+def _loss(kind: Kind, states: Tensor, rows: Tensor, how: Pass, live: LiveBytes) -> Tensor:
+    """Compute what stands for the loss. states: of the last layer, rows: which of them predict a token."""
+    hidden = take_rows(states.reshape(-1, states.shape[-1]), rows)
+    if kind.head is None or how.head is None or how.budget is None:
+        return hidden.float().sum()
+    return Head.apply(hidden.to(how.half or kind.head.dtype), kind.head, how.budget, how.head, live)
