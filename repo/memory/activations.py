@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,12 @@ MOST_CALLS = 5000  # operators of one layer; a state-space model that loops over
 class Pass:
     """How the update runs a model.
 
-    kernel: of attention. half: dtype of autocast, None for none. recomputes: gradient checkpointing is on.
+    device: its type. kernel: of attention. half: dtype of autocast, None for none. recomputes: gradient checkpointing is on.
     fused: repo_kernels replaces norms, rotary embedding and gated MLPs. budget, head: of the chunks of logits; None for
     a trunk without a head.
     """
 
+    device: str
     kernel: AttentionKernel
     half: torch.dtype | None
     recomputes: bool
@@ -47,21 +49,24 @@ class Pass:
 class Activations:
     """Bytes that a micro-batch adds to weights and their gradients.
 
-    layers: what all decoder layers keep for the backward pass. attention: part of it that attention keeps.
-    copies: half-precision copies of trained weights. outside: what is kept before and after the layers.
+    count: number of decoder layers. layers: what all of them keep for the backward pass. attention: part of it that
+    attention keeps. copies: half-precision copies of trained weights, which the backward pass needs. released: those
+    that are freed before it, because it makes them anew. outside: what is kept before and after the layers.
     working: what the largest backward pass of one layer, or the head, holds beyond that at its peak.
     """
 
+    count: int
     layers: int
     attention: int
     copies: int
+    released: int
     outside: int
     working: int
 
     @property
     def peak(self) -> int:
         """Bytes at the peak of the forward and backward pass."""
-        return self.layers + self.copies + self.outside + self.working
+        return self.layers + max(self.released, self.copies + self.outside + self.working)
 
 
 def activations_of(model: nn.Module, packed: Packed, how: Pass) -> Activations:
@@ -76,11 +81,13 @@ def activations_of(model: nn.Module, packed: Packed, how: Pass) -> Activations:
 
 def combine(parts: list[tuple[int, Activations]]) -> Activations:
     """Add up kinds of layers, given as (number of such layers, activations of one)."""
-    layers, attention, copies = (
-        sum(count * getattr(part, name) for count, part in parts) for name in ("layers", "attention", "copies")
-    )
-    working = max(part.working for _, part in parts)
-    return Activations(layers, attention, copies, parts[0][1].outside, working)
+
+    def total(name: str) -> int:
+        return sum(count * getattr(part, name) for count, part in parts)
+
+    largest = max((part for _, part in parts), key=lambda part: part.outside + part.working)
+    kept = (total(name) for name in ("count", "layers", "attention", "copies", "released"))
+    return Activations(*kept, largest.outside, largest.working)
 
 
 def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
@@ -88,10 +95,17 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
     trunk, part = kind.trunk, packed.to(torch.device("meta"))
     pattern = Pattern(None if part.segments is None else part.segments.keys, how.kernel)
     (layer,) = decoder_layers(trunk)
-    live = LiveBytes(MOST_CALLS)
+    live = LiveBytes(MOST_CALLS, promotes=how.device == "cpu")
     marks: list[int] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        if not states.requires_grad:  # as behind a frozen embedding; but most layers are behind another layer
+            states.requires_grad_()
+        marks.append(live.now)
+
     hooks = [
-        layer.register_forward_pre_hook(lambda *_: marks.append(live.now)),
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
         layer.register_forward_hook(lambda *_: marks.append(live.now)),
     ]
     autocast = None if how.half is None else Autocast(how.half)
@@ -112,8 +126,9 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
     for hook in hooks:
         hook.remove()
     layers = marks[1] - marks[0] - copies
-    held = 0 if how.recomputes else copies  # recomputation casts the weights of one layer at a time
-    return Activations(layers, attention * (not how.recomputes), copies, kept - layers - held, live.peak - kept)
+    if how.recomputes:  # the weights of one layer at a time are cast again
+        return Activations(1, layers, 0, 0, copies, kept - layers, live.peak - kept)
+    return Activations(1, layers, attention, copies, 0, kept - layers - copies, live.peak - kept)
 
 
 def _loss(kind: Kind, states: Tensor, rows: Tensor, how: Pass, live: LiveBytes) -> Tensor:

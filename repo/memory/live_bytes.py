@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+aten = torch.ops.aten
+BINARY = {aten.add, aten.sub, aten.mul, aten.div}  # operators whose operands are brought to one dtype
+
 
 class LiveBytes(TorchDispatchMode):
     """A context that counts the tensors which PyTorch's operators return inside it, until they are freed.
@@ -19,12 +22,13 @@ class LiveBytes(TorchDispatchMode):
 
     now: bytes that live now. peak: most bytes that lived at once. calls: operators so far.
     limit: number of operators after which RuntimeError is raised, None for no limit.
+    promotes: count the copies that PyTorch's CPU kernels make of operands of another dtype than the result's.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, promotes: bool = False) -> None:
         super().__init__()
         self.now = self.peak = self.calls = 0
-        self.limit = limit
+        self.limit, self.promotes = limit, promotes
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,6 +43,9 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor, counts=True)
+        if self.promotes and func.overloadpacket in BINARY:
+            operands = [t for t in args if isinstance(t, Tensor) and t.ndim and t.dtype != result.dtype]
+            self.inside(sum(t.numel() for t in operands) * result.element_size())
         return result
 
     def inside(self, size: int) -> None:
@@ -65,8 +72,3 @@ class LiveBytes(TorchDispatchMode):
 def size_of(*tensors: Tensor | None) -> int:
     """Add up the bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def dtype_bytes(name: str) -> int:
-    """Return the bytes of an element of a dtype, e.g. "bfloat16"."""
-    return int(getattr(torch, name).itemsize)

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from repo_kernels.losses.chunks import Budget, HeadSizes
+from repo_kernels.losses.gemm import BLOCK_ROWS, allocates
 
 from ..data.segments import take_rows
-from .live_bytes import LiveBytes
+from .live_bytes import LiveBytes, size_of
 
 IMPLEMENTATION = "repo_sizes"
 PRODUCTS = {
@@ -69,14 +70,15 @@ def sized_attention(
 ) -> tuple[Tensor, None]:
     """Allocate what packed attention does; arguments and result as in models.attention.packed_attention."""
     kernel = segments.kernel
-    q, k, v = (x.squeeze(0).transpose(0, 1).to(kernel.half or value.dtype) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(kernel.half or value.dtype) for x in (query, key, value))
     if segments.keys is not None:
         k, v = take_rows(k, segments.keys), take_rows(v, segments.keys)
     if kernel.repeats and q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    out = _Attention.apply(q, k, v, kernel.sums)
-    segments.saved += sum(x.numel() * x.element_size() for x in (q, k, v, out)) + 4 * q.shape[0] * q.shape[1]
-    return (torch.cat([out]) if kernel.joins else out)[None], None
+    out = _Attention.apply(q, k, v, kernel)
+    segments.saved += size_of(q, k, v, out) + 4 * q.shape[0] * q.shape[1]
+    out = torch.cat([out]) if kernel.joins else out
+    return out.unflatten(0, (query.shape[0], -1)), None
 
 
 AttentionInterface.register(IMPLEMENTATION, sized_attention)
@@ -89,18 +91,21 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sums: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: AttentionKernel) -> Tensor:
         out = v.new_empty(*q.shape[:2], v.shape[2])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32))
-        ctx.sums = sums
+        ctx.kernel = kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_ = ctx.saved_tensors
-        held = q.new_empty(q.shape, dtype=torch.float32) if ctx.sums else None
-        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        held = q.new_empty(q.shape, dtype=torch.float32) if ctx.kernel.sums else None
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
         del held
+        if ctx.kernel.joins:  # those of the calls are copied into one tensor, of q, of k and of v in turn
+            for i, gradient in enumerate(gradients):
+                gradients[i] = torch.empty_like(gradient)
         return *gradients, None
 
 
@@ -114,7 +119,10 @@ class Head(torch.autograd.Function):
         if sizes.with_weight:
             totals.append(weight.new_empty(weight.shape, dtype=sizes.result))
         cast = 0 if weight.dtype == sizes.factors else weight.numel() * sizes.factors.itemsize
-        live.inside(cast + budget.rows(len(hidden), sizes) * sizes.row_bytes)
+        rows = budget.rows(len(hidden), sizes)
+        if sizes.with_weight and allocates(torch.device(budget.device), sizes.factors):  # copies a block of both
+            cast += min(BLOCK_ROWS, sizes.vocabulary) * (rows + sizes.width) * sizes.factors.itemsize
+        live.inside(cast + rows * sizes.row_bytes)
         ctx.save_for_backward(*totals)
         ctx.dtypes = hidden.dtype, weight.dtype
         return hidden.new_empty((), dtype=torch.float32)

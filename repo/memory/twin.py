@@ -19,11 +19,13 @@ class Kind:
     """A kind of decoder layer: those with parameters of the same names, shapes and dtypes.
 
     trunk: a copy of the trunk on "meta" whose only layer is of this kind. head: the weight of the LM head, which may be
-    the trunk's embedding; None for a model without one. count: number of such layers in the model.
+    the trunk's embedding; None for a model without one. weights: parameters of the layer. count: number of such layers
+    in the model.
     """
 
     trunk: Any
     head: Tensor | None
+    weights: int
     count: int
 
 
@@ -41,10 +43,12 @@ def kinds_of(model: nn.Module) -> list[Kind]:
     signatures = [_signature(layer) for layer in layers]
     head = None if trunk is model else model.get_output_embeddings().weight
     with uncompiled(trunk):
-        return [
-            Kind(*_copy(trunk, head, layers, layers[signatures.index(kind)]), count)
-            for kind, count in Counter(signatures).items()
-        ]
+        kinds = []
+        for signature, count in Counter(signatures).items():
+            layer = layers[signatures.index(signature)]
+            weights = sum(p.numel() for p in layer.parameters())
+            kinds.append(Kind(*_copy(trunk, head, layers, layer), weights, count))
+    return kinds
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:

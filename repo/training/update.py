@@ -79,7 +79,7 @@ class Updater:
                 return Predictions(None, {})
             first = next(self._minibatches(len(sequences.group), step))[0]
             rows = torch.ones(len(sequences.group), dtype=torch.bool).index_fill(0, first, False).nonzero().squeeze(1)
-        return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens, rows)
+        return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.budget, rows)
 
     @property
     def _needs_values(self) -> bool:
