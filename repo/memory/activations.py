@@ -31,9 +31,9 @@ MOST_CALLS = 5000  # operators of one layer; a state-space model that loops over
 class Pass:
     """How the update runs a model.
 
-    device: its type. kernel: of attention. half: dtype of autocast, None for none. recomputes: gradient checkpointing is on.
-    fused: repo_kernels replaces norms, rotary embedding and gated MLPs. budget, head: of the chunks of logits; None for
-    a trunk without a head.
+    device: its type, "cpu" or "cuda". kernel: of attention. half: dtype of autocast, None for none.
+    recomputes: gradient checkpointing is on. fused: repo_kernels replaces norms, rotary embedding and gated MLPs.
+    budget, head: of the chunks of logits; None for a trunk without a head.
     """
 
     device: str

@@ -1,9 +1,6 @@
 """The arithmetic of memory beside what PyTorch's allocator counts, and beside two runs on a GPU."""
 
-from itertools import product
-
 import pytest
-import torch
 from transformers import LlamaConfig, Qwen2Config, Starcoder2Config
 
 from repo.memory.description import memory_of
@@ -11,11 +8,11 @@ from tests.support.measured_memory import make_config, make_policy, process_of, 
 
 SHAPES = {
     "Llama 64": LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=176, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=500,
     ),
     "Starcoder2 128, plain MLP": Starcoder2Config(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=800, sliding_window=None,
     ),
     "Qwen2 256, tied head": Qwen2Config(
@@ -25,12 +22,13 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("dtype", "rank", "recomputes"), product(("float32", "bfloat16"), (0, 4), (False, True)))
+@pytest.mark.pairwise
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_peak_of_a_micro_batch_is_the_allocators_within_15_percent(shape, dtype, rank, recomputes):
+def test_the_peak_of_a_micro_batch_is_the_allocators(shape, dtype, rank, recomputes):
     config = make_config(dtype, rank, recomputes)
     policy = make_policy(SHAPES[shape], config.model)
-    computed = memory_of(process_of(config, policy))
-    measured = update_peak(config, policy)
-    print(shape,dtype,rank,recomputes,measured/1e6,computed.activations, computed.activations.peak/measured)
-    assert computed.activations.peak == pytest.approx(measured, rel=0.15)
+    computed = memory_of(process_of(config, policy)).activations
+    assert computed.peak == pytest.approx(update_peak(config, policy), rel=0.1)

@@ -71,7 +71,7 @@ def update_peak(config: Config, policy: Policy) -> int:
 
 def allocated_peak(call: Callable[[], object]) -> int:
     """Most bytes that a call holds at once, from each allocation and release of PyTorch's CPU allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
