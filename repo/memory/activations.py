@@ -7,6 +7,7 @@ recomputation, as long as nothing in a layer depends on values.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,10 @@ from ..data.packing import Packed
 from ..data.segments import take_rows
 from ..models.layers import decoder_layers, recomputed
 from .live_bytes import LiveBytes
-from .stand_ins import AttentionKernel, Autocast, Head, Pattern, sized
+from .stand_ins import KERNELS, AttentionKernel, Autocast, Head, Pattern, sized
 from .twin import Kind, kinds_of
 
-MOST_CALLS = 5000  # operators of one layer; a state-space model that loops over tokens would take minutes
+MOST_CALLS = 3000  # operators of one layer; a state-space model that loops over tokens would take minutes
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
     trunk, part = kind.trunk, packed.to(torch.device("meta"))
     pattern = Pattern(None if part.segments is None else part.segments.keys, how.kernel)
     (layer,) = decoder_layers(trunk)
-    live = LiveBytes(MOST_CALLS, promotes=how.device == "cpu")
+    live = LiveBytes(MOST_CALLS, promotes=how.device == "cpu", kernels=KERNELS)
     marks: list[int] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,11 +113,13 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
     if autocast is not None:
         layer.forward = autocast.around(layer.forward)
     with ExitStack() as stack:
-        stack.enter_context(sized(trunk))
+        stack.enter_context(sized(trunk, pattern))
         stack.enter_context(fused_layers(trunk) if how.fused else nullcontext())
         stack.enter_context(recomputed(trunk) if how.recomputes else nullcontext())
         stack.enter_context(live)
-        inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids, "segments": pattern}
+        inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids}
+        if "position_ids" not in inspect.signature(trunk.forward).parameters:
+            del inputs["position_ids"]
         states = trunk(**inputs, use_cache=False).last_hidden_state
         copies = 0 if autocast is None else autocast.release()
         loss = _loss(kind, states, part.rows, how, live)

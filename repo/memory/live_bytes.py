@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,10 +25,17 @@ class LiveBytes(TorchDispatchMode):
     now: bytes that live now. peak: most bytes that lived at once. calls: operators so far.
     limit: number of operators after which RuntimeError is raised, None for no limit.
     promotes: count the copies that PyTorch's CPU kernels make of operands of another dtype than the result's.
+    kernels: functions to call instead of operators, by the operator's name.
     """
 
-    def __init__(self, limit: int | None = None, promotes: bool = False) -> None:
+    def __init__(
+        self,
+        limit: int | None = None,
+        promotes: bool = False,
+        kernels: Mapping[str, Callable[..., Tensor]] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.now = self.peak = self.calls = 0
         self.limit, self.promotes = limit, promotes
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -39,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._add(tensor, counts=False)
-        result = func(*args, **(kwargs or {}))
+        result = self.kernels.get(func.name().partition(".")[0], func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor, counts=True)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .activations import MOST_CALLS
+from .live_bytes import LiveBytes
 from .process import Process, parameters_of
-from .stand_ins import Pattern, sized
+from .stand_ins import KERNELS, Pattern, sized
 from .twin import Kind
 
 PROBE = 8  # tokens of the pass that fills a cache
@@ -52,7 +54,7 @@ def cached_numbers(kind: Kind, process: Process) -> int:
     trunk: Any = kind.trunk
     cache, ids = DynamicCache(config=trunk.config), torch.zeros(1, PROBE, dtype=torch.int64, device="meta")
     pattern = Pattern(None, process.kernel(trunk.config))
-    with sized(trunk):
-        trunk(input_ids=ids, position_ids=ids, segments=pattern, past_key_values=cache, use_cache=True)
+    with sized(trunk, pattern), LiveBytes(MOST_CALLS, kernels=KERNELS):
+        trunk(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=True)
     layers: Any = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     return sum(layer.keys.numel() + layer.values.numel() for layer in layers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,9 @@ PRODUCTS = {
     Tensor.__matmul__,
     Tensor.bmm,
     torch.addmm,
+    Tensor.addmm,
     torch.baddbmm,
+    Tensor.baddbmm,
     nn.functional.conv1d,
 }
 """Functions that autocast runs in half precision, as far as decoder layers call them."""
@@ -54,7 +57,7 @@ class AttentionKernel:
 
 @dataclass
 class Pattern:
-    """What the model passes to `sized_attention` in place of the segments of packed attention.
+    """What `sized_attention` reads and writes, inside `sized`.
 
     keys: (K,) index of each key's token; None where segments attend to their own tokens alone.
     saved: bytes that attention has saved for the backward pass so far.
@@ -65,18 +68,22 @@ class Pattern:
     saved: int = 0
 
 
+_pattern: ContextVar[Pattern] = ContextVar("pattern")
+
+
 def sized_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, segments: Pattern, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    """Allocate what packed attention does; arguments and result as in models.attention.packed_attention."""
-    kernel = segments.kernel
+    """Allocate what packed attention does; arguments and result as of the function for packed rows."""
+    pattern = _pattern.get()
+    kernel = pattern.kernel
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(kernel.half or value.dtype) for x in (query, key, value))
-    if segments.keys is not None:
-        k, v = take_rows(k, segments.keys), take_rows(v, segments.keys)
+    if pattern.keys is not None:
+        k, v = take_rows(k, pattern.keys), take_rows(v, pattern.keys)
     if kernel.repeats and q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = _Attention.apply(q, k, v, kernel)
-    segments.saved += size_of(q, k, v, out) + 4 * q.shape[0] * q.shape[1]
+    pattern.saved += size_of(q, k, v, out) + 4 * q.shape[0] * q.shape[1]
     out = torch.cat([out]) if kernel.joins else out
     return out.unflatten(0, (query.shape[0], -1)), None
 
@@ -133,6 +140,23 @@ class Head(torch.autograd.Function):
         return *totals, *(None,) * (5 - len(totals))
 
 
+def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Allocate the product of groups of rows by a matrix each, which PyTorch knows on "meta" in bf16 alone.
+
+    a: (rows, k) or (groups, m, k). b: (groups, k, n), or (k, n) whose columns or rows fall into groups.
+    offs: (groups,) ends of the groups.
+    """
+    if a.ndim == 2 and b.ndim == 2:
+        assert offs is not None
+        return a.new_empty(len(offs), a.shape[0], b.shape[1])
+    rows = a.shape[:-1] if b.ndim == 3 else a.shape[1:2]
+    return a.new_empty(*rows, b.shape[-1])
+
+
+KERNELS = {"aten::_grouped_mm": grouped_product}
+"""Stand-ins of operators, by name."""
+
+
 class Autocast(TorchFunctionMode):
     """Does what torch.autocast does, which knows no "meta": products in half precision, trained weights cast once.
 
@@ -176,14 +200,15 @@ class Autocast(TorchFunctionMode):
 
 
 @contextmanager
-def sized(trunk: Any) -> Iterator[None]:
+def sized(trunk: Any, pattern: Pattern) -> Iterator[None]:
     """Context in which the layers of a trunk attend by `sized_attention`."""
     configs = [trunk.config, trunk.config.get_text_config()]
-    before = [config._attn_implementation for config in configs]
+    before, token = [config._attn_implementation for config in configs], _pattern.set(pattern)
     try:
         for config in configs:
             config._attn_implementation_internal = IMPLEMENTATION
         yield
     finally:
+        _pattern.reset(token)
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name

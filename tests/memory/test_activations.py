@@ -1,7 +1,7 @@
 """The arithmetic of memory beside what PyTorch's allocator counts, and beside two runs on a GPU."""
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Starcoder2Config
+from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Starcoder2Config
 
 from repo.memory.description import memory_of
 from tests.support.measured_memory import make_config, make_policy, process_of, update_peak
@@ -18,6 +18,10 @@ SHAPES = {
     "Qwen2 256, tied head": Qwen2Config(
         hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1,
         vocab_size=1000, tie_word_embeddings=True,
+    ),
+    "Mixtral 64, experts": MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=500,
     ),
 }  # fmt: skip
 
