@@ -21,6 +21,7 @@ from .memory.scorers import planned_scorer_bytes
 from .models.adapters import add_lora
 from .models.policy import choose_device
 from .models.quantised import require_trainable
+from .rollout.stop_tokens import stop_id
 from .setup import find_assets, load_data, model_path, shards_of
 
 
@@ -71,6 +72,8 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     device = choose_device(config.model.device)
     console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
     text = shape.get_text_config()
+    for token in config.rollout.stop_tokens:
+        stop_id(tokenizer, token, text.vocab_size)
     prompts = [*itertools.chain(*load_data(config, folder, tokenizer, (), text, console)[:2])]
     process = Process(
         config,

@@ -92,6 +92,7 @@ def process_of(config: Config, parts: Parts, world: World) -> Process:
         world.size,
         max(len(prompt.token_ids) for prompt in prompts),
         parts.policy.attention,
+        parts.policy.matmul is not None and parts.policy.matmul.half,
         scorer_bytes(parts.scorers, parts.judge, parts.reference.model),
     )
 
@@ -148,12 +149,14 @@ def open_folder(
 
 
 def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:
-    """Make the trained module, sharded over processes if configured; print its attention, decoding and memory."""
+    """Make the trained module, sharded if configured; print its attention, products, decoding and memory."""
     shards = shards_of(config, world)
     memory = describe_memory(process_of(config, parts, world))
     decoding = describe_decoding(parts.sampler)
     actor = Actor(parts.policy, parts.critics, world, shards)
     style = None if actor.attention.packs else "yellow"
     console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
+    if parts.policy.matmul is not None:
+        console.print(parts.policy.matmul.describe(), markup=False, highlight=False)
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     return actor

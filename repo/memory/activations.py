@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repo_kernels.layers.bf16_linear import bf16_linears, wide_linears
 from repo_kernels.layers.fused_layers import fused_layers
 from repo_kernels.losses.chunks import Budget, HeadSizes
 
@@ -34,6 +35,7 @@ class Pass:
 
     device: its type, "cpu" or "cuda". kernel: of attention. half: dtype of autocast, None for none.
     recomputes: gradient checkpointing is on. fused: repo_kernels replaces norms, rotary embedding and gated MLPs.
+    rounds: it multiplies fp32 linear layers in bfloat16, by copies of their weights.
     budget, head: of the chunks of logits; None for a trunk without a head.
     """
 
@@ -42,6 +44,7 @@ class Pass:
     half: torch.dtype | None
     recomputes: bool
     fused: bool
+    rounds: bool
     budget: Budget | None
     head: HeadSizes | None
 
@@ -115,6 +118,7 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
     with ExitStack() as stack:
         stack.enter_context(sized(trunk, pattern))
         stack.enter_context(fused_layers(trunk) if how.fused else nullcontext())
+        stack.enter_context(bf16_linears(trunk) if how.rounds else nullcontext())
         stack.enter_context(recomputed(trunk) if how.recomputes else nullcontext())
         stack.enter_context(live)
         inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids}
@@ -122,15 +126,17 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
             del inputs["position_ids"]
         states = trunk(**inputs, use_cache=False).last_hidden_state
         copies = 0 if autocast is None else autocast.release()
+        stay = sum(2 * m.weight.numel() for m in wide_linears(layer)) if how.rounds else 0
         loss = _loss(kind, states, part.rows, how, live)
         del states
         attention, kept = pattern.saved, live.now
         loss.backward()
     for hook in hooks:
         hook.remove()
-    layers = marks[1] - marks[0] - copies
-    if how.recomputes:  # the weights of one layer at a time are cast again
-        return Activations(1, layers, 0, 0, copies, kept - layers, live.peak - kept)
+    layers = marks[1] - marks[0] - copies - stay
+    if how.recomputes:  # autocast casts the weights of one layer at a time again
+        return Activations(1, layers, 0, stay, copies, kept - layers - stay, live.peak - kept)
+    copies += stay
     return Activations(1, layers, attention, copies, 0, kept - layers - copies, live.peak - kept)
 
 

@@ -118,7 +118,7 @@ def micro_batch(process: Process, tokens: int) -> Packed:
 
 def _update_lines(process: Process, a: Activations, tokens: int) -> dict[str, float]:
     """Name the parts of the policy's activations."""
-    recomputes, half = process.config.model.gradient_checkpointing, process.config.model.dtype
+    recomputes = process.config.model.gradient_checkpointing
     kept = "the inputs of" if recomputes else "activations of"
     attention = "" if recomputes else f", {a.attention / GIB:.2f} GiB of it by attention"
     lines: dict[str, float] = {
@@ -126,7 +126,7 @@ def _update_lines(process: Process, a: Activations, tokens: int) -> dict[str, fl
         "update: states and gradients outside the layers, those of the head included": a.outside,
     }
     if copies := max(a.copies, a.released):
-        lines[f"update: weights in {half}"] = copies
+        lines["update: weights in bfloat16"] = copies
     head, budget = process.head(), process.update().budget
     assert budget is not None
     chunk = budget.rows(tokens, head)

@@ -14,6 +14,7 @@ from repo_kernels.losses.chunks import Budget, HeadSizes
 from ..common.config_fields import head_size
 from ..config.schema import Config
 from ..models.layout import Attention
+from ..models.matmul import may_round
 from .activations import Pass
 from .stand_ins import AttentionKernel
 
@@ -29,6 +30,7 @@ class Process:
     shards: processes that split one copy of the trained weights. processes: all of the run.
     prompt_tokens: tokens of the longest prompt; None: data.max_prompt_tokens.
     attention: the way the policy reads, None if it has not been tried yet.
+    rounds: fp32 linear layers multiply in bfloat16 on the CPU; None if that has not been chosen yet.
     scorers: bytes of the weights of scorers and judge beside the policy; None if they are not known.
     """
 
@@ -40,6 +42,7 @@ class Process:
     processes: int = 1
     prompt_tokens: int | None = None
     attention: Attention | None = None
+    rounds: bool | None = None
     scorers: int | None = None
 
     @property
@@ -100,13 +103,27 @@ class Process:
         if config is None:
             raise ValueError(f"{type(self.model).__name__} is no causal LM of transformers")
         fused = self.device == "cpu" and self.dtype == torch.float32 and settings.compile is not True
-        recomputes = settings.gradient_checkpointing
-        return Pass(self.device, self.kernel(config), self.half, recomputes, fused, Budget(self.device), self.head())
+        return Pass(
+            self.device,
+            self.kernel(config),
+            self.half,
+            settings.gradient_checkpointing,
+            fused,
+            self.multiplies_in_bf16(),
+            Budget(self.device),
+            self.head(),
+        )
+
+    def multiplies_in_bf16(self) -> bool:
+        """Tell whether fp32 linear layers multiply in bfloat16; before that is chosen, by what needs no trial."""
+        if self.rounds is not None or self.device != "cpu" or self.dtype != torch.float32:
+            return bool(self.rounds)
+        return may_round(getattr(self.model, "config", None), self.config.model)
 
     def of_critic(self) -> Pass:
         """Describe the update's passes of a critic's own trunk, which computes in fp32."""
         kernel = AttentionKernel(None, repeats=self.device != "cpu", joins=True)
-        return Pass(self.device, kernel, None, False, False, None, None)
+        return Pass(self.device, kernel, None, False, False, False, None, None)
 
 
 def parameters_of(module: nn.Module, trained_only: bool = False) -> int:

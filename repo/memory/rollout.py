@@ -32,7 +32,7 @@ def decoding(process: Process) -> dict[str, float]:
     if settings.dtype == "bfloat16" and not settings.lora_rank and process.shards == 1:
         held["decode weights bfloat16"] = 2 * parameters_of(process.model, trained_only=True)
     elif process.device == "cpu":
-        held["packed decode weights (CPU)"] = 4 * weights
+        held["packed decode weights (CPU)"] = (2 if process.multiplies_in_bf16() else 4) * weights
     rows = rows_of(process)
     held[f"logits of {rows} rows and their distribution"] = SAMPLING_BYTES * rows * process.vocabulary
     return held

@@ -74,7 +74,7 @@ def choose_decoding(policy: Policy) -> Decoding:
     """
     if policy.model not in _chosen:
         with uncompiled(policy.model):
-            _chosen[policy.model] = _first_exact(policy)
+            _chosen[policy.model] = _first_exact(policy.exact())
     return _chosen[policy.model]
 
 
@@ -158,7 +158,8 @@ def running_decoder(policy: Policy, rows: int, width: int, limit: int) -> Iterat
     """
     decoding = choose_decoding(policy)
     if policy.device.type == "cpu" and not _why_slower(policy):
-        fused = FusedDecoder(policy.model, limit)
+        half = policy.matmul is not None and policy.matmul.half
+        fused = FusedDecoder(policy.model, limit, torch.bfloat16 if half else torch.float32)
         with fused.linears():
             yield fused
         return
@@ -177,7 +178,7 @@ def describe_decoding(policy: Policy) -> str:
     decoding, device = choose_decoding(policy), policy.device.type
     if decoding.why or device not in FASTEST:
         return f"decoding: {decoding.describe()}"
-    with policy.running():
+    with policy.exact().running():
         why = _why_slower(policy)
     return f"decoding: {decoding.describe()} ({why})" if why else f"decoding: {FASTEST[device]}"
 

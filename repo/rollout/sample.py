@@ -153,7 +153,7 @@ def sample(
     logps = torch.zeros(uniforms.shape)
     rows_at_once = min(per_batch, len(prompts)) * samples
     width, limit = len(prompts[order[-1]].token_ids), config.max_response_tokens
-    with policy.running(), uncompiled(policy.model), running_decoder(policy, rows_at_once, width, limit) as by:
+    with policy.exact().running(), uncompiled(policy.model), running_decoder(policy, rows_at_once, width, limit) as by:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             rows = [i * samples + s for i in chosen for s in range(samples)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from repo_kernels import LossStats
+from repo_kernels.layers.bf16_linear import forget_copies
 
 from ..common.errors import UserError
 from ..common.seeds import generator
@@ -111,6 +112,7 @@ class Updater:
             norm, critic_norm = (self._clip(module) for module in (self.actor.policy, self.actor.critics))
             if all(math.isfinite(x) for x in (norm, critic_norm, *minibatch.values())):
                 self.optimizer.step()
+                forget_copies(self.actor.parameters())  # optimisers of other packages write into .data
                 self.skipped_in_a_row = 0
             else:
                 skipped += 1

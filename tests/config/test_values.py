@@ -37,6 +37,22 @@ def value_of(config, name: str):
     return config
 
 
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert from_file(tmp_path, "# nothing yet\n") == parsed()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- steps\n", r"must be a mapping of fields and groups of fields; got \['steps'\]"),
+        ("steps: 5\n\tx", "not YAML: "),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_named(text, reason, tmp_path):
+    with pytest.raises(UserError, match=rf"run\.yaml: {reason}"):
+        from_file(tmp_path, text)
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_a_tilde_is_the_home_folder_in_every_path(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")

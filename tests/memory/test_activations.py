@@ -4,7 +4,7 @@ import pytest
 from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Starcoder2Config
 
 from repo.memory.description import memory_of
-from tests.support.measured_memory import make_config, make_policy, process_of, update_peak
+from tests.support.measured_memory import TYPES, make_config, make_policy, process_of, update_peak
 
 SHAPES = {
     "Llama 64": LlamaConfig(
@@ -29,10 +29,10 @@ SHAPES = {
 @pytest.mark.pairwise
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_peak_of_a_micro_batch_is_the_allocators(shape, dtype, rank, recomputes):
-    config = make_config(dtype, rank, recomputes)
+def test_the_peak_of_a_micro_batch_is_the_allocators(shape, types, rank, recomputes):
+    config = make_config(types, rank, recomputes)
     policy = make_policy(SHAPES[shape], config.model)
     computed = memory_of(process_of(config, policy)).activations
     assert computed.peak == pytest.approx(update_peak(config, policy), rel=0.1)

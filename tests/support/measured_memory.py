@@ -1,6 +1,7 @@
 """The memory that one micro-batch of the update takes on the CPU, as PyTorch's allocator counts it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,6 +13,7 @@ from repo.memory.process import Process
 from repo.models.actor import Actor
 from repo.models.adapters import add_lora
 from repo.models.layout import choose_attention
+from repo.models.matmul import Matmul
 from repo.models.policy import Policy
 from repo.training.accumulation import Accumulator
 from repo.training.advantages import Advantages
@@ -20,10 +22,16 @@ from repo.training.batch import Batch
 CPU = torch.device("cpu")
 PROMPT, RESPONSE, SAMPLES, GROUPS = 20, 50, 3, 2  # tokens, tokens, responses of a prompt, prompts of a batch
 
+TYPES: dict[str, dict[str, Any]] = {
+    "fp32": {"matmul_dtype": "float32"},
+    "fp32, products in bf16": {"matmul_dtype": "bfloat16"},
+    "bf16": {"dtype": "bfloat16"},
+}
 
-def make_config(dtype: str, lora_rank: int, recomputes: bool) -> Config:
-    """A configuration in which a batch of GROUPS prompts makes one micro-batch."""
-    model = ModelConfig(device="cpu", dtype=dtype, lora_rank=lora_rank, gradient_checkpointing=recomputes)
+
+def make_config(types: str, lora_rank: int, recomputes: bool) -> Config:
+    """A configuration in which a batch of GROUPS prompts makes one micro-batch. types: a key of TYPES."""
+    model = ModelConfig(device="cpu", lora_rank=lora_rank, gradient_checkpointing=recomputes, **TYPES[types])
     rollout = RolloutConfig(prompts_per_step=GROUPS, samples_per_prompt=SAMPLES, max_response_tokens=RESPONSE)
     return Config(model=model, rollout=rollout, optimizer=OptimizerConfig(micro_batch_tokens=4096))
 
@@ -40,14 +48,15 @@ def make_policy(shape: PreTrainedConfig, settings: ModelConfig) -> Policy:
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         attention = choose_attention(model, CPU, dtype)
     assert attention.packs
-    recomputes = settings.gradient_checkpointing
-    return Policy(model, None, (0,), 0, CPU, attention, autocast=autocast, recomputes=recomputes)
+    recomputes, matmul = settings.gradient_checkpointing, Matmul(settings.matmul_dtype == "bfloat16")
+    return Policy(model, None, (0,), 0, CPU, attention, autocast=autocast, recomputes=recomputes, matmul=matmul)
 
 
 def process_of(config: Config, policy: Policy) -> Process:
     """What the library's arithmetic is told about the run."""
     vocabulary = policy.model.config.vocab_size
-    return Process(config, policy.model, vocabulary, prompt_tokens=PROMPT, attention=policy.attention, scorers=0)
+    known = {"attention": policy.attention, "rounds": policy.matmul.half, "scorers": 0}
+    return Process(config, policy.model, vocabulary, prompt_tokens=PROMPT, **known)
 
 
 def make_sequences_of_full_length() -> Sequences:
