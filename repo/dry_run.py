@@ -15,6 +15,7 @@ from .models.adapters import add_lora
 from .models.memory import describe_memory
 from .models.policy import choose_device
 from .models.quantised import require_trainable
+from .rollout.engine import check_engine
 from .setup import find_assets, load_data, model_path, shards_of
 
 
@@ -56,6 +57,7 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     except Exception as error:
         raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
     require_trainable(shape, config.model.lora_rank, path)
+    version = check_engine(config, world.size, shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
         if config.model.lora_rank:
@@ -66,5 +68,7 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     text = shape.get_text_config()
     load_data(config, folder, tokenizer, (), text, console)
     console.print(describe_batch(config, world), markup=False, highlight=False)
+    if version:
+        console.print(f"rollout: vLLM {version} of {config.rollout.vllm_python}", markup=False, highlight=False)
     memory = describe_memory(config, model, text.vocab_size, shards=shards_of(config, world))
     console.print("memory:\n" + memory, markup=False, highlight=False)
