@@ -93,7 +93,13 @@ class RolloutConfig:
     """Sample from the most likely tokens that together have this probability; > 0. 1: from all. Below 1 responses are
     not drawn from the policy's own distribution, which biases the ratio."""
     batch_size: PositiveInt = 64
-    """Largest number of responses to decode together; the samples of one prompt always stay together."""
+    """Largest number of responses to decode together; the samples of one prompt always stay together, but not with
+    vllm."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples the responses of training; evaluations always sample with transformers. vllm: vLLM in a process of
+    its own, for runs of one process; bit-exact resume is then off."""
+    vllm_python: str = ".venv-vllm/bin/python"
+    """Python of the environment that has vLLM, which `make vllm-env` builds; only for engine vllm."""
 
 
 @dataclass(frozen=True)
