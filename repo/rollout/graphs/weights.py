@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,25 +54,20 @@ class DecodeWeights:
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> None:
         """Copy the present weights of the model."""
-        copies: list[Tensor] = []
-        originals: list[Tensor] = []
-        for name, pair in self.copies.items():
-            layer = model.get_submodule(name)
-            for copy, original in zip(pair, (layer.weight, layer.bias), strict=True):
-                if copy is not None:
-                    copies.append(copy)
-                    originals.append(original)
-        if copies:
-            torch._foreach_copy_(copies, originals)
+        for name, (weight, bias) in self.copies.items():
+            layer: Any = model.get_submodule(name)
+            weight.copy_(layer.weight)
+            if bias is not None:
+                bias.copy_(layer.bias)
 
     @contextmanager
     def linears(self, model: nn.Module) -> Iterator[None]:
         """Open the context in which the layers multiply by their copies."""
-        layers = {name: model.get_submodule(name) for name in self.copies}
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.copies}
         try:
             for name, layer in layers.items():
                 weight, bias = self.copies[name]
-                layer.forward = partial(linear, weight=weight, bias=bias)  # type: ignore[method-assign]
+                layer.forward = partial(linear, weight=weight, bias=bias)
             yield
         finally:
             for layer in layers.values():
