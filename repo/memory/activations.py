@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,8 +90,7 @@ def combine(parts: list[tuple[int, Activations]]) -> Activations:
         return sum(count * getattr(part, name) for count, part in parts)
 
     largest = max((part for _, part in parts), key=lambda part: part.outside + part.working)
-    kept = (total(name) for name in ("count", "layers", "attention", "copies", "released"))
-    return Activations(*kept, largest.outside, largest.working)
+    return replace(largest, **{name: total(name) for name in ("count", "layers", "attention", "copies", "released")})
 
 
 def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
