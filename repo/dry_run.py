@@ -21,6 +21,7 @@ from .memory.scorers import planned_scorer_bytes
 from .models.adapters import add_lora
 from .models.policy import choose_device
 from .models.quantised import require_trainable
+from .rollout.engine import check_engine
 from .rollout.stop_tokens import stop_id
 from .setup import find_assets, load_data, model_path, shards_of
 
@@ -63,6 +64,7 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     except Exception as error:
         raise UserError(f"model.path: cannot load {path!r}: {first_line(error)}") from error
     require_trainable(shape, config.model.lora_rank, path)
+    version = check_engine(config, world.size, shape)
     with torch.device("meta"):
         dtype = torch.float32 if not config.model.lora_rank else getattr(torch, config.model.dtype)
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
@@ -89,4 +91,6 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
         console.print(choice.describe(), markup=False, highlight=False)
         process = replace(process, config=with_micro_batches(config, choice.tokens))
     console.print(describe_batch(process.config, world), markup=False, highlight=False)
+    if version:
+        console.print(f"rollout: vLLM {version} of {config.rollout.vllm_python}", markup=False, highlight=False)
     console.print("memory:\n" + describe_memory(process), markup=False, highlight=False)

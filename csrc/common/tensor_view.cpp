@@ -5,8 +5,8 @@ namespace nb = nanobind;
 namespace repo {
 namespace {
 
-const char* const kTypeNames[] = {"float32", "bfloat16", "float16", "int64", "int32", "bool"};
-const int kTypeSizes[] = {4, 2, 2, 8, 4, 1};  // bytes
+const char* const kTypeNames[] = {"float32", "bfloat16", "float16", "int64", "int32", "bool", "float64"};
+const int kTypeSizes[] = {4, 2, 2, 8, 4, 1, 8};  // bytes
 
 // Objects of Python that every call needs; they live as long as the process.
 struct Names {
@@ -49,7 +49,7 @@ Type type_of(nb::handle tensor, const char* name) {
     const nb::object dtype = attribute(tensor, names.dtype);
     for (int i = 0; i < int(Type::kTypes); ++i)
         if (dtype.is(names.types[i])) return Type(i);
-    refuse(name, "of a type that the C++ backend reads: float32, bfloat16, float16, int64, int32 or bool");
+    refuse(name, "of a type that the C++ backend reads: float32, bfloat16, float16, int64, int32, bool or float64");
 }
 
 void read_integers(nb::handle tuple, int count, int64_t* to) {

@@ -6,6 +6,7 @@
 
 #include "common/tensor_view.h"
 #include "decoding/packed_weight.h"
+#include "decoding/sampling.h"
 #include "decoding/step.h"
 #include "decoding/task.h"
 
@@ -72,6 +73,19 @@ void bind_multiply(nb::handle x, nb::handle weight, nb::handle bias, nb::handle 
     float* to = floats(out, "out", {count, outputs});
     nb::gil_scoped_release unlocked;
     multiply_packed(from, count, depth, panels, half, outputs, added, to, threads);
+}
+
+void bind_sample(nb::handle logits, nb::handle uniforms, float temperature, nb::handle tokens, nb::handle logps,
+                 int threads) {
+    const TensorView view = view_of(logits, "logits");
+    require(view.dimensions == 2 && view.shape[1] > 0, "logits must be (rows, vocabulary)");
+    const int64_t rows = view.shape[0], vocabulary = view.shape[1];
+    const float* from = floats(logits, "logits", {rows, vocabulary});
+    const double* draws = static_cast<const double*>(contiguous_data(uniforms, "uniforms", Type::kFloat64, {rows}));
+    int64_t* chosen = static_cast<int64_t*>(contiguous_data(tokens, "tokens", Type::kInt64, {rows}));
+    float* of_chosen = floats(logps, "logps", {rows});
+    nb::gil_scoped_release unlocked;
+    sample_rows(from, rows, vocabulary, draws, temperature, chosen, of_chosen, threads);
 }
 
 // A model, and the tensors that its pointers lead to.
@@ -152,6 +166,7 @@ void bind_decoding(nb::module_& m) {
     m.def("ask_for_large_pages", bind_large_pages, "memory"_a);
     m.def("pack_weight", bind_pack, "weight"_a, "to"_a, "threads"_a);
     m.def("multiply_packed", bind_multiply, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "threads"_a);
+    m.def("sample_rows", bind_sample, "logits"_a, "uniforms"_a, "temperature"_a, "tokens"_a, "logps"_a, "threads"_a);
     nb::class_<Model>(m, "DecoderModel")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, float, float, nb::list, nb::object, nb::object, int64_t>(),
              "heads"_a, "key_heads"_a, "columns"_a, "inner"_a, "epsilon"_a, "scale"_a, "layers"_a, "norm"_a, "head"_a,

@@ -3,6 +3,7 @@
 
 #include "kernels/attention_rows.h"
 #include "kernels/convert.h"
+#include "kernels/layer_rows.h"
 #include "decoding/task.h"
 
 namespace repo::REPO_ISA {
@@ -100,6 +101,24 @@ inline void round_to_half(const float* from, uint16_t* to, int64_t count) {
         const UIntVec rounded = round_to_upper_half(plain_nan(load_bits<Vec>(from + i))) >> 16;
         store_bits(to + i, __builtin_convertvector(rounded, HalfVec));
     }
+}
+
+// Returns the largest of x, -inf if there is none; NaN does not count.
+inline float largest(const float* x, int64_t count) {
+    Vec found = broadcast(-__builtin_inff());
+    const int64_t whole = count / kWidth * kWidth;
+    for (int64_t i = 0; i < whole; i += kWidth) found = larger(load_bits<Vec>(x + i), found);
+    float max = max_lanes(found);
+    for (int64_t i = whole; i < count; ++i) max = x[i] > max ? x[i] : max;
+    return max;
+}
+
+// Writes 2^(x c - max2); max2 is the largest x c.
+inline void powers(const float* x, float* out, int64_t count, float c, float max2) {
+    const Power<5> power(1.0f);
+    by_vectors(count, [&](auto part) {
+        part.store(out, scaled_exp2(multiply_add(part.load(x), broadcast(c), broadcast(-max2)), power));
+    });
 }
 
 // Writes the attention of one token. scores: queries rows of rounded_up(keys).

@@ -97,6 +97,8 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     multiply_half_panel,
     round_to_half,
     attend_one,
+    largest,
+    powers,
 };
 
 }  // namespace repo

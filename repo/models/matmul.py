@@ -81,7 +81,7 @@ def _why_not(model: Any, config: ModelConfig, trainable: bool) -> str:
         return f"this CPU has none of {', '.join(sorted(INSTRUCTIONS))}"
     if config.shard != 1:
         return "model.shard is not 1"
-    if trainable and config.compile:
+    if trainable and config.compile is True:  # "auto" does not compile on a CPU
         return "model.compile is on"
     return "its weights are quantised" if getattr(model, "is_quantized", False) else ""
 

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
 def test_one_step_of_the_default_run_ends_with_held_out_figures(tmp_path, capsys):
     out = tmp_path / "run"
-    train.run_command([f"--out={out}", "--steps=1", "--evaluation.prompts=10", "--rollout.max_response_tokens=12"])
+    train.run_command([f"--out={out}", "--steps=1", "--evaluation.prompts=10", "--rollout.max_response_tokens=8"])
     printed = capsys.readouterr().out
     for line in ("reward", "safe rate (training cost)", "E{C-d}+", "safe rate (held-out judge)"):
         assert line in printed
@@ -47,7 +47,7 @@ def test_the_papers_form_takes_two_steps_and_lambda_follows_its_rule(tmp_path):
     options = [
         "--steps=2",
         "--evaluation.prompts=0",
-        "--rollout.max_response_tokens=16",
+        "--rollout.max_response_tokens=8",
         "--rollout.samples_per_prompt=1",
     ]
     train.run_command(["--preset=paper", f"--out={out}", *options])

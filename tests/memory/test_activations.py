@@ -4,7 +4,7 @@ import pytest
 from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Starcoder2Config
 
 from repo.memory.description import memory_of
-from tests.memory.measured import TYPES, make_config, make_policy, process_of, update_peak
+from tests.memory.measured_memory import TYPES, make_config, make_policy, process_of, update_peak
 
 SHAPES = {
     "Llama 64": LlamaConfig(
