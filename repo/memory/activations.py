@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from repo_kernels.losses.chunks import Budget, HeadSizes
 
 from ..data.packing import Packed
 from ..data.segments import take_rows
+from ..models.fast_layers.working_copies import working_copies
 from ..models.layers import decoder_layers, recomputed
 from .live_bytes import LiveBytes
 from .stand_ins import KERNELS, AttentionKernel, Autocast, Head, Pattern, sized
@@ -35,7 +36,8 @@ class Pass:
 
     device: its type, "cpu" or "cuda". kernel: of attention. half: dtype of autocast, None for none.
     recomputes: gradient checkpointing is on. fused: repo_kernels replaces norms, rotary embedding and gated MLPs.
-    rounds: it multiplies fp32 linear layers in bfloat16, by copies of their weights.
+    rounds: it multiplies fp32 linear layers in bfloat16, by copies of their weights. copied: dtype in which it has
+    copies of trained weights for the whole optimiser step, None for none.
     budget, head: of the chunks of logits; None for a trunk without a head.
     """
 
@@ -47,6 +49,7 @@ class Pass:
     rounds: bool
     budget: Budget | None
     head: HeadSizes | None
+    copied: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,7 @@ def combine(parts: list[tuple[int, Activations]]) -> Activations:
         return sum(count * getattr(part, name) for count, part in parts)
 
     largest = max((part for _, part in parts), key=lambda part: part.outside + part.working)
-    kept = (total(name) for name in ("count", "layers", "attention", "copies", "released"))
-    return Activations(*kept, largest.outside, largest.working)
+    return replace(largest, **{name: total(name) for name in ("count", "layers", "attention", "copies", "released")})
 
 
 def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
@@ -120,6 +122,10 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
         stack.enter_context(fused_layers(trunk) if how.fused else nullcontext())
         stack.enter_context(bf16_linears(trunk) if how.rounds else nullcontext())
         stack.enter_context(recomputed(trunk) if how.recomputes else nullcontext())
+        apart = 0
+        if how.copied is not None:
+            stack.enter_context(working_copies(trunk, how.copied))
+            apart = sum(p.nbytes for p in layer.parameters() if p.requires_grad and p.dtype == how.copied)
         stack.enter_context(live)
         inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids}
         if "position_ids" not in inspect.signature(trunk.forward).parameters:
@@ -135,9 +141,9 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
         hook.remove()
     layers = marks[1] - marks[0] - copies - stay
     if how.recomputes:  # autocast casts the weights of one layer at a time again
-        return Activations(1, layers, 0, stay, copies, kept - layers - stay, live.peak - kept)
+        return Activations(1, layers, 0, stay + apart, copies, kept - layers - stay, live.peak - kept)
     copies += stay
-    return Activations(1, layers, attention, copies, 0, kept - layers - copies, live.peak - kept)
+    return Activations(1, layers, attention, copies + apart, 0, kept - layers - copies, live.peak - kept)
 
 
 def _loss(kind: Kind, states: Tensor, rows: Tensor, how: Pass, live: LiveBytes) -> Tensor:

@@ -55,7 +55,7 @@ def make_policy(shape: PreTrainedConfig, settings: ModelConfig) -> Policy:
 def process_of(config: Config, policy: Policy) -> Process:
     """What the library's arithmetic is told about the run."""
     vocabulary = policy.model.config.vocab_size
-    known = {"attention": policy.attention, "rounds": policy.matmul.half, "scorers": 0}
+    known = {"attention": policy.attention, "rounds": policy.matmul.half, "copied": policy.copied, "scorers": 0}
     return Process(config, policy.model, vocabulary, prompt_tokens=PROMPT, **known)
 
 
@@ -75,7 +75,12 @@ def update_peak(config: Config, policy: Policy) -> int:
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     accumulator = Accumulator(Actor(policy), config)
-    return allocated_peak(lambda: accumulator.backward(batch, torch.arange(len(zeros))))
+
+    def step() -> None:
+        with policy.copies():
+            accumulator.backward(batch, torch.arange(len(zeros)))
+
+    return allocated_peak(step)
 
 
 def allocated_peak(call: Callable[[], object]) -> int:
