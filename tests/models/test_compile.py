@@ -119,7 +119,7 @@ def test_a_rollout_does_not_compile(pair):
 
 @pytest.mark.parametrize(
     ("family", "kinds"),
-    [("gemma3", 2), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("qwen3", "mistral-window", "gpt2"))],
+    [("gemma3", 2), *(pytest.param(name, 1, marks=pytest.mark.long) for name in ("qwen3", "mistral-window", "gpt2"))],
 )
 def test_each_kind_of_layer_of_a_family_is_one_graph(family, kinds):
     torch._dynamo.reset()
