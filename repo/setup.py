@@ -228,7 +228,8 @@ def load_data(
     examples: list[Example] = []
     if config.ptx.data is not None:
         answers = load_prompts(config.ptx.data, data.column)
-        limit = min(context, config.optimizer.micro_batch_tokens)
+        auto = config.optimizer.micro_batch_tokens == "auto"
+        limit = context if auto else min(context, config.optimizer.budget)
         chat = ChatFormat(tokenizer, data.template_arguments, data.date)
         supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
         examples = supervised.kept

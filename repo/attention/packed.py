@@ -87,7 +87,12 @@ def using_packed(model: Any, traced: bool = False) -> AbstractContextManager[Non
     Layers read the name of the attention function from the config when they run, so that layers that are recomputed in
     the backward pass need `recompute_contexts` too. traced: let torch.compile look into it; needs `kernel=`.
     """
-    return _Implementation(model, [TRACED if traced else IMPLEMENTATION] * 2)
+    return using_attention(model, TRACED if traced else IMPLEMENTATION)
+
+
+def using_attention(model: Any, name: str) -> AbstractContextManager[None]:
+    """Return a context in which the model's layers use the attention function of this name."""
+    return _Implementation(model, [name, name])
 
 
 def recompute_contexts(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

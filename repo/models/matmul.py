@@ -64,6 +64,17 @@ def choose_matmul(model: Any, config: ModelConfig, device: torch.device, trainab
     return Matmul(half=True, gap=gap)
 
 
+def may_round(shape: Any, config: ModelConfig) -> bool:
+    """Tell whether a model that is trained would multiply in bfloat16 on a CPU if the probe agrees.
+
+    shape: the model's config, None if it has none.
+    """
+    if shape is None or config.matmul_dtype == "float32":
+        return False
+    wide = shape.get_text_config().hidden_size >= NARROWEST
+    return not _why_not(None, config, True) and (wide or config.matmul_dtype == "bfloat16")
+
+
 def _why_not(model: Any, config: ModelConfig, trainable: bool) -> str:
     """Return the reason why the products cannot be in bfloat16, "" if they can."""
     if not available():

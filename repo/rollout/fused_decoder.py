@@ -131,13 +131,16 @@ def why_unfused(policy: Policy) -> str:
 
 
 def _why_not_shaped(model: Any) -> str:
-    """Return what a model has that FusedDecoder does not compute, "" if there is nothing."""
+    """Return why FusedDecoder does not compute a model, "" if nothing is to be seen."""
     if not available():
         return "repo_kernels was built without its C++ backend"
     if {(p.device.type, p.dtype) for p in model.parameters()} != {("cpu", torch.float32)}:
         return "not all weights are fp32 on the CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else why_not_llama(model)
+
+
+def why_not_llama(model: Any) -> str:
+    """Return what a model has that the layers of Llama have not, "" if there is nothing to be seen."""
     base = trunk_of(model)
     layers = list(getattr(base, "layers", ()))
     parts = [base, *layers, *(getattr(x, name, None) for x in layers for name in ("self_attn", "mlp"))]

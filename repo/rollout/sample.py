@@ -1,7 +1,7 @@
 """Sampling: responses from the policy, each drawn from its own seed, so that batching never changes a sample.
 
 A prompt is computed once for all its samples, and weights are packed or cast once per rollout. The cache and the decode
-step are in kv_cache.py, their choice in decoding.py.
+step are in kv_cache.py and graphs/, their choice in decoding.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..common.seeds import generator
+from repo_kernels.layers.sampling import sample_tokens
+
+from ..common.seeds import seed_from
 from ..config.schema import RolloutConfig
 from ..data.prompts import Prompt
 from ..data.sequences import Sequences, make_sequences
@@ -48,38 +50,25 @@ class Rollout:
         return int(self.sequences.response_lengths.sum())
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverting the CDF, so that one uniform number decides it.
-
-    logits: (B, V). uniforms: (B,) in [0, 1). temperature: divides the logits. top_p: sample from the most likely tokens
-    that together reach this probability; 1: from all.
-    Returns tokens (B,) int64 and their log-probabilities (B,) fp32 in nats, in the distribution that was drawn from.
-    """
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    threshold = uniforms.to(cdf)[:, None] * cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, threshold, right=True).clamp_max(logits.shape[-1] - 1)
-    return tokens.squeeze(-1), (probs.gather(-1, tokens) / cdf[:, -1:]).log().float().squeeze(-1)
-
-
 def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: int, step: int | str) -> Tensor:
-    """Draw the uniform numbers that decide all tokens: (prompts * samples, length) fp64 in [0, 1).
+    """Draw the uniform numbers that decide all tokens: (prompts * samples, length) fp64 in [0, 1)."""
+    generators = [torch.Generator().manual_seed(s) for s in draw_seeds(prompts, samples, seed, step)]
+    return torch.stack([torch.rand(length, generator=g, dtype=torch.float64) for g in generators])
 
-    Each row depends on seed, step, prompt id and the number of the sample alone. If a prompt occurs twice in a step,
-    the numbering of its samples continues.
+
+def draw_seeds(prompts: Sequence[Prompt], samples: int, seed: int, step: int | str) -> list[int]:
+    """Derive the seed of each of prompts * samples responses: 63 bits.
+
+    It depends on seed, step, prompt id and the number of the sample alone. If a prompt occurs twice in a step, the
+    numbering of its samples continues.
     """
     numbers: Counter[str] = Counter()
-    rows = []
+    seeds = []
     for prompt in prompts:
         for _ in range(samples):
-            number = numbers[prompt.id]
-            rows.append(torch.rand(length, generator=generator(seed, step, prompt.id, number), dtype=torch.float64))
+            seeds.append(seed_from(seed, step, prompt.id, numbers[prompt.id]))
             numbers[prompt.id] += 1
-    return torch.stack(rows)
+    return seeds
 
 
 @torch.no_grad()

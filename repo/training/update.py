@@ -81,7 +81,7 @@ class Updater:
             first = next(self._minibatches(len(sequences.group), step))[0]
             rows = torch.ones(len(sequences.group), dtype=torch.bool).index_fill(0, first, False).nonzero().squeeze(1)
         with self.actor.lm.copies():
-            return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens, rows)
+            return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.budget, rows)
 
     @property
     def _needs_values(self) -> bool:
