@@ -13,15 +13,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from repo.attention.adapters import torch_kernel
 from repo.common.errors import UserError
 from repo.config.schema import ModelConfig, RolloutConfig
+from repo.data.packing import pack
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
 from repo.models.fast_layers import choice
 from repo.models.fast_layers.choice import with_fast_layers
+from repo.models.hidden_states import trunk_states
 from repo.models.layers import compile_layers, recomputed, uncompile_layers, uncompiled
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from tests.attention.op import varlen_attn
+from tests.support.packed_models import FAMILIES, build, sequences
 from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
@@ -112,6 +115,24 @@ def test_a_rollout_does_not_compile(pair):
     with uncompiled(plain.model):
         log_probs_and_gradient(plain, BATCHES[0])
     assert not any("forward" in layer.__dict__ for layer in plain.model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("gemma3", 2), *(pytest.param(name, 1, marks=pytest.mark.long) for name in ("qwen3", "mistral-window", "gpt2"))],
+)
+def test_each_kind_of_layer_of_a_family_is_one_graph(family, kinds):
+    torch._dynamo.reset()
+    counters.clear()
+    model, kernel = build(FAMILIES[family]), torch_kernel(varlen_attn)
+    rows = [pack(sequences(), torch.tensor(rows), True) for rows in ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 4])]
+    expected = [trunk_states(model.base_model, packed, kernel=kernel)[0] for packed in rows]
+    compile_layers(model, backend="eager")
+    for packed, states in zip(rows, expected, strict=True):
+        assert same(trunk_states(model.base_model, packed, kernel=kernel), [states])
+    assert counters["stats"]["unique_graphs"] == kinds
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 def test_layers_are_compiled_by_default_where_a_trial_works(tiny_model, monkeypatch):

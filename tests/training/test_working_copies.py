@@ -1,20 +1,24 @@
 """Working copies of the weights: the bits of autocast, cast once per optimiser step however many micro-batches."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repo.config.schema import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, RolloutConfig
+from repo.data.packing import pack
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
 from repo.models.fast_layers.choice import with_fast_layers
+from repo.models.fast_layers.working_copies import working_copies
 from repo.models.policy import load_policy
 from repo.training.advantages import Advantages
 from repo.training.batch import Batch
 from repo.training.update import Updater
+from tests.support.packed_models import FAMILIES, build, packed_states, sequences
 from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
@@ -68,6 +72,19 @@ def test_losses_gradients_and_weights_are_those_of_autocast_bit_for_bit(tiny_mod
     assert results[1][0] == results[0][0]
     assert results[1][2:4] == results[0][2:4]
     assert all(torch.equal(a, b) for a, b in zip(results[1][4], results[0][4], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_gradients_of_autocast(family):
+    """Sliding windows, norms of queries and keys, and GPT-2's transposed weights, beside Llama's."""
+    packed, results = pack(sequences(), torch.arange(7), True), []
+    for copied in (False, True):
+        model = build(FAMILIES[family])
+        with working_copies(model, torch.bfloat16) if copied else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            packed_states(model.base_model, packed).float().square().sum().backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(results[0]) == len(results[1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_adapters_compute_in_the_models_dtype_and_keep_less(tiny_model):
