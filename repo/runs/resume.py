@@ -29,6 +29,7 @@ MAY_CHANGE_ON_RESUME = {
     "sample_every",
     "loggers",
     "model.shard",
+    "rollout.vllm_python",
     "scoring.timeout",
     "optimizer.max_skipped",
 }

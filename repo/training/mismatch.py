@@ -41,9 +41,11 @@ def likely_cause(config: Config) -> str:
     """Guess from the configuration why rollout and trainer differ."""
     if config.rollout.top_p < 1:
         return f"rollout.top_p={config.rollout.top_p:g} samples from a truncated distribution, whose ratio is biased"
+    if config.rollout.engine == "vllm":
+        return f"rollout.engine vllm computes with kernels of its own, in {config.model.dtype}"
     if config.model.dtype == "bfloat16":
         return "model.dtype bfloat16 rounds differently in decoding and in training; float32 does not"
-    if config.model.compile:
+    if config.model.compile is True:
         return "compiled layers differ from the plain ones that sample"
     return "the model computes differently token by token than in one pass: its cache, positions or attention"
 

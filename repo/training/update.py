@@ -80,7 +80,8 @@ class Updater:
                 return Predictions(None, {})
             first = next(self._minibatches(len(sequences.group), step))[0]
             rows = torch.ones(len(sequences.group), dtype=torch.bool).index_fill(0, first, False).nonzero().squeeze(1)
-        return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens, rows)
+        with self.actor.lm.copies():
+            return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.budget, rows)
 
     @property
     def _needs_values(self) -> bool:
@@ -104,9 +105,10 @@ class Updater:
         for index, (rows, examples) in enumerate(self._minibatches(len(batch.costs), step)):
             # until the first optimiser step the policy is the one that sampled: the ratio is 1, but has a gradient
             known = dataclasses.replace(batch, old_logps=old if index else None)
-            minibatch, minibatch_stats = self.accumulator.backward(known, rows, None if index else old)
-            if examples:
-                minibatch["ptx_loss"] = self.accumulator.supervised_backward(examples)
+            with self.actor.lm.copies():
+                minibatch, minibatch_stats = self.accumulator.backward(known, rows, None if index else old)
+                if examples:
+                    minibatch["ptx_loss"] = self.accumulator.supervised_backward(examples)
             if not self.actor.sharded:
                 self.actor.world.sum_gradients(list(self.actor.parameters()))
             norm, critic_norm = (self._clip(module) for module in (self.actor.policy, self.actor.critics))

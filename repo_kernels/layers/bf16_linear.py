@@ -74,12 +74,11 @@ class Bf16Linear(torch.autograd.Function):
 
 @contextmanager
 def bf16_linears(module: nn.Module) -> Iterator[None]:
-    """Context in which every wide nn.Linear of a module with fp32 weights on the CPU multiplies in bfloat16.
+    """Context in which every wide nn.Linear of a module with fp32 weights on the CPU or "meta" multiplies in bfloat16.
 
     It may be entered again inside itself.
     """
-    layers = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
-    layers = [m for m in layers if min(m.weight.shape, default=0) >= NARROWEST and _is_plain(m.weight)]
+    layers = [m for m in wide_linears(module) if "forward" not in m.__dict__]
     try:
         for layer in layers:
             layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
@@ -89,9 +88,15 @@ def bf16_linears(module: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+def wide_linears(module: nn.Module) -> list[nn.Linear]:
+    """List the layers of a module that `bf16_linears` runs: each nn.Linear that is wide enough to gain from it."""
+    layers = [m for m in module.modules() if type(m) is nn.Linear]
+    return [m for m in layers if min(m.weight.shape, default=0) >= NARROWEST and _is_plain(m.weight)]
+
+
 def _is_plain(x: Tensor) -> bool:
-    """Return whether x is an fp32 tensor on the CPU, and not sharded."""
-    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu
+    """Return whether x is an fp32 tensor on the CPU or "meta", and not sharded."""
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and (x.is_cpu or x.is_meta)
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

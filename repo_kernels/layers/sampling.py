@@ -1,7 +1,7 @@
 """Sampling of one token per row by inverting the cumulative distribution, so that one uniform number decides it.
 
-In PyTorch it writes the probabilities and their fp64 sums for the whole vocabulary. In Triton the logits are read once,
-for sums of blocks of them, and once more in the block that is chosen. Both give the same token, except where rounding
+In PyTorch it writes the probabilities and their fp64 sums for the whole vocabulary. Triton and C++ read the logits for
+sums of blocks of them, and once more in the block that is chosen. All give the same token, except where rounding
 moves the boundary of two tokens across the uniform number.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.choice import KERNEL_DTYPES, TRITON_INSTALLED
+from ..backends.choice import CPU_BUILT, KERNEL_DTYPES, TRITON_INSTALLED
+from ..backends.cpu import decoding as cpu
 from .decode_backend import triton_launches, usable
 
 MOST_COLUMNS = 2**20  # of a row, whose sums of blocks one program of the kernel holds
@@ -26,7 +27,7 @@ def sample_tokens(
         uniforms: (B,) in [0, 1), best in fp64.
         temperature: divides the logits.
         top_p: sample from the most likely tokens that together reach this probability; 1: from all.
-        backend: "triton", "eager", or None for Triton where it can be used.
+        backend: "triton", "cpu", "eager", or None for the fastest that can be used.
 
     Returns:
         Tokens (B,) int64 and their log-probabilities (B,) fp32 in nats, in the distribution that was drawn from.
@@ -34,6 +35,11 @@ def sample_tokens(
     Raises:
         ValueError: the backend cannot be used.
     """
+    why_not_cpu = _why_not_cpu(logits, top_p) if backend in (None, "cpu") else "another backend is asked for"
+    if not why_not_cpu:
+        return cpu.sample(logits, uniforms.to(torch.float64), float(temperature))
+    if backend == "cpu":
+        raise ValueError(f"backend='cpu' cannot be used: {why_not_cpu}")
     if not usable(backend, logits, _why_eager(logits, top_p)):
         return _eager(logits, uniforms, temperature, top_p)
     return triton_launches().sample(logits, uniforms.to(torch.float64), float(temperature))
@@ -48,6 +54,16 @@ def _why_eager(logits: Tensor, top_p: float) -> str:
     if logits.dtype not in KERNEL_DTYPES or logits.stride(1) != 1 or logits.shape[1] > MOST_COLUMNS:
         return f"logits must be float32, bfloat16 or float16, with at most {MOST_COLUMNS} adjacent columns"
     return ""
+
+
+def _why_not_cpu(logits: Tensor, top_p: float) -> str:
+    """Return why the C++ backend does not take these arguments, "" if it does."""
+    if not CPU_BUILT:
+        return "repo_kernels was built without its C++ backend"
+    if top_p < 1:
+        return "top_p below 1 sorts the probabilities"
+    fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.numel() > 0
+    return "" if fits else "logits must be float32 on the CPU, and not empty"
 
 
 def _eager(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

@@ -22,39 +22,40 @@ from benchmarks.harness.process import Deadline, Process
 from benchmarks.harness.results import OURS, PEER, Case, Row, read
 from tests.support.programs import gpu_part
 
-MEASURING = ("gpu_call", "gpu_forms", "gpu_linear", "gpu_losses")
+WHOLE = ("tests", "agreement", "losses", "loop", "call", "linear", "forms")
+EXPECTED = {  # part -> ways that it must have timed
+    "losses": {"repo_loss", "repo_loss, its kernel alone"},
+    "linear": {"linear_repo_loss"},
+    "forms": {"as launched"},
+    "loop": {"decoding, rows leave"},
+}
 IN_SECONDS = {"timeout": 400, "capture_output": True, "text": True}
 
 
 @pytest.mark.slow
-def test_a_rehearsal_in_a_plain_copy_runs_every_part_and_marks_its_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [("losses", "loop"), pytest.param(WHOLE, marks=pytest.mark.long)], ids="-".join)
+def test_a_rehearsal_in_a_plain_copy_runs_its_parts_and_marks_their_numbers(parts: tuple[str], tmp_path: Path) -> None:
     copy, out = tmp_path / "copy", tmp_path / "out"
     for name in ("benchmarks", "repo", "repo_kernels", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "results"))
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OUT")}
-    parts = "--rehearse --budget=400 --parts=tests,agreement,losses,loop,call,linear,forms"
-    make = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={out}", f"ARGS={parts}"]
+    arguments = f"--rehearse --budget=400 --parts={','.join(parts)}"
+    make = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={out}", f"ARGS={arguments}"]
     done = subprocess.run(make, cwd=copy, env=environment, **IN_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = {case.suite: case for case in read(out / "rehearsal.json")}
-    assert set(cases) == {*MEASURING, "gpu_loop", "gpu_tests"}
+    assert set(cases) == {f"gpu_{part}" for part in parts} - {"gpu_agreement"}
     assert sorted(path.stem for path in (out / "parts").iterdir()) == sorted(cases)
     assert sorted(path.name for path in out.iterdir()) == ["parts", "rehearsal.json", "rehearsal.log", "rehearsal.md"]
     for case in cases.values():
         assert case.provenance["rehearsal"] == measuring.MEANINGLESS
         assert case.provenance["commit"].startswith("unknown (no git")
-    rows = [(name, row) for name in (*MEASURING, "gpu_loop") for row in cases[name].rows]
+    rows = [(name, row) for name in cases.keys() - {"gpu_tests"} for row in cases[name].rows]
     assert not [(name, row.way, row.reason) for name, row in rows if row.role == OURS and row.reason]
     ways = {row.way for _, row in rows if row.seconds}
-    assert {
-        "repo_loss",
-        "repo_loss, its kernel alone",
-        "linear_repo_loss",
-        "as launched",
-        "decoding, rows leave",
-    } <= ways
+    assert set().union(*(EXPECTED.get(part, set()) for part in parts)) <= ways
     errors = {row.way: row.error for _, row in rows if row.error is not None}
     for peer in ("Liger triton_grpo_loss in place", "TRL log-probs + PyTorch", "TRL ChunkedLogProbFunction + PyTorch"):
         assert errors.get(peer, 0.0) < 1e-2  # absent where the package is not installed
@@ -233,7 +234,7 @@ def test_the_process_that_forks_the_others_does_not_look_for_the_device() -> Non
 def test_the_tests_of_the_kernels_come_first_and_the_others_are_found_by_their_mark() -> None:
     assert set(suite.files("tests")) == {path for path in suite.KERNELS if (ROOT / path).exists()}
     rest = suite.files("other-tests")
-    assert "tests/models/test_varlen.py" in rest
+    assert "tests/attention/test_candidates.py" in rest
     assert not set(rest) & set(suite.KERNELS)
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.bench_train_vs_trl import our_command, trl_job
 from benchmarks.workloads.trainers import train_ours, train_trl
 from benchmarks.workloads.training_step import useful_work
-from repo import loop
 from repo.data.sequences import make_sequences
+from repo.rollout import engine
 from repo.rollout.sample import Rollout
 
 STEPS = 4
@@ -27,13 +27,13 @@ def test_trl_given_our_samples_trains_as_we_do(
 ) -> None:
     trl = pytest.importorskip("trl")
     options = argparse.Namespace(model=str(tiny_model), prompts=str(tiny_prompts[0]), lr=5e-3)
-    command, rollouts, sample = our_command(options, STEPS, 0, tmp_path / "run"), list[Rollout](), loop.sample
+    command, rollouts, sample = our_command(options, STEPS, 0, tmp_path / "run"), list[Rollout](), engine.sample
 
     def recorded(*arguments) -> Rollout:
         rollouts.append(sample(*arguments))
         return rollouts[-1]
 
-    with patch.object(loop, "sample", recorded):
+    with patch.object(engine, "sample", recorded):
         ours = train_ours(command, STEPS)
     rows = iter(rollout.sequences.token_lists() for rollout in rollouts)
 

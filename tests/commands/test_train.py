@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo import launch, loop, train
 from repo.common.errors import UserError
+from repo.rollout import engine
 from tests.support.run_folders import lines, run, without_times
 
 REQUIRED = (
@@ -133,18 +134,18 @@ def test_the_model_card_names_no_folder_of_this_machine(finished, tiny_model):
 
 
 def test_a_signal_saves_and_says_how_to_go_on(finished, tiny_arguments, tmp_path, monkeypatch, capsys):
-    plain = loop.sample
+    plain = engine.sample
 
     def interrupted(policy, prompts, samples, config, seed, step, part):
         if step == 1:
             signal.raise_signal(signal.SIGINT)
         return plain(policy, prompts, samples, config, seed, step, part)
 
-    monkeypatch.setattr(loop, "sample", interrupted)
+    monkeypatch.setattr(engine, "sample", interrupted)
     folder = run(tiny_arguments, tmp_path / "stopped")
     assert len(lines(folder)) == 2
     assert f"--resume {folder}" in " ".join(capsys.readouterr().out.split())
-    monkeypatch.setattr(loop, "sample", plain)
+    monkeypatch.setattr(engine, "sample", plain)
     train.run_command(["--resume", str(folder)])
     assert without_times(lines(folder)) == without_times(lines(finished))
 

@@ -148,7 +148,8 @@ def test_a_run_goes_on_with_other_processes(options, single, tmp_path):
     assert_close_run(out, single)
 
 
-@pytest.mark.parametrize("shard", [pytest.param(1, id="DDP", marks=pytest.mark.long), pytest.param(0, id="FSDP2")])
+@pytest.mark.long
+@pytest.mark.parametrize("shard", [pytest.param(1, id="DDP"), pytest.param(0, id="FSDP2")])
 def test_a_killed_run_of_two_is_the_one_that_was_not(shard, options, tmp_path):
     more = [*options, f"--model.shard={shard}", "--steps=5", "--save_every=1", "--keep=2"]
     run(2, "repo.train", *more, f"--out={tmp_path / 'whole'}")

@@ -95,7 +95,7 @@ def test_a_folder_without_a_step_is_used_again(options, tmp_path, monkeypatch):
         raise UserError("no step")
 
     with monkeypatch.context() as patch:
-        patch.setattr("repo.loop.sample", fail)
+        patch.setattr("repo.rollout.engine.sample", fail)
         with pytest.raises(UserError, match="no step"):
             train.run_command([*options, f"--out={out}", "--seed=1"])
     assert is_unused(out)

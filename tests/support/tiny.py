@@ -43,10 +43,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, seed: int = 0, heads: int = 4) -> Path:
     """A random two-layer Llama of 64 hidden units, with its tokenizer."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    return _save(folder, LlamaForCausalLM, seed, intermediate_size=96, tie_word_embeddings=True, **sizes)
+    sizes |= {"intermediate_size": 96, "num_attention_heads": heads}
+    return _save(folder, LlamaForCausalLM, seed, tie_word_embeddings=True, **sizes)
 
 
 def save_tiny_classifier(folder: Path, seed: int = 3) -> Path:
@@ -60,6 +61,6 @@ def _save(folder: Path, architecture: type, seed: int, **config) -> Path:
     torch.manual_seed(seed)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shared = {"vocab_size": len(tokenizer), "num_attention_heads": 4, "initializer_range": 0.2, **ids}
-    architecture(LlamaConfig(**shared, **config)).save_pretrained(folder)
+    architecture(LlamaConfig(**shared | config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

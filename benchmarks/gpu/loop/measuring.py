@@ -35,8 +35,9 @@ from benchmarks.harness.process import Deadline
 from benchmarks.harness.results import LIMIT, OURS, Case, Row
 from benchmarks.workloads.training_step import useful_work
 from repo.data.sequences import Sequences, make_sequences
+from repo.memory.description import describe_memory
+from repo.memory.process import Process
 from repo.models.actor import Actor, Predictions, read_reference
-from repo.models.memory import describe_memory
 from repo.rollout.decoding import describe_decoding
 from repo.rollout.sample import sample
 from repo.scoring.scorers import Scores
@@ -117,7 +118,8 @@ class Loop:
     def describe(self, models: Models) -> None:
         """Note how the model reads and decodes, and what a run of it says about its memory."""
         model = models.policy.model
-        said = describe_memory(models.config, model, model.config.vocab_size)
+        process = Process(models.config, model, model.config.vocab_size, attention=models.policy.attention)
+        said = describe_memory(process)
         most = re.search(r"([\d.]+) GiB +at most", said)
         self.notes["Memory"] = f"said to take {most[1]} GiB at most" if most else said
         self.notes["Reading"] = models.policy.attention.describe()

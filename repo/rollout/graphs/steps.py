@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from repo_kernels.layers.decode_attention import decode_attention
 from repo_kernels.layers.decode_stack import LayerWeights, StaticStack
 
-from ...models.attention import using_attention
+from ...attention.packed import using_attention
 from ...models.lm_head import trunk_of
 from ..kv_cache import read
 from .buffers import Buffers

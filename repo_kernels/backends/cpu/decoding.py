@@ -56,6 +56,23 @@ def multiply(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None
     return out.view(*x.shape[:-1], outputs)
 
 
+def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw a token of each row by inverting its cumulative distribution, with sums in fp64.
+
+    Args:
+        logits: (B, V), fp32.
+        uniforms: (B,), fp64 in [0, 1).
+        temperature: divides the logits.
+
+    Returns:
+        Tokens (B,) int64 and their log-probabilities (B,) fp32 in nats.
+    """
+    rows = logits.detach().contiguous()
+    tokens, logps = torch.empty(len(rows), dtype=torch.int64), rows.new_empty(len(rows))
+    _cpu.sample_rows(rows, uniforms.contiguous(), temperature, tokens, logps, torch.get_num_threads())
+    return tokens, logps
+
+
 def make_model(*sizes_and_weights: Any) -> Any:
     """Make what `step` runs: heads, key heads, columns of a head, inner width, epsilon, scale, layers, norm, head, V.
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from repo_kernels.backends.cpu import extension
 from repo_kernels.layers import decode_attention as attention
 from repo_kernels.layers.decode_attention import decode_attention
 from repo_kernels.layers.decode_layer import add_norm, gate, place_heads
 from repo_kernels.layers.sampling import sample_tokens
 
+needs_cpp = pytest.mark.skipif(not extension.available(), reason="the C++ backend was not built")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BACKENDS = ["eager", pytest.param("triton", marks=needs_triton)]
@@ -135,18 +137,22 @@ def test_gate(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gate(x, "triton"), gate(x))
 
 
-@needs_triton
+BY = [pytest.param("triton", marks=needs_triton), pytest.param("cpu", marks=needs_cpp)]
+
+
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tokens_are_those_of_the_whole_sum_in_fp64(dtype: torch.dtype) -> None:
+def test_tokens_are_those_of_the_whole_sum_in_fp64(dtype: torch.dtype, by: str) -> None:
     """Rows of several shapes, with impossible tokens and a block of them; a last block that is not full."""
     logits = draw(8, 5000) * torch.tensor([[0.0], [1.0], [4.0], [20.0], [1.0], [1.0], [3.0], [3.0]])
     logits[4, :3000], logits[5, 2048:4096], logits[6, ::2], logits[7, -1] = -torch.inf, -torch.inf, -torch.inf, 60.0
     logits = logits.to(dtype).repeat(3, 1)
+    logits = logits.float() if by == "cpu" else logits
     uniforms = torch.rand(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     uniforms[:3], uniforms[8:16] = 0.0, 1 - 2**-53
     for temperature in (1.0, 0.7):
-        expected, expected_logps = sample_tokens(logits, uniforms, temperature, 1.0)
-        tokens, logps = sample_tokens(logits, uniforms, temperature, 1.0, "triton")
+        expected, expected_logps = sample_tokens(logits, uniforms, temperature, 1.0, "eager")
+        tokens, logps = sample_tokens(logits, uniforms, temperature, 1.0, by)
         different = (tokens != expected).nonzero().flatten().tolist()
         assert set(different) <= {*range(8, 16)}  # at the end the definition may take a token that is impossible
         assert (logits[torch.arange(24), tokens] > -torch.inf).all()
@@ -156,26 +162,50 @@ def test_tokens_are_those_of_the_whole_sum_in_fp64(dtype: torch.dtype) -> None:
         assert tokens.dtype == torch.int64
 
 
-@needs_triton
-def test_a_uniform_number_near_a_boundary_decides_between_its_two_tokens() -> None:
+@pytest.mark.parametrize("by", BY)
+def test_a_uniform_number_near_a_boundary_decides_between_its_two_tokens(by: str) -> None:
     logits = draw(1, 5003) * 2
     probs = torch.softmax(logits, -1)
     cdf = (probs.cumsum(-1, dtype=torch.float64) / probs.sum(dtype=torch.float64))[0]
     places = torch.arange(0, 4999, 700)
     for offset in (-1e-9, 1e-9, -2e-7, 2e-7):
         uniforms = (cdf[places] + offset).clamp(0, 1 - 1e-12)
-        expected, _ = sample_tokens(logits.expand(len(places), -1), uniforms, 1.0, 1.0)
-        tokens, _ = sample_tokens(logits.expand(len(places), -1), uniforms, 1.0, 1.0, "triton")
+        expected, _ = sample_tokens(logits.expand(len(places), -1), uniforms, 1.0, 1.0, "eager")
+        tokens, _ = sample_tokens(logits.expand(len(places), -1), uniforms, 1.0, 1.0, by)
         if abs(offset) > 1e-7:
             assert torch.equal(tokens, expected)
         else:
             assert ((tokens - expected).abs() <= 1).all()
 
 
-@needs_triton
-def test_top_p_is_left_to_pytorch() -> None:
+@pytest.mark.parametrize("by", BY)
+def test_top_p_is_left_to_pytorch(by: str) -> None:
     with pytest.raises(ValueError, match="top_p below 1"):
-        sample_tokens(draw(1, 9), torch.zeros(1), 1.0, 0.9, "triton")
+        sample_tokens(draw(1, 9), torch.zeros(1), 1.0, 0.9, by)
+
+
+@needs_cpp
+def test_a_hundred_thousand_draws_are_those_of_the_whole_sum() -> None:
+    """But for uniform numbers within rounding of a boundary."""
+    logits = (draw(200, 4099) * 3).repeat(500, 1)
+    uniforms = torch.rand(len(logits), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    tokens, logps = sample_tokens(logits, uniforms, 0.8, 1.0, "cpu")
+    exact = (logits[:200].double() / 0.8).log_softmax(-1)
+    cdf = torch.nn.functional.pad(exact.exp().cumsum(-1), (1, 0))
+    rows = torch.arange(len(logits)) % 200
+    assert bool((cdf[rows, tokens] - 1e-7 <= uniforms).all())
+    assert bool((uniforms <= cdf[rows, tokens + 1] + 1e-7).all())
+    torch.testing.assert_close(logps.double(), exact[rows, tokens], rtol=1e-6, atol=2e-6)
+
+
+@needs_cpp
+def test_a_row_of_nan_and_other_types_in_cpp() -> None:
+    tokens, logps = sample_tokens(torch.full((1, 9), torch.nan), torch.zeros(1), 1.0, 1.0, "cpu")
+    assert 0 <= tokens.item() < 9
+    assert logps.isnan().all()
+    for logits in (torch.zeros(0, 9), torch.zeros(2, 9).bfloat16()):
+        with pytest.raises(ValueError, match="backend='cpu' cannot be used: logits must be float32 on the CPU"):
+            sample_tokens(logits, torch.zeros(len(logits)), 1.0, 1.0, "cpu")
 
 
 @GPU

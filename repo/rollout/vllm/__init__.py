@@ -1,0 +1,1 @@
+"""vLLM as the engine of the rollout, in an environment and a process of its own."""
