@@ -107,10 +107,8 @@ class Loop:
             "response tokens": list(shape.tokens), "decoded tokens": shape.decoded, "whole step": shape.whole,
             "micro-batch tokens": shape.micro_batch, "lora": shape.lora, "recomputes": self.recomputes,
         }  # fmt: skip
-        formula = (
-            "Useful FLOPs of live rows; tokens of a rollout are those of its responses; a step of decoding includes "
-        )
-        formula += "its share of the prompts' pass"
+        formula = "Useful FLOPs of live rows; tokens of a rollout are those of its responses. "
+        formula += "A step of decoding includes its share of the prompts' pass"
         rows, notes = list(self.rows), dict(self.notes)
         case = Case("gpu_loop", self.name, about, "operations", formula, UPDATE, rows, provenance(self.plan), notes)
         results.save([case], self.folder)
