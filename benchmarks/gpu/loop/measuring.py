@@ -84,7 +84,9 @@ class Loop:
         draw = torch.Generator().manual_seed(0)
         stage = "making the models"
         try:
+            start = time.perf_counter()
             models = make_models(self.shape, device(), self.recomputes)
+            self.notes["Start"] = f"{time.perf_counter() - start:.0f} s for policy, reference and their trials"
             self.describe(models)
             for stage, measured in (
                 ("matrix product", self.product), (UPDATE, self.update), (REFERENCE, self.reference),
@@ -121,6 +123,7 @@ class Loop:
         most = re.search(r"([\d.]+) GiB +at most", said)
         self.notes["Memory"] = f"said to take {most[1]} GiB at most" if most else said
         self.notes["Reading"] = models.policy.attention.describe()
+        self.notes["Layers"] = models.policy.layers
         self.notes["Decoding"] = describe_decoding(models.policy).removeprefix("decoding: ")
 
     def product(self, models: Models, draw: torch.Generator) -> None:
