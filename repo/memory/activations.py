@@ -21,6 +21,7 @@ from repo_kernels.losses.chunks import Budget, HeadSizes
 
 from ..data.packing import Packed
 from ..data.segments import take_rows
+from ..models.fast_layers.working_copies import working_copies
 from ..models.layers import decoder_layers, recomputed
 from .live_bytes import LiveBytes
 from .stand_ins import KERNELS, AttentionKernel, Autocast, Head, Pattern, sized
@@ -37,6 +38,7 @@ class Pass:
     recomputes: gradient checkpointing is on. fused: repo_kernels replaces norms, rotary embedding and gated MLPs.
     rounds: it multiplies fp32 linear layers in bfloat16, by copies of their weights.
     budget, head: of the chunks of logits; None for a trunk without a head.
+    copied: dtype of working copies of trained weights, None for none.
     """
 
     device: str
@@ -47,6 +49,7 @@ class Pass:
     rounds: bool
     budget: Budget | None
     head: HeadSizes | None
+    copied: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,10 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
     if autocast is not None:
         layer.forward = autocast.around(layer.forward)
     with ExitStack() as stack:
+        held = 0  # working copies, made before the bytes are counted
+        if how.copied is not None:
+            stack.enter_context(working_copies(trunk, how.copied))
+            held = sum(2 * p.numel() for p in layer.parameters() if p.requires_grad and p.dtype == how.copied)
         stack.enter_context(sized(trunk, pattern))
         stack.enter_context(fused_layers(trunk) if how.fused else nullcontext())
         stack.enter_context(bf16_linears(trunk) if how.rounds else nullcontext())
@@ -135,9 +142,9 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
         hook.remove()
     layers = marks[1] - marks[0] - copies - stay
     if how.recomputes:  # autocast casts the weights of one layer at a time again
-        return Activations(1, layers, 0, stay, copies, kept - layers - stay, live.peak - kept)
+        return Activations(1, layers, 0, stay + held, copies, kept - layers - stay, live.peak - kept)
     copies += stay
-    return Activations(1, layers, attention, copies, 0, kept - layers - copies, live.peak - kept)
+    return Activations(1, layers, attention, copies + held, 0, kept - layers - copies, live.peak - kept)
 
 
 def _loss(kind: Kind, states: Tensor, rows: Tensor, how: Pass, live: LiveBytes) -> Tensor:

@@ -112,6 +112,7 @@ class Process:
             self.multiplies_in_bf16(),
             Budget(self.device),
             self.head(),
+            torch.bfloat16 if settings.dtype == "bfloat16" and self.shards == 1 else None,
         )
 
     def multiplies_in_bf16(self) -> bool:

@@ -49,7 +49,8 @@ def make_policy(shape: PreTrainedConfig, settings: ModelConfig) -> Policy:
         attention = choose_attention(model, CPU, dtype)
     assert attention.packs
     recomputes, matmul = settings.gradient_checkpointing, Matmul(settings.matmul_dtype == "bfloat16")
-    return Policy(model, None, (0,), 0, CPU, attention, autocast=autocast, recomputes=recomputes, matmul=matmul)
+    how = {"autocast": autocast, "recomputes": recomputes, "matmul": matmul, "copied": dtype == torch.bfloat16}
+    return Policy(model, None, (0,), 0, CPU, attention, **how)
 
 
 def process_of(config: Config, policy: Policy) -> Process:
@@ -75,7 +76,12 @@ def update_peak(config: Config, policy: Policy) -> int:
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     accumulator = Accumulator(Actor(policy), config)
-    return allocated_peak(lambda: accumulator.backward(batch, torch.arange(len(zeros))))
+
+    def step() -> None:
+        with policy.copies():
+            accumulator.backward(batch, torch.arange(len(zeros)))
+
+    return allocated_peak(step)
 
 
 def allocated_peak(call: Callable[[], object]) -> int:
