@@ -98,6 +98,7 @@ def process_of(config: Config, parts: Parts, world: World) -> Process:
         max(len(prompt.token_ids) for prompt in prompts),
         parts.policy.attention,
         parts.policy.matmul is not None and parts.policy.matmul.half,
+        parts.policy.copied,
         scorer_bytes(parts.scorers, parts.judge, parts.reference.model),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,9 +36,9 @@ class Pass:
 
     device: its type, "cpu" or "cuda". kernel: of attention. half: dtype of autocast, None for none.
     recomputes: gradient checkpointing is on. fused: repo_kernels replaces norms, rotary embedding and gated MLPs.
-    rounds: it multiplies fp32 linear layers in bfloat16, by copies of their weights.
+    rounds: it multiplies fp32 linear layers in bfloat16, by copies of their weights. copied: dtype in which it has
+    copies of trained weights for the whole optimiser step, None for none.
     budget, head: of the chunks of logits; None for a trunk without a head.
-    copied: dtype of working copies of trained weights, None for none.
     """
 
     device: str
@@ -93,8 +93,7 @@ def combine(parts: list[tuple[int, Activations]]) -> Activations:
         return sum(count * getattr(part, name) for count, part in parts)
 
     largest = max((part for _, part in parts), key=lambda part: part.outside + part.working)
-    kept = (total(name) for name in ("count", "layers", "attention", "copies", "released"))
-    return Activations(*kept, largest.outside, largest.working)
+    return replace(largest, **{name: total(name) for name in ("count", "layers", "attention", "copies", "released")})
 
 
 def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
@@ -119,14 +118,14 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
     if autocast is not None:
         layer.forward = autocast.around(layer.forward)
     with ExitStack() as stack:
-        held = 0  # working copies, made before the bytes are counted
-        if how.copied is not None:
-            stack.enter_context(working_copies(trunk, how.copied))
-            held = sum(2 * p.numel() for p in layer.parameters() if p.requires_grad and p.dtype == how.copied)
         stack.enter_context(sized(trunk, pattern))
         stack.enter_context(fused_layers(trunk) if how.fused else nullcontext())
         stack.enter_context(bf16_linears(trunk) if how.rounds else nullcontext())
         stack.enter_context(recomputed(trunk) if how.recomputes else nullcontext())
+        apart = 0
+        if how.copied is not None:
+            stack.enter_context(working_copies(trunk, how.copied))
+            apart = sum(p.nbytes for p in layer.parameters() if p.requires_grad and p.dtype == how.copied)
         stack.enter_context(live)
         inputs = {"input_ids": part.input_ids, "position_ids": part.position_ids}
         if "position_ids" not in inspect.signature(trunk.forward).parameters:
@@ -142,9 +141,9 @@ def run_kind(kind: Kind, packed: Packed, how: Pass) -> Activations:
         hook.remove()
     layers = marks[1] - marks[0] - copies - stay
     if how.recomputes:  # autocast casts the weights of one layer at a time again
-        return Activations(1, layers, 0, stay + held, copies, kept - layers - stay, live.peak - kept)
+        return Activations(1, layers, 0, stay + apart, copies, kept - layers - stay, live.peak - kept)
     copies += stay
-    return Activations(1, layers, attention, copies + held, 0, kept - layers - copies, live.peak - kept)
+    return Activations(1, layers, attention, copies + apart, 0, kept - layers - copies, live.peak - kept)
 
 
 def _loss(kind: Kind, states: Tensor, rows: Tensor, how: Pass, live: LiveBytes) -> Tensor:

@@ -71,7 +71,8 @@ def memory_of(process: Process, tokens: int | None = None) -> Memory:
     asked = config.optimizer.micro_batch_tokens if tokens is None else tokens
     most = process.batch_tokens if asked == "auto" else asked
     one = process.longest_prompt + config.rollout.max_response_tokens - 1
-    tokens = max(one, min(most, process.batch_tokens))
+    alone = process.attention is not None and not (process.attention.packs or process.attention.pads)
+    tokens = one if alone else max(one, min(most, process.batch_tokens))
     activations = _try(lambda: _policy_activations(process, tokens), "activations", uncounted)
     update = {} if activations is None else _update_lines(process, activations, tokens)
     update |= _critic_lines(process, tokens, uncounted)

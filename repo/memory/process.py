@@ -31,6 +31,7 @@ class Process:
     prompt_tokens: tokens of the longest prompt; None: data.max_prompt_tokens.
     attention: the way the policy reads, None if it has not been tried yet.
     rounds: fp32 linear layers multiply in bfloat16 on the CPU; None if that has not been chosen yet.
+    copied: trained weights are cast once per optimiser step; None if that has not been tried yet.
     scorers: bytes of the weights of scorers and judge beside the policy; None if they are not known.
     """
 
@@ -43,6 +44,7 @@ class Process:
     prompt_tokens: int | None = None
     attention: Attention | None = None
     rounds: bool | None = None
+    copied: bool | None = None
     scorers: int | None = None
 
     @property
@@ -112,7 +114,7 @@ class Process:
             self.multiplies_in_bf16(),
             Budget(self.device),
             self.head(),
-            torch.bfloat16 if settings.dtype == "bfloat16" and self.shards == 1 else None,
+            self.dtype if self.copied else None,
         )
 
     def multiplies_in_bf16(self) -> bool:

@@ -29,7 +29,7 @@ class Kind:
     count: int
 
 
-def kinds_of(model: nn.Module) -> list[Kind]:
+def kinds_of(model: Any) -> list[Kind]:
     """Make a twin for each kind of decoder layer of a causal LM or a trunk, on any device. Compiled layers are copied
     uncompiled.
 

@@ -20,9 +20,10 @@ from packaging.version import Version
 
 from benchmarks.compiled import versions
 from benchmarks.compiled.kernels import ITEM_SIZE, TARGETS, compile_all
-from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, check
+from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, check, check_decode
 
 ROOT = Path(__file__).parents[2]
+DECODE_STEP = "tests/kernels/layers/test_decode_step.py"
 KERNELS = ROOT / "repo_kernels" / "backends" / "triton"
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux")
@@ -56,6 +57,7 @@ def test_kernels_compile_for_every_target_and_type(version: str, target: str) ->
     assert {kernel.triton for kernel in kernels} == {version}
     assert {kernel.dtype for kernel in kernels} == set(ITEM_SIZE)
     check(kernels)
+    check_decode(compile_all([target], triton=version, part="decode"))
 
 
 def run_tests(version: str, *arguments: str) -> None:
@@ -72,7 +74,7 @@ def run_tests(version: str, *arguments: str) -> None:
 @pytest.mark.versions
 @others
 def test_rows_are_right_in_the_interpreter(version: str) -> None:
-    run_tests(version, "tests/kernels/backends/triton", "-m", "not long")
+    run_tests(version, "tests/kernels/backends/triton", DECODE_STEP, "-m", "not long and not gpu")
 
 
 @needs_linux

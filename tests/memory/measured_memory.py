@@ -49,14 +49,13 @@ def make_policy(shape: PreTrainedConfig, settings: ModelConfig) -> Policy:
         attention = choose_attention(model, CPU, dtype)
     assert attention.packs
     recomputes, matmul = settings.gradient_checkpointing, Matmul(settings.matmul_dtype == "bfloat16")
-    how = {"autocast": autocast, "recomputes": recomputes, "matmul": matmul, "copied": dtype == torch.bfloat16}
-    return Policy(model, None, (0,), 0, CPU, attention, **how)
+    return Policy(model, None, (0,), 0, CPU, attention, autocast=autocast, recomputes=recomputes, matmul=matmul)
 
 
 def process_of(config: Config, policy: Policy) -> Process:
     """What the library's arithmetic is told about the run."""
     vocabulary = policy.model.config.vocab_size
-    known = {"attention": policy.attention, "rounds": policy.matmul.half, "scorers": 0}
+    known = {"attention": policy.attention, "rounds": policy.matmul.half, "copied": policy.copied, "scorers": 0}
     return Process(config, policy.model, vocabulary, prompt_tokens=PROMPT, **known)
 
 

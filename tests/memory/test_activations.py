@@ -1,5 +1,7 @@
 """The arithmetic of memory beside what PyTorch's allocator counts, and beside two runs on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import LlamaConfig, MixtralConfig, Qwen2Config, Starcoder2Config
 
@@ -34,5 +36,14 @@ SHAPES = {
 def test_the_peak_of_a_micro_batch_is_the_allocators(shape, types, rank, recomputes):
     config = make_config(types, rank, recomputes)
     policy = make_policy(SHAPES[shape], config.model)
+    computed = memory_of(process_of(config, policy)).activations
+    assert computed.peak == pytest.approx(update_peak(config, policy), rel=0.1)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_copies_for_a_whole_step_are_counted(rank, recomputes):
+    config = make_config("bf16", rank, recomputes)
+    policy = replace(make_policy(SHAPES["Llama 64"], config.model), copied=True)
     computed = memory_of(process_of(config, policy)).activations
     assert computed.peak == pytest.approx(update_peak(config, policy), rel=0.1)

@@ -84,7 +84,9 @@ class Loop:
         draw = torch.Generator().manual_seed(0)
         stage = "making the models"
         try:
+            start = time.perf_counter()
             models = make_models(self.shape, device(), self.recomputes)
+            self.notes["Start"] = f"{time.perf_counter() - start:.0f} s for policy, reference and their trials"
             self.describe(models)
             for stage, measured in (
                 ("matrix product", self.product), (UPDATE, self.update), (REFERENCE, self.reference),
@@ -107,7 +109,8 @@ class Loop:
             "response tokens": list(shape.tokens), "decoded tokens": shape.decoded, "whole step": shape.whole,
             "micro-batch tokens": shape.micro_batch, "lora": shape.lora, "recomputes": self.recomputes,
         }  # fmt: skip
-        formula = "Useful FLOPs of live rows; tokens of a rollout are those of its responses"
+        formula = "Useful FLOPs of live rows; tokens of a rollout are those of its responses. "
+        formula += "A step of decoding includes its share of the prompts' pass"
         rows, notes = list(self.rows), dict(self.notes)
         case = Case("gpu_loop", self.name, about, "operations", formula, UPDATE, rows, provenance(self.plan), notes)
         results.save([case], self.folder)
@@ -120,6 +123,7 @@ class Loop:
         most = re.search(r"([\d.]+) GiB +at most", said)
         self.notes["Memory"] = f"said to take {most[1]} GiB at most" if most else said
         self.notes["Reading"] = models.policy.attention.describe()
+        self.notes["Layers"] = models.policy.layers
         self.notes["Decoding"] = describe_decoding(models.policy).removeprefix("decoding: ")
 
     def product(self, models: Models, draw: torch.Generator) -> None:

@@ -13,6 +13,7 @@ import torch
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.prompts import Prompt
 from repo.models import policy as loading
+from repo.models.fast_layers.choice import with_fast_layers
 from repo.models.policy import Policy, load_policy, load_reference
 
 PAD, STOP = 0, 1
@@ -80,7 +81,7 @@ def make_models(shape: Shape, device: torch.device, recompute: bool) -> Models:
     optimizer = OptimizerConfig(lr=1e-7, micro_batch_tokens=shape.micro_batch)
     config = Config(model=settings, rollout=rollout, optimizer=optimizer)
     with _random_weights(shape):
-        policy = load_policy("random", device, True, settings)
+        policy = with_fast_layers(load_policy("random", device, True, settings), settings.compile)
         return Models(config, policy, load_reference(policy, "random", settings))
 
 
