@@ -110,7 +110,8 @@ def test_a_folder_named_like_a_format_is_a_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["org/name", "org/name-2.5", "org/name#config/test"])
 def test_a_hub_name_is_looked_up_on_the_hub(name):
-    with pytest.raises(UserError, match=f"no such folder: '{name.split('#')[0]}', nor is it in the hub's cache") as error:
+    message = f"no such folder: '{name.split('#')[0]}', nor is it in the hub's cache"
+    with pytest.raises(UserError, match=message) as error:
         load_prompts(name)
     assert "\n" not in str(error.value)
 
