@@ -100,7 +100,8 @@ vllm-env: $(VLLM_VENV)/vllm.stamp
 test-gpu: $(VENV)/dev.stamp
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
-# On a machine with one GPU, in under four minutes: its tests, and the kernels beside their peers; ARGS="--parts losses".
+# On a machine with one GPU, in under six minutes: its tests, the kernels beside their peers, the training loop;
+# ARGS="--parts losses".
 # Takes .venv if there is one, else PYTHON with the packages it has; nothing is installed. Results go to OUT.
 OUT ?= gpu-results
 gpu:

@@ -58,7 +58,7 @@ class Checkout:
         self._process = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def ask(self, name: str) -> list[float]:
-        """Return the seconds of a call of ours and, if there is one, of PyTorch's. The first question sets up the case."""
+        """Return the seconds of a call of ours and, if there is one, of PyTorch's. The first call sets up the case."""
         assert self._process.stdin
         assert self._process.stdout
         print(name, file=self._process.stdin, flush=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -11,11 +14,15 @@ from .common.distributed import ALONE, World
 from .common.errors import UserError, first_line
 from .common.hub import require_model
 from .config.schema import Config
+from .memory.budget import free_bytes, pick, with_micro_batches
+from .memory.description import describe_memory
+from .memory.process import Process
+from .memory.scorers import planned_scorer_bytes
 from .models.adapters import add_lora
-from .models.memory import describe_memory
 from .models.policy import choose_device
 from .models.quantised import require_trainable
 from .rollout.engine import check_engine
+from .rollout.stop_tokens import stop_id
 from .setup import find_assets, load_data, model_path, shards_of
 
 
@@ -59,16 +66,31 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     require_trainable(shape, config.model.lora_rank, path)
     version = check_engine(config, world.size, shape)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
+        dtype = torch.float32 if not config.model.lora_rank else getattr(torch, config.model.dtype)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
         if config.model.lora_rank:
             add_lora(model.requires_grad_(False), config.model.lora_rank)
     parameters = sum(p.numel() for p in model.parameters())
     device = choose_device(config.model.device)
     console.print(f"model: {path}, {parameters / 1e6:.1f} M parameters, on {device}", markup=False, highlight=False)
     text = shape.get_text_config()
-    load_data(config, folder, tokenizer, (), text, console)
-    console.print(describe_batch(config, world), markup=False, highlight=False)
+    for token in config.rollout.stop_tokens:
+        stop_id(tokenizer, token, text.vocab_size)
+    prompts = [*itertools.chain(*load_data(config, folder, tokenizer, (), text, console)[:2])]
+    process = Process(
+        config,
+        model,
+        text.vocab_size,
+        shards=shards_of(config, world),
+        processes=world.size,
+        prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
+        scorers=planned_scorer_bytes(config, device.type, trust),
+    )
+    if config.optimizer.micro_batch_tokens == "auto":
+        choice = pick(process, free_bytes(device), is_loaded=False)
+        console.print(choice.describe(), markup=False, highlight=False)
+        process = replace(process, config=with_micro_batches(config, choice.tokens))
+    console.print(describe_batch(process.config, world), markup=False, highlight=False)
+    console.print("memory:\n" + describe_memory(process), markup=False, highlight=False)
     if version:
         console.print(f"rollout: vLLM {version} of {config.rollout.vllm_python}", markup=False, highlight=False)
-    memory = describe_memory(config, model, text.vocab_size, shards=shards_of(config, world))
-    console.print("memory:\n" + memory, markup=False, highlight=False)

@@ -17,8 +17,11 @@ from .config.schema import Config
 from .dry_run import describe_batch, dry_run
 from .evaluation.evaluator import Evaluator
 from .loop import train
+from .memory.budget import free_bytes, pick, with_micro_batches
+from .memory.description import describe_memory
+from .memory.process import Process
+from .memory.scorers import scorer_bytes
 from .models.actor import Actor
-from .models.memory import describe_memory
 from .models.policy import choose_device, vocabulary
 from .rollout.decoding import describe_decoding
 from .rollout.engine import check_engine, open_engine
@@ -57,10 +60,11 @@ def run_session(switches: Switches, config: Config, console: Console, world: Wor
     for warning in world.from_first(lambda: rehearse_parts(config, parts)):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     check_engine(config, world.size, parts.policy.model.config)
+    config = with_budget(config, parts, console, world)
     with open_engine(config, parts.policy, parts.sampler, switches.trust_remote_code) as engine:
         run = open_folder(switches, config, path, resumed, parts, console, world)
         console.print(f"run: {run.path}   {describe_batch(config, world)}", markup=False, highlight=False)
-        actor = make_actor(config, parts, console, world)
+        actor = make_actor(config, parts, run, console, world)
         if line := engine.describe():
             console.print(line, markup=False, highlight=False)
         evaluator = Evaluator(
@@ -79,6 +83,36 @@ def dated(config: Config, world: World) -> Config:
     """Return the configuration with today's date in data.date if it has none, the same on every process."""
     today = world.from_first(lambda: f"{date.today():%Y-%m-%d}")
     return replace(config, data=replace(config.data, date=config.data.date or today))
+
+
+def process_of(config: Config, parts: Parts, world: World) -> Process:
+    """Describe what this process holds once everything is loaded, for the arithmetic of memory."""
+    prompts = [*parts.train_prompts, *parts.eval_prompts]
+    return Process(
+        config,
+        parts.policy.model,
+        vocabulary(parts.policy),
+        parts.critics,
+        shards_of(config, world),
+        world.size,
+        max(len(prompt.token_ids) for prompt in prompts),
+        parts.policy.attention,
+        parts.policy.matmul is not None and parts.policy.matmul.half,
+        scorer_bytes(parts.scorers, parts.judge, parts.reference.model),
+    )
+
+
+def with_budget(config: Config, parts: Parts, console: Console, world: World) -> Config:
+    """Return the configuration with a number for optimizer.micro_batch_tokens if that is "auto".
+
+    It is the smallest of all processes' choices. Raises UserError if nothing fits.
+    """
+    if config.optimizer.micro_batch_tokens != "auto":
+        return config
+    choice = pick(process_of(config, parts, world), free_bytes(parts.policy.device), is_loaded=True)
+    choice = min(world.gather(choice), key=lambda each: each.tokens)
+    console.print(choice.describe(), markup=False, highlight=False)
+    return with_micro_batches(config, choice.tokens)
 
 
 def rehearse_parts(config: Config, parts: Parts) -> list[str]:
@@ -119,13 +153,22 @@ def open_folder(
     return run
 
 
-def make_actor(config: Config, parts: Parts, console: Console, world: World) -> Actor:
-    """Make the trained module, sharded over processes if configured; print its attention, decoding and memory."""
+def make_actor(config: Config, parts: Parts, run: Run, console: Console, world: World) -> Actor:
+    """Make the trained module, sharded if configured.
+
+    Prints and records how attention, layers, products and decoding are computed; prints the memory.
+    """
     shards = shards_of(config, world)
-    memory = describe_memory(config, parts.policy.model, vocabulary(parts.policy), parts.critics, shards)
+    memory = describe_memory(process_of(config, parts, world))
     decoding = describe_decoding(parts.sampler)
     actor = Actor(parts.policy, parts.critics, world, shards)
     style = None if actor.attention.packs else "yellow"
     console.print(f"{actor.attention.describe()}; {decoding}", style=style, markup=False, highlight=False)
+    lines = [f"layers: {parts.policy.layers}"] if parts.policy.layers else []
+    if parts.policy.matmul is not None:
+        lines.append(parts.policy.matmul.describe())
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    run.write_execution([actor.attention.describe(), decoding, *lines])
     console.print(f"memory:\n{memory}\n{parts.scorers.describe()}", markup=False, highlight=False)
     return actor

@@ -22,7 +22,7 @@ def train(session: Session) -> None:
     Raises Stopped, after a checkpoint is written, if SIGINT or SIGTERM asked for it.
     """
     config, parts, actor, run, world = session.config, session.parts, session.actor, session.run, session.world
-    algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.micro_batch_tokens
+    algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.budget
     multipliers, updater = Multipliers(algorithm, config.penalty), Updater(actor, config, parts.examples)
     reference, layers = Actor(parts.reference), parts.scorers.layers_of(parts.reference.model)
     with session.stop.at_once():

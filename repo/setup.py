@@ -24,6 +24,7 @@ from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, toke
 from .data.token_ids import require_embedded
 from .models.actor import Actor
 from .models.critic import make_critics
+from .models.fast_layers.choice import with_fast_layers
 from .models.policy import Policy, choose_device, load_policy, load_reference
 from .rollout.stop_tokens import with_stop_tokens
 from .runs.loggers import check_loggers
@@ -111,18 +112,20 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
     shards = shards_of(config, world)
     folder = world.from_first(lambda: find_assets(config, console))
     device, path = choose_device(config.model.device), model_path(config, folder)
+    sampler = None
     if shards > 1:
         sampler = load_policy(path, device, False, config.model, trust)
         # on the CPU: sharding moves one layer at a time to the device
         policy = load_policy(path, torch.device("cpu"), True, config.model, trust)
         policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
     else:
-        policy = sampler = load_policy(path, device, True, config.model, trust)
+        policy = load_policy(path, device, True, config.model, trust)
+    policy = with_fast_layers(policy, config.model.compile, shards > 1)
     if policy.merged:
         adapter = f"model: the adapter {path} is merged into its base {policy.merged}"
         console.print(adapter, markup=False, highlight=False)
     policy, line = with_stop_tokens(policy, config.rollout.stop_tokens)
-    sampler = dataclasses.replace(sampler, eos_ids=policy.eos_ids) if shards > 1 else policy
+    sampler = dataclasses.replace(sampler, eos_ids=policy.eos_ids) if sampler is not None else policy
     if line:
         console.print(line, markup=False, highlight=False)
     shape = policy.model.config.get_text_config()
@@ -225,7 +228,8 @@ def load_data(
     examples: list[Example] = []
     if config.ptx.data is not None:
         answers = load_prompts(config.ptx.data, data.column)
-        limit = min(context, config.optimizer.micro_batch_tokens)
+        auto = config.optimizer.micro_batch_tokens == "auto"
+        limit = context if auto else min(context, config.optimizer.budget)
         chat = ChatFormat(tokenizer, data.template_arguments, data.date)
         supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
         examples = supervised.kept

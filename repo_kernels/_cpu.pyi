@@ -125,6 +125,11 @@ def pack_weight(weight: Tensor, to: Tensor, threads: int) -> None:
 def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, threads: int) -> None:
     """Write out (rows, n) = x (rows, k) weight^T + bias, the weight packed."""
 
+def sample_rows(
+    logits: Tensor, uniforms: Tensor, temperature: float, tokens: Tensor, logps: Tensor, threads: int
+) -> None:
+    """Write the sampled tokens (B,) int64 and their log-probabilities (B,). logits: (B, V); uniforms: (B,) fp64."""
+
 class DecoderModel:
     """A Llama-shaped model whose weights are packed; it keeps them alive."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping
+from operator import mul
 from typing import Any
 
 import torch
@@ -125,17 +126,25 @@ def makers_like(source: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def check_memory(**values: Tensor | None) -> None:
-    """Raise ValueError for a plain tensor whose storage was freed, as FSDP's is outside of its forward.
+    """Raise ValueError for a plain tensor whose storage was freed, as FSDP's is outside of its forward, or shrunk.
 
     values: by the names of arguments.
     """
     if is_traced():
         return
     for name, value in values.items():
-        if value is not None and is_plain(value) and value.numel() and not value.data_ptr():
+        if value is not None and is_plain(value) and value.numel() and not _has_memory(value):
             raise ValueError(
-                f"{name} must be a tensor with memory; got one of shape {tuple(value.shape)} whose storage was freed"
+                f"{name} must be a tensor with memory; got one of shape {tuple(value.shape)} whose storage was freed "
+                "or shrunk"
             )
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Return whether the storage of a tensor with elements reaches to its last element."""
+    elements, strides = value.untyped_storage().nbytes() // value.itemsize - value.storage_offset(), value.stride()
+    last = sum(map(mul, value.shape, strides)) - sum(strides)  # the sum of (size - 1) stride
+    return elements > last and value.data_ptr() != 0
 
 
 def operate(operator: Callable[..., Any], named: Mapping[str, Tensor | None], *arguments: Any) -> Any:

@@ -12,7 +12,7 @@ WRITTEN = {".py", ".pyi", ".cpp", ".h", ".txt", ".md", ".yaml", ".html", ".js"} 
 GENERATED = ROOT / "benchmarks" / "results"
 # Each folder imports from those before it.
 LAYERS = {
-    "repo": "common config data scoring models rollout training runs evaluation reporting".split(),
+    "repo": "common config data attention scoring models rollout memory training runs evaluation reporting".split(),
     "repo_kernels": "backends layers losses".split(),
 }
 MOST_LINES, MOST_FILES = 350, 14

@@ -2,6 +2,7 @@
 
     python -m benchmarks.compiled                                  # all types, four targets, and the passes: 3 minutes
     python -m benchmarks.compiled --targets sm_90 --dtypes bf16 --no-passes
+    python -m benchmarks.compiled --part decode --no-passes        # the kernels of a decode step: 5 minutes
     python -m benchmarks.compiled --triton 3.4.0,3.7.1             # with these versions of Triton, side by side
     python -m benchmarks.compiled --triton all                     # with every supported one: 15 minutes
 
@@ -17,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 
 from benchmarks.compiled import tables, versions
-from benchmarks.compiled.kernels import ITEM_SIZE, TARGETS, CompiledKernel, compile_all
+from benchmarks.compiled.kernels import ITEM_SIZE, PARTS, TARGETS, CompiledKernel, compile_all
 from benchmarks.harness.machine import installed
 
 
@@ -51,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; default: %(default)s")
     parser.add_argument("--dtypes", default=",".join(ITEM_SIZE), help="comma-separated; default: %(default)s")
     parser.add_argument("--triton", help="versions, comma-separated, or all; default: the environment's")
+    parser.add_argument("--part", choices=PARTS, default="losses", help="default: %(default)s")
     parser.add_argument("--no-passes", action="store_true", help="leave out launches and passes")
     options = parser.parse_args(arguments)
     targets = _chosen(parser, "--targets", options.targets, tuple(TARGETS))
     dtypes = _chosen(parser, "--dtypes", options.dtypes, tuple(ITEM_SIZE))
     chosen = versions.VERSIONS if options.triton == "all" else (options.triton or "").split(",")
-    kernels = [kernel for version in chosen for kernel in compile_all(targets, dtypes, version or None)]
+    kernels = [
+        kernel for version in chosen for kernel in compile_all(targets, dtypes, version or None, part=options.part)
+    ]
     print(f"torch {installed('torch')}. ", end="")
     (_print_versions if len(chosen) > 1 else _print_one_version)(kernels, targets)
     if not options.no_passes:

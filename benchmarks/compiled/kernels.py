@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -23,6 +24,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+PARTS = {"losses": "variants", "decode": "decode.variants"}  # part -> module that lists its variants
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,13 @@ def compile_variant(variant: Any, target: str) -> CompiledKernel:
     )
 
 
-def _variants(target: str) -> list[Any]:
+def _variants(target: str, part: str) -> list[Any]:
     from repo_kernels.backends.triton.forms import Target
-    from repo_kernels.backends.triton.variants import variants
 
     backend, architecture, warp_size = TARGETS[target]
-    return variants(Target(warp_size, backend == "cuda" and int(architecture) >= 100))
+    shape = Target(warp_size, backend == "cuda" and int(architecture) >= 100)
+    listed: list[Any] = importlib.import_module(f"repo_kernels.backends.triton.{PARTS[part]}").variants(shape)
+    return listed
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,11 @@ class Form:
     specialised: tuple[str, ...]
 
 
-def _forms(target: str) -> list[Form]:
+def _forms(target: str, part: str) -> list[Form]:
+    kernels = _variants(target, part)
     return [
-        Form(v.name, v.kind, v.dtype if v.elements_per_thread else "", tuple(_specialised(v)))
-        for v in _variants(target)
+        Form(v.name, v.kind, v.dtype if v.elements_per_thread or part == "decode" else "", tuple(_specialised(v)))
+        for v in kernels
     ]
 
 
@@ -140,8 +144,8 @@ def _specialised(variant: Any) -> Iterator[str]:
             yield parameter.name
 
 
-def _compile_named(target: str, name: str) -> CompiledKernel:
-    return compile_variant(next(variant for variant in _variants(target) if variant.name == name), target)
+def _compile_named(target: str, part: str, name: str) -> CompiledKernel:
+    return compile_variant(next(variant for variant in _variants(target, part) if variant.name == name), target)
 
 
 def _prepare(version: str | None) -> None:
@@ -156,10 +160,10 @@ def _pool(workers: int, version: str | None = None) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(version,))
 
 
-def forms(targets: Iterable[str]) -> dict[str, list[Form]]:
-    """Return every variant, by target."""
+def forms(targets: Iterable[str], part: str = "losses") -> dict[str, list[Form]]:
+    """Return every variant of a part of PARTS, by target."""
     with _pool(1) as pool:
-        return {target: pool.submit(_forms, target).result() for target in targets}
+        return {target: pool.submit(_forms, target, part).result() for target in targets}
 
 
 def compile_all(
@@ -167,10 +171,14 @@ def compile_all(
     dtypes: Sequence[str] = (),
     triton: str | None = None,
     workers: int | None = None,
+    part: str = "losses",
+    only: Sequence[str] = (),
 ) -> list[CompiledKernel]:
     """Compile variants on all cores.
 
     Args:
+        part: of PARTS.
+        only: names of variants; all where empty.
         targets: keys of TARGETS.
         dtypes: fp32, bf16, fp16, of the logits; all where empty. Kernels that read no logits are always compiled.
         triton: version of Triton, installed if it was not; None for the environment's.
@@ -179,12 +187,12 @@ def compile_all(
     if triton:
         versions.folder_of(triton)  # before the workers look for it at the same time
     with _pool(workers or len(os.sched_getaffinity(0)), triton) as pool:
-        listed = {target: pool.submit(_forms, target) for target in targets}
+        listed = {target: pool.submit(_forms, target, part) for target in targets}
         futures = [
-            pool.submit(_compile_named, target, form.name)
+            pool.submit(_compile_named, target, part, form.name)
             for target, future in listed.items()
             for form in future.result()
-            if not dtypes or form.dtype in ("", *dtypes)
+            if (not dtypes or form.dtype in ("", *dtypes)) and (not only or form.name in only)
         ]
         for done, _ in enumerate(as_completed(futures), 1):
             if sys.stderr.isatty():

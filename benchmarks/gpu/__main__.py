@@ -1,7 +1,7 @@
 """Test and measure the kernels on one GPU, beside their peers, within a few minutes.
 
     make gpu                                           # the same as python -m benchmarks.gpu --out gpu-results
-    python -m benchmarks.gpu --out FOLDER --budget 230
+    python -m benchmarks.gpu --out FOLDER --budget 350
     python -m benchmarks.gpu --out FOLDER --parts losses,forms
     python -m benchmarks.gpu --rehearse                # every line on a CPU with tiny sizes; numbers mean nothing
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder of the results, which gets a gpu.json (default: gpu-results)")
-    parser.add_argument("--budget", type=float, default=230, help="seconds for everything (default: 230)")
+    parser.add_argument("--budget", type=float, default=350, help="seconds for everything (default: 350)")
     parser.add_argument("--parts", help="names separated by commas (default: all): tests, agreement, losses, ...")
     parser.add_argument("--rehearse", action="store_true", help="run everything on a CPU; numbers mean nothing")
     options = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ REAL = Plan(
     copied=2 * 2**30,
     few=16,
     repeats=30,
-    rounds={"losses": 15, "linear": 5, "call": 7, "forms": 7},
+    rounds={"losses": 15, "linear": 5, "call": 7, "forms": 7, "loop": 4},
 )  # fmt: skip
 
 REHEARSAL = Plan(
@@ -65,7 +65,7 @@ REHEARSAL = Plan(
     copied=2**20,
     few=4,
     repeats=1,
-    rounds={"losses": 1, "linear": 1, "call": 1, "forms": 1},
+    rounds={"losses": 1, "linear": 1, "call": 1, "forms": 1, "loop": 1},
     rehearsal=True,
 )
 
@@ -86,6 +86,7 @@ PARTS = (
     Part("tests", 75),
     Part("agreement", 75, together=True),
     Part("losses", 55),
+    Part("loop", 120),
     Part("call", 30),
     Part("linear", 50),
     Part("forms", 45),

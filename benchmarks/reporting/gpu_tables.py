@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from benchmarks.gpu.loop.table import loop_table
 from benchmarks.harness.machine import told
 from benchmarks.harness.results import LIMIT, Case, Row
 
@@ -27,6 +28,7 @@ def sections(cases: Sequence[Case]) -> list[str]:
     tables: dict[str, tuple[str, Callable[[Sequence[Case]], str]]] = {
         "tests": ("Tests that need a GPU", tests_table),
         "losses": ("Loss and gradient from logits: ms (share of the copy's rate)", losses_table),
+        "loop": ("The training loop", loop_table),
         "call": ("The call: host ms in a loop (device ms, kernels launched)", call_table),
         "linear": ("From hidden states: ms (extra peak memory, GB)", linear_table),
         "forms": ("Launch forms of the fused kernel: ms (share of the copy's rate)", forms_table),

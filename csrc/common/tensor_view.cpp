@@ -5,16 +5,19 @@ namespace nb = nanobind;
 namespace repo {
 namespace {
 
-const char* const kTypeNames[] = {"float32", "bfloat16", "float16", "int64", "int32", "bool"};
+const char* const kTypeNames[] = {"float32", "bfloat16", "float16", "int64", "int32", "bool", "float64"};
+const int kTypeSizes[] = {4, 2, 2, 8, 4, 1, 8};  // bytes
 
 // Objects of Python that every call needs; they live as long as the process.
 struct Names {
-    nb::object dtype, shape, stride, data_ptr, is_cpu, types[int(Type::kTypes)];
+    nb::object dtype, shape, stride, data_ptr, is_cpu, untyped_storage, nbytes, storage_offset;
+    nb::object types[int(Type::kTypes)];
 
     Names() {
         const auto intern = [](const char* text) { return nb::steal(PyUnicode_InternFromString(text)); };
         dtype = intern("dtype"), shape = intern("shape"), stride = intern("stride"), data_ptr = intern("data_ptr");
-        is_cpu = intern("is_cpu");
+        is_cpu = intern("is_cpu"), untyped_storage = intern("untyped_storage"), nbytes = intern("nbytes");
+        storage_offset = intern("storage_offset");
         const nb::module_ torch = nb::module_::import_("torch");
         for (int i = 0; i < int(Type::kTypes); ++i) types[i] = torch.attr(kTypeNames[i]);
     }
@@ -46,7 +49,7 @@ Type type_of(nb::handle tensor, const char* name) {
     const nb::object dtype = attribute(tensor, names.dtype);
     for (int i = 0; i < int(Type::kTypes); ++i)
         if (dtype.is(names.types[i])) return Type(i);
-    refuse(name, "of a type that the C++ backend reads: float32, bfloat16, float16, int64, int32 or bool");
+    refuse(name, "of a type that the C++ backend reads: float32, bfloat16, float16, int64, int32, bool or float64");
 }
 
 void read_integers(nb::handle tuple, int count, int64_t* to) {
@@ -54,6 +57,23 @@ void read_integers(nb::handle tuple, int count, int64_t* to) {
         to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
         if (to[i] == -1 && PyErr_Occurred()) throw nb::python_error();
     }
+}
+
+int64_t integer(const nb::object& value) {
+    const int64_t number = PyLong_AsLongLong(value.ptr());
+    if (number == -1 && PyErr_Occurred()) throw nb::python_error();
+    return number;
+}
+
+// Refuses a tensor whose storage was freed or shrunk after the view on it was made.
+void require_memory(nb::handle tensor, const TensorView& view) {
+    if (!view.elements()) return;
+    const Names& names = Names::get();
+    int64_t last = integer(call(tensor, names.storage_offset));
+    for (int i = 0; i < view.dimensions; ++i) last += (view.shape[i] - 1) * view.stride[i];
+    const int64_t bytes = integer(call(call(tensor, names.untyped_storage), names.nbytes));
+    if (!view.data || bytes < (last + 1) * int64_t(kTypeSizes[int(view.type)]))
+        refuse(view.name, "a tensor with memory; the storage of this one was freed or shrunk");
 }
 
 }  // namespace
@@ -86,7 +106,7 @@ TensorView view_of(nb::handle tensor, const char* name) {
     read_integers(stride, view.dimensions, view.stride);
     view.data = PyLong_AsVoidPtr(call(tensor, names.data_ptr).ptr());
     if (PyErr_Occurred()) throw nb::python_error();
-    if (!view.data && view.elements()) refuse(name, "a tensor with memory; the storage of this one was freed");
+    require_memory(tensor, view);
     return view;
 }
 

@@ -9,7 +9,7 @@
 
 namespace repo {
 
-enum class Type { kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kBool, kTypes };
+enum class Type { kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kBool, kFloat64, kTypes };
 
 // Memory on the CPU, its type, and up to three dimensions with strides in elements.
 struct TensorView {

@@ -9,6 +9,7 @@
 
 #include "common/parallel.h"
 #include "common/square.h"
+#include "decoding/tiles.h"
 #include "kernels/dispatch.h"
 
 namespace repo {
@@ -22,43 +23,51 @@ void ask_for_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-void pack_weight(const float* weight, int64_t outputs, int64_t depth, float* to, int threads) {
+namespace {
+
+// Packs a panel of `rows` rows of words.
+void pack_panel(const float* from, int64_t stride, int64_t rows, int64_t words, float* panel) {
+    const int64_t whole = rows / 4 * 4, columns = words / 4 * 4;
+    for (int64_t c = 0; c < columns; c += 4)
+        for (int64_t r = 0; r < whole; r += 4)
+            transpose_square(from + r * stride + c, stride, panel + c * kPanelColumns + r, kPanelColumns);
+    for (int64_t c = 0; c < words; ++c) {
+        for (int64_t r = c < columns ? whole : 0; r < rows; ++r) panel[c * kPanelColumns + r] = from[r * stride + c];
+        for (int64_t r = rows; r < kPanelColumns; ++r) panel[c * kPanelColumns + r] = 0;
+    }
+}
+
+}  // namespace
+
+void pack_weight(const float* weight, int64_t outputs, int64_t depth, float* to, bool half, int threads) {
+    const RowKernels& chosen = kernels();
+    const int64_t words = words_of(depth, half);
     const auto range = [&](int64_t begin, int64_t end) {
+        std::vector<float> rounded(half ? kPanelColumns * words : 0);
         for (int64_t p = begin; p < end; ++p) {
             const int64_t rows = std::min(kPanelColumns, outputs - p * kPanelColumns);
             const float* from = weight + p * kPanelColumns * depth;
-            float* panel = to + p * kPanelColumns * depth;
-            const int64_t whole = rows / 4 * 4, columns = depth / 4 * 4;
-            for (int64_t c = 0; c < columns; c += 4)
-                for (int64_t r = 0; r < whole; r += 4)
-                    transpose_square(from + r * depth + c, depth, panel + c * kPanelColumns + r, kPanelColumns);
-            for (int64_t c = 0; c < depth; ++c) {
-                for (int64_t r = c < columns ? whole : 0; r < rows; ++r)
-                    panel[c * kPanelColumns + r] = from[r * depth + c];
-                for (int64_t r = rows; r < kPanelColumns; ++r) panel[c * kPanelColumns + r] = 0;
-            }
+            if (half) chosen.round_to_half(from, reinterpret_cast<uint16_t*>(rounded.data()), rows * depth);
+            pack_panel(half ? rounded.data() : from, words, rows, words, to + p * kPanelColumns * words);
         }
     };
     parallel_rows(panels_of(outputs), kPanelColumns * depth, outputs * depth, threads, range, [] {});
 }
 
-void pack_row(const float* x, int64_t depth, float* tiles, int64_t row) {
-    float* tile = tiles + row / kTileRows * kTileRows * depth + row % kTileRows;
-    for (int64_t k = 0; k < depth; ++k) tile[k * kTileRows] = x[k];
-}
-
-void multiply_packed(const float* x, int64_t rows, int64_t depth, const float* packed, int64_t outputs,
+void multiply_packed(const float* x, int64_t rows, int64_t depth, const float* packed, bool half, int64_t outputs,
                      const float* bias, float* out, int threads) {
-    const RowKernels& chosen = kernels();
-    std::vector<float> tiles(tiles_of(rows) * kTileRows * depth);
-    for (int64_t r = 0; r < rows; ++r) pack_row(x + r * depth, depth, tiles.data(), r);
+    Tiles tiles(rows, depth, half, kernels());
+    const auto fill = [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) tiles.put(r, 0, x + r * depth, depth);
+    };
+    parallel_rows(rows, depth, rows * depth, threads, fill, [] {});
     const auto range = [&](int64_t begin, int64_t end) {
         float sums[kTileRows * kPanelColumns];
         for (int64_t p = begin; p < end; ++p) {
             const int64_t first = p * kPanelColumns, columns = std::min(kPanelColumns, outputs - first);
             for (int64_t row = 0; row < rows; row += kTileRows) {
                 const int64_t count = std::min(kTileRows, rows - row);
-                chosen.multiply_panel(tiles.data() + row * depth, packed + first * depth, depth, count, sums);
+                tiles.multiply(row, packed + first * tiles.words(), count, sums);
                 for (int64_t i = 0; i < count; ++i)
                     for (int64_t c = 0; c < columns; ++c)
                         out[(row + i) * outputs + first + c] = sums[i * kPanelColumns + c] + (bias ? bias[first + c] : 0);

@@ -9,15 +9,13 @@ namespace repo {
 // would interrupt the hardware's fetching ahead.
 void ask_for_large_pages(void* memory, int64_t bytes);
 
-// Packs a weight (outputs, depth), contiguous, into `to` (panels, depth, 16).
-void pack_weight(const float* weight, int64_t outputs, int64_t depth, float* to, int threads);
+// Packs a weight (outputs, depth), contiguous, into `to` (panels, words, 16); half: rounded to bfloat16, where depth is a
+// multiple of 16.
+void pack_weight(const float* weight, int64_t outputs, int64_t depth, float* to, bool half, int threads);
 
-// Writes row r of a packed tile, (depth, 16).
-void pack_row(const float* x, int64_t depth, float* tiles, int64_t row);
-
-// Writes out (rows, outputs) = x (rows, depth) weight^T + bias; bias may be null. A row's sums do not depend on the other
-// rows.
-void multiply_packed(const float* x, int64_t rows, int64_t depth, const float* packed, int64_t outputs,
+// Writes out (rows, outputs) = x (rows, depth) weight^T + bias; bias may be null. half: of a weight packed in bfloat16, to
+// which x is rounded too. A row's sums do not depend on the other rows.
+void multiply_packed(const float* x, int64_t rows, int64_t depth, const float* packed, bool half, int64_t outputs,
                      const float* bias, float* out, int threads);
 
 }  // namespace repo

@@ -7,7 +7,7 @@
 
 #include "common/parallel.h"
 #include "kernels/dispatch.h"
-#include "decoding/packed_weight.h"
+#include "decoding/tiles.h"
 
 namespace repo {
 namespace {
@@ -54,18 +54,6 @@ class Phase {
     alignas(64) std::atomic<int64_t> done_{0};
 };
 
-// Inputs of products, packed as tiles of rows, with zeros beyond the last row.
-struct Tiles {
-    int64_t depth;
-    std::vector<float> data;
-
-    Tiles(int64_t rows, int64_t depth) : depth(depth), data(tiles_of(rows) * kTileRows * depth) {}
-    const float* tile(int64_t row) const { return data.data() + row * depth; }
-    float* at(int64_t row, int64_t k) {
-        return data.data() + row / kTileRows * kTileRows * depth + k * kTileRows + row % kTileRows;
-    }
-};
-
 // Scratch memory of one thread.
 struct Scratch {
     int thread;
@@ -76,14 +64,16 @@ struct Scratch {
 class Decoding {
   public:
     Decoding(const DecoderModel& model, const DecodeStep& step, int threads)
-        : model_(model), step_(step), threads_(threads), normed_(step.rows, model.hidden), attended_(step.rows, model.heads * model.columns),
-          inner_(step.rows, model.inner), qkv_(step.rows * qkv_width()) {
+        : model_(model), step_(step), threads_(threads), normed_(inputs(model.hidden)),
+          attended_(inputs(model.heads * model.columns)), inner_(inputs(model.inner)),
+          qkv_(step.rows * qkv_width()) {
         for (size_t i = 0; i < model.layers.size() * 7 + 2; ++i) phases_.emplace_back(threads);
     }
 
     static void run(void* self) { static_cast<Decoding*>(self)->work(); }
 
   private:
+    Tiles inputs(int64_t depth) const { return Tiles(step_.rows, depth, model_.half, kernels_); }
     int64_t qkv_width() const { return (model_.heads + 2 * model_.key_heads) * model_.columns; }
 
     // What each thread does.
@@ -114,7 +104,8 @@ class Decoding {
 
     // Fetches the first pages of the part of a packed weight that this thread begins with.
     void fetch(const float* packed, int64_t outputs, int64_t depth, const Scratch& scratch) const {
-        const int64_t panel = panels_of(outputs) * scratch.thread / threads_, size = kPanelColumns * depth;
+        const int64_t panel = panels_of(outputs) * scratch.thread / threads_;
+        const int64_t size = kPanelColumns * words_of(depth, model_.half);
         for (int64_t i = 0; i < std::min<int64_t>(size, kPages * 1024); i += 16)
             __builtin_prefetch(packed + panel * size + i);
     }
@@ -122,7 +113,7 @@ class Decoding {
     void normalise(Phase& phase, const float* weight, Scratch& scratch) {
         phase.run(step_.rows, scratch.thread, [&](int64_t row) {
             kernels_.norm(step_.x + row * model_.hidden, weight, scratch.row.data(), model_.hidden, model_.epsilon);
-            pack_row(scratch.row.data(), model_.hidden, normed_.data.data(), row);
+            normed_.put(row, 0, scratch.row.data(), model_.hidden);
         });
     }
 
@@ -130,10 +121,10 @@ class Decoding {
     template <class Take>
     void multiply(Phase& phase, const Tiles& tiles, const float* packed, int64_t outputs, Scratch& scratch, Take take) {
         phase.run(panels_of(outputs), scratch.thread, [&](int64_t p) {
-            const float* panel = packed + p * kPanelColumns * tiles.depth;
+            const float* panel = packed + p * kPanelColumns * tiles.words();
             for (int64_t row = 0; row < step_.rows; row += kTileRows) {
                 const int64_t count = std::min(kTileRows, step_.rows - row);
-                kernels_.multiply_panel(tiles.tile(row), panel, tiles.depth, count, scratch.sums);
+                tiles.multiply(row, panel, count, scratch.sums);
                 take(row, count, p * kPanelColumns, scratch.sums);
             }
         });
@@ -175,7 +166,7 @@ class Decoding {
                 turn(states + (head * group + g) * columns, layer.q_norm, row, normed, queries + g * columns);
             kernels_.attend_one({group, at + 1, columns, capacity, model_.scale, queries, keys, values, out},
                                 scratch.scores.data());
-            for (int64_t c = 0; c < group * columns; ++c) *attended_.at(row, head * group * columns + c) = out[c];
+            attended_.put(row, head * group * columns, out, group * columns);
         });
     }
 
@@ -190,18 +181,15 @@ class Decoding {
     }
 
     void gate(Phase& phase, const LayerWeights& layer, Scratch& scratch) {
-        const int64_t panels = model_.inner / kPanelColumns, size = kPanelColumns * model_.hidden;
+        const int64_t panels = model_.inner / kPanelColumns, size = kPanelColumns * normed_.words();
         phase.run(panels, scratch.thread, [&](int64_t p) {
             for (int64_t row = 0; row < step_.rows; row += kTileRows) {
                 const int64_t count = std::min(kTileRows, step_.rows - row);
-                const float* tile = normed_.tile(row);
-                kernels_.multiply_panel(tile, layer.gate + p * size, model_.hidden, count, scratch.sums);
-                kernels_.multiply_panel(tile, layer.up + p * size, model_.hidden, count, scratch.more);
+                normed_.multiply(row, layer.gate + p * size, count, scratch.sums);
+                normed_.multiply(row, layer.up + p * size, count, scratch.more);
                 kernels_.swiglu(scratch.sums, scratch.more, scratch.sums, count * kPanelColumns);
-                for (int64_t c = 0; c < kPanelColumns; ++c) {
-                    float* to = inner_.at(row, p * kPanelColumns + c);
-                    for (int64_t i = 0; i < count; ++i) to[i] = scratch.sums[i * kPanelColumns + c];
-                }
+                for (int64_t i = 0; i < count; ++i)
+                    inner_.put(row + i, p * kPanelColumns, scratch.sums + i * kPanelColumns, kPanelColumns);
             }
         });
     }

@@ -1,4 +1,4 @@
-// One step of decoding with a Llama-shaped model in fp32: all layers in one call, so that threads start once.
+// One step of decoding with a Llama-shaped model: all layers in one call, so that threads start once.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,10 @@ struct LayerWeights {
     const float *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias, *post_norm, *gate, *up, *down;
 };
 
-// Every width but the vocabulary is a multiple of 16. norm: (hidden,). head: packed.
+// Every width but the vocabulary is a multiple of 16. half: all weights are packed in bfloat16. norm: (hidden,). head:
+// packed.
 struct DecoderModel {
+    bool half;
     int64_t hidden, heads, key_heads, columns, inner, vocabulary;
     float epsilon, scale;
     std::vector<LayerWeights> layers;

@@ -94,7 +94,11 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     attend,
     attend_gradient,
     multiply_panel,
+    multiply_half_panel,
+    round_to_half,
     attend_one,
+    largest,
+    powers,
 };
 
 }  // namespace repo

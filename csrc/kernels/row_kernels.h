@@ -99,8 +99,12 @@ struct RowKernels {
     void (*attend)(const AttentionTask&, float* scratch);
     void (*attend_gradient)(const AttentionTask&, float* scratch);
     // see decoding/rows.h
-    void (*multiply_panel)(const float* tile, const float* panel, int64_t depth, int64_t rows, float* out);
+    void (*multiply_panel)(const float* tile, const float* panel, int64_t words, int64_t rows, float* out);
+    void (*multiply_half_panel)(const float* tile, const float* panel, int64_t words, int64_t rows, float* out);
+    void (*round_to_half)(const float* from, uint16_t* to, int64_t count);
     void (*attend_one)(const NewToken&, float* scores);
+    float (*largest)(const float* x, int64_t count);
+    void (*powers)(const float* x, float* out, int64_t count, float c, float max2);
 };
 
 extern const RowKernels generic_kernels;

@@ -53,6 +53,12 @@ def _rope_types(module: Any) -> set[str]:
     return {kinds} if isinstance(kinds, str) else {*kinds.values()} if isinstance(kinds, dict) else set()
 
 
+def longest_input(config: Any) -> int | None:
+    """Return the number of positions that a text config names, None if it names none."""
+    # MPT has no position embeddings, but its ALiBi biases are made for this many
+    return config_field(config, "max_position_embeddings") or config_field(config, "max_seq_len")
+
+
 def context_of(config: Any) -> int | None:
     """Return the most tokens that a sequence may have, None if the config names no limit.
 
@@ -60,7 +66,7 @@ def context_of(config: Any) -> int | None:
     original_max_position_embeddings, that is the limit: a sequence beyond it changes what the shorter rows of its
     batch read, and the keys that are cached before the limit do not fit those after it.
     """
-    context = config_field(config, "max_position_embeddings")
+    context = longest_input(config)
     rope = config_field(config, "rope_parameters", {})
     several = [value for value in rope.values() if isinstance(value, dict)]
     keys = config_field(config, "keep_window_size")  # Doge's dynamic mask chooses among more keys by later tokens too

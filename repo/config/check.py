@@ -66,6 +66,8 @@ def check(config: Config) -> Config:
         config.model.shard,
         "1 with optimizer.state_dtype 8bit",
     )
+    matmul, dtype = config.model.matmul_dtype, config.model.dtype
+    _require(matmul != "bfloat16" or dtype == "float32", "model.matmul_dtype", matmul, f"auto with model.dtype {dtype}")
     d = config.data
     _require(d.date is None or _is_day(d.date), "data.date", d.date, "a day as YYYY-MM-DD, or null")
     batch = r.prompts_per_step * r.samples_per_prompt

@@ -1,26 +1,29 @@
-"""Hints: fields that options of TRL, verl, OpenRLHF and safe-rlhf correspond to, for messages about unknown keys."""
+"""Hints: fields that options of other libraries correspond to, for messages about unknown keys.
+
+The names are options of TRL 0.12 and 1.16, transformers' TrainingArguments, verl 0.9, OpenRLHF 0.9 and 0.11, safe-rlhf,
+and vLLM's sampling parameters.
+"""
 
 from __future__ import annotations
 
 FIELDS_OF = {
     "algorithm.advantages": "adv_estimator advantage_estimator",
-    "algorithm.beta": "kl_coef kl_coeff init_kl_coef init_kl_coeff kl_loss_coef kl_ctl kl_weight",
-    "algorithm.clip_range": "cliprange clip_ratio clip_ratio_low clip_ratio_high clip_range_ratio clip_eps eps_clip "
+    "algorithm.beta": "kl_coef kl_coeff init_kl_coef kl_loss_coef kl_ctrl",
+    "algorithm.clip_range": "cliprange clip_ratio clip_ratio_low clip_ratio_high clip_range_ratio eps_clip "
     "epsilon epsilon_high eps_clip_low_high",
-    "algorithm.cost_limit": "threshold cost_threshold safety_threshold",
+    "algorithm.cost_limit": "threshold",
     "algorithm.dual_clip": "clip_ratio_c delta",
-    "algorithm.entropy_coef": "entropy_coeff entropy_loss_coef ent_coef",
-    "algorithm.kl_estimator": "kl_penalty kl_loss_type kl_type",
+    "algorithm.entropy_coef": "entropy_coeff entropy_loss_coef",
+    "algorithm.kl_estimator": "kl_penalty kl_loss_type",
     "algorithm.kl_importance_weighted": "use_bias_correction_kl",
     "algorithm.kl_placement": "use_kl_loss use_kl_in_reward",
     "algorithm.kl_target": "target_kl kl_horizon",
-    "algorithm.loss_agg_mode": "loss_type loss_aggregation",
-    "algorithm.scale_by_std": "scale_rewards norm_adv_by_std_in_grpo whiten_advantages",
+    "algorithm.loss_agg_mode": "loss_type",
+    "algorithm.scale_by_std": "scale_rewards norm_adv_by_std_in_grpo",
     "critic.gae_lambda": "lam lambd",
-    "critic.gamma": "discount_factor",
-    "critic.lr": "critic_lr critic_learning_rate value_lr",
+    "critic.lr": "critic_lr critic_learning_rate",
     "data.column": "prompt_key input_key dataset_text_field",
-    "data.eval": "eval_dataset eval_datasets val_files eval_files",
+    "data.eval": "eval_dataset eval_datasets val_files",
     "data.max_prompt_tokens": "max_prompt_length prompt_max_len",
     "data.train": "train_dataset train_datasets train_files dataset dataset_name prompt_data",
     "loggers": "report_to logger log_type",
@@ -39,22 +42,22 @@ FIELDS_OF = {
     "optimizer.schedule": "lr_scheduler_type lr_scheduler",
     "optimizer.warmup_steps": "num_warmup_steps lr_warmup_steps",
     "out": "output_dir save_path default_local_dir logging_dir",
-    "penalty.initial": "lambda_init init_lambda",
-    "penalty.lr": "lambda_lr lagrangian_lr",
+    "penalty.initial": "lambda_init",
+    "penalty.lr": "lambda_lr",
     "penalty.max": "lambda_max",
     "ptx.coef": "ptx_coeff",
-    "ptx.data": "ptx_datasets pretrain_data",
+    "ptx.data": "ptx_datasets",
     "rollout.max_response_tokens": "max_completion_length max_response_length response_length max_length "
     "generate_max_len max_tokens",
     "rollout.prompts_per_step": "train_batch_size rollout_batch_size batch_size num_prompts",
     "rollout.samples_per_prompt": "num_generations n_samples_per_prompt num_return_sequences rloo_k group_size",
     "rollout.stop_tokens": "stop_token stop_token_id stop_token_ids eos_token_id stop",
-    "rollout.truncated": "mask_truncated_completions overlong_buffer missing_eos_penalty overlong_filtering",
+    "rollout.truncated": "mask_truncated_completions overlong_buffer missing_eos_penalty",
     "save_every": "save_steps save_freq save_interval",
     "scoring.clamp": "clip_range_score",
-    "scoring.cost": "cost_model cost_model_path cost_model_name_or_path",
-    "scoring.reward": "reward_model reward_model_path reward_model_name_or_path reward_funcs reward_function",
-    "steps": "max_steps total_steps total_training_steps num_steps num_train_steps",
+    "scoring.cost": "cost_model_name_or_path",
+    "scoring.reward": "reward_model reward_model_path reward_model_name_or_path reward_funcs",
+    "steps": "max_steps total_training_steps",
 }
 """Field -> names that other libraries give it, separated by spaces."""
 

@@ -57,11 +57,20 @@ def _renamed(argv: Iterator[str], warn: Callable[[str], None]) -> Iterator[str]:
 
 
 def _rename_file(path: str, warn: Callable[[str], None]) -> str:
-    """Return the path, or rewritten YAML text if the file uses old names or gives a list field a single value."""
+    """Return the path, or rewritten YAML text if the file is empty, uses old names or gives a list one value.
+
+    Raises UserError if the file is no YAML of fields and groups, or gives a field under both names.
+    """
     try:
         content = read_yaml(Path(path).expanduser())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except OSError:
         return path  # the parser reports what is wrong with it
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return "{}"
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a mapping of fields and groups of fields; got {content!r:.80}")
     old = [name for name in RENAMED if _has(content, name)]
     for name in old:
         group, field = name.split(".")

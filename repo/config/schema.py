@@ -22,6 +22,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the policy's forward passes and of frozen weights, which are rounded to it when loaded. Trained weights
     and critics with models of their own stay float32."""
+    matmul_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which linear layers multiply on a CPU where dtype is float32, in training and in the reference. bfloat16
+    takes half of the time on CPUs with AVX512_BF16 or AMX; weights, other layers and sums stay float32. auto: bfloat16
+    on such CPUs for models of a hidden width of 256 or more whose log-probabilities it moves by at most 0.1 nats a
+    token, else float32."""
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters on every linear layer except the LM head and the routers of experts, with alpha = 2 x rank;
     needs the package peft. Experts that share one tensor get none. 0: no adapters, all weights are trained."""
@@ -30,9 +35,10 @@ class ModelConfig:
     shard: NonNegativeInt = 1
     """Number of torchrun processes that FSDP2 splits one copy of trained weights, gradients and optimiser states over;
     must divide the number of processes. 1: no splitting, each process has a copy. 0: all processes split one copy."""
-    compile: bool = False
-    """Compile the policy's decoder layers with torch.compile: the update is faster on CUDA, the first steps are slow.
-    """
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the policy's decoder layers with torch.compile. "auto": on CUDA, if a trial at start computes the same;
+    the trial takes a while, less when the compiler's cache on disk has the layers. With model.shard other than 1 "auto"
+    means false."""
 
 
 @dataclass(frozen=True)
@@ -230,12 +236,21 @@ class OptimizerConfig:
     """Number of passes over each rollout batch."""
     minibatches: PositiveInt = 1
     """Number of optimiser steps per pass. Each takes an equal share of the responses, in random order."""
-    micro_batch_tokens: PositiveInt = 2048
+    micro_batch_tokens: PositiveInt | Literal["auto"] = 2048
     """Largest number of tokens in one forward and backward pass, padding included; a longer prompt and response get a
-    pass of their own. Affects memory and speed, and the result by rounding only."""
+    pass of their own. Affects memory and speed, and the result by rounding only. "auto": the largest number for which
+    the run fits into the memory that is free at its start, but not more than a rollout batch has; the run's config.yaml
+    keeps the number, so that a resumed run computes the same."""
     max_skipped: PositiveInt = 3
     """Stop the run after this many optimiser steps in a row with a loss or gradient that is not finite. Each such step
     is skipped."""
+
+    @property
+    def budget(self) -> int:
+        """Return micro_batch_tokens as a number. Raises ValueError while it is "auto", before the models are loaded."""
+        if self.micro_batch_tokens == "auto":
+            raise ValueError("optimizer.micro_batch_tokens is auto; repo.memory.budget.pick chooses the number")
+        return int(self.micro_batch_tokens)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ def divide(sequences: Sequences, rows: Tensor, processes: int) -> list[Tensor]:
 def micro_batches(
     sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool, padded: bool = False, with_last: bool = False
 ) -> list[Tensor]:
-    """Cut rows (n,) of a batch into sets for forward passes of at most `budget` tokens, by first-fit decreasing.
+    """Cut rows (n,) of a batch into sets for forward passes of at most `budget` tokens, of about equal work.
 
-    A prompt group that fits stays together; a larger one is cut into pieces, each with its own copy of the prompt. A
-    row that exceeds the budget by itself gets a set of its own.
+    There are as few sets as first-fit decreasing finds. A prompt group that fits stays together; a larger one is cut
+    into pieces, each with its own copy of the prompt. A row that exceeds the budget by itself gets a set of its own.
 
     Args:
         budget: tokens of one forward pass, counted in the layout of `pack` with its filler, or of `pad` with padding.
@@ -63,9 +63,9 @@ def micro_batches(
             empty.append(row)
     pieces = []
     for group, items in members.items():
-        for piece in _first_fit(items, budget - prompt_of[group]):
+        for piece in _balanced(_first_fit(items, budget - prompt_of[group]), budget - prompt_of[group]):
             pieces.append((prompt_of[group] + sum(tokens for tokens, _ in piece), _rows(piece)))
-    sets = [_rows(piece) for piece in _first_fit(pieces, budget)] or [[]]
+    sets = [_rows(piece) for piece in _balanced(_first_fit(pieces, budget), budget)] or [[]]
     sets[-1] += empty
     return [torch.tensor(sorted(part), dtype=torch.int64) for part in sets]
 
@@ -90,6 +90,26 @@ def _first_fit(items: list[_Item], capacity: int) -> list[list[_Item]]:
         bins[place].append(item)
         room[place] -= item[0]
     return bins
+
+
+def _balanced(bins: list[list[_Item]], capacity: int) -> list[list[_Item]]:
+    """Spread the items of bins over as many bins so that none holds much less than the others.
+
+    First-fit fills its first bins and may leave a few tokens to the last, which a device computes badly. From the
+    largest item down, each goes to the emptiest bin. Returns `bins` themselves if that exceeds the capacity, or holds
+    the same in its fullest bin. Tokens stand for the work: attention over L keys adds about L / 12H to a layer of
+    hidden width H, a few percent at the lengths of responses.
+    """
+    if len(bins) < 2:
+        return bins
+    spread: list[list[_Item]] = [[] for _ in bins]
+    loads = [0] * len(bins)
+    for item in sorted((item for part in bins for item in part), key=lambda item: -item[0]):
+        place = loads.index(min(loads))
+        spread[place].append(item)
+        loads[place] += item[0]
+    fullest = max(sum(tokens for tokens, _ in part) for part in bins)
+    return spread if max(loads) <= capacity and max(loads) < fullest else bins
 
 
 def _padded_batches(rows: list[int], prompts: list[int], responses: list[int], budget: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UserError
+from ..common.hub import require_data_set
 
 HUB_NAME = re.compile(r"[\w-]+/[\w-]+(\.\d[\w-]*)*")  # a dot before a letter means a file name
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -73,9 +74,12 @@ def _csv_rows(path: Path, delimiter: str) -> Records:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            header = list(reader.fieldnames or ())
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise UserError(f"{path}: the header names the column {twice[0]!r} twice")
             for row in reader:
                 if None in row or None in row.values():
-                    names = ", ".join(reader.fieldnames or ())
+                    names = ", ".join(header)
                     raise UserError(f"{path}:{reader.line_num}: a row must have one cell for each of {names}")
                 yield f"{path}:{reader.line_num}", {name: cell or None for name, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
@@ -92,6 +96,8 @@ def _table(source: str, name: str, part: str, split: str) -> Any:
         import datasets
     except ImportError:
         raise UserError(f"{source} needs the package datasets: pip install datasets") from None
+    if not Path(name).exists():
+        require_data_set(name)
     path = Path(name).resolve()  # absolute, because load_dataset reads a bare "json" or "csv" as a format
     config, _, chosen = part.rpartition("/")
     try:

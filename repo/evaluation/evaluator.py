@@ -79,7 +79,7 @@ class Evaluator:
             "truncated": rollout.truncated.tolist(),
         }
         if self.reference is not None:
-            layers, budget = self.scorers.layers_of(self.reference.lm.model), config.optimizer.micro_batch_tokens
+            layers, budget = self.scorers.layers_of(self.reference.lm.model), config.optimizer.budget
             ref_logps, reading = read_reference(self.reference, rollout.sequences, r.temperature, budget, layers)
             columns["kl"] = (rollout.logps.double() - ref_logps.double()).sum(1).tolist()
         scores = self.scorers(rollout.prompts, texts, reading)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..runs.model_card import has_intervals
 from ..scoring.safety import TITLES, compensation_sentence
 from .kinds import SHOWN, changes_by_kind, measured_by_kind
 from .statistics import QUANTITIES, Evaluation, measured, paired
@@ -87,11 +88,6 @@ def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, st
         if key in changes
     ]
     return rows + kind_rows(before, after)
-
-
-def has_intervals(rows: Sequence[tuple[str, str, str, str]]) -> bool:
-    """Tell whether any cell of these rows has an interval."""
-    return any("[" in cell for _, *cells in rows for cell in cells)
 
 
 def kind_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:

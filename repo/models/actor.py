@@ -60,7 +60,8 @@ class Actor(nn.Module):
         dicts, where sharded training looks for them. every_layer: give it the states of every layer, not only the last.
         """
         with self.lm.running():
-            hidden = trunk_states(trunk_of(self.policy), packed, every_layer or self.reads_layers)
+            layers = every_layer or self.reads_layers
+            hidden = trunk_states(trunk_of(self.policy), packed, layers, self.lm.attention.kernel)
         states = States(packed, hidden, lm_head(self.policy, self.lm.autocast))
         return readout(states, self.critics, *arguments)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from repo_kernels import linear_selective_log_softmax
 
+from ..attention.packed import using_packed
+from ..attention.sdpa import Kernel
 from ..data.packing import Packed
 from ..data.segments import take_rows
-from .attention import using_packed
 from .lm_head import LmHead
 
 
@@ -58,15 +59,19 @@ class States:
         return logps
 
 
-def trunk_states(trunk: Any, packed: Packed, layers: bool = False) -> tuple[Tensor, ...]:
+def trunk_states(trunk: Any, packed: Packed, layers: bool = False, kernel: Kernel | None = None) -> tuple[Tensor, ...]:
     """Run a trunk on packed or padded rows and return its last states (T, H).
 
-    layers: return the states of every layer instead, beginning with the embedding.
+    layers: return the states of every layer instead, beginning with the embedding. kernel: of packed attention, one
+    that can be part of a compiled layer; None: each layer chooses.
     """
     arguments: dict[str, Any] = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         del arguments["position_ids"]
-    with nullcontext() if packed.segments is None else using_packed(trunk):
+    traced = packed.segments is not None and kernel is not None
+    if traced:
+        arguments["kernel"] = kernel
+    with nullcontext() if packed.segments is None else using_packed(trunk, traced):
         reads = "attention_mask" if packed.segments is None else "segments"
         arguments[reads] = getattr(packed, reads)
         out = trunk(**arguments, use_cache=False, output_hidden_states=layers)

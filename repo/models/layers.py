@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shape_config
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..attention.packed import recompute_contexts
 from ..common.errors import UserError
-from .attention import recompute_contexts
 
 Forward = Callable[..., Any]
 
@@ -32,9 +33,21 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     layers = decoder_layers(model)
     if not layers:
         raise UserError(f"model.compile must be false: {type(model).__name__} has no decoder layers to compile")
+    # by default sizes that are equal in the first call must be equal in all: a row as long as a head is wide would
+    # compile anew for every other length
+    shape_config.use_duck_shape = False
+    # a layer has a graph for each combination of: with gradient or not, of its input too, adapters on or off, prompts
+    # shared or not, its window; the default of 8 would leave the last ones uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
     return len(layers)
+
+
+def uncompile_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`."""
+    for layer in decoder_layers(model):
+        layer.__dict__.pop("forward", None)
 
 
 @contextmanager

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention.candidates import choose_kernel, sdpa_name
+from ..attention.packed import using_packed
+from ..attention.sdpa import Kernel
 from ..common.config_fields import config_field, equal_head_sizes, head_size
 from ..common.errors import UserError, first_line
 from ..data.packing import Packed, pack, pad
 from ..data.sequences import Sequences, make_sequences
 from ..data.token_ids import plain_ids
-from .attention import using_packed
 from .hidden_states import trunk_states
 from .lm_head import trunk_of
-from .varlen import varlen_kernel
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,16 @@ class Attention:
     """The way a model reads prompts and responses.
 
     packs: True for end to end in one row (packing.pack), False for padded (packing.pad). name: of the kernel or the
-    function that computes attention. why: the reason why no faster one is used, "" if there is none faster.
+    function that computes attention. why: the reasons why no faster one is used, "" if there is none faster.
     pads: several sequences are padded to one batch; False reads them one at a time where they are not packed.
+    kernel: the function of a packing model if it can be part of a compiled layer; None: it is chosen in each layer.
     """
 
     packs: bool
     name: str
     why: str
     pads: bool = True
+    kernel: Kernel | None = field(default=None, repr=False, compare=False)
 
     def describe(self) -> str:
         """Describe it in one line."""
@@ -59,17 +62,17 @@ def choose_attention(model: Any, device: torch.device, dtype: torch.dtype) -> At
             return Attention(False, f"one sequence at a time, {own}", f"{obstacle}; {why_alone}", pads=False)
         return Attention(False, f"padded batches, {own}", obstacle)
     softcap = config_field(text, "attn_logit_softcapping") is not None
-    kernel = varlen_kernel(device, dtype, head_size(text), softcap) if equal_head_sizes(text) else None
-    if kernel is not None:
-        return Attention(True, kernel[0], "")
-    why = "no FlashAttention installed that runs here"
     if not equal_head_sizes(text):
-        why = "queries and values have heads of different sizes"
-    elif device.type != "cuda":
-        why = "FlashAttention needs CUDA"
-    elif dtype not in (torch.float16, torch.bfloat16):
-        why = f"FlashAttention takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-    return Attention(True, f"PyTorch {'softcapped softmax' if softcap else 'SDPA'} per sequence", why)
+        return Attention(True, sdpa_name(softcap), "queries and values have heads of different sizes")
+    window = config_field(text, "sliding_window") is not None
+    choice = choose_kernel(device, dtype, head_size(text), softcap, window)
+    return Attention(True, choice.name, choice.why, kernel=choice.kernel if choice.traceable else None)
+
+
+def probe_rows(model: Any, attention: Attention) -> Packed:
+    """Lay a few short sequences out for a trial as `attention` says. model: a causal LM or a trunk."""
+    probe, rows = _probe_sequences(trunk_of(model)), torch.arange(4 if attention.packs or attention.pads else 1)
+    return pack(probe, rows, share_prefix=True) if attention.packs else pad(probe, rows)
 
 
 def _probe_sequences(trunk: Any) -> Sequences:

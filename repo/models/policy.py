@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from repo_kernels.layers.bf16_linear import bf16_linears
 from repo_kernels.layers.fused_layers import fused_layers
 from repo_kernels.layers.onednn_linear import onednn_linears
 
@@ -22,9 +23,11 @@ from ..common.hub import require_model
 from ..config.schema import ModelConfig
 from ..data.token_ids import padding_id
 from .adapters import add_lora, has_adapters, load_merged, merge_adapters
+from .fast_layers.working_copies import working_copies
 from .layers import compile_layers, recomputed
 from .layout import Attention, choose_attention
 from .lm_head import check_head
+from .matmul import Matmul, choose_matmul
 from .quantised import keep_unpacked, quantisation, require_trainable
 
 
@@ -36,7 +39,9 @@ class Policy:
     attention: the way it reads prompts and responses.
     base_only: switch the LoRA adapters off, which makes it the reference.
     autocast: dtype of the forward pass, None for that of the weights.
-    recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled.
+    matmul: type of the products of linear layers on a CPU in fp32, None elsewhere.
+    recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled. copied: trained fp32 weights
+    are cast to the dtype of the forward pass once per optimiser step. layers: words for both, and why not.
     merged: base model of the adapter folder that was loaded and merged into it, None for a whole model.
     saves_merged: adapters are merged into the weights when it is saved, because they do not fit the base that is named.
     """
@@ -49,8 +54,11 @@ class Policy:
     attention: Attention
     base_only: bool = False
     autocast: torch.dtype | None = None
+    matmul: Matmul | None = None
     recomputes: bool = False
     compiled: bool = False
+    copied: bool = False
+    layers: str = ""
     merged: str | None = None
     saves_merged: bool = False
 
@@ -63,6 +71,10 @@ class Policy:
             self._layers(),
         ):
             yield
+
+    def exact(self) -> Policy:
+        """Return the policy with products in the type of its weights, in which decoders are compared."""
+        return dataclasses.replace(self, matmul=None)
 
     @contextmanager
     def adapters(self) -> Iterator[None]:
@@ -81,10 +93,22 @@ class Policy:
 
         Compiled layers stay as they are.
         """
+        linears = bf16_linears if self.matmul is not None and self.matmul.half else onednn_linears
         with ExitStack() as stack:
-            for replaced in () if self.compiled else (onednn_linears, fused_layers):
+            for replaced in () if self.compiled else (linears, fused_layers):
                 stack.enter_context(replaced(self.model))
             yield
+
+    @contextmanager
+    def copies(self) -> Iterator[None]:
+        """Open the context of all passes between two changes of the weights, which are cast once in it."""
+        with working_copies(self.model, self.dtype) if self.copied else nullcontext():
+            yield
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the forward pass."""
+        return self.autocast or self.model.dtype
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -122,7 +146,7 @@ def load_policy(
         path: folder or hub name.
         trainable: True loads weights to train in fp32, or with LoRA frozen weights in config.dtype and adapters in
             fp32. False loads frozen weights in config.dtype.
-        config: dtype, lora_rank, gradient_checkpointing and compile; None for the defaults.
+        config: dtype, matmul_dtype, lora_rank, gradient_checkpointing and compile; None for the defaults.
         trust: run Python code that comes with the model.
 
     Raises:
@@ -151,7 +175,8 @@ def load_policy(
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         check_head(model)
         attention = choose_attention(model, device, autocast or model.dtype)
-    compiled, recomputes = trainable and config.compile, trainable and config.gradient_checkpointing
+        matmul = choose_matmul(model, config, device, trainable)
+    compiled, recomputes = trainable and config.compile is True, trainable and config.gradient_checkpointing
     if compiled:
         compile_layers(model)
     return Policy(
@@ -162,6 +187,7 @@ def load_policy(
         device,
         attention,
         autocast=autocast,
+        matmul=matmul,
         recomputes=recomputes,
         compiled=compiled,
         merged=merged,

@@ -10,12 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from repo_kernels.layers.packed_linear import packed_linears
 
-from ..common.config_fields import config_field, is_length_dependent
+from ..common.config_fields import config_field
 from ..common.errors import UserError, first_line
 from ..data.sequences import make_sequences
 from ..data.token_ids import plain_ids
@@ -23,7 +21,9 @@ from ..models.layers import uncompiled
 from ..models.layout import relative_difference
 from ..models.policy import Policy
 from .fused_decoder import FusedDecoder, why_unfused
-from .kv_cache import Decoder, GrowingDecoder, RereadingDecoder, StaticDecoder, cache_argument
+from .graphs.choice import choose_step
+from .graphs.held import graph_decoder
+from .kv_cache import Decoder, GrowingDecoder, RereadingDecoder, cache_argument
 
 PROMPTS = (6, 3)  # tokens of the prompts of the trial, which has two samples of each: rows 0 and 1, 2 and 3
 STEPS = 2  # tokens that the trial appends to each row; row 1 is dropped after the first
@@ -74,7 +74,7 @@ def choose_decoding(policy: Policy) -> Decoding:
     """
     if policy.model not in _chosen:
         with uncompiled(policy.model):
-            _chosen[policy.model] = _first_exact(policy)
+            _chosen[policy.model] = _first_exact(policy.exact())
     return _chosen[policy.model]
 
 
@@ -150,6 +150,8 @@ def _decode(policy: Policy, way: Decoding, prompts: list[list[int]], tokens: Ten
 def running_decoder(policy: Policy, rows: int, width: int, limit: int) -> Iterator[Decoder]:
     """Context with the fastest decoder of a model. It packs or casts the weights once, so they must not change inside.
 
+    On CUDA its buffers and graphs are kept for the next rollout; see graphs/held.py.
+
     Args:
         policy: inside its `running()` context.
         rows: largest number of rows of a batch.
@@ -158,70 +160,36 @@ def running_decoder(policy: Policy, rows: int, width: int, limit: int) -> Iterat
     """
     decoding = choose_decoding(policy)
     if policy.device.type == "cpu" and not _why_slower(policy):
-        fused = FusedDecoder(policy.model, limit)
+        half = policy.matmul is not None and policy.matmul.half
+        fused = FusedDecoder(policy.model, limit, torch.bfloat16 if half else torch.float32)
         with fused.linears():
             yield fused
         return
+    if policy.device.type == "cuda" and not _why_slower(policy):
+        with graph_decoder(policy, rows, width, limit) as static:
+            yield static
+        return
     with packed_linears(policy.model, rows):
-        if policy.device.type == "cuda" and not _why_slower(policy):
-            yield StaticDecoder(policy.model, rows, width + limit, captures=True)
-        else:
-            yield decoding.decoder(policy.model, limit)
-
-
-FASTEST = {"cuda": "CUDA graph over a static KV cache", "cpu": "one C++ call per token"}
+        yield decoding.decoder(policy.model, limit)
 
 
 def describe_decoding(policy: Policy) -> str:
     """Describe in one line how responses are decoded, and why not in the fastest way of the device."""
     decoding, device = choose_decoding(policy), policy.device.type
-    if decoding.why or device not in FASTEST:
+    if decoding.why or device not in ("cuda", "cpu"):
         return f"decoding: {decoding.describe()}"
-    with policy.running():
+    with policy.exact().running():
         why = _why_slower(policy)
-    return f"decoding: {decoding.describe()} ({why})" if why else f"decoding: {FASTEST[device]}"
+        if why:
+            return f"decoding: {decoding.describe()} ({why})"
+        return f"decoding: {choose_step(policy).describe() if device == 'cuda' else 'one C++ call per token'}"
 
 
 def _why_slower(policy: Policy) -> str:
     """Return the reason why a model is not decoded in the fastest way of its device, "" if it is."""
     if choose_decoding(policy).why:
         return choose_decoding(policy).why
-    return _why_growing(policy) if policy.device.type == "cuda" else why_unfused(policy)
-
-
-_why_growing_by_model: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def _why_growing(policy: Policy) -> str:
-    """Return the reason why a model needs a growing cache, "" if it does not. The answer is kept for each model."""
-    model = policy.model
-    if model not in _why_growing_by_model:
-        if not getattr(model, "_can_compile_fullgraph", False):
-            why = "the model's step has no fixed shape"
-        elif any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
-            why = "not every layer has full attention"
-        elif is_length_dependent(model):
-            why = "its rotary embedding looks at the length"  # on the host, which a graph cannot
-        else:
-            why = "" if decodes_in_buffers(policy) else "the model does not take a 4-D mask"
-        _why_growing_by_model[model] = why
-    return _why_growing_by_model[model]
-
-
-@torch.no_grad()
-def decodes_in_buffers(policy: Policy) -> bool:
-    """Tell by a trial whether fixed buffers with a 4-D mask give the same logits as a growing cache.
-
-    They do not for models that compute distances from a 2-D mask, which no config field shows.
-    """
-    prefix = make_sequences([[5, 6, 7, 8, 9], [8, 4, 9]], [[], []], policy.pad_id).to(policy.device)
-    tokens = torch.tensor([5, 9, 6, 7], device=policy.device)
-    growing, static = GrowingDecoder(policy.model, 3), StaticDecoder(policy.model, 4, 8, captures=False)
-    expected, got = growing.start(prefix, 2), static.start(prefix, 2)
-    for _ in range(2):
-        try:
-            expected, got = growing.step(tokens), static.step(tokens)
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return False
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 0.05
-    return bool((expected - got).abs().max() < tolerance * expected.float().abs().max())
+    if policy.device.type == "cuda":
+        choice = choose_step(policy)
+        return "" if choice.name else choice.why
+    return why_unfused(policy)

@@ -1,4 +1,4 @@
-"""A decoder for Llama-shaped models in fp32 on the CPU: a step through all layers is one call of the C++ backend."""
+"""A decoder for Llama-shaped models with fp32 weights on the CPU: one call of the C++ backend runs all layers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 class FusedDecoder:
     """A decoder with packed copies of the weights; see Decoder. Finished rows leave at once and nothing is copied."""
 
-    def __init__(self, model: Any, limit: int) -> None:
-        """Pack the present weights. limit: largest number of tokens of a response."""
-        self.model, self.limit, self.stack = model, limit, make_stack(model)
+    def __init__(self, model: Any, limit: int, dtype: torch.dtype = torch.float32) -> None:
+        """Pack the present weights. limit: largest number of tokens of a response. dtype: see DecoderStack."""
+        self.model, self.limit, self.stack = model, limit, make_stack(model, dtype)
         self.embed, self.rotary = model.get_input_embeddings(), trunk_of(model).rotary_emb
 
     def start(self, prefix: Sequences, samples: int) -> Tensor:
@@ -86,14 +86,14 @@ def _forward(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
     return multiply(x, weight, layer.out_features, layer.bias)
 
 
-def make_stack(model: Any) -> DecoderStack:
+def make_stack(model: Any, dtype: torch.dtype = torch.float32) -> DecoderStack:
     """Pack the weights of a model that `why_unfused` accepts."""
     base = trunk_of(model)
     layers = [_weights(layer) for layer in base.layers]
     scale, epsilon = base.layers[0].self_attn.scaling, base.norm.variance_epsilon
     heads = len(layers[0].q) // base.layers[0].self_attn.head_dim
     key_heads = len(layers[0].k) // base.layers[0].self_attn.head_dim
-    return DecoderStack(layers, base.norm.weight, model.lm_head.weight, heads, key_heads, epsilon, scale)
+    return DecoderStack(layers, base.norm.weight, model.lm_head.weight, heads, key_heads, epsilon, scale, dtype)
 
 
 def _weights(layer: Any) -> LayerWeights:
@@ -131,13 +131,16 @@ def why_unfused(policy: Policy) -> str:
 
 
 def _why_not_shaped(model: Any) -> str:
-    """Return what a model has that FusedDecoder does not compute, "" if there is nothing."""
+    """Return why FusedDecoder does not compute a model, "" if nothing is to be seen."""
     if not available():
         return "repo_kernels was built without its C++ backend"
     if {(p.device.type, p.dtype) for p in model.parameters()} != {("cpu", torch.float32)}:
         return "not all weights are fp32 on the CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else why_not_llama(model)
+
+
+def why_not_llama(model: Any) -> str:
+    """Return what a model has that the layers of Llama have not, "" if there is nothing to be seen."""
     base = trunk_of(model)
     layers = list(getattr(base, "layers", ()))
     parts = [base, *layers, *(getattr(x, name, None) for x in layers for name in ("self_attn", "mlp"))]

@@ -1,8 +1,7 @@
 """Decoders: the cache of a batch, and the forward pass that adds one token to each of its rows.
 
-A growing cache serves most models on every device. On CUDA, models with full attention in every layer decode in buffers
-of fixed size instead, so that a step can be replayed as one CUDA graph. Models without a cache that works read all
-tokens again at each step. decoding.py chooses.
+A growing cache serves most models on every device. Models without a cache that works read all tokens again at each
+step. Decoders in buffers of fixed size, for CUDA graphs, are in graphs/. decoding.py chooses.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from transformers.cache_utils import DynamicLayer
 
 from ..data.sequences import Sequences
 
-COLUMNS = 16  # lengths of fixed buffers are multiples of this, because fast attention kernels need aligned masks
-WARM_UP_STEPS = 3  # steps before a CUDA graph is captured
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # names of a model's cache, the newest first
 
 
@@ -93,7 +90,7 @@ def cache_argument(model: Any) -> str | None:
     return next((name for name in CACHE_ARGUMENTS if name in accepted), None)
 
 
-def _read(model: Any, cache: Any, **inputs: Any) -> Tensor:
+def read(model: Any, cache: Any, **inputs: Any) -> Tensor:
     """Run the model on inputs (B, n) and return the logits (B, V) after the last column.
 
     cache: appended to; None for a forward pass without a cache. Inputs that the model does not take are left out.
@@ -115,7 +112,7 @@ def prefill(model: Any, prefix: Sequences, cache: Any, pads: bool = True) -> Ten
     width = prefix.prompt_width
     mask = {"attention_mask": prefix.attention_mask[:, :width].to(torch.int64)} if pads else {}
     inputs = {"input_ids": prefix.input_ids[:, :width], "position_ids": prefix.position_ids[:, :width]}
-    return _read(model, cache, **inputs, **mask)
+    return read(model, cache, **inputs, **mask)
 
 
 class GrowingDecoder:
@@ -154,7 +151,7 @@ class GrowingDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row and return the logits of the next one; see Decoder."""
         self.length += 1
-        logits = _read(
+        logits = read(
             self.model,
             self.cache,
             input_ids=tokens[:, None],
@@ -202,123 +199,4 @@ class RereadingDecoder:
 
     def _logits(self) -> Tensor:
         """Read all tokens and return the logits (B, V) of the next ones."""
-        return _read(self.model, None, input_ids=self.ids)
-
-
-class StaticLayer(DynamicLayer):
-    """A cache layer with keys and values in buffers (rows, heads, length, dim) of fixed size.
-
-    transformers' StaticLayer requires one dtype for keys and values, which may differ under autocast.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        """keys, values: the buffers. column: (1,) int64, the column that the next step writes, shared by all layers."""
-        super().__init__()
-        self.keys, self.values, self.column, self.is_initialized = keys, values, column, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values (rows, heads, 1, dim) into the current column, and return the whole buffers."""
-        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
-        return self.keys, self.values
-
-
-class StaticDecoder:
-    """A decoder in buffers of fixed size, which every batch reuses; a mask says which columns a row attends to.
-
-    A batch of fewer rows leaves the last ones idle.
-    """
-
-    def __init__(self, model: Any, rows: int, length: int, captures: bool) -> None:
-        """Allocate the inputs and the mask.
-
-        rows: largest number of rows of a batch. length: largest number of tokens of a prompt and its response together.
-        captures: record the step as a CUDA graph at the first start, and replay it for every batch. The weights must
-        then stay at their addresses while the decoder is in use, so that each rollout makes a new decoder.
-        """
-        self.model, self.rows, self.length, self.captures = model, rows, -(-length // COLUMNS) * COLUMNS, captures
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.cache: DynamicCache | None = None
-        device = model.device
-        autocast = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
-        self.tokens, self.positions = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.column = torch.zeros(1, dtype=torch.int64, device=device)
-        self.mask = torch.zeros((rows, 1, 1, self.length), dtype=self.dtype, device=device)
-
-    def start(self, prefix: Sequences, samples: int) -> Tensor:
-        """Begin a batch and return the logits of the first token; see Decoder."""
-        prompts = DynamicCache(config=self.model.config)
-        logits = prefill(self.model, prefix, prompts)
-        if self.cache is None:
-            self.cache = DynamicCache(config=self.model.config)
-            self.cache.layers = [self._layer(layer.keys, layer.values) for layer in prompts.layers]
-        if self.captures and self.graph is None:
-            self._capture()  # before the prompts are copied in, since capturing writes into columns they may reach
-        self.count = len(logits) * samples
-        for layer, prompt in zip(self.cache.layers, prompts.layers, strict=True):
-            for buffer, states in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
-                buffer[: self.count, :, : prefix.prompt_width] = states.repeat_interleave(samples, 0)
-        self.mask.fill_(torch.finfo(self.dtype).min)
-        visible = prefix.attention_mask[:, : prefix.prompt_width].repeat_interleave(samples, 0)
-        self.mask[: self.count, 0, 0, : prefix.prompt_width].masked_fill_(visible, 0)
-        self.positions.zero_()  # else idle rows would count on beyond the model's last position
-        self.positions[: self.count] = prefix.prompt_lengths.repeat_interleave(samples)
-        self.column.fill_(prefix.prompt_width)
-        return logits.repeat_interleave(samples, 0)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each row and return the logits of the next one; see Decoder."""
-        self.tokens[: self.count] = tokens
-        if self.graph is None:
-            self._step()
-        else:
-            self.graph.replay()
-        return self.logits[: self.count]
-
-    def keep(self, rows: Tensor) -> bool:
-        """Return False: the buffers have a fixed size."""
-        return False
-
-    def _layer(self, keys: Tensor, values: Tensor) -> StaticLayer:
-        """Allocate the buffers of one layer, with the heads and dims of `keys` and `values`."""
-
-        def buffer(x: Tensor) -> Tensor:
-            return x.new_zeros((self.rows, x.shape[1], self.length, x.shape[3]), dtype=self.dtype)
-
-        return StaticLayer(buffer(keys), buffer(values), self.column)
-
-    def _step(self) -> None:
-        """Run one step on the buffers: `tokens` in, `logits` out, and positions and column moved on."""
-        self.mask.index_fill_(3, self.column, 0)
-        self.logits = _read(
-            self.model,
-            self.cache,
-            input_ids=self.tokens[:, None],
-            attention_mask=self.mask,
-            position_ids=self.positions[:, None],
-        )
-        self.positions += 1
-        self.column += 1
-
-    def _warm_up(self) -> None:
-        """Run steps on the last columns, in which libraries choose kernels and workspaces before the capture."""
-        self.column.fill_(self.length - WARM_UP_STEPS)
-        for _ in range(WARM_UP_STEPS):
-            self._step()
-
-    def _capture(self) -> None:
-        """Record the step as a CUDA graph, after a warm-up on a stream of its own."""
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # the graph would use cached casts after autocast has freed them
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._warm_up()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._step()
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        return read(self.model, None, input_ids=self.ids)

@@ -1,7 +1,7 @@
 """Sampling: responses from the policy, each drawn from its own seed, so that batching never changes a sample.
 
 A prompt is computed once for all its samples, and weights are packed or cast once per rollout. The cache and the decode
-step are in kv_cache.py, their choice in decoding.py.
+step are in kv_cache.py and graphs/, their choice in decoding.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from repo_kernels.layers.sampling import sample_tokens
 
 from ..common.seeds import seed_from
 from ..config.schema import RolloutConfig
@@ -46,24 +48,6 @@ class Rollout:
     def tokens(self) -> int:
         """Return the number of response tokens in all."""
         return int(self.sequences.response_lengths.sum())
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverting the CDF, so that one uniform number decides it.
-
-    logits: (B, V). uniforms: (B,) in [0, 1). temperature: divides the logits. top_p: sample from the most likely tokens
-    that together reach this probability; 1: from all.
-    Returns tokens (B,) int64 and their log-probabilities (B,) fp32 in nats, in the distribution that was drawn from.
-    """
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    threshold = uniforms.to(cdf)[:, None] * cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, threshold, right=True).clamp_max(logits.shape[-1] - 1)
-    return tokens.squeeze(-1), (probs.gather(-1, tokens) / cdf[:, -1:]).log().float().squeeze(-1)
 
 
 def draw_uniforms(prompts: Sequence[Prompt], samples: int, length: int, seed: int, step: int | str) -> Tensor:
@@ -158,7 +142,7 @@ def sample(
     logps = torch.zeros(uniforms.shape)
     rows_at_once = min(per_batch, len(prompts)) * samples
     width, limit = len(prompts[order[-1]].token_ids), config.max_response_tokens
-    with policy.running(), uncompiled(policy.model), running_decoder(policy, rows_at_once, width, limit) as by:
+    with policy.exact().running(), uncompiled(policy.model), running_decoder(policy, rows_at_once, width, limit) as by:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             rows = [i * samples + s for i in chosen for s in range(samples)]

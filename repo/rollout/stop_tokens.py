@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..common.errors import UserError, first_line
+from ..data.chat_format import ChatFormat
 from ..models.policy import Policy, vocabulary
 
 ANSWER = "answer-7391"
@@ -52,7 +53,7 @@ def closing_id(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    _, text = ChatFormat(tokenizer).render(turns, "an answer to try it with")
     behind = text.rpartition(ANSWER)[2].lstrip() if ANSWER in text else ""
     ids = tokenizer(behind, add_special_tokens=False).input_ids if behind else []
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}

@@ -28,10 +28,12 @@ from .fingerprints import FILE as INPUTS
 from .json_lines import JsonLines, lock
 from .loggers import Logger, make_loggers
 
+EXECUTION = "execution.json"
 APPENDED = ("metrics", "samples")
 OF_A_START = {
     "config.yaml",
     "versions.json",
+    EXECUTION,
     INPUTS,
     "metrics.jsonl",
     "samples.jsonl",
@@ -57,7 +59,8 @@ PACKAGES = (
 class Run:
     """The folder of a run, open for writing: metrics, samples, evaluations, the final model and the loggers.
 
-    RUN/{config.yaml, versions.json, inputs.json, metrics.jsonl, samples.jsonl, checkpoints/, eval/, final/}
+    RUN/{config.yaml, versions.json, execution.json, inputs.json, metrics.jsonl, samples.jsonl, checkpoints/, eval/,
+    final/}
 
     All processes call its methods, and only the first one writes.
 
@@ -117,6 +120,15 @@ class Run:
             (self.path / "eval").mkdir(exist_ok=True)
             text = json.dumps(value, indent=1, ensure_ascii=False)
             write_text(self.path / "eval" / f"{name}.json", text)
+
+    def write_execution(self, lines: Iterable[str]) -> None:
+        """Write to RUN/execution.json by which kernels and in which way this machine computes.
+
+        lines: "what: how (why not faster)".
+        """
+        if self.world.first:
+            ways = dict(line.split(": ", 1) for line in lines)
+            write_text(self.path / EXECUTION, json.dumps(ways, indent=1, ensure_ascii=False))
 
     def read_evaluation(self, name: str) -> Any:
         """Read RUN/eval/<name>.json on the first process, for all of them; None if it is missing or damaged."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.schema import Config
+from ..scoring.scorers import EMBEDDED, scorer_names
 
 
 def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]]) -> str:
@@ -14,7 +16,7 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
     steps: steps of training done. table: rows of (quantity, before, after, change) as text; empty leaves it out.
     """
     algorithm = config.algorithm
-    base = "SmolLM2-135M-Instruct" if config.model.path == "embedded" else Path(config.model.path).name
+    base = "SmolLM2-135M-Instruct" if config.model.path == EMBEDDED else Path(config.model.path).name
     lines = [
         "---",
         "library_name: transformers",
@@ -28,12 +30,13 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
         + (f", cost mode `{algorithm.cost_mode}`" if algorithm.method == "repo" else "")
         + f"; cost limit {algorithm.cost_limit}, beta {algorithm.beta}, {steps} steps, seed {config.seed}.",
         f"Reward: {_code(config.scoring.reward)}. Cost: {_code(config.scoring.cost)}.",
+        *_embedded(config),
         "",
     ]
     if table:
         lines += [
             "Held-out prompts, mean [95 % bootstrap interval over prompts]:"
-            if any("[" in cell for _, *cells in table for cell in cells)
+            if has_intervals(table)
             else "Held-out prompts, means; too few prompts for intervals:",
             "",
             "| | before | after | change |",
@@ -43,6 +46,21 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
         ]
     lines.append("Scores are those of the scorers named above; no claim is made beyond them.")
     return "\n".join(lines) + "\n"
+
+
+def has_intervals(rows: Sequence[tuple[str, str, str, str]]) -> bool:
+    """Tell whether any cell of these rows has an interval."""
+    return any("[" in cell for _, *cells in rows for cell in cells)
+
+
+def _embedded(config: Config) -> list[str]:
+    """Say what the scorer "embedded" is, if reward or cost use it."""
+    if EMBEDDED not in scorer_names(config.scoring):
+        return []
+    return [
+        "`embedded`: the scorers that the package builds on hidden states of SmolLM2-135M-Instruct; "
+        "`docs/embedded-default.md` in its repository says what they were fitted to and how well they do."
+    ]
 
 
 def _code(value: object) -> str:

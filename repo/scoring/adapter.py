@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 PREFIX = "base_model.model."
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "score_head.weight")
@@ -22,6 +25,17 @@ def saved_weights(folder: str) -> dict[str, torch.Tensor]:
 def outputs_of(weights: dict[str, torch.Tensor]) -> int | None:
     """Return how many outputs the classification head has that is saved beside the adapter; None without a head."""
     return next((weights[name].shape[0] for name in HEADS if name in weights), None)
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Silence the warnings of transformers in the context."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def merge(model: Any, folder: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..common.adapter_folder import base_of
+from ..common.config_fields import longest_input
 from ..common.errors import UserError, first_line, require_package
 from ..common.hub import require_model
 from ..data.chat_format import ChatFormat
 from ..data.prompts import Prompt
 from ..data.token_ids import embedding_rows, plain_ids, require_embedded
-from .adapter import merge, outputs_of, saved_weights
+from .adapter import errors_only, merge, outputs_of, saved_weights
 from .manifest import read_manifest
 from .score_model import ScoreModel, format_conversation
 from .signals import field_of
@@ -138,9 +140,11 @@ class ClassifierScorer:
         if (outputs := outputs_of(saved)) not in (None, config.num_labels) and self.model_class is not ScoreModel:
             config.num_labels = outputs
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"  # "auto" keeps the saved dtype
-        model, info = self.model_class.from_pretrained(
-            base or path, config=config, dtype=dtype, output_loading_info=True, **trust
-        )
+        # transformers reports a head that the base lacks and the adapter brings; what nobody brings is refused below
+        with errors_only() if saved else nullcontext():
+            model, info = self.model_class.from_pretrained(
+                base or path, config=config, dtype=dtype, output_loading_info=True, **trust
+            )
         if missing := sorted(set(info["missing_keys"]) - saved.keys()):  # transformers would fill in random numbers
             raise ValueError(f"it lacks the weights {', '.join(missing[:3])}")
         return model if base is None else merge(model, path)
@@ -267,9 +271,10 @@ def _context_of(model: Any) -> int | None:
     The RoBERTa kind counts positions from the one after its padding index, and so reads fewer than its config says.
     """
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        padding = getattr(module, "padding_idx", None)  # of an nn.Embedding, or of I-BERT's own kind of embedding
+        if name.endswith("position_embeddings") and padding is not None:
+            return len(module.weight) - padding - 1
+    return longest_input(model.config.get_text_config())
 
 
 def load_model(name: str, signal: str, device: str, trust: bool = False, date: str | None = None) -> ClassifierScorer:
@@ -280,7 +285,8 @@ def load_model(name: str, signal: str, device: str, trust: bool = False, date: s
     """
     path = name.partition("#")[0]
     path = base_of(path, f"{field_of(signal)} {name!r}") or path
-    takes = "must be 'embedded', a model (folder or hub name) or 'module:function'"
+    none = "'none', " if signal == "judge" else ""
+    takes = f"must be 'embedded', {none}a model (folder or hub name) or 'module:function'"
     require_model(path, f"{field_of(signal)} {takes}; got {name!r}")
     try:
         architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust).architectures or ()

@@ -54,6 +54,8 @@ class FunctionScorer:
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         values = self._call([p.text for p in prompts], list(responses), columns)
         takes = f"{self.where} must return {len(prompts)} numbers"
+        if _is_complex(values):
+            raise UserError(f"{takes}; got complex ones")
         try:
             scores = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().to_dense()
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -127,6 +129,13 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = {p.name: p.default is p.empty for p in signature if p.kind in by_name and p.name not in first}
     return named, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature)
+
+
+def _is_complex(values: Any) -> bool:
+    """Tell whether an array or a tensor holds complex numbers, whose imaginary parts torch would drop."""
+    if isinstance(values, torch.Tensor):
+        return values.is_complex()
+    return getattr(getattr(values, "dtype", None), "kind", "") == "c"
 
 
 def _place(error: BaseException) -> str:

@@ -26,7 +26,7 @@ class Accumulator:
     """
 
     def __init__(self, actor: Actor, config: Config) -> None:
-        self.actor, self.algorithm, self.budget = actor, config.algorithm, config.optimizer.micro_batch_tokens
+        self.actor, self.algorithm, self.budget = actor, config.algorithm, config.optimizer.budget
         softcap = lm_head(actor.policy).softcap
         self.policy_loss = PolicyLoss(config.algorithm, config.rollout.temperature, softcap)
         self.supervised_loss, self.ptx_coef = SupervisedLoss(), config.ptx.coef

@@ -45,7 +45,7 @@ def likely_cause(config: Config) -> str:
         return f"rollout.engine vllm computes with kernels of its own, in {config.model.dtype}"
     if config.model.dtype == "bfloat16":
         return "model.dtype bfloat16 rounds differently in decoding and in training; float32 does not"
-    if config.model.compile:
+    if config.model.compile is True:
         return "compiled layers differ from the plain ones that sample"
     return "the model computes differently token by token than in one pass: its cache, positions or attention"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from repo_kernels import LossStats
+from repo_kernels.layers.bf16_linear import forget_copies
 
 from ..common.errors import UserError
 from ..common.seeds import generator
@@ -79,7 +80,8 @@ class Updater:
                 return Predictions(None, {})
             first = next(self._minibatches(len(sequences.group), step))[0]
             rows = torch.ones(len(sequences.group), dtype=torch.bool).index_fill(0, first, False).nonzero().squeeze(1)
-        return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.micro_batch_tokens, rows)
+        with self.actor.lm.copies():
+            return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.budget, rows)
 
     @property
     def _needs_values(self) -> bool:
@@ -103,14 +105,16 @@ class Updater:
         for index, (rows, examples) in enumerate(self._minibatches(len(batch.costs), step)):
             # until the first optimiser step the policy is the one that sampled: the ratio is 1, but has a gradient
             known = dataclasses.replace(batch, old_logps=old if index else None)
-            minibatch, minibatch_stats = self.accumulator.backward(known, rows, None if index else old)
-            if examples:
-                minibatch["ptx_loss"] = self.accumulator.supervised_backward(examples)
+            with self.actor.lm.copies():
+                minibatch, minibatch_stats = self.accumulator.backward(known, rows, None if index else old)
+                if examples:
+                    minibatch["ptx_loss"] = self.accumulator.supervised_backward(examples)
             if not self.actor.sharded:
                 self.actor.world.sum_gradients(list(self.actor.parameters()))
             norm, critic_norm = (self._clip(module) for module in (self.actor.policy, self.actor.critics))
             if all(math.isfinite(x) for x in (norm, critic_norm, *minibatch.values())):
                 self.optimizer.step()
+                forget_copies(self.actor.parameters())  # optimisers of other packages write into .data
                 self.skipped_in_a_row = 0
             else:
                 skipped += 1

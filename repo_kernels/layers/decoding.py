@@ -1,4 +1,4 @@
-"""Decoding with Llama-shaped models in fp32 on the CPU: one call of csrc/decoding/step.cpp for all layers of a step.
+"""Decoding with Llama-shaped models on the CPU: one call of csrc/decoding/step.cpp for all layers of a step.
 
 Through PyTorch a step takes some fifteen operators per layer, and its products, with a dozen rows, run at half of the
 machine's rate. Here threads start once per step, and each weight is read once, in order.
@@ -73,7 +73,7 @@ class Cache:
 class DecoderStack:
     """Packed copies of a model's layers, final norm and head, and the step that adds a token to each sequence.
 
-    The copies take as much memory as the weights and do not follow later changes of them.
+    The copies do not follow later changes of the weights.
 
     Args:
         layers: at least one.
@@ -82,6 +82,8 @@ class DecoderStack:
         heads, key_heads: of queries, and of keys and values.
         epsilon: of every RMSNorm.
         scale: factor of the attention scores.
+        dtype: of the copies, float32 or bfloat16; in bfloat16 the inputs of products are rounded too. Sums, norms,
+            attention and cache are in fp32.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class DecoderStack:
         key_heads: int,
         epsilon: float,
         scale: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         matrices: list[Matrices] = [*map(_matrices, layers), {"head": (head,)}]
-        memory = cpu.new_memory(sum(_size(weights) for named in matrices for weights in named.values()))
+        memory = cpu.new_memory(sum(_size(weights) for named in matrices for weights in named.values()), dtype)
         *self.packed, last = _pack(matrices, memory)
         self.head = last["head"]
         self.vocabulary, first = len(head), layers[0]
@@ -142,9 +145,9 @@ def _pack(matrices: Sequence[Matrices], memory: Tensor) -> list[dict[str, Tensor
             first = at
             for weight in weights:
                 size = _size([weight])
-                cpu.pack(weight, memory[at : at + size].view(-1, weight.shape[1], COLUMNS))
+                cpu.pack(weight, cpu.packed_view(memory[at : at + size], weight.shape[1]))
                 at += size
-            packed[-1][name] = memory[first:at].view(-1, weights[0].shape[1], COLUMNS)
+            packed[-1][name] = cpu.packed_view(memory[first:at], weights[0].shape[1])
     return packed
 
 

@@ -75,8 +75,9 @@ class Rotary(torch.autograd.Function):
 
 
 def _fits(*tensors: Tensor) -> bool:
-    """Return whether all are plain fp32 tensors on the CPU (not sharded) and autocast is off."""
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in tensors)
+    """Return whether all are plain fp32 tensors on the CPU or "meta" (not sharded) and autocast is off."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 for t in tensors)
+    plain = plain and all(t.is_cpu or t.is_meta for t in tensors)
     return plain and not torch.is_autocast_enabled("cpu")
 
 
@@ -115,9 +116,9 @@ def rotary(
 
 @contextmanager
 def fused_layers(module: nn.Module) -> Iterator[None]:
-    """Context in which the layers of a module on the CPU run fused. It may be entered again inside itself."""
+    """Context in which the layers of a module on the CPU or "meta" run fused. It may be entered again inside itself."""
     fused = {}
-    if cpu.available() and next((p.is_cpu for p in module.parameters()), False):
+    if cpu.available() and next((p.is_cpu or p.is_meta for p in module.parameters()), False):
         plain = (m for m in module.modules() if "forward" not in m.__dict__)
         fused = {m: forward for m in plain if (forward := _fused(m)) is not None}
     try:

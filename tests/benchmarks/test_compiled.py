@@ -13,7 +13,7 @@ import pytest
 
 import benchmarks.compiled.__main__ as command
 from benchmarks.compiled.kernels import TARGETS, CompiledKernel, compile_all, forms
-from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, SWEEPING, check
+from tests.support.kernels.machine_code import KINDS, QUICK_TARGETS, SWEEPING, check, check_decode
 
 needs_kernels = pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -63,6 +63,32 @@ def test_case_11_no_value_and_no_alignment_of_an_argument_is_compiled_in() -> No
 
 @needs_kernels
 @pytest.mark.slow
+def test_kernels_of_a_decode_step_do_not_spill() -> None:
+    """One of each sort; the rest is `make test-aot`."""
+    only = "attend-bf16-7x64-split", "choose-bf16-128"
+    kernels = compile_all(["sm_90"], part="decode", only=only)
+    assert {kernel.name for kernel in kernels} == {*only}
+    check_decode(kernels)
+
+
+@needs_kernels
+@pytest.mark.aot
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_of_a_decode_step_do_not_spill_in_any_type(target: str) -> None:
+    kernels = compile_all([target], part="decode")
+    assert {kernel.dtype for kernel in kernels} == {"fp32", "bf16", "fp16"}
+    check_decode(kernels)
+
+
+@needs_kernels
+def test_decode_kernels_are_compiled_once_for_all_rows_and_lengths() -> None:
+    listed = forms(["sm_90"], part="decode")["sm_90"]
+    assert not [(form.name, form.specialised) for form in listed if form.specialised]
+    assert len({form.name for form in listed}) == len(listed) > 50
+
+
+@needs_kernels
+@pytest.mark.slow
 def test_wave64_variants_never_have_32_warps(quick: list[CompiledKernel]) -> None:
     assert not [kernel.name for kernel in quick if kernel.target == "gfx942" and kernel.num_warps >= 32]
 
@@ -73,7 +99,7 @@ def test_command_prints_a_row_for_every_kernel(quick: list[CompiledKernel], monk
     monkeypatch.setattr(
         command,
         "compile_all",
-        lambda targets, dtypes, triton: [k for k in quick if k.target in targets],
+        lambda targets, dtypes, triton, part: [k for k in quick if k.target in targets],
     )
     command.main(["--targets", "sm_90", "--dtypes", "bf16", "--no-passes"])
     printed = capsys.readouterr().out

@@ -188,6 +188,7 @@ def run(ticks: int, *more: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")
+@pytest.mark.long
 def test_a_slowed_kernel_is_caught_by_compare(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     saved = run(100, "--save", str(tmp_path))

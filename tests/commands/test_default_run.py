@@ -25,11 +25,11 @@ pytestmark = [pytest.mark.assets, pytest.mark.slow]
 
 def test_one_step_of_the_default_run_ends_with_held_out_figures(tmp_path, capsys):
     out = tmp_path / "run"
-    train.run_command([f"--out={out}", "--steps=1", "--evaluation.prompts=12", "--rollout.max_response_tokens=16"])
+    train.run_command([f"--out={out}", "--steps=1", "--evaluation.prompts=10", "--rollout.max_response_tokens=8"])
     printed = capsys.readouterr().out
     for line in ("reward", "safe rate (training cost)", "E{C-d}+", "safe rate (held-out judge)"):
         assert line in printed
-    assert "12 held-out prompts" in printed
+    assert "10 held-out prompts" in printed
     assert "[" in printed.split("safe rate (held-out judge)")[1].splitlines()[0]
     record = json.loads((out / "metrics.jsonl").read_text())
     assert record["lam"] == 1.0
@@ -47,7 +47,7 @@ def test_the_papers_form_takes_two_steps_and_lambda_follows_its_rule(tmp_path):
     options = [
         "--steps=2",
         "--evaluation.prompts=0",
-        "--rollout.max_response_tokens=16",
+        "--rollout.max_response_tokens=8",
         "--rollout.samples_per_prompt=1",
     ]
     train.run_command(["--preset=paper", f"--out={out}", *options])
@@ -60,7 +60,7 @@ def test_the_papers_form_takes_two_steps_and_lambda_follows_its_rule(tmp_path):
 @pytest.mark.parametrize("start", ["policy", "scorers"])
 def test_critics_of_the_embedded_scorers_begin_as_the_score_of_what_has_been_said(start):
     folder = ensure()
-    policy = load_policy(str(folder / "policy"), torch.device("cpu"), trainable=True)
+    policy = load_policy(str(folder / "policy"), torch.device("cpu"), trainable=True).exact()
     scorers = load_scorers(ScoringConfig(), folder, policy.model, policy.tokenizer)
     critics = make_critics(CriticConfig(init_from=start), policy, scorers, ("reward", "cost"), same_trunk=True)
     prompts = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl")[:2], policy.tokenizer, None, 256).kept

@@ -1,4 +1,4 @@
-"""A mistyped model is refused at once: no such folder, and on the hub only where the name can be one of the hub's."""
+"""A mistyped model or data set is refused at once: no such folder, and on the hub where the name can be one of its."""
 
 import httpx
 import pytest
@@ -6,7 +6,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from repo.common.errors import UserError
-from repo.common.hub import require_model
+from repo.common.hub import require_data_set, require_model
+from repo.data.prompts import load_prompts
 
 
 def test_a_folder_and_a_cached_model_are_not_looked_up(tmp_path, monkeypatch):
@@ -51,3 +52,22 @@ def test_offline_the_cache_decides(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="no such folder: 'owner/modl', nor is it in the hub's cache"):
         require_model("owner/modl", "model.path")
+
+
+def test_a_data_set_is_asked_of_the_hub_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    asked = []
+
+    def dataset_info(_, name, timeout):
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked again and again"))
+    with pytest.raises(UserError, match=r"no such folder: 'data/trian', and the hub does not answer \(ConnectionError"):
+        load_prompts("data/trian#train")
+    assert asked == ["data/trian"]
+    (tmp_path / "owner___my-set").mkdir()
+    require_data_set("owner/my-set")
+    assert asked == ["data/trian"]

@@ -75,6 +75,11 @@ def test_dry_run_reads_shapes_and_writes_nothing(tiny_arguments, tmp_path, capsy
     assert not (tmp_path / "dry").exists()
 
 
+def test_a_dry_run_refuses_a_stop_token_that_the_run_would(tiny_arguments, tmp_path):
+    with pytest.raises(UserError, match="rollout.stop_tokens: 'What is' must be one token of the tokenizer"):
+        run(tiny_arguments, tmp_path / "dry", "--dry-run", "--rollout.stop_tokens=What is")
+
+
 def test_printed_config_is_a_config(tiny_arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(tiny_arguments, tmp_path / "x", "--print_config")

@@ -37,6 +37,22 @@ def value_of(config, name: str):
     return config
 
 
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert from_file(tmp_path, "# nothing yet\n") == parsed()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- steps\n", r"must be a mapping of fields and groups of fields; got \['steps'\]"),
+        ("steps: 5\n\tx", "not YAML: "),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_named(text, reason, tmp_path):
+    with pytest.raises(UserError, match=rf"run\.yaml: {reason}"):
+        from_file(tmp_path, text)
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_a_tilde_is_the_home_folder_in_every_path(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
@@ -102,7 +118,7 @@ def test_an_option_with_hyphens_is_told_the_underscores():
         ("--optimizer.lr x", "optimizer.lr must be a number > 0; got 'x'"),
         ("--steps 1.5", "steps must be an integer > 0; got '1.5'"),
         ("--rollout.top_p 2", r"rollout.top_p must be a number in \[0, 1\]; got 2"),
-        ("--model.compile maybe", "model.compile must be true or false; got maybe"),
+        ("--model.compile maybe", "model.compile must be true or false or auto; got maybe"),
         ("--algorithm.method foo", "algorithm.method must be one of repo, .*, ppo; got foo"),
         ("--algorithm.kl_target x", "algorithm.kl_target must be a number or null; got x"),
         (

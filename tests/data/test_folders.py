@@ -52,6 +52,7 @@ def test_a_csv_file_is_read_by_its_header(tmp_path):
     [
         ("a.csv", b"prompt,id\na,b,c\n", r"a.csv:2: a row must have one cell for each of prompt, id"),
         ("a.csv", b"prompt,id\na\n", r"a.csv:2: a row must have one cell for each of prompt, id"),
+        ("a.csv", b"prompt,prompt\na,b\n", "a.csv: the header names the column 'prompt' twice"),
         ("a.csv", b"prompt\n\xe9\n", "a.csv: not csv in UTF-8"),
         ("a.csv", b"question\na\n", "a.csv has no column `prompt` or `messages`; it has: question"),
         (

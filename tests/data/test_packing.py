@@ -153,6 +153,15 @@ def test_micro_batches_are_nearly_as_few_as_can_be(lengths, budget):
     assert len(sets) <= math.floor(11 / 9 * best + 6 / 9)
 
 
+def test_no_micro_batch_is_much_smaller_than_the_others():
+    s = build([(2, [30])] * 8 + [(2, [8])])
+    sizes = [pack(s, rows, True).tokens for rows in micro_batches(s, torch.arange(9), 128, True)]
+    assert sizes == [96, 96, 72]  # first-fit: 128, 128, 16
+    s = build([(4, [10] * 9)])  # one group, cut into pieces
+    sizes = [pack(s, rows, True).tokens for rows in micro_batches(s, torch.arange(9), 48, True)]
+    assert sizes == [32, 32, 32]
+
+
 def test_a_group_that_fits_stays_together_and_a_larger_one_has_its_prompt_in_each_piece():
     s = build([(10, [11, 11, 11]), (4, [9, 9, 9])])
     sets = micro_batches(s, torch.arange(6), 39, True)

@@ -61,6 +61,7 @@ def test_the_totals_are_in_every_table():
     names = [row[0] for row in comparison_rows(BEFORE, AFTER)]
     assert "safe rate (training cost), 6 harmful prompts" in names
     card = model_card(dataclasses.replace(Config()), 4, comparison_rows(BEFORE, AFTER))
+    assert "`embedded`: the scorers that the package builds" in card
     assert "| safe rate (training cost), 6 benign prompts | 50.0% | 100.0% | +50.0 points |" in card
     text = io.StringIO()
     console = Console(file=text, width=140)

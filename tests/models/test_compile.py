@@ -2,20 +2,26 @@
 
 import copy
 import dataclasses
+import re
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from repo.attention.adapters import torch_kernel
 from repo.common.errors import UserError
-from repo.config.schema import RolloutConfig
+from repo.config.schema import ModelConfig, RolloutConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
-from repo.models.layers import compile_layers, recomputed, uncompiled
+from repo.models.fast_layers import choice
+from repo.models.fast_layers.choice import with_fast_layers
+from repo.models.layers import compile_layers, recomputed, uncompile_layers, uncompiled
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
+from tests.attention.op import varlen_attn
 from tests.support.tiny import QUESTIONS
 
 CPU = torch.device("cpu")
@@ -39,10 +45,11 @@ def log_probs_and_gradient(policy, responses):
     group = torch.tensor([0] * (len(responses) - 1) + [1])
     actor = Actor(policy)
     sequences = make_sequences(prompts, responses, policy.pad_id, group)
-    (packed,) = actor.parts(sequences, torch.arange(len(responses)), 10**6)
+    packed = actor.parts(sequences, torch.arange(len(responses)), 10**6)[0].to(policy.device)
     policy.model.zero_grad()
-    logps = actor(packed, lambda states, _: states.logps(1.0))
-    logps.sum().backward()
+    with policy.copies():
+        logps = actor(packed, lambda states, _: states.logps(1.0))
+        logps.sum().backward()
     return logps.detach(), torch.cat([p.grad.flatten() for p in policy.model.parameters()])
 
 
@@ -63,7 +70,25 @@ def test_other_lengths_do_not_compile_anew(pair):
     for responses in BATCHES:
         assert same(log_probs_and_gradient(compiled, responses), log_probs_and_gradient(plain, responses))
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[1:] == graphs[1:2] * 3
+    assert graphs == graphs[:1] * 4
+
+
+def test_with_an_attention_that_the_compiler_knows_a_layer_is_one_graph(pair):
+    """For any length, by checkpointing and with working copies of the weights, which are others in each step."""
+    plain, compiled = pair
+    attention = dataclasses.replace(compiled.attention, kernel=torch_kernel(varlen_attn))
+    compiled, graphs = dataclasses.replace(compiled, attention=attention), []
+    for responses in (BATCHES[0], BATCHES[2], BATCHES[3]):
+        assert same(log_probs_and_gradient(compiled, responses), log_probs_and_gradient(plain, responses))
+        with recomputed(compiled.model):
+            log_probs_and_gradient(compiled, responses)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2]  # the second is for rows that share a prompt
+    halved = dataclasses.replace(compiled, autocast=torch.bfloat16, copied=True)
+    for _ in range(2):
+        log_probs_and_gradient(halved, BATCHES[0])
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
 
 
 def test_recomputed_layers_are_compiled_all_the_same(pair):
@@ -89,9 +114,57 @@ def test_a_rollout_does_not_compile(pair):
     assert not any("forward" in layer.__dict__ for layer in plain.model.model.layers)
 
 
+def test_layers_are_compiled_by_default_where_a_trial_works(tiny_model, monkeypatch):
+    torch._dynamo.reset()
+    policy = load_policy(str(tiny_model), CPU, trainable=True, config=ModelConfig(dtype="bfloat16"))
+    assert with_fast_layers(policy, "auto").compiled is False  # on a CPU
+    policy = dataclasses.replace(policy, copied=True)
+    monkeypatch.setattr(choice, "compile_layers", partial(compile_layers, backend="eager"))
+    compiled, notes = choice.with_compiled_layers(policy)
+    assert compiled.compiled
+    assert re.fullmatch(r"compiled in \d+ s, 4 graphs", notes)
+    uncompile_layers(policy.model)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fault", ["no compiler found", ""])
+def test_a_trial_that_fails_leaves_the_layers_as_they_are_and_says_why(fault, tiny_model, monkeypatch):
+    def backend(graph, inputs):
+        if fault:
+            raise RuntimeError(fault)
+        return lambda *arguments: [x * 1.5 if isinstance(x, torch.Tensor) else x for x in graph(*arguments)]
+
+    torch._dynamo.reset()
+    policy = load_policy(str(tiny_model), CPU, trainable=True)
+    monkeypatch.setattr(choice, "compile_layers", partial(compile_layers, backend=backend))
+    plain, notes = choice.with_compiled_layers(policy)
+    assert not plain.compiled
+    assert notes.startswith(
+        "not compiled: torch.compile " + ("fails: " if fault else "changes states or gradients by ")
+    )
+    assert fault in notes
+    assert not any("forward" in layer.__dict__ for layer in policy.model.model.layers)
+    torch._dynamo.reset()
+
+
 def test_a_model_without_decoder_layers_is_refused():
     with pytest.raises(UserError, match="model.compile must be false: Linear has no decoder layers"):
         compile_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_are_compiled_on_a_gpu(tiny_model):
+    torch._dynamo.reset()
+    policy = load_policy(str(tiny_model), torch.device("cuda"), True, ModelConfig(dtype="bfloat16"))
+    fast = with_fast_layers(policy, "auto")
+    assert fast.compiled, fast.layers
+    assert fast.copied, fast.layers
+    graphs = counters["stats"]["unique_graphs"]
+    for responses in BATCHES[2:]:
+        log_probs_and_gradient(fast, responses * 2)
+    assert counters["stats"]["unique_graphs"] <= graphs + 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

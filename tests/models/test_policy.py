@@ -13,8 +13,9 @@ from repo.common.errors import UserError
 from repo.config.schema import Config, ModelConfig, OptimizerConfig, RolloutConfig
 from repo.data.packing import flat
 from repo.data.prompts import Prompt, tokenize_prompts
+from repo.memory.description import describe_memory
+from repo.memory.process import Process
 from repo.models.actor import Actor
-from repo.models.memory import describe_memory
 from repo.models.policy import load_policy, load_reference
 from repo.rollout.sample import sample
 from repo_kernels.layers import onednn_linear
@@ -152,7 +153,8 @@ def test_recomputed_activations_give_the_same_gradient_and_are_off_elsewhere(loa
 
 def test_memory_counts_what_is_trained(load):
     policy = load(lora_rank=4)
-    text = describe_memory(Config(model=ModelConfig(lora_rank=4), optimizer=OptimizerConfig()), policy.model, 380)
+    config = Config(model=ModelConfig(lora_rank=4), optimizer=OptimizerConfig())
+    text = describe_memory(Process(config, policy.model, 380))
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     assert f"{trained / 1e6:.1f} M trained" in text
     assert "reference weights: the policy without its adapter" in text

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MptConfig, Phi3Config
 
 from benchmarks.families.tiny_config import tiny_config
 from repo import train
@@ -141,6 +141,7 @@ def test_other_rotary_embeddings_do_not_bound_the_context():
     scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
     assert context_of(LlamaConfig(max_position_embeddings=64, rope_parameters=scaled)) == 64
     assert context_of(MambaConfig()) is None
+    assert context_of(MptConfig(max_seq_len=34)) == 34
 
 
 def test_fields_that_vary_by_layer_give_their_largest_value():

@@ -72,3 +72,10 @@ def test_responses_end_at_every_stop_token(policy):
         end = ids.index(token) + 1 if token in ids else len(ids)
         assert cut == ids[:end]
     assert dataclasses.replace(stopped, eos_ids=policy.eos_ids) == policy
+
+
+def test_a_template_that_takes_parts_shows_how_it_ends_an_answer(policy):
+    parts = "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("{{ m['content'] }}", parts)
+    closing = closing_id(ending_with(policy, "<|system|>").tokenizer)
+    assert closing == policy.tokenizer.convert_tokens_to_ids("<|system|>")

@@ -90,9 +90,12 @@ def test_more_steps_of_a_cosine_are_warned_of(options, tmp_path, capsys):
     )
 
 
-def test_other_package_versions_are_warned_of(options, tmp_path, capsys):
+def test_how_a_run_computes_is_recorded_and_other_package_versions_are_warned_of(options, tmp_path, capsys):
     out = tmp_path / "run"
     train.run_command([*options, "--steps=1", f"--out={out}"])
+    ways = json.loads((out / "execution.json").read_text())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"attention: {ways['attention']}; decoding: {ways['decoding']}" in printed
     known = json.loads((out / "versions.json").read_text())
     (out / "versions.json").write_text(json.dumps(known | {"torch": "1.0"}))
     train.run_command(["--resume", str(out), "--steps=2"])

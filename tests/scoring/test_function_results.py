@@ -16,7 +16,17 @@ def sparse(prompts, responses):
     return torch.ones(len(prompts)).to_sparse()
 
 
-@pytest.mark.parametrize(("name", "reason"), [("huge", "OverflowError")])
+def imaginary(prompts, responses):
+    return torch.tensor([1j] * len(prompts))
+
+
+def imaginary_array(prompts, responses):
+    return imaginary(prompts, responses).numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("huge", "OverflowError"), ("imaginary", "complex"), ("imaginary_array", "complex")]
+)
 def test_a_result_that_is_no_score_is_refused_by_name(name, reason):
     with pytest.raises(UserError, match=rf"scoring.reward '.*:{name}' must return 4 numbers.*{reason}"):
         FunctionScorer(f"{__name__}:{name}", "reward", 10.0)(PROMPTS, RESPONSES)

@@ -139,7 +139,7 @@ def test_shared_forward_equals_separate_forwards(scorers):
 
 def test_scores_read_from_the_references_forward_are_those_of_an_own_one(built, monkeypatch):
     """Whatever ended the response; text that tokenises otherwise than it was sampled takes a forward of its own."""
-    policy = load_policy(str(built / "policy"), torch.device("cpu"), trainable=False)
+    policy = load_policy(str(built / "policy"), torch.device("cpu"), trainable=False).exact()
     scorers = [
         HeadScorer.load(built / "scorers" / s, model=policy.model, tokenizer=policy.tokenizer)
         for s in ("reward", "cost")

@@ -105,7 +105,7 @@ def test_a_head_of_three_labels_is_no_linear_function_of_the_states(tmp_path):
     assert ClassifierScorer(f"{tmp_path}#LABEL_1:logit", "cost", "cpu").head()[0].shape == (32,)
 
 
-KINDS = "roberta xlm-roberta camembert data2vec-text mpnet longformer bert".split()
+KINDS = "roberta xlm-roberta camembert data2vec-text mpnet longformer ibert bert".split()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,8 +12,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from repo.attention.packed import using_packed
 from repo.data.sequences import make_sequences
-from repo.models.attention import using_packed
 
 CPU = torch.device("cpu")
 VOCABULARY = 61

@@ -12,7 +12,8 @@ from torch import nn
 from repo import train
 from repo.common.errors import UserError
 from repo.config.schema import Config, OptimizerConfig
-from repo.models.memory import describe_memory
+from repo.memory.description import describe_memory
+from repo.memory.process import Process
 from repo.training.optimizer import BLOCK, BFloat16AdamW, make_optimizer
 
 BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 2 * 4 / 256}
@@ -102,7 +103,7 @@ def test_the_bytes_of_the_states_are_those_promised(states):
 
 def test_memory_counts_the_states(states):
     model = nn.Linear(2**14, 2**14, bias=False, device="meta")
-    text = describe_memory(Config(optimizer=OptimizerConfig(state_dtype=states)), model, 1000)
+    text = describe_memory(Process(Config(optimizer=OptimizerConfig(state_dtype=states)), model, 1000))
     assert f"{BYTES[states] / 4:.2f} GiB  AdamW states {states}" in text
 
 

@@ -1,4 +1,7 @@
-"""The decoding kernels of the C++ backend: weights packed for few rows, and a step through all layers, in fp32."""
+"""The decoding kernels of the C++ backend: weights packed for few rows, and a step through all layers.
+
+A weight is packed in fp32 or rounded to bfloat16, and then so are the inputs of its product; sums are in fp32.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,24 @@ def panels_of(outputs: int) -> int:
     return -(-outputs // COLUMNS)
 
 
-def new_memory(elements: int) -> Tensor:
-    """Allocate fp32 memory, in large pages where the system has them."""
-    memory = torch.empty(elements)
+def new_memory(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Allocate memory of fp32 or bfloat16, in large pages where the system has them."""
+    memory = torch.empty(elements, dtype=dtype)
     _cpu.ask_for_large_pages(memory)
     return memory
 
 
+def packed_view(memory: Tensor, depth: int) -> Tensor:
+    """Shape memory for a weight with k = depth: fp32 (panels, k, 16) or bfloat16 (panels, k / 2, 32)."""
+    half = memory.dtype == torch.bfloat16
+    return memory.view(-1, depth // 2, 2 * COLUMNS) if half else memory.view(-1, depth, COLUMNS)
+
+
 def pack(weight: Tensor, packed: Tensor) -> None:
-    """Pack a fp32 matrix (n, k) into `packed` (panels, k, 16), contiguous; outputs beyond the last are zeros."""
+    """Pack a fp32 matrix (n, k) into a `packed_view`, contiguous; outputs beyond the last are zeros.
+
+    In bfloat16 k must be a multiple of 16.
+    """
     _cpu.pack_weight(weight.detach().contiguous(), packed, torch.get_num_threads())
 
 
@@ -34,7 +46,7 @@ def multiply(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None
 
     Args:
         x: (..., k), fp32.
-        packed: the weight, (panels, k, 16).
+        packed: the weight as `pack` left it; in bfloat16 x is rounded to it too.
         outputs: rows of the weight that was packed.
         bias: (outputs,) or None.
     """
@@ -42,6 +54,23 @@ def multiply(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None
     out = rows.new_empty(len(rows), outputs)
     _cpu.multiply_packed(rows, packed, None if bias is None else bias.detach(), out, torch.get_num_threads())
     return out.view(*x.shape[:-1], outputs)
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw a token of each row by inverting its cumulative distribution, with sums in fp64.
+
+    Args:
+        logits: (B, V), fp32.
+        uniforms: (B,), fp64 in [0, 1).
+        temperature: divides the logits.
+
+    Returns:
+        Tokens (B,) int64 and their log-probabilities (B,) fp32 in nats.
+    """
+    rows = logits.detach().contiguous()
+    tokens, logps = torch.empty(len(rows), dtype=torch.int64), rows.new_empty(len(rows))
+    _cpu.sample_rows(rows, uniforms.contiguous(), temperature, tokens, logps, torch.get_num_threads())
+    return tokens, logps
 
 
 def make_model(*sizes_and_weights: Any) -> Any:

@@ -1,10 +1,13 @@
 """The layer kernels of the C++ backend: what a transformer computes between its matrix products, in fp32.
 
 `repo_kernels.layers` adds autograd and the checks of shapes and types. Gradients are named after their tensor:
-`d_gate` is dL/dgate.
+`d_gate` is dL/dgate. On "meta" tensors the results are allocated and nothing is computed, as with PyTorch's operators.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +28,16 @@ __all__ = [
 ]
 
 
+def _run(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call a kernel of the extension, which writes its results into its arguments."""
+    if not arguments[0].is_meta:
+        kernel(*arguments)
+
+
 def transposed(matrix: Tensor) -> Tensor:
     """Copy an fp32 matrix (r, c) with unit column stride into a contiguous (c, r) one."""
     out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
-    _cpu.transpose(matrix.detach(), out, torch.get_num_threads())
+    _run(_cpu.transpose, matrix.detach(), out, torch.get_num_threads())
     return out
 
 
@@ -50,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     """
     y, rows = torch.empty_like(x), x.detach().view(-1, x.shape[-1])
     inverse = x.new_empty(len(rows))
-    _cpu.rms_norm(rows, weight.detach(), y.view_as(rows), inverse, epsilon, torch.get_num_threads())
+    _run(_cpu.rms_norm, rows, weight.detach(), y.view_as(rows), inverse, epsilon, torch.get_num_threads())
     return y, inverse
 
 
@@ -61,21 +70,21 @@ def rms_norm_gradient(
     d_x, d_weight = torch.empty_like(x), torch.empty_like(weight) if with_weight else None
     rows, threads = x.detach().view(-1, x.shape[-1]), torch.get_num_threads()
     by_row = grad.detach().view_as(rows), d_x.view_as(rows)
-    _cpu.rms_norm_gradient(rows, weight.detach(), inverse, *by_row, d_weight, threads)
+    _run(_cpu.rms_norm_gradient, rows, weight.detach(), inverse, *by_row, d_weight, threads)
     return d_x, d_weight
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) * up of two contiguous fp32 tensors of one shape."""
     out = torch.empty_like(gate)
-    _cpu.swiglu(gate.detach(), up.detach(), out, torch.get_num_threads())
+    _run(_cpu.swiglu, gate.detach(), up.detach(), out, torch.get_num_threads())
     return out
 
 
 def swiglu_gradient(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Compute (dL/dgate, dL/dup). grad: dL/dout, contiguous, shaped like gate."""
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    _cpu.swiglu_gradient(gate.detach(), up.detach(), grad.detach(), d_gate, d_up, torch.get_num_threads())
+    _run(_cpu.swiglu_gradient, gate.detach(), up.detach(), grad.detach(), d_gate, d_up, torch.get_num_threads())
     return d_gate, d_up
 
 
@@ -92,7 +101,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     """
     x = unit_columns(x)
     out = torch.empty_like(x)
-    _cpu.rotate(x.detach(), cos.detach(), sin.detach(), out, transpose, torch.get_num_threads())
+    _run(_cpu.rotate, x.detach(), cos.detach(), sin.detach(), out, transpose, torch.get_num_threads())
     return out
 
 
@@ -113,7 +122,7 @@ def attention(
     """
     out, log2_sums = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0])
     inputs = q.detach(), k.detach(), v.detach(), query_bounds, key_bounds, scale, window
-    _cpu.attention(*inputs, out, log2_sums, torch.get_num_threads())
+    _run(_cpu.attention, *inputs, out, log2_sums, torch.get_num_threads())
     return out, log2_sums
 
 
@@ -131,5 +140,5 @@ def attention_gradient(
     """Compute dL/dq, dL/dk and dL/dv from dL/dout (T, Hq, D) and the forward's log2_sums (Hq, T)."""
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     inputs = q.detach(), k.detach(), v.detach(), query_bounds, key_bounds, scale, window
-    _cpu.attention_gradient(*inputs, grad.detach(), log2_sums, d_q, d_k, d_v, torch.get_num_threads())
+    _run(_cpu.attention_gradient, *inputs, grad.detach(), log2_sums, d_q, d_k, d_v, torch.get_num_threads())
     return d_q, d_k, d_v

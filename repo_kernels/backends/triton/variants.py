@@ -42,6 +42,7 @@ class Variant:
         num_warps: of a program.
         max_registers: per thread, or None.
         elements_per_thread: logits per thread in one trip of the loop; 0 for kernels that read none.
+        num_stages: of the loops that multiply matrices.
     """
 
     name: str
@@ -54,11 +55,12 @@ class Variant:
     num_warps: int
     max_registers: int | None
     elements_per_thread: int
+    num_stages: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of the compiler. Contraction is off, since fma is written where it is meant."""
-        options = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 

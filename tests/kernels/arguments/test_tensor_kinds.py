@@ -105,8 +105,20 @@ def test_meta_logits_give_shapes(inplace: bool) -> None:
     assert (out.loss.device.type, logits.grad.dtype) == ("meta", torch.bfloat16)
 
 
-def test_a_storage_that_was_freed_is_named_and_so_is_an_in_place_call() -> None:
+@pytest.mark.parametrize("size", [0, 7 * 4 * 4 - 1])
+def test_a_storage_that_was_freed_or_shrunk_is_named(size: int) -> None:
     weight = torch.randn(7, 4)
-    weight.untyped_storage().resize_(0)
+    weight.untyped_storage().resize_(size)
     with pytest.raises(ValueError, match=r"^weight must be a tensor with memory; got one of shape \(7, 4\) whose st"):
         linear_repo_loss(torch.randn(3, 4), weight, torch.arange(3), None, torch.ones(3))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+def test_logits_whose_storage_ends_too_early_are_named(inplace: bool) -> None:
+    logits = torch.randn(4, 8)[1:, :5]  # the last element is number 8 + 2 * 8 + 4 of the storage
+    arguments = (torch.arange(3), None, torch.ones(3))
+    logits.untyped_storage().resize_(4 * 29)
+    assert repo_loss(logits, *arguments, inplace=inplace).loss.isfinite()
+    logits.untyped_storage().resize_(4 * 28)
+    with pytest.raises(ValueError, match="^logits must be a tensor with memory; .* freed or shrunk"):
+        repo_loss(logits, *arguments, inplace=inplace)

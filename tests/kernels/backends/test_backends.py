@@ -86,7 +86,7 @@ def check_agreement(batch: Batch, chosen: dict[str, Any], dtype: torch.dtype, in
         assert distance(grad_a, grad_b, 1e-2 * scale / max(1, grad_b.numel())) <= GRADIENT[dtype]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(*CONFIGURATIONS)
 def test_the_backends_agree_on_any_configuration(
     batch: Batch, chosen: dict[str, Any], dtype: torch.dtype, inplace: bool

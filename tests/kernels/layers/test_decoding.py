@@ -24,9 +24,12 @@ def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
     extension._cpu._set_isa(before)
 
 
-def pack(weight: Tensor) -> Tensor:
-    packed = decoding.new_memory(decoding.panels_of(len(weight)) * 16 * weight.shape[1])
-    packed = packed.view(-1, weight.shape[1], 16)
+HALF = torch.bfloat16
+
+
+def pack(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    memory = decoding.new_memory(decoding.panels_of(len(weight)) * 16 * weight.shape[1], dtype)
+    packed = decoding.packed_view(memory, weight.shape[1])
     decoding.pack(weight, packed)
     return packed
 
@@ -42,6 +45,42 @@ def test_products_are_those_of_fp64(rows: int, outputs: int, depth: int) -> None
     bound = depth * 2**-24 * (x.double().abs() @ weight.double().abs().t()) + 2**-23 * expected.abs() + 1e-6
     assert bool(((got - expected).abs() <= bound).all())
     assert torch.equal(decoding.multiply(x[0, :1], pack(weight), outputs, bias), got[0, :1])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 9, 16, 33])
+@pytest.mark.parametrize(("outputs", "depth"), [(16, 16), (33, 48), (1, 272), (160, 576)])
+def test_products_in_bfloat16_are_those_of_rounded_factors(rows: int, outputs: int, depth: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, depth), torch.randn(outputs, depth), torch.randn(outputs)
+    got = decoding.multiply(x, pack(weight, HALF), outputs, bias)
+    a, b = x.to(HALF).double(), weight.to(HALF).double().t()
+    expected = a @ b + bias.double()
+    bound = depth * 2**-23 * (a.abs() @ b.abs()) + 2**-23 * expected.abs() + 1e-6
+    assert bool(((got - expected).abs() <= bound).all())
+    assert torch.equal(decoding.multiply(x[-1:], pack(weight, HALF), outputs, bias), got[-1:])
+
+
+def test_rounding_is_that_of_pytorch() -> None:
+    """Ties, the largest numbers, subnormal ones, infinities and NaN; an identity shows them as they are packed."""
+    bits = torch.tensor(
+        [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00008000, 0x7F800000, 0x80000000, 0x3F808001, 0xFF7F0000]
+    )
+    x = torch.zeros(16)
+    x[:8] = bits.to(torch.uint32).view(torch.float32)
+    for column in range(8):
+        one = torch.zeros(1, 16)
+        one[0, column] = x[column]
+        got = decoding.multiply(torch.eye(16)[column : column + 1], pack(one, HALF), 1)
+        expected = one[0, column].to(HALF).float()
+        if expected.abs() >= 2**-126 or expected == 0:  # products of subnormal numbers may be 0
+            assert got.item() == expected.item() or bool(expected.isinf())
+    nan = torch.full((1, 16), torch.nan)
+    assert decoding.multiply(torch.ones(1, 16), pack(nan, HALF), 1).isnan().all()
+
+
+def test_what_cannot_be_packed_in_bfloat16_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 16 columns"):
+        pack(torch.randn(16, 18), HALF)
 
 
 class Model:
@@ -75,9 +114,9 @@ class Model:
             )
         self.norm, self.head = torch.rand(HIDDEN) + 0.5, matrix(VOCABULARY, HIDDEN)
 
-    def stack(self):
+    def stack(self, dtype: torch.dtype = torch.float32) -> DecoderStack:
         layers = [LayerWeights(**layer) for layer in self.layers]
-        return DecoderStack(layers, self.norm, self.head, HEADS, KEY_HEADS, EPSILON, SCALE)
+        return DecoderStack(layers, self.norm, self.head, HEADS, KEY_HEADS, EPSILON, SCALE, dtype)
 
     def logits(self, embeddings: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Compute the logits (T, V) of one sequence in fp64. embeddings: (T, H); cos, sin: (T, D)."""
@@ -115,9 +154,16 @@ def rotary(length: int) -> tuple[Tensor, Tensor]:
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
 
-def decode(model: Model, embeddings: Tensor, capacity: int, slots: list[int], threads: int = 1) -> Tensor:
+def decode(
+    model: Model,
+    embeddings: Tensor,
+    capacity: int,
+    slots: list[int],
+    threads: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Decode sequences (B, T, H) from nothing, in these places of a cache, and return all logits (B, T, V)."""
-    stack, (count, length, _) = model.stack(), embeddings.shape
+    stack, (count, length, _) = model.stack(dtype), embeddings.shape
     cache = Cache(2, max(slots) + 1, KEY_HEADS, COLUMNS, capacity)
     cache.keys.fill_(float("nan"))  # what was never written must not be read
     cache.values.fill_(float("nan"))
@@ -145,12 +191,21 @@ def test_steps_are_those_of_fp64(biases: bool, head_norms: bool, count: int, len
     assert float((got - expected).norm() / expected.norm()) <= 1e-6
 
 
-def test_a_row_depends_neither_on_the_others_nor_on_its_place_nor_on_threads() -> None:
+def test_steps_in_bfloat16_are_those_of_fp64_within_its_rounding() -> None:
+    torch.manual_seed(2)
+    model, embeddings = Model(True, True), torch.randn(3, 20, HIDDEN)
+    got = decode(model, embeddings, 20, [0, 1, 2], dtype=HALF)
+    expected = torch.stack([model.logits(x, *rotary(20)) for x in embeddings])
+    assert 1e-4 <= float((got - expected).norm() / expected.norm()) <= 2**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_row_depends_neither_on_the_others_nor_on_its_place_nor_on_threads(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     model, embeddings = Model(True, True), torch.randn(19, 6, HIDDEN)
-    together = decode(model, embeddings, 6, list(range(19)))
-    assert torch.equal(decode(model, embeddings, 6, list(range(19)), threads=3), together)
-    assert torch.equal(decode(model, embeddings[4:6], 40, [3, 1]), together[4:6])
+    together = decode(model, embeddings, 6, list(range(19)), dtype=dtype)
+    assert torch.equal(decode(model, embeddings, 6, list(range(19)), threads=3, dtype=dtype), together)
+    assert torch.equal(decode(model, embeddings[4:6], 40, [3, 1], dtype=dtype), together[4:6])
 
 
 def test_rows_that_leave_do_not_change_the_others() -> None:

@@ -208,10 +208,10 @@ REPEATS = ["plain", "sequence means", "full KL, softcap, temperature", "k3, entr
         != (("padded", torch.float32) if options == "sequence means" else ("packed", torch.bfloat16))
     )
 )
-def test_twenty_calls_give_the_same_bits(layout: str, options: str, dtype: torch.dtype) -> None:
+def test_many_calls_give_the_same_bits(layout: str, options: str, dtype: torch.dtype, backend: str) -> None:
     logits, arguments = make_call(layout, options, dtype)
     first = results(logits, arguments)
-    for _ in range(19):
+    for _ in range(3 if backend == "triton" else 19):
         assert_same_bits(results(logits, arguments), first)
 
 

@@ -47,8 +47,8 @@ def test_every_statistic_agrees_with_the_oracle(batch: Batch, chosen: dict[str, 
         assert got[name] == pytest.approx(expected[name], rel=1e-11, abs=1e-11), name
 
 
-def test_statistics_of_fp32_logits_are_fp32_and_agree_with_the_oracle() -> None:
-    for seed in range(5):
+def test_statistics_of_fp32_logits_are_fp32_and_agree_with_the_oracle(backend: str) -> None:
+    for seed in range(1 if backend == "triton" else 5):
         batch = make_batch(seed, (6, 20), 33, dtype=torch.float32)
         arguments = loss_arguments(batch, reference="k3", lam=2.0, cost_limit=0.5)
         out = repo_loss(batch.logits, **arguments, return_entropy=True)

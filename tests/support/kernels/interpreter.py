@@ -1,7 +1,7 @@
-"""Make Triton's interpreter round as the hardware does, in fused multiply-add and from fp32 to bf16.
+"""Make Triton's interpreter compute as the hardware does: fused multiply-add, fp32 to bf16, products of bf16 matrices.
 
 The interpreter truncates to bf16, and older versions of it round a fused multiply-add twice. The accuracy of the
-kernels depends on both roundings.
+kernels depends on both roundings. The bits of bf16 matrices it multiplies as integers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,20 @@ def fma_in_fp64(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
 
+def dot_in_fp32(builder: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+    """Compute a b + d of TensorHandles, whose bf16 factors are held as their bits."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def wide(x: Any) -> np.ndarray:
+        if x.dtype.scalar != tl.bfloat16:
+            return x.data
+        return (x.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    product = np.matmul(wide(a), wide(b), dtype=d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
+
+
 def nearest_bf16(values: np.ndarray) -> np.ndarray:
     """Round fp32 values to the nearest bf16, ties to even; return their bits (uint16)."""
     bits = values.astype(np.float32, copy=False).view(np.uint32)
@@ -32,7 +46,7 @@ def nearest_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def round_as_hardware(patch: pytest.MonkeyPatch) -> None:
-    """Replace both roundings of the interpreter, until the patch is undone."""
+    """Replace these parts of the interpreter, until the patch is undone."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -45,6 +59,7 @@ def round_as_hardware(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(interpreter, "_convert_float", convert_to_nearest)
     patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma_in_fp64)
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_in_fp32)
 
 
 def patch_language_once(patch: pytest.MonkeyPatch) -> None:

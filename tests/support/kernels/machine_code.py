@@ -31,3 +31,11 @@ def check(kernels: Sequence[CompiledKernel]) -> None:
     # Every target has that much shared memory for a program without asking for more.
     assert not [k for k in kernels if k.shared_bytes > 48 * 1024]
     assert not [(k.target, k.name, k.registers) for k in sweeping if k.programs < FEWEST_PROGRAMS]
+
+
+def check_decode(kernels: Sequence[CompiledKernel]) -> None:
+    """Assert of kernels of a decode step: no spills, no local memory, and keys and values loaded 16 bytes at a time."""
+    assert kernels
+    assert not [(k.target, k.name, k.spills, k.local_bytes) for k in kernels if k.spills or k.local_bytes]
+    assert not [(k.target, k.name, k.in_loops.loads) for k in kernels if k.kind == "attend" and k.narrow]
+    assert not [k for k in kernels if k.shared_bytes > 48 * 1024]

@@ -95,9 +95,18 @@ def freed(value: Tensor) -> Tensor:
     return value
 
 
+def shrunk(value: Tensor) -> Tensor:
+    """A tensor whose storage ends before its last element."""
+    value = value.clone()
+    value.untyped_storage().resize_(value.untyped_storage().nbytes() - value.itemsize)
+    return value
+
+
 def filled(value: Tensor) -> bool:
     """Whether an operator of PyTorch may read it."""
-    return type(value) is not Tensor or (value.layout is torch.strided and bool(value.untyped_storage().nbytes()))
+    if type(value) is not Tensor:
+        return True
+    return value.layout is torch.strided and value.untyped_storage().nbytes() >= value.numel() * value.itemsize
 
 
 def distributed(value: Tensor) -> Tensor:
@@ -168,6 +177,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "stranger": Stranger,
     "distributed": distributed,
     "freed": freed,
+    "shrunk": shrunk,
     "lazy zero": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     "sparse": lambda x: x.to_sparse(),
     "sparse rows": lambda x: x.to_sparse_csr() if x.ndim == 2 else x.to_sparse(),

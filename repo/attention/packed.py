@@ -1,7 +1,7 @@
 """Attention over packed rows: a function for transformers' models. Which models use it is decided in layout.py.
 
 Every sequence of a packed row attends causally to itself alone; a response that shares its prompt also attends to that
-prompt. The kernels that compute this are in varlen.py.
+prompt. The kernels that compute this are chosen in candidates.py.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..data.segments import Segments, take_rows
-from .varlen import per_run, varlen_kernel
+from .candidates import choose_kernel
+from .sdpa import Kernel, per_run
 
 IMPLEMENTATION = "repo_packed"
+TRACED = "repo_packed_traced"
 
 
-@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -32,6 +33,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     windows: dict[int, int | None] | None = None,
+    kernel: Kernel | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Compute the attention of one layer over a packed row, with the signature that transformers' models call.
@@ -42,6 +44,7 @@ def packed_attention(
         scaling: factor of the scores, None for D^-1/2. sliding_window: keys that a query attends to at most, None for
             all. softcap: bound of the scores by softcap * tanh(score / softcap), None for no bound.
         windows: passed through the model's keyword arguments; filled with each layer's sliding_window.
+        kernel: passed through the model's keyword arguments; None to choose one by device, dtype and head size.
 
     Returns:
         (1, T, Hq, D) in the dtype of autocast, or else of `value`; and None in place of attention weights.
@@ -65,22 +68,31 @@ def packed_attention(
     if segments.keys is not None:
         k, v = take_rows(k, segments.keys), take_rows(v, segments.keys)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    equal = q.shape[-1] == v.shape[-1]  # SDPA alone takes heads of values that differ from those of queries
-    kernel = varlen_kernel(query.device, dtype, q.shape[-1], softcap is not None) if equal else None
-    attend = per_run if kernel is None else kernel[1]
-    return attend(q, k, v, segments, scale, sliding_window, softcap)[None], None
+    if kernel is None:
+        equal = q.shape[-1] == v.shape[-1]  # SDPA alone takes heads of values that differ from those of queries
+        capped, windowed = softcap is not None, sliding_window is not None
+        kernel = choose_kernel(query.device, dtype, q.shape[-1], capped, windowed).kernel if equal else per_run
+    return kernel(q, k, v, segments, scale, sliding_window, softcap)[None], None
 
 
-AttentionInterface.register(IMPLEMENTATION, packed_attention)
+# Kernels are chosen by trials, and most are no operators that torch.compile knows: it must not look into them. Under
+# the second name it does, and has the attention in the graph of the layer; `kernel` must then be given and traceable.
+AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(packed_attention))
+AttentionInterface.register(TRACED, packed_attention)
 
 
-def using_packed(model: Any) -> AbstractContextManager[None]:
+def using_packed(model: Any, traced: bool = False) -> AbstractContextManager[None]:
     """Return a context in which the model's layers use `packed_attention`; its forward then takes `segments=`, no mask.
 
     Layers read the name of the attention function from the config when they run, so that layers that are recomputed in
-    the backward pass need `recompute_contexts` too.
+    the backward pass need `recompute_contexts` too. traced: let torch.compile look into it; needs `kernel=`.
     """
-    return _Implementation(model, [IMPLEMENTATION, IMPLEMENTATION])
+    return using_attention(model, TRACED if traced else IMPLEMENTATION)
+
+
+def using_attention(model: Any, name: str) -> AbstractContextManager[None]:
+    """Return a context in which the model's layers use the attention function of this name."""
+    return _Implementation(model, [name, name])
 
 
 def recompute_contexts(model: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

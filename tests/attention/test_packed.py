@@ -16,10 +16,10 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from repo.attention.packed import IMPLEMENTATION, packed_attention, recompute_contexts, using_packed
 from repo.data.packing import flat, pack
 from repo.data.segments import make_segments
 from repo.data.sequences import make_sequences
-from repo.models.attention import IMPLEMENTATION, packed_attention, recompute_contexts, using_packed
 from repo.models.layout import choose_attention
 from repo_kernels.backends import cpu
 from tests.support.packed_models import (

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from repo.attention import packed as packed_module
+from repo.attention.adapters import flash_kernel, torch_kernel
+from repo.attention.candidates import Candidate, Choice, choose_kernel, first_that_agrees
+from repo.attention.sdpa import per_run
 from repo.data.packing import pack
 from repo.data.segments import make_segments
-from repo.models import attention, varlen
 from repo.models.layout import choose_attention
-from repo.models.varlen import first_that_agrees, flash_kernel, per_run, torch_kernel
 from tests.support.packed_models import (
     CPU,
     FAMILIES,
@@ -66,7 +68,8 @@ class Flash:
 def test_flash_attention_gets_the_lengths_windows_and_gathered_keys(family, version, monkeypatch):
     trunk, packed, flash = build(FAMILIES[family]).base_model, pack(sequences(), torch.arange(7), True), Flash()
     expected = packed_states(trunk, packed)
-    monkeypatch.setattr(attention, "varlen_kernel", lambda *_: ("fake", flash_kernel(getattr(flash, version))))
+    choice = Choice("fake", flash_kernel(getattr(flash, version)), {})
+    monkeypatch.setattr(packed_module, "choose_kernel", lambda *_: choice)
     assert_close(packed_states(trunk, packed), expected)
     windows = {"llama": [-1, -1], "gemma2": [WINDOW - 1, -1], "mistral-window": [WINDOW - 1] * 2}[family]
     assert [call["window"][0] for call in flash.calls] == windows
@@ -83,7 +86,7 @@ def test_the_first_kernel_that_computes_the_same_is_taken(monkeypatch):
     def without_windows(*args, window_size=None, **options):
         return Flash().four(*args, **options)[0]
 
-    def refusing(q, **_):
+    def refusing(q, k, v, **_):
         raise RuntimeError("this head size is not supported")
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -93,17 +96,26 @@ def test_the_first_kernel_that_computes_the_same_is_taken(monkeypatch):
     functions = {"shifted": shifted, "without windows": without_windows, "refusing": refusing}
     functions |= {"good": Flash().two, "varlen": varlen_attn}
     monkeypatch.setitem(sys.modules, "fakes", SimpleNamespace(**functions))
-    table = [(n, "fakes", n, flash_kernel) for n in ("missing", "shifted", "without windows", "refusing")]
-    table = [
-        ("not installed", "no_such_package", "x", flash_kernel),
-        *table,
-        ("varlen", "fakes", "varlen", torch_kernel),
-    ]
-    monkeypatch.setattr(varlen, "_VARLEN", table)
-    assert first_that_agrees(CPU, torch.float32, 8, softcap=False)[0] == "varlen"
-    assert first_that_agrees(CPU, torch.float32, 8, softcap=True) is None
-    monkeypatch.setattr(varlen, "_VARLEN", [*table, ("good", "fakes", "good", flash_kernel)])
-    assert first_that_agrees(CPU, torch.float32, 8, softcap=True)[0] == "good"
+    names = ("missing", "shifted", "without windows", "refusing")
+    table = (
+        Candidate("not there", "no_such_package", "x", flash_kernel),
+        *(Candidate(name, "fakes", name, flash_kernel) for name in names),
+        Candidate("varlen", "fakes", "varlen", torch_kernel, traceable=True),
+    )
+    chosen = first_that_agrees(CPU, torch.float32, 8, False, True, table)
+    assert (chosen.name, chosen.traceable) == ("varlen", True)
+    assert chosen.why == (
+        "not there is not installed; missing is not installed: fakes has no missing; "
+        "shifted gives an output that differs from SDPA's by 1.0e+00; "
+        "without windows gives an output that differs from SDPA's by 2.2e+00 with a sliding window; "
+        "refusing fails: RuntimeError: this head size is not supported"
+    )
+    assert first_that_agrees(CPU, torch.float32, 8, False, False, table).name == "without windows"
+    capped = first_that_agrees(CPU, torch.float32, 8, True, True, table)
+    assert (capped.name, capped.kernel) == ("PyTorch softcapped softmax per sequence", per_run)
+    assert "varlen fails: ValueError: softcap must be None for varlen_attn; got 20.0" in capped.why
+    table = (*table, Candidate("good", "fakes", "good", flash_kernel))
+    assert first_that_agrees(CPU, torch.float32, 8, True, True, table).name == "good"
 
 
 @pytest.mark.gpu
@@ -135,8 +147,8 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("head_dim", [64, 128])
     def test_a_varlen_kernel_computes_what_single_calls_do(self, head_dim):
-        found = varlen.varlen_kernel(torch.device("cuda"), torch.bfloat16, head_dim)
-        assert found is not None
+        found = choose_kernel(torch.device("cuda"), torch.bfloat16, head_dim)
+        assert found.kernel is not per_run, found.why
         segments = make_segments(*torch.tensor([[300, 77, 77, 5], [0, 0, 0, 0], [0, 300, 300, 0]])).to(
             torch.device("cuda")
         )
@@ -144,8 +156,16 @@ class TestOnGpu:
         q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
         for window in (None, 100):
             results = []
-            for attend in (found[1], per_run):
+            for attend in (found.kernel, per_run):
                 out = attend(q, k, v, segments, head_dim**-0.5, window, None)
                 results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
             for got, expected in zip(*results, strict=True):
                 assert (got - expected).abs().max() <= 0.03 * expected.abs().max()
+
+    def test_new_lengths_plan_nothing(self):
+        """cuDNN's kernels are planned for each shape; SDPA in runs must not use them."""
+        q, k, v = (torch.randn(64, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        segments = make_segments(*torch.tensor([[40, 24], [0, 0], [0, 0]])).to(torch.device("cuda"))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            per_run(q, k, v, segments, 0.125, None, None).sum().backward()
+        assert not [event.name for event in seen.events() if "cudnn" in event.name.lower()]
