@@ -113,7 +113,9 @@ class VllmEngine:
         prompts = [row.tolist()[: 3 + i] for i, row in enumerate(plain_ids(policy.model, 4, 6, "vllm probe"))]
         reply = self._draw(prompts, range(len(prompts)), limit=limit, top_p=1.0)
         gaps = []
-        with policy.running(), uncompiled(policy.model):
+        autocast = torch.autocast(policy.device.type, policy.autocast, enabled=policy.autocast is not None)
+        # not policy.running(), whose layers may round more than the model's own do
+        with policy.adapters(), autocast, uncompiled(policy.model):
             for prompt, tokens, logps in zip(prompts, reply["tokens"], reply["logps"], strict=True):
                 ids = torch.tensor([prompt + tokens], device=policy.device)
                 logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
