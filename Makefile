@@ -148,12 +148,12 @@ $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(PIP) -e '.[embedded,dev]'
 	touch $@
 
-# vLLM needs no torchvision, and one that was built for another torch keeps it from being imported.
+# vLLM needs none of the three packages, and one that was built for another torch keeps it from being imported.
 $(VLLM_VENV)/vllm.stamp: Makefile
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(VLLM_INDEX)) '$(VLLM)'
-	$(VLLM_VENV)/bin/python -c 'import torchvision' 2>/dev/null || \
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	$(VLLM_VENV)/bin/python -c 'from vllm import LLM' 2>/dev/null || \
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -c 'from vllm import LLM'
 	touch $@
 

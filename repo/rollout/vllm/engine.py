@@ -47,7 +47,7 @@ class VllmEngine:
         """
         self.config, self.policy, self.worker, self.folder = config, policy, worker, folder
         dtype, shape = getattr(torch, config.model.dtype), policy.model.config.get_text_config()
-        self.weights = WeightWriter(policy.model, dtype)
+        self.weights, self.size = WeightWriter(policy.model, dtype), weight_bytes(config, policy)
         tokens, rows = sizes_of(config, shape)
         self.cache = cache_bytes(shape, tokens, rows, dtype)
         options = {"dtype": config.model.dtype, "tokens": tokens, "rows": rows, "cache_bytes": self.cache}
@@ -64,10 +64,11 @@ class VllmEngine:
     def describe(self) -> str:
         """Describe it in one line."""
         return (
-            f"rollout: vLLM {self.about['version']} on {self.about['device']} in a process of its own, weights in "
-            f"{self.config.model.dtype}, KV cache of {self.cache / 2**30:.2f} GiB, log-probabilities "
-            f"{self.gap:.1e} nats per token from the policy's; bit-exact resume is off, since vLLM's arithmetic may "
-            "depend on its batches and version; evaluations sample with transformers"
+            f"rollout: vLLM {self.about['version']} on {self.about['device']} in a process of its own, which holds "
+            f"{self.size / 2**30:.2f} GiB of weights ({self.config.model.dtype}) and a KV cache of "
+            f"{self.cache / 2**30:.2f} GiB; its log-probabilities are {self.gap:.1e} nats per token from the policy's; "
+            "bit-exact resume is off, since vLLM's arithmetic may depend on its batches and version; evaluations sample"
+            " with transformers"
         )
 
     def update(self, step: int) -> None:
@@ -112,7 +113,9 @@ class VllmEngine:
         prompts = [row.tolist()[: 3 + i] for i, row in enumerate(plain_ids(policy.model, 4, 6, "vllm probe"))]
         reply = self._draw(prompts, range(len(prompts)), limit=limit, top_p=1.0)
         gaps = []
-        with policy.running(), uncompiled(policy.model):
+        autocast = torch.autocast(policy.device.type, policy.autocast, enabled=policy.autocast is not None)
+        # not policy.running(), whose layers may round more than the model's own do
+        with policy.adapters(), autocast, uncompiled(policy.model):
             for prompt, tokens, logps in zip(prompts, reply["tokens"], reply["logps"], strict=True):
                 ids = torch.tensor([prompt + tokens], device=policy.device)
                 logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
@@ -148,8 +151,7 @@ def open_vllm(
     trust: run Python code that comes with the model. program: command of the worker; None: rollout.vllm_python runs it.
     Raises UserError if vLLM cannot load the policy or computes another model.
     """
-    size = sum(p.numel() for p in policy.model.parameters()) * getattr(torch, config.model.dtype).itemsize
-    folder = make_work_folder(size)
+    folder = make_work_folder(weight_bytes(config, policy))
     command = worker_command(program or [config.rollout.vllm_python, "-I", str(PROGRAM)], folder)
     try:
         environment = worker_environment(gpu_of(policy.device), torch.get_num_threads())
@@ -157,6 +159,11 @@ def open_vllm(
             yield VllmEngine(config, policy, worker, folder, trust)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def weight_bytes(config: Config, policy: Policy) -> int:
+    """Compute the size of the policy's weights in model.dtype."""
+    return sum(p.numel() for p in policy.model.parameters()) * getattr(torch, config.model.dtype).itemsize
 
 
 def gpu_of(device: torch.device) -> int | None:

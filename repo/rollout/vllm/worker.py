@@ -66,7 +66,7 @@ class Engine:
             logprobs_mode="processed_logprobs",  # of the distribution that is drawn from: temperature and top_p applied
             generation_config="vllm",  # not the model's own defaults, which may filter or penalise tokens
             enable_sleep_mode=self.sleeps,
-            enforce_eager=current_platform.device_type == "cpu",  # a compilation there costs more than it saves
+            enforce_eager=current_platform.device_type == "cpu",  # compiling took minutes there
             skip_tokenizer_init=True,
             trust_remote_code=trust,
             disable_log_stats=True,

@@ -1,4 +1,6 @@
-"""The worker program with a stand-in for vLLM, to test frames, errors and ends: `python fake_vllm.py serve DIR`.
+"""The worker program with a stand-in for vLLM, to test frames, errors and ends.
+
+    python fake_vllm.py serve FOLDER
 
 It answers what a prompt's first token id asks for: see ASK.
 """
