@@ -6,8 +6,8 @@ The default run's model and prompts, responses of exactly 40 tokens; on a GPU al
 weights, in bf16 with FlashAttention. The work is that of live rows (workloads/training_step.py); its share of the best
 matrix product in the same run is the MFU. Decoding is bound by reading the weights, so its case counts their bytes.
 
-Predicted for 4 prompts of 155 tokens in all and 16 responses, at 196 GFLOP/s: T = 779, N = 640; forward 204 GFLOP,
-1.04 s; update 613, of which the trunk is 496, the head 109 and attention 8, 3.13 s. AdamW and the clip move 40 bytes
+Predicted in fp32 for 4 prompts of 155 tokens in all and 16 responses, at 196 GFLOP/s: T = 779, N = 640; forward 204
+GFLOP, 1.04 s; update 613, of which the trunk is 496, the head 109 and attention 8, 3.13 s. AdamW and the clip move 40 bytes
 per parameter, 5.4 GB, some 0.3 s. A rollout of 32 is 412 GFLOP, 2.1 s or 610 tokens/s, if its decode steps, 44 ms each,
 are not bound by the 0.54 GB of weights that each of them reads. Peaks do not include weights, reference, gradients and
 optimiser states.
@@ -33,7 +33,7 @@ from benchmarks.harness.machine import ROOT, device
 from benchmarks.harness.memory import reset_peak, resident
 from benchmarks.harness.results import LIMIT, OURS
 from benchmarks.workloads.models import EMBEDDED, GPU_MODELS
-from benchmarks.workloads.training_step import PROMPTS, SAMPLES, TOKENS, load_step, passes, useful_work
+from benchmarks.workloads.training_step import PROMPTS, SAMPLES, TOKENS, Step, load_step, passes, useful_work
 from repo_kernels.layers import onednn_linear
 
 SMALL: dict[str, Any] = {}
@@ -53,8 +53,11 @@ def cases(quick: bool) -> dict[str, dict[str, Any]]:
     return chosen
 
 
-def products(sizes: list[tuple[int, int, int]]) -> dict[str, tuple[Callable[[], object], float]]:
-    """Return matrix products by name, with their FLOPs: by torch.mm, and by oneDNN where the loop uses it."""
+def products(sizes: list[tuple[int, int, int]], rounds: bool) -> dict[str, tuple[Callable[[], object], float]]:
+    """Return matrix products by name, with their FLOPs: by torch.mm, and by oneDNN where the loop uses it.
+
+    rounds: fp32 layers multiply in bfloat16 on the CPU, so do the same too.
+    """
     on, calls = device(), dict[str, tuple[Callable[[], object], float]]()
     dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     for rows, inner, columns in sizes:
@@ -65,6 +68,9 @@ def products(sizes: list[tuple[int, int, int]]) -> dict[str, tuple[Callable[[], 
         if onednn_linear.multiplies(a.device, a.dtype):
             call = functools.partial(onednn_linear.product, a, b.T.contiguous())
             calls[f"oneDNN {name}"] = call, 2.0 * rows * inner * columns
+        if rounds:
+            call = functools.partial(torch.mm, a.bfloat16(), b.bfloat16())
+            calls[f"torch.mm {name} bfloat16"] = call, 2.0 * rows * inner * columns
     return calls
 
 
@@ -102,13 +108,17 @@ def _parts(model: str, quick: bool) -> Setup:
     ways["rollout, reference and update"] = Way(
         lambda: step.whole(batch), OURS, of_rollout + work.flops + of_update, tokens=n
     )
-    ways |= {name: Way(call, LIMIT, flops) for name, (call, flops) in products(sizes).items()}
+    limits = products(sizes, rounds=_rounds(step))
+    ways |= {name: Way(call, LIMIT, flops) for name, (call, flops) in limits.items()}
 
     def notes(rounds: int) -> dict[str, str]:
         backward = statistics.median(inside[-2 * rounds :])  # the update alone and in the whole step
         return {
             "Forward and backward of an update, median": f"{backward:.3f} s on the host",
             "Attention": step.endless.attention.describe().removeprefix("attention: "),
+            "Products": step.endless.matmul.describe().removeprefix("matrix products: ")
+            if step.endless.matmul
+            else "in the model's type",
         }
 
     formula = (
@@ -118,10 +128,15 @@ def _parts(model: str, quick: bool) -> Setup:
     return Setup(ways, "update", "operations", formula, notes=notes)
 
 
+def _rounds(step: Step) -> bool:
+    """Return whether the layers of an fp32 model multiply in bfloat16."""
+    return step.endless.matmul is not None and step.endless.matmul.half
+
+
 def _decoding(model: str) -> Setup:
     step = load_step(model)
     # Bytes of the matrices in the type that decoding computes in; the embedding is only looked up.
-    each = 2 if step.config.model.dtype == "bfloat16" else 4
+    each = 2 if step.config.model.dtype == "bfloat16" or _rounds(step) else 4
     size = each * sum(m.weight.numel() for m in step.endless.model.modules() if isinstance(m, nn.Linear))
     ways = {}
     for count in (PROMPTS, 2 * PROMPTS):
