@@ -7,10 +7,10 @@ weights, in bf16 with FlashAttention. The work is that of live rows (workloads/t
 matrix product in the same run is the MFU. Decoding is bound by reading the weights, so its case counts their bytes.
 
 Predicted in fp32 for 4 prompts of 155 tokens in all and 16 responses, at 196 GFLOP/s: T = 779, N = 640; forward 204
-GFLOP, 1.04 s; update 613, of which the trunk is 496, the head 109 and attention 8, 3.13 s. AdamW and the clip move 40 bytes
-per parameter, 5.4 GB, some 0.3 s. A rollout of 32 is 412 GFLOP, 2.1 s or 610 tokens/s, if its decode steps, 44 ms each,
-are not bound by the 0.54 GB of weights that each of them reads. Peaks do not include weights, reference, gradients and
-optimiser states.
+GFLOP, 1.04 s; update 613, of which the trunk is 496, the head 109 and attention 8, 3.13 s. AdamW and the clip move 40
+bytes per parameter, 5.4 GB, some 0.3 s. A rollout of 32 is 412 GFLOP, 2.1 s or 610 tokens/s, if its decode steps, 44 ms
+each, are not bound by the 0.54 GB of weights that each of them reads. Peaks do not include weights, reference,
+gradients and optimiser states.
 """
 
 from __future__ import annotations
