@@ -48,7 +48,7 @@ CRITICS = [
 @pytest.mark.parametrize(
     ("kills", "more"),
     [
-        pytest.param(8, [], id="8"),
+        pytest.param(5, [], id="5"),
         pytest.param(60, [], id="60", marks=pytest.mark.long),
         pytest.param(30, CRITICS, id="30-with-critics", marks=pytest.mark.long),
     ],

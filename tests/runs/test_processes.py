@@ -178,7 +178,11 @@ def test_an_interrupt_of_torchrun_saves_and_says_how_to_go_on(options, tmp_path)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--rollout.prompts_per_step=1"], "rollout.prompts_per_step must be >= the 2 processes of this run; got 1"),
+        pytest.param(
+            ["--rollout.prompts_per_step=1"],
+            "rollout.prompts_per_step must be >= the 2 processes of this run; got 1",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             ["--model.shard=3"], "model.shard must divide the 2 processes of this run; got 3", marks=pytest.mark.long
         ),

@@ -56,7 +56,8 @@ def attend(
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Compute sample_tokens without top_p; see repo_kernels.layers.sampling."""
-    (rows, columns), device = logits.shape, logits.device
+    device = logits.device
+    rows, columns = logits.shape
     blocks = -(-columns // variants.BLOCK)
     sums = torch.empty(rows, 2, blocks, dtype=torch.float64, device=device)
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -73,7 +74,8 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor
 
 def add_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     """Compute add_norm; see repo_kernels.layers.decode_layer."""
-    (rows, width), device = hidden.shape, hidden.device
+    device = hidden.device
+    rows, width = hidden.shape
     out = torch.empty(rows, width, dtype=dtype, device=device)
     variant = variants.norm_variant(DTYPES[hidden.dtype], DTYPES[dtype], width, delta is not None, target_of(device))
     launch(variant, device, rows, hidden, out if delta is None else delta, weight, out, width, epsilon)
@@ -85,7 +87,8 @@ def place_heads(
     column: Tensor, heads: int, epsilon: float,
 ) -> Tensor:  # fmt: skip
     """Compute place_heads; see repo_kernels.layers.decode_layer."""
-    rows, device, (key_heads, length, columns) = len(qkv), qkv.device, keys.shape[1:]
+    rows, device = len(qkv), qkv.device
+    key_heads, length, columns = keys.shape[1:]
     query = torch.empty(rows, heads, columns, dtype=qkv.dtype, device=device)
     q_norm, k_norm = (cos, cos) if norms is None else norms
     variant = variants.place_variant(
