@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Policy:
     autocast: dtype of the forward pass, None for that of the weights.
     matmul: type of the products of linear layers on a CPU in fp32, None elsewhere.
     recomputes: gradient checkpointing is on. compiled: the decoder layers are compiled. copied: trained fp32 weights
-    are cast to the dtype of the forward pass once per optimiser step. layers: words for both, and why not.
+    are cast to the dtype of the forward pass once per optimiser step. liger: on a GPU, Liger computes norms, rotary
+    embeddings and SwiGLU. layers: words for these, and why not.
     merged: base model of the adapter folder that was loaded and merged into it, None for a whole model.
     saves_merged: adapters are merged into the weights when it is saved, because they do not fit the base that is named.
     """
@@ -58,6 +60,7 @@ class Policy:
     recomputes: bool = False
     compiled: bool = False
     copied: bool = False
+    liger: bool = False
     layers: str = ""
     merged: str | None = None
     saves_merged: bool = False
@@ -74,7 +77,7 @@ class Policy:
 
     def exact(self) -> Policy:
         """Return the policy with products in the type of its weights, in which decoders are compared."""
-        return dataclasses.replace(self, matmul=None)
+        return dataclasses.replace(self, matmul=None, liger=False)
 
     @contextmanager
     def adapters(self) -> Iterator[None]:
@@ -95,7 +98,7 @@ class Policy:
         """
         linears = bf16_linears if self.matmul is not None and self.matmul.half else onednn_linears
         with ExitStack() as stack:
-            for replaced in () if self.compiled else (linears, fused_layers):
+            for replaced in () if self.compiled else (linears, partial(fused_layers, liger=self.liger)):
                 stack.enter_context(replaced(self.model))
             yield
 

@@ -1,8 +1,9 @@
-"""RMSNorm, SwiGLU and rotary embedding in one pass over memory each, forward and backward, for fp32 on the CPU.
+"""RMSNorm, SwiGLU and rotary embedding in one pass over memory each, forward and backward.
 
 PyTorch takes about twenty operations per layer for them, each of which reads and writes all activations; this is most
 of the time of a training step outside matrix products. `fused_layers` replaces the layers of a transformers model that
-compute the same; whether a class does is decided by running its forward on a small input. Sums are in a fixed order.
+compute the same; whether a class does is decided by running its forward on a small input. In fp32 on the CPU the C++
+backend computes them, with sums in a fixed order; on a GPU Liger does, where it is installed and asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..backends.cpu import layers as cpu
+from . import liger_layers
 
 ROTARY = "apply_rotary_pos_emb"  # the global that attention layers of transformers call
 SILU = ("SiLU", "SiLUActivation")  # the classes of PyTorch and of transformers
@@ -83,16 +85,22 @@ def _fits(*tensors: Tensor) -> bool:
 
 def rms_norm(layer: Any, x: Tensor) -> Tensor:
     """Run the forward of a layer with `weight` and `variance_epsilon` on x (..., H)."""
-    if not _fits(x, layer.weight) or layer.weight.shape != x.shape[-1:] or not x.numel():
-        return type(layer).forward(layer, x)
-    return RmsNorm.apply(x, layer.weight, layer.variance_epsilon)
+    shaped = layer.weight.shape == x.shape[-1:] and x.numel() > 0
+    if shaped and _fits(x, layer.weight):
+        return RmsNorm.apply(x, layer.weight, layer.variance_epsilon)
+    if shaped and liger_layers.fits(x, layer.weight):
+        return liger_layers.rms_norm(x, layer.weight, layer.variance_epsilon)
+    return type(layer).forward(layer, x)
 
 
 def gated_mlp(layer: Any, x: Tensor) -> Tensor:
     """Run the forward of a layer with `gate_proj`, `up_proj`, `down_proj` and silu on x (..., H)."""
     gate, up = layer.gate_proj(x), layer.up_proj(x)
-    inner = SwiGlu.apply(gate, up) if _fits(gate, up) and gate.shape == up.shape else layer.act_fn(gate) * up
-    return layer.down_proj(inner)
+    if gate.shape == up.shape and _fits(gate, up):
+        return layer.down_proj(SwiGlu.apply(gate, up))
+    if gate.shape == up.shape and liger_layers.fits(gate, up):
+        return layer.down_proj(liger_layers.swiglu(gate, up))
+    return layer.down_proj(layer.act_fn(gate) * up)
 
 
 def rotary(
@@ -106,19 +114,27 @@ def rotary(
         cos, sin: (B or 1, T, D).
         unsqueeze_dim: dimension of the heads.
     """
-    fits = unsqueeze_dim == 1 and cos.dim() == 3 and cos.shape == sin.shape and _fits(q, k, cos, sin)
     shape = (q.shape[0], *q.shape[2:])
-    fits = fits and shape == (k.shape[0], *k.shape[2:]) and cos.shape[1:] == shape[1:] and shape[2] % 2 == 0
-    if not fits or cos.shape[0] not in (1, shape[0]) or cos.requires_grad or sin.requires_grad:
+    shaped = unsqueeze_dim == 1 and cos.dim() == 3 and cos.shape == sin.shape and shape == (k.shape[0], *k.shape[2:])
+    shaped = shaped and cos.shape[1:] == shape[1:] and shape[2] % 2 == 0 and cos.shape[0] in (1, shape[0])
+    if not shaped or cos.requires_grad or sin.requires_grad:
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    return Rotary.apply(q, k, *(cpu.unit_columns(t).expand(shape).unsqueeze(1) for t in (cos, sin)))
+    if _fits(q, k, cos, sin):
+        return Rotary.apply(q, k, *(cpu.unit_columns(t).expand(shape).unsqueeze(1) for t in (cos, sin)))
+    if liger_layers.fits(q, k, cos, sin):
+        return liger_layers.rotary(q, k, cos, sin)
+    return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
 
 @contextmanager
-def fused_layers(module: nn.Module) -> Iterator[None]:
-    """Context in which the layers of a module on the CPU or "meta" run fused. It may be entered again inside itself."""
-    fused = {}
-    if cpu.available() and next((p.is_cpu or p.is_meta for p in module.parameters()), False):
+def fused_layers(module: nn.Module, liger: bool = False) -> Iterator[None]:
+    """Context in which the layers of a module run fused. It may be entered again inside itself.
+
+    liger: use Liger for a module on a GPU, whose layers stay as they are otherwise.
+    """
+    fused, weight = {}, next(module.parameters(), None)
+    by_cpp = weight is not None and cpu.available() and (weight.is_cpu or weight.is_meta)
+    if by_cpp or (liger and weight is not None and liger_layers.on_gpu(weight)):
         plain = (m for m in module.modules() if "forward" not in m.__dict__)
         fused = {m: forward for m in plain if (forward := _fused(m)) is not None}
     try:
@@ -144,7 +160,9 @@ def _fused(layer: nn.Module) -> Callable[..., Any] | None:
 def _is_rms_norm(forward: Callable[..., Any]) -> bool:
     x, weight = torch.linspace(-1, 2, 24).view(3, 8), torch.linspace(0.5, 2, 8)
     layer = SimpleNamespace(weight=weight, variance_epsilon=0.5)
-    return _agrees(functools.partial(forward, layer), lambda x: RmsNorm.apply(x, weight, 0.5), x)
+    return _agrees(
+        functools.partial(forward, layer), lambda x: weight * x * (x.square().mean(-1, True) + 0.5).rsqrt(), x
+    )
 
 
 @functools.cache
@@ -166,12 +184,18 @@ def _with_rotary(forward: Callable[..., Any]) -> FunctionType | None:
     own = forward.__globals__.get(ROTARY)
     q, k = torch.linspace(-1, 2, 48).view(1, 3, 2, 8), torch.linspace(2, 5, 16).view(1, 1, 2, 8)
     angles = torch.linspace(0, 3, 16).view(1, 2, 8)
-    if own is None or not _agrees(own, functools.partial(rotary, own), q, k, angles.cos(), angles.sin()):
+    if own is None or not _agrees(own, _rotated, q, k, angles.cos(), angles.sin()):
         return None
     patched = {**forward.__globals__, ROTARY: functools.partial(rotary, own)}
     copy = FunctionType(forward.__code__, patched, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Compute rotary in PyTorch."""
+    halves = ((x, torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)) for x in (q, k))
+    return tuple(x * cos.unsqueeze(1) + turned * sin.unsqueeze(1) for x, turned in halves)
 
 
 @torch.no_grad()

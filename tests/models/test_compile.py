@@ -18,11 +18,12 @@ from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor
 from repo.models.fast_layers import choice
-from repo.models.fast_layers.choice import with_fast_layers
+from repo.models.fast_layers.choice import with_fast_layers, with_liger
 from repo.models.hidden_states import trunk_states
 from repo.models.layers import compile_layers, recomputed, uncompile_layers, uncompiled
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
+from repo_kernels.layers import liger_layers
 from tests.attention.op import varlen_attn
 from tests.support.packed_models import FAMILIES, build, sequences
 from tests.support.tiny import QUESTIONS
@@ -204,3 +205,16 @@ def test_generated_code_computes_the_same():
         logits.square().sum().backward()
         results.append((logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     assert same(*results)
+
+
+def test_liger_is_taken_if_a_trial_agrees_and_its_reason_is_told(tiny_model, monkeypatch):
+    policy = load_policy(str(tiny_model), CPU, True)
+    monkeypatch.setattr(liger_layers, "why_not", lambda: "")
+    taken, words = with_liger(policy)
+    assert taken.liger
+    assert words == "norms, rotary and SwiGLU by Liger"
+    assert not taken.exact().liger  # decoding has its own kernels
+    monkeypatch.setattr(liger_layers, "why_not", lambda: "is not installed")
+    left, words = with_liger(policy)
+    assert not left.liger
+    assert words == "norms, rotary and SwiGLU by PyTorch: Liger is not installed"

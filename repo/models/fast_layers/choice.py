@@ -1,6 +1,7 @@
 """Fast layers: the faster forms of a policy's layers in training, each taken if a trial finds it right.
 
-The forms are working copies of the weights and compiled decoder layers. The trial is a forward and a backward pass over
+The forms are working copies of the weights, compiled decoder layers, and where those do not work Liger's norms, rotary
+embeddings and SwiGLU. The trial is a forward and a backward pass over
 short packed or padded rows; it also compiles what the first update would otherwise compile.
 """
 
@@ -13,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+
+from repo_kernels.layers import liger_layers
 
 from ...common.errors import first_line
 from ..hidden_states import trunk_states
@@ -41,6 +44,9 @@ def with_fast_layers(policy: Policy, compiles: bool | Literal["auto"], sharded: 
     elif compiles == "auto" and policy.device.type == "cuda":
         policy, note = with_compiled_layers(policy)
         notes.insert(0, note)
+    if policy.device.type == "cuda" and not policy.compiled:
+        policy, note = with_liger(policy)
+        notes.append(note)
     return dataclasses.replace(policy, layers=", ".join(notes))
 
 
@@ -65,6 +71,14 @@ def with_compiled_layers(policy: Policy) -> tuple[Policy, str]:
         return policy, f"not compiled: torch.compile {why}"
     graphs = counters["stats"]["unique_graphs"] - graphs
     return compiled, f"compiled in {time.perf_counter() - begun:.0f} s, {graphs} graphs"
+
+
+def with_liger(policy: Policy) -> tuple[Policy, str]:
+    """Let a policy's layers use Liger if states and gradients stay what they are; returns words for it too."""
+    fused = dataclasses.replace(policy, liger=True)
+    if why := liger_layers.why_not() or _changes(fused, _probe(policy)):
+        return policy, f"norms, rotary and SwiGLU by PyTorch: Liger {why}"
+    return fused, "norms, rotary and SwiGLU by Liger"
 
 
 def _changes(policy: Policy, expected: list[Tensor]) -> str:
