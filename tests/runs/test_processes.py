@@ -55,7 +55,7 @@ def single(options, tmp_path_factory) -> Path:
 GAE = ["--algorithm.advantages=gae", "--ptx.coef=0.5"]
 CASES = [
     # processes, model.shard, options
-    pytest.param(2, 1, [], id="DDP 2"),
+    pytest.param(2, 1, [], id="DDP 2", marks=pytest.mark.long),  # a whole run of two is compared below
     pytest.param(2, 0, ["--optimizer.micro_batch_tokens=24"], id="FSDP2 2"),
     pytest.param(3, 0, GAE, id="FSDP2 3"),
     pytest.param(
