@@ -13,6 +13,8 @@ from torch.fx.experimental import _config as shape_config
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from repo_kernels.layers.forwards import replaced_forwards
+
 from ..attention.packed import recompute_contexts
 from ..common.errors import UserError
 
@@ -59,29 +61,13 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     """
     contexts = partial(recompute_contexts, model)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
-    with _forwards(model, lambda layer: partial(checkpoint, layer.forward, **options)):
+    with replaced_forwards({m: partial(checkpoint, m.forward, **options) for m in decoder_layers(model)}):
         yield
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run compiled layers without compilation while the context is open, since decoding would compile them anew."""
-    with _forwards(model, lambda layer: getattr(layer.forward, "_torchdynamo_orig_callable", layer.forward)):
+    forwards = {m: getattr(m.forward, "_torchdynamo_orig_callable", m.forward) for m in decoder_layers(model)}
+    with replaced_forwards(forwards):
         yield
-
-
-@contextmanager
-def _forwards(model: nn.Module, forward_of: Callable[[Any], Forward]) -> Iterator[None]:
-    """Replace the forward of each decoder layer by forward_of(layer) while the context is open."""
-    layers = decoder_layers(model)
-    before = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = forward_of(layer)
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from repo_kernels.layers.decoding import COLUMNS, Cache, DecoderStack, LayerWeights, available, multiply
+from repo_kernels.layers.forwards import replaced_forwards
 
 from ..data.sequences import Sequences, make_sequences
 from ..models.layout import relative_difference
@@ -73,13 +74,8 @@ class FusedDecoder:
             packed |= zip(joined, weights["qkv"].split([m.out_features // COLUMNS for m in joined]), strict=True)
             packed |= {attention.o_proj: weights["out"], mlp.gate_proj: weights["gate"]}
             packed |= {mlp.up_proj: weights["up"], mlp.down_proj: weights["down"]}
-        try:
-            for module, weight in packed.items():
-                module.forward = functools.partial(_forward, module, weight)  # type: ignore[method-assign]
+        with replaced_forwards({m: functools.partial(_forward, m, weight) for m, weight in packed.items()}):
             yield
-        finally:
-            for module in packed:
-                module.__dict__.pop("forward", None)
 
 
 def _forward(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:

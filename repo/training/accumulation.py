@@ -10,7 +10,7 @@ from torch import Tensor
 from repo_kernels import LossStats
 
 from ..config.schema import Config
-from ..data.packing import unflat
+from ..data.packing import Packed, unflat
 from ..data.prompts import Example
 from ..data.sequences import make_sequences
 from ..models.actor import Actor
@@ -40,7 +40,7 @@ class Accumulator:
         lengths = batch.sequences.response_lengths[rows]
         tokens, sequences = max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
         divisor = tokens if self.algorithm.loss_agg_mode == "token-mean" else sequences
-        results = list[MicroBatchLoss]()
+        passes, results = list[Packed](), list[MicroBatchLoss]()
         seen = torch.zeros(batch.ref_logps.shape)
         with self.actor.lm.recomputing():
             for packed in self.actor.own_parts(batch.sequences, rows, self.budget):
@@ -49,7 +49,9 @@ class Accumulator:
                 result = self.actor(part, self.policy_loss, targets)
                 torch.stack(list(result.losses.values())).sum().backward()
                 results.append(result._replace(losses={name: x.detach() for name, x in result.losses.items()}))
-                unflat(packed, result.logps, seen)
+                passes.append(packed)
+        for packed, result in zip(passes, results, strict=True):  # not in the passes: each would wait for a GPU
+            unflat(packed, result.logps, seen)
         own = {name: torch.stack([r.losses[name] for r in results]).sum().item() for name in results[0].losses}
         stats = LossStats(results[0].stats.merge(*(r.stats for r in results[1:])).tensor.cpu())
         everyone = self.actor.world.gather((own, stats, seen[rows]))

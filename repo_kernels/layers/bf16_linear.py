@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .forwards import replaced_forwards
+
 INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}  # flags of /proc/cpuinfo
 NARROWEST = 64  # inputs and outputs; casts take longer than narrower products
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (its version, bfloat16 copy)
@@ -79,13 +81,8 @@ def bf16_linears(module: nn.Module) -> Iterator[None]:
     It may be entered again inside itself.
     """
     layers = [m for m in wide_linears(module) if "forward" not in m.__dict__]
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+    with replaced_forwards({layer: functools.partial(_forward, layer) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def wide_linears(module: nn.Module) -> list[nn.Linear]:

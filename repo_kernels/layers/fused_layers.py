@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.cpu import layers as cpu
 from . import liger_layers
+from .forwards import replaced_forwards
 
 ROTARY = "apply_rotary_pos_emb"  # the global that attention layers of transformers call
 SILU = ("SiLU", "SiLUActivation")  # the classes of PyTorch and of transformers
@@ -137,13 +138,8 @@ def fused_layers(module: nn.Module, liger: bool = False) -> Iterator[None]:
     if by_cpp or (liger and weight is not None and liger_layers.on_gpu(weight)):
         plain = (m for m in module.modules() if "forward" not in m.__dict__)
         fused = {m: forward for m in plain if (forward := _fused(m)) is not None}
-    try:
-        for layer, forward in fused.items():
-            layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+    with replaced_forwards({layer: MethodType(forward, layer) for layer, forward in fused.items()}):
         yield
-    finally:
-        for layer in fused:
-            layer.__dict__.pop("forward", None)
 
 
 def _fused(layer: nn.Module) -> Callable[..., Any] | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..backends.cpu import layers as cpu
+from .forwards import replaced_forwards
 from .packed_linear import available
 
 
@@ -77,13 +78,8 @@ def onednn_linears(module: nn.Module) -> Iterator[None]:
     """
     applies = mkl_is_slow() and available(module)
     layers = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in m.__dict__] if applies else []
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+    with replaced_forwards({layer: functools.partial(_forward, layer) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .forwards import replaced_forwards
+
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -36,15 +38,9 @@ def packed_linears(module: nn.Module, batch_size: int) -> Iterator[None]:
         batch_size: rows per product, for which oneDNN packs.
     """
     prepare = _prepare(module, batch_size)
-    layers = [m for m in module.modules() if type(m) is nn.Linear] if prepare is not None else []
-    try:
-        for layer in layers:
-            assert prepare is not None
-            layer.forward = prepare(layer)  # type: ignore[method-assign, assignment]
+    layers = [m for m in module.modules() if type(m) is nn.Linear]
+    with replaced_forwards({} if prepare is None else {layer: prepare(layer) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def _prepare(module: nn.Module, batch_size: int) -> Callable[[nn.Linear], Forward] | None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from repo_kernels.layers.forwards import replaced_forwards
+
 
 class DecodeWeights:
     """Copies of the weights of a model's nn.Linear layers, each in buffers that `refresh` fills again.
@@ -63,12 +65,6 @@ class DecodeWeights:
     @contextmanager
     def linears(self, model: nn.Module) -> Iterator[None]:
         """Open the context in which the layers multiply by their copies."""
-        layers: dict[str, Any] = {name: model.get_submodule(name) for name in self.copies}
-        try:
-            for name, layer in layers.items():
-                weight, bias = self.copies[name]
-                layer.forward = partial(linear, weight=weight, bias=bias)
+        copies = ((model.get_submodule(name), *pair) for name, pair in self.copies.items())
+        with replaced_forwards({layer: partial(linear, weight=w, bias=bias) for layer, w, bias in copies}):
             yield
-        finally:
-            for layer in layers.values():
-                layer.__dict__.pop("forward", None)
