@@ -18,6 +18,7 @@ from repo.training.advantages import Advantages
 from repo.training.batch import Batch
 from repo.training.optimizer import lr_at
 from repo.training.update import Updater
+from repo_kernels.layers.bf16_linear import rounded
 from tests.support.padded_forward import response_logits
 from tests.support.predictions import response_logps
 from tests.support.tiny import QUESTIONS
@@ -246,3 +247,20 @@ def test_a_checkpoint_brings_back_weights_and_the_random_state(policy, tmp_path)
     checkpoint.restore(tmp_path / "checkpoints" / "step-000001", updater.actor, updater.optimizer)
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(policy.model.model.norm.weight, weight)
+
+
+def test_rounded_copies_follow_an_optimiser_that_writes_into_data(policy):
+    """As bitsandbytes does: PyTorch counts no new version of the weight."""
+    updater, weight = make_updater(policy), policy.model.model.layers[0].mlp.up_proj.weight
+    before, step = rounded(weight), updater.optimizer.step
+    version = weight._version
+
+    def write() -> None:
+        weight.data.add_(1.0)
+
+    updater.optimizer.step = write
+    updater.update(make_batch(policy), 0, 1)
+    updater.optimizer.step = step
+    assert weight._version == version
+    assert torch.equal(rounded(weight), weight.bfloat16())
+    assert not torch.equal(rounded(weight), before)
