@@ -21,8 +21,8 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
             module.forward = forward  # type: ignore[method-assign]
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, earlier in before.items():
+            if earlier is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = earlier  # type: ignore[method-assign]
