@@ -41,6 +41,8 @@ def test_a_run_leaves_everything_that_was_promised(finished, tiny_model):
     card = (finished / "final" / "README.md").read_text()
     assert "safe rate" in card
     assert "too few prompts for intervals" in card
+    assert "Per-prompt goal" in card
+    assert (finished / "report" / "index.html").is_file()
     for name in ("before", "after"):
         summary = json.loads((finished / "eval" / f"{name}.json").read_text())["summary"]
         assert summary["overall"]["reward"]["low"] is None  # of two prompts there is no interval
