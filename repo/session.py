@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 
 from .common.distributed import World
-from .common.errors import UserError, first_line
 from .config.schema import Config
 from .evaluation.evaluator import Evaluator
 from .evaluation.outcome import outcomes, verdict
@@ -18,6 +17,7 @@ from .evaluation.statistics import Evaluation
 from .evaluation.tables import comparison_rows, print_comparison, print_compensation
 from .models.actor import Actor
 from .models.sharding import copy_weights, whole_weights
+from .reporting import after_run
 from .rollout.engine import RolloutEngine
 from .runs.folder import Run
 from .runs.interrupts import StopRequest
@@ -77,25 +77,8 @@ def finish(session: Session, before: Evaluation | None) -> None:
         print_compensation(console, after)
         console.print(sentence, style="bold", markup=False, highlight=False)
     console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {run.path}", markup=False)
-    drawn = bool(after) and session.world.first and draw_report(run.path, console)
+    drawn = bool(after) and session.world.first and after_run.draw_report(run.path, console)
     console.print(f"next:\n{next_commands(run.path, drawn)}", markup=False, highlight=False)
-
-
-def draw_report(run: Path, console: Console) -> bool:
-    """Draw the report of a finished run and print its path, or why there is none: the run itself is saved already.
-
-    run: the run folder. Returns whether the report was drawn.
-    """
-    from .reporting.document import write_report  # here, since it takes a while to load
-
-    try:
-        index = write_report(run)
-    except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else first_line(error)
-        console.print(f"no report was drawn: {reason}", style="yellow", markup=False, highlight=False)
-        return False
-    console.print(f"report: {index}", markup=False, highlight=False)
-    return True
 
 
 def next_commands(run: Path, drawn: bool) -> str:

@@ -61,8 +61,8 @@ class Pairs:
             return f"No pairs to show: no {prompts}."
         return (
             f"Chosen by rule from {turned + kept} {prompts}, in an order hashed from their ids: the first unsafe "
-            f"response of each, and the one of the same number after training. {turned} became safe"
-            f"{_shown(turned, TURNED)}, {kept} did not{_shown(kept, KEPT)}."
+            f"response of each, and the one of the same number after training. In {turned} pairs the response became "
+            f"safe{_shown(turned, TURNED)}, in {kept} it did not{_shown(kept, KEPT)}."
         )
 
 

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from repo.common.errors import UserError
 from repo.report import run_command
+from repo.reporting.after_run import draw_report
 from repo.reporting.document import write_report
 from repo.reporting.run_history import read
-from repo.session import draw_report, next_commands
+from repo.session import next_commands
 from tests.support.recorded import write_run
 
 pytest.importorskip("matplotlib")

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo import launch, loop, train
 from repo.common.errors import UserError
+from repo.reporting import after_run
+from repo.reporting.after_run import draw_report
 from repo.rollout import engine
 from tests.support.run_folders import lines, run, without_times
 
@@ -24,7 +26,9 @@ REQUIRED = (
 
 @pytest.fixture(scope="module")
 def finished(tiny_arguments, tmp_path_factory) -> Path:
-    return run(tiny_arguments, tmp_path_factory.mktemp("runs") / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(after_run, "draw_report", draw_report)
+        return run(tiny_arguments, tmp_path_factory.mktemp("runs") / "a")
 
 
 def test_a_run_leaves_everything_that_was_promised(finished, tiny_model):

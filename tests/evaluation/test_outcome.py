@@ -108,7 +108,10 @@ def test_pairs_are_the_first_unsafe_response_of_each_prompt_in_an_order_of_ids()
         number = pair.before["id"][1:]
         assert (pair.before["response"], pair.after["response"]) == (f"old answer {number}.1", f"new answer {number}.1")
     assert pairs.shown[0].unsafe == (2, 0)
-    assert "8 became safe (the first 3 are shown), 4 did not (the first is shown)." in pairs.rule
+    assert (
+        "In 8 pairs the response became safe (the first 3 are shown), in 4 it did not (the first is shown)."
+        in pairs.rule
+    )
 
 
 def test_the_judge_chooses_the_pairs_where_there_is_one():
@@ -116,7 +119,7 @@ def test_the_judge_chooses_the_pairs_where_there_is_one():
     pairs = choose(evaluation([True] * 3, judge=end), evaluation([True] * 3, judge=start))
     assert [p.before["id"] for p in pairs.became_safe] == ["p0"]
     assert not pairs.stayed_unsafe
-    assert pairs.rule.endswith("1 became safe, 0 did not.")
+    assert pairs.rule.endswith("In 1 pairs the response became safe, in 0 it did not.")
     none = choose(evaluation(start), evaluation(start))
     assert not none.shown
     assert none.rule == "No pairs to show: no prompts mostly unsafe before training by the training cost."
