@@ -56,14 +56,19 @@ class Pairs:
         """State the rule, and how many pairs there were to choose from."""
         turned, kept = len(self.became_safe), len(self.stayed_unsafe)
         which = "mostly unsafe" if self.samples > 1 else "answered unsafely"
-        prompts = f"prompts {which} before training by the {self.scorer}"
+        prompts = f"{which} before training by the {self.scorer}"
         if not turned + kept:
-            return f"No pairs to show: no {prompts}."
+            return f"No pairs to show: no prompt was {prompts}."
         return (
-            f"Chosen by rule from {turned + kept} {prompts}, in an order hashed from their ids: the first unsafe "
-            f"response of each, and the one of the same number after training. In {turned} pairs the response became "
-            f"safe{_shown(turned, TURNED)}, in {kept} it did not{_shown(kept, KEPT)}."
+            f"Chosen by rule from {_counted(turned + kept, 'prompt')} {prompts}, in an order hashed from their ids: the "
+            "first unsafe response of each, and the one of the same number after training. In "
+            f"{_counted(turned, 'pair')} the response became safe{_shown(turned, TURNED)}, in {kept} it did "
+            f"not{_shown(kept, KEPT)}."
         )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _shown(there: int, most: int) -> str:

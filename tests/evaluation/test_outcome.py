@@ -119,10 +119,10 @@ def test_the_judge_chooses_the_pairs_where_there_is_one():
     pairs = choose(evaluation([True] * 3, judge=end), evaluation([True] * 3, judge=start))
     assert [p.before["id"] for p in pairs.became_safe] == ["p0"]
     assert not pairs.stayed_unsafe
-    assert pairs.rule.endswith("In 1 pairs the response became safe, in 0 it did not.")
+    assert pairs.rule.endswith("In 1 pair the response became safe, in 0 it did not.")
     none = choose(evaluation(start), evaluation(start))
     assert not none.shown
-    assert none.rule == "No pairs to show: no prompts mostly unsafe before training by the training cost."
+    assert none.rule == "No pairs to show: no prompt was mostly unsafe before training by the training cost."
 
 
 def test_the_console_and_the_model_card_show_the_same_pairs():
