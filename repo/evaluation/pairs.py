@@ -60,8 +60,8 @@ class Pairs:
         if not turned + kept:
             return f"No pairs to show: no prompt was {prompts}."
         return (
-            f"Chosen by rule from {_counted(turned + kept, 'prompt')} {prompts}, in an order hashed from their ids: the "
-            "first unsafe response of each, and the one of the same number after training. In "
+            f"Chosen by rule from {_counted(turned + kept, 'prompt')} {prompts}, in an order hashed from their ids: "
+            "the first unsafe response of each, and the one of the same number after training. In "
             f"{_counted(turned, 'pair')} the response became safe{_shown(turned, TURNED)}, in {kept} it did "
             f"not{_shown(kept, KEPT)}."
         )

@@ -37,7 +37,7 @@ def held_out(history: History) -> tuple[Figure, str, str] | None:
         label = f"{kind or 'held-out'} ({chosen.sum()})"
         axes.plot(x[chosen], y[chosen], marker, color=colour, ms=4, mew=0, alpha=0.65, label=label, clip_on=False)
     means = np.clip(costs.mean(1), low, high)
-    axes.scatter(*means, s=90, marker="X", color=INK, linewidths=0, zorder=3, label="average")
+    axes.scatter(means[0], means[1], s=90, marker="X", color=INK, linewidths=0, zorder=3, label="average")
     counts = transitions(before, after)
     corners = {(0, 0): (0.02, 0.02), (0, 1): (0.02, 0.98), (1, 0): (0.98, 0.02), (1, 1): (0.98, 0.98)}
     names = {(0, 0): "stayed safe", (0, 1): "safe → unsafe", (1, 0): "unsafe → safe", (1, 1): "stayed unsafe"}
