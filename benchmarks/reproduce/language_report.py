@@ -47,7 +47,7 @@ COLUMNS = 2
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the results as Markdown."""
     methods, against = results["methods"], results["against_ppo_lagrangian"]
-    runs = f"{results['minutes']:.0f} minutes of training in all, {results['jobs']} runs at a time"
+    runs = f"{results['minutes']:.0f} minutes of training in all, runs at a time: {results['jobs']}"
     lines = [
         "# Every prompt or the average: the methods on the embedded language model",
         "",
@@ -97,16 +97,19 @@ def matched_lines(matched: Mapping[str, Any]) -> list[str]:
         for r in matched["rounds"]
     )
     same, beyond = show_change(matched["cost"], "{:.3f}"), show_change(matched["beyond_twice"], "{:.1%}")
-    close = "reaches RePO's" if matched["is_matched"] else "does not reach RePO's"
-    verdict = "" if matched["is_matched"] else " The two are not at the same mean cost, so this does not compare them."
+    verdict = (
+        f"the same, within {matched['within']:g}"
+        if matched["is_matched"]
+        else "not the same, so what follows compares policies of different mean cost"
+    )
     times = "" if matched["ratio"] is None else f"{matched['ratio']:.2f} times as many as RePO; "
     return [
         "PPO-Lagrangian at RePO's mean cost:",
         "",
-        f"- RePO's policies reach a mean cost of {matched['target']:.3f} over the last {matched['responses']} responses "
+        f"- RePO's policies have a mean cost of {matched['target']:.3f} in the last {matched['responses']} responses "
         "of training, the mean over seeds; held-out prompts take no part in this.",
         f"- PPO-Lagrangian's limit: {limits}.",
-        f"- On the held-out prompts its E[C] less RePO's is {same}: it {close} mean cost.{verdict}",
+        f"- On the held-out prompts its E[C] less RePO's is {same}: {verdict}.",
         f"- Prompts that it leaves mostly unsafe by training cost: {times}its share less twice RePO's is {beyond}.",
     ]
 
@@ -122,12 +125,12 @@ def draw(results: Mapping[str, Any]) -> Figure:
         for axes, (across, up) in zip(panels, pairs, strict=False):
             for method, quantities in methods.items():
                 x, y = quantities[across], quantities[up]
-                colour = METHODS[method].colour if method in METHODS else START
-                axes.plot(x["seeds"], y["seeds"], "o", color=colour, mfc="white", ms=4)
+                colour, mark = (METHODS[method].colour, METHODS[method].marker) if method in METHODS else (START, "o")
+                axes.plot(x["seeds"], y["seeds"], mark, color=colour, mfc="white", ms=4)
                 errors = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (y, x)]
                 label = title_of(method)
                 axes.errorbar(
-                    x["mean"], y["mean"], *errors, fmt="o", color=colour, capsize=3, elinewidth=1, label=label
+                    x["mean"], y["mean"], *errors, fmt=mark, color=colour, capsize=3, elinewidth=1, label=label
                 )
             axes.set(xlabel=TITLES[across].name, ylabel=TITLES[up].name)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -59,7 +59,7 @@ def compare(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict[st
         ours: of RePO's seeds. theirs: of PPO-Lagrangian's.
 
     Returns:
-        cost: interval of the difference of E[C]. is_matched: it is at most CLOSE. ratio: of the shares of prompts
+        cost: interval of the difference of E[C]. is_matched: it is at most `within`. ratio: of the shares of prompts
         mostly unsafe, None where RePO leaves none. beyond_twice: interval of PPO-Lagrangian's share less twice RePO's.
     """
     cost = of_seeds(theirs, "cost").minus(of_seeds(ours, "cost"))
@@ -68,6 +68,7 @@ def compare(ours: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> dict[st
     assert cost["mean"] is not None
     return {
         "cost": cost,
+        "within": CLOSE,
         "is_matched": abs(cost["mean"]) <= CLOSE,
         "ratio": float(other.values.mean() / unsafe.values.mean()) if unsafe.values.any() else None,
         "beyond_twice": other.minus(twice),

@@ -10,23 +10,30 @@ from repo.config.parse import PRESETS
 
 @dataclass(frozen=True)
 class Method:
-    """A method. title: in tables and figures. options: that differ from the default. colour: in figures."""
+    """A method.
+
+    title: in tables and figures. options: that differ from the default. colour, marker: in figures.
+    """
 
     title: str
     options: tuple[str, ...]
     colour: str
+    marker: str
 
 
 METHODS = {
-    "ppo": Method("PPO", ("--algorithm.method=ppo",), "#c2410c"),
-    "fixed_penalty": Method("fixed penalty", ("--algorithm.method=fixed_penalty",), "#8a3ffc"),
-    "ppo_lagrangian": Method("PPO-Lagrangian", ("--algorithm.method=ppo_lagrangian",), "#b28600"),
-    "repo": Method("RePO", ("--algorithm.method=repo",), "#0062a3"),
-    "paper": Method("RePO, preset paper", (f"--config={PRESETS / 'paper.yaml'}",), "#00795a"),
-    "matched": Method("PPO-Lagrangian at RePO's E[C]", ("--algorithm.method=ppo_lagrangian",), "#d6409f"),
-    "repo_no_ptx": Method("RePO without examples", ("--algorithm.method=repo", "--ptx.data=null"), "#5b9bd5"),
+    "ppo": Method("PPO", ("--algorithm.method=ppo",), "#c2410c", "v"),
+    "fixed_penalty": Method("fixed penalty", ("--algorithm.method=fixed_penalty",), "#8a3ffc", "P"),
+    "ppo_lagrangian": Method("PPO-Lagrangian", ("--algorithm.method=ppo_lagrangian",), "#b28600", "s"),
+    "repo": Method("RePO", ("--algorithm.method=repo",), "#0062a3", "D"),
+    "paper": Method("RePO, preset paper", (f"--config={PRESETS / 'paper.yaml'}",), "#00795a", "^"),
+    "matched": Method("PPO-Lagrangian at RePO's E[C]", ("--algorithm.method=ppo_lagrangian",), "#d6409f", "X"),
+    "repo_no_ptx": Method("RePO without examples", ("--algorithm.method=repo", "--ptx.data=null"), "#5b9bd5", "<"),
     "ptx_only": Method(
-        "examples alone", ("--algorithm.method=ppo", "--scoring.reward=benchmarks.reproduce.methods:nothing"), "#4b5563"
+        "examples alone",
+        ("--algorithm.method=ppo", "--scoring.reward=benchmarks.reproduce.methods:nothing"),
+        "#4b5563",
+        ">",
     ),
 }
 """By name. matched also gets a cost limit: the mean cost that RePO reaches in training."""

@@ -30,7 +30,7 @@ def after_of_seeds(pairs: Pairs, key: str) -> Seeds:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of each run. key: of QUANTITIES. kind: of the prompts, or WHOLE. form: what is computed of both sides."""
+    """A number of each run. key: of QUANTITIES. kind: of prompts, or WHOLE. form: computes it from both evaluations."""
 
     key: str
     kind: str

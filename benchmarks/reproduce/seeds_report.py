@@ -34,8 +34,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# The default run, seed by seed",
         "",
-        f"`{results['command']}`; {results['prompts']} held-out prompts x {results['samples']} samples, before and after "
-        f"training; {len(seeds)} seeds, {results['jobs']} runs at a time; {results['machine']}.",
+        f"`{results['command']}`; {results['prompts']} held-out prompts x {results['samples']} samples, before and "
+        f"after training; {len(seeds)} seeds, runs at a time: {results['jobs']}; {results['machine']}.",
         "",
         "| what must hold | found | holds |",
         "|---|---|---|",
@@ -45,7 +45,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         *mean_lines(mean),
         "",
-        "By seed, the change with its interval over prompts, which the same random numbers pair:",
+        "By seed, with intervals over prompts:",
         "",
         *seed_lines(seeds, mean),
         "",
@@ -114,7 +114,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
     by = "judge_" if "judge_safe_rate_change" in mean else ""
     changes = [
         (f"{by}safe_rate_change", "All prompts: change of the safe rate", NOW),
-        (f"benign_{by}safe_rate_change", "Benign prompts: the same", START),
+        (f"benign_{by}safe_rate_change", "Benign prompts: change of the safe rate", START),
     ]
     changes = [change for change in changes if change[0] in mean]
     sides = [f"{by}prompts_mostly_unsafe"] if f"{by}prompts_mostly_unsafe_change" in mean else []
@@ -159,5 +159,5 @@ def _draw_sides(axes: Axes, seeds: Sequence[Mapping[str, Any]], name: str) -> No
         axes.plot([before, after], [place, place], "-", color=BAD, lw=1.4)
         axes.plot(before, place, "o", color=BAD, mfc="white", ms=5)
         axes.plot(after, place, "o", color=BAD, ms=5)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-1)
     axes.set_xlabel("per cent of the prompts")
