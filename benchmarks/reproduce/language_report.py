@@ -97,11 +97,9 @@ def matched_lines(matched: Mapping[str, Any]) -> list[str]:
         for r in matched["rounds"]
     )
     same, beyond = show_change(matched["cost"], "{:.3f}"), show_change(matched["beyond_twice"], "{:.1%}")
-    verdict = (
-        f"the same, within {matched['within']:g}"
-        if matched["is_matched"]
-        else "not the same, so what follows compares policies of different mean cost"
-    )
+    verdict = "not the same, so what follows compares policies of different mean cost"
+    if matched["is_matched"]:
+        verdict = f"the same, within {matched['within']:g}"
     times = "" if matched["ratio"] is None else f"{matched['ratio']:.2f} times as many as RePO; "
     return [
         "PPO-Lagrangian at RePO's mean cost:",

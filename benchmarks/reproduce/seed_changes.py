@@ -10,7 +10,7 @@ from repo.common.errors import UserError
 from repo.evaluation.kinds import of_kind
 from repo.evaluation.statistics import QUANTITIES, SEVERAL, Evaluation, interval_of
 
-from .over_seeds import Seeds, change_of_seeds, of_seeds, ratio_of_seeds
+from .over_seeds import Interval, Seeds, change_of_seeds, of_seeds, ratio_of_seeds, within
 from .runs import Usage
 
 Pairs = Sequence[tuple[Evaluation, Evaluation]]
@@ -107,8 +107,13 @@ def summary(runs: Sequence[SeedRun]) -> dict[str, Any]:
     found = measure(runs)
     return {
         "seeds": [_of_run(run, index, found) for index, run in enumerate(runs)],
-        "mean": {name: seeds.interval for name, seeds in found.items()},
+        "mean": {name: _mean(MEASURES[name], seeds) for name, seeds in found.items()},
     }
+
+
+def _mean(measure: Measure, seeds: Seeds) -> Interval:
+    """Return the mean over seeds; the interval of a share stays in [0, 1], which that of a change may leave."""
+    return within(measure.key, seeds.interval) if measure.form in (before_of_seeds, after_of_seeds) else seeds.interval
 
 
 def _of_run(run: SeedRun, index: int, found: Mapping[str, Seeds]) -> dict[str, Any]:

@@ -233,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the table and the figures")
     options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # 720 numbers: threads would only wait for each other
     progress = Progress(8)
     table = rows(progress)
     progress("lambda by RePO's rule, the policy always optimal")

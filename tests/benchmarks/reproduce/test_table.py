@@ -33,6 +33,7 @@ def test_the_demo_prints_the_claim_and_leaves_the_committed_results(optima, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "rows", lambda told: optima)
     monkeypatch.setattr(table, "repo_lambdas", lambda: {5.0: 4249})
+    monkeypatch.setattr(table.torch, "set_num_threads", lambda threads: None)  # of this process, for other tests
     table.main([])
     printed = capsys.readouterr().out
     assert "30 of 60 prompts mostly unsafe" in printed
