@@ -112,8 +112,8 @@ OUT ?= gpu-results
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
-# The paper's claim, into benchmarks/results: the table of answers, then 30 runs on the language model, about four hours
-# on two cores. Interrupted, it continues where it was.
+# The paper's claim, into benchmarks/results: the table of answers, then five methods x five seeds on the language model
+# and PPO-Lagrangian once more at RePO's mean cost: some hours on two cores. Interrupted, it continues where it was.
 reproduce: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m benchmarks.reproduce.table --out benchmarks/results

@@ -139,7 +139,13 @@ def draw(table: Sequence[Row]) -> Figure:
         for row in table:
             split, repo = "split" in row.name, "RePO" in row.name
             point = row.figures["safe answers"], row.figures["E[R]"]
-            axes.plot(*point, "s" if split else "o", color=STYLES[method_of(row)][0], mfc="white" if split else None)
+            axes.plot(
+                *point,
+                "s" if split else "o",
+                color=STYLES[method_of(row)][0],
+                mfc="none" if split else None,
+                ms=8 if split else 6,
+            )
             label = f"\u03bb = {row.lam:g}" if repo else method_of(row)
             beside, side = ((7, 3), "left") if split or "Lagrangian" in row.name else ((-7, -9), "right")
             beside, side = ((0, -15), "center") if row.lam == STRICTEST else (beside, side)

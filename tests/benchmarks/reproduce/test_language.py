@@ -9,7 +9,6 @@ from benchmarks.reproduce import matching
 from benchmarks.reproduce.language import main
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.over_seeds import Seeds, of_seeds
-from benchmarks.reproduce.runs import call, in_turn
 from repo.common.errors import UserError
 from repo.config.parse import load_config, make_parser, parse_config
 from repo.scoring.function import load_function
@@ -73,38 +72,6 @@ def test_what_is_left_unsafe_at_the_same_mean_cost_is_a_ratio():
     assert found["is_matched"]
     assert not matching.compare(ours, [evaluation_of([[1.0, 1.0]] * 20)])["is_matched"]
     assert matching.compare([evaluation_of([[-1.0, -1.0]] * 20)], theirs)["ratio"] is None
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_after_a_failure_no_further_run_begins(capsys):
-    begun = []
-
-    def fails():
-        begun.append("b")
-        raise RuntimeError("no memory")
-
-    tasks = {"a": lambda: begun.append("a"), "b": fails, "c": lambda: begun.append("c")}
-    with pytest.raises(RuntimeError, match="no memory"):
-        in_turn(1, tasks, ready={"a"})
-    assert begun == ["a", "b"]
-    assert "3 runs, 1 there already; 1 at a time" in capsys.readouterr().out
-
-
-def test_the_estimate_counts_the_runs_that_are_left(capsys):
-    assert in_turn(2, {name: lambda: 1 for name in "abc"}) == {"a": 1, "b": 1, "c": 1}
-    assert "3 of 3 done, 0 min left" in capsys.readouterr().out
-
-
-def test_a_command_runs_in_a_process_of_its_own_with_its_threads_and_its_log(tmp_path, monkeypatch):
-    (tmp_path / "shows_threads.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    log = tmp_path / "log"
-    used = call(["shows_threads"], 3, log)
-    assert used.bytes > 2**20
-    assert 0 < used.minutes < 5
-    assert log.read_text() == "3\n"
-    with pytest.raises(RuntimeError, match="no_such_module failed; the end of .*log: 3\n"):
-        call(["no_such_module"], None, log)
 
 
 @pytest.mark.slow
