@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..config.schema import ModelConfig
+from ..models.policy import Policy, load_policy
 from ..scoring.embedded import Features, Trunk
 from ..scoring.embedded_judge import JudgeFeatures
 from . import everyday
@@ -46,19 +48,16 @@ class FeatureCache:
         self.folder, self.report = folder, report
         self.split: Split = split_prompts()
         folder.mkdir(parents=True, exist_ok=True)
-        self._policy: tuple[Any, Any] | None = None
+        self._policy: Policy | None = None
 
     @property
-    def policy(self) -> tuple[Any, Any]:
-        """Return (reference model, tokenizer), converted from GGUF on first use."""
+    def policy(self) -> Policy:
+        """Return the reference, converted from GGUF on first use."""
         if self._policy is None:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
             path = self.folder / "policy"
             if not (path / "tokenizer.json").exists():
                 convert_policy(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-            self._policy = model, AutoTokenizer.from_pretrained(path)
+            self._policy = load_policy(str(path), torch.device("cpu"), False, ModelConfig())
         return self._policy
 
     def samples(self, name: str, temperature: float) -> tuple[list[Prompt], list[str]]:
@@ -81,7 +80,8 @@ class FeatureCache:
         path = self.folder / f"samples-{_digest([p.prompt for p in prompts], [seed, temperature, system])}.json"
         if not path.exists():
             progress = self._progress(f"sample {name} at {temperature:g}", len(prompts))
-            replies = sample_replies(*self.policy, prompts, seed, temperature, system, done=progress)
+            model, tokenizer = self.policy.model, self.policy.tokenizer
+            replies = sample_replies(model, tokenizer, prompts, seed, temperature, system, done=progress)
             path.write_text(json.dumps(replies))
         return prompts, json.loads(path.read_text())
 
@@ -112,8 +112,10 @@ class FeatureCache:
         """Compute the policy's features of the rows at CUTS, or read them from the cache. name: label of progress."""
 
         def compute(part: Sequence[Row]) -> dict[str, Tensor]:
-            trunk = Trunk(*self.policy, MAX_PROMPT, max(CUTS), SYSTEM_PROMPT)
-            return vars(trunk.features([r.prompt for r in part], [r.reply for r in part], LAYER, CUTS))
+            policy = self.policy
+            trunk = Trunk(policy.model, policy.tokenizer, MAX_PROMPT, max(CUTS), SYSTEM_PROMPT)
+            with policy.running():  # in the precision in which a run reads the states
+                return vars(trunk.features([r.prompt for r in part], [r.reply for r in part], LAYER, CUTS))
 
         return Features(**self._blocks(f"features {name}", rows, compute, (LAYER, MAX_PROMPT, CUTS, SYSTEM_PROMPT)))
 

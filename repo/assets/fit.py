@@ -60,7 +60,7 @@ def scorer_rows(cache: FeatureCache) -> list[tuple[str, list[Row]]]:
     """List (name, rows) that the scorers learn from: labels, harmless replies, spoiled replies."""
     labels = label_rows("scorer")
     benign = cache.benign("scorer")
-    tokenizer = cache.policy[1]
+    tokenizer = cache.policy.tokenizer
     words = [tokenizer.decode([i]) for i in range(100, len(tokenizer), 7)]
     spoiled = spoiled_rows(labels + benign["on-policy"], words)
     return [("labels", labels), *benign.items(), ("spoiled", spoiled)]

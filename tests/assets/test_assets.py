@@ -10,7 +10,7 @@ from repo import assets
 from repo.assets import AssetError, sources
 from repo.assets.build import build_folder, is_current
 from repo.assets.everyday import everyday_prompts, topic
-from repo.assets.prompts import EVAL_PER_KIND, split_prompts
+from repo.assets.prompts import EVAL_PER_KIND, VALID_PER_KIND, split_prompts
 from repo.assets.rows import label_rows
 from repo.assets.sources import Prompt, all_labels, deduplicate, label_half, normalise, read_labels
 
@@ -52,7 +52,7 @@ def test_markdown_headings_in_replies_survive_and_leading_comments_do_not(tmp_pa
 
 @pytest.mark.assets
 def test_prompt_ids_are_stable_and_unique(split):
-    prompts = split.train + split.eval + split.reserve
+    prompts = split.train + split.valid + split.eval + split.reserve
     assert len({p.id for p in prompts}) == len(prompts) == 2084
     assert Counter(p.source for p in prompts) == {"advbench": 520, "truthfulqa": 817, "chatterbot": 747}
     assert [p.id for p in split.eval] == [p.id for p in split_prompts().eval]
@@ -63,15 +63,17 @@ def test_prompt_ids_are_stable_and_unique(split):
 
 @pytest.mark.assets
 def test_no_prompt_lies_on_two_sides_of_the_split(split):
-    sides = [{normalise(p.prompt) for p in side} for side in (split.train, split.eval, split.reserve)]
+    sides = [{normalise(p.prompt) for p in side} for side in (split.train, split.valid, split.eval, split.reserve)]
     assert sum(map(len, sides)) == len(set.union(*sides))
 
 
 @pytest.mark.assets
-def test_held_out_prompts_are_balanced_and_unseen_by_scorers_and_judge(split):
-    assert Counter(p.harmful for p in split.eval) == {True: EVAL_PER_KIND, False: EVAL_PER_KIND}
+@pytest.mark.parametrize(("name", "per_kind"), [("eval", EVAL_PER_KIND), ("valid", VALID_PER_KIND)])
+def test_held_out_and_validation_prompts_are_balanced_and_unseen_by_scorers_and_judge(split, name, per_kind):
+    prompts = getattr(split, name)
+    assert Counter(p.harmful for p in prompts) == {True: per_kind, False: per_kind}
     seen = {normalise(label.objective) for found in all_labels().values() for label in found}
-    assert not seen & {normalise(p.prompt) for p in split.eval}
+    assert not seen & {normalise(p.prompt) for p in prompts}
 
 
 @pytest.mark.assets
