@@ -82,8 +82,8 @@ class JudgeFeatures:
         ]
 
     def _sentences(self, ids: list[list[int]]) -> Tensor:
-        last, none = self.model.config.num_hidden_layers, [[]] * len(ids)
-        return nn.functional.normalize(self._pooled(none, ids, (last,)), dim=-1)
+        heads: list[list[int]] = [[]] * len(ids)
+        return nn.functional.normalize(self._pooled(heads, ids, (self.model.config.num_hidden_layers,)), dim=-1)
 
     @torch.no_grad()
     def _pooled(
