@@ -6,5 +6,6 @@ workloads/     models, the parts of a training step, TRL's trainer, the packages
 reporting/     Markdown tables and figures; report.py is the command that writes them
 compiled/      registers, spills, access widths, bytes and launches of the Triton kernels, counted without a GPU
 gpu/           tests and comparisons on one GPU: `make gpu`
-reproduce/     the paper's claim on a table of answers and on a language model: `make reproduce`
+reproduce/     the paper's claim on a table of answers (`make demo`) and on a language model (`make reproduce`), and the
+               default run with ten seeds (`make seeds`)
 """

@@ -11,10 +11,13 @@ from rich.console import Console
 from .common.distributed import World
 from .config.schema import Config
 from .evaluation.evaluator import Evaluator
+from .evaluation.outcome import outcomes, verdict
+from .evaluation.pairs import choose, markdown, print_pairs
 from .evaluation.statistics import Evaluation
 from .evaluation.tables import comparison_rows, print_comparison, print_compensation
 from .models.actor import Actor
 from .models.sharding import copy_weights, whole_weights
+from .reporting import after_run
 from .rollout.engine import RolloutEngine
 from .runs.folder import Run
 from .runs.interrupts import StopRequest
@@ -52,28 +55,41 @@ class Session:
 
 
 def finish(session: Session, before: Evaluation | None) -> None:
-    """Evaluate the trained policy, export it with a model card and print what training changed.
+    """Evaluate the trained policy, export it with a model card, print what training changed and draw the report.
+
+    Without held-out prompts there is no evaluation, and no report is drawn.
 
     before: the evaluation before training; None leaves the comparison out.
     """
     config, parts, console, run = session.config, session.parts, session.console, session.run
     copy_weights(parts.policy.model, parts.sampler.model)
     after = session.evaluator.into_run(run, "after", parts.sampler)
-    rows = comparison_rows(before, after) if before and after else []
     whole = None if parts.sampler is parts.policy else whole_weights(parts.policy.model)
-    final = run.export(parts.policy, model_card(config, config.steps, rows), whole)
     if before and after:
-        print_comparison(console, before, after)
+        rows, sentence, pairs = comparison_rows(before, after), verdict(outcomes(before, after)), choose(before, after)
+        card = model_card(config, config.steps, rows, sentence, markdown(pairs))
+    else:
+        card = model_card(config, config.steps, [])
+    final = run.export(parts.policy, card, whole)
+    if before and after:
+        print_comparison(console, len(after.ids), rows)
+        print_pairs(console, pairs)
         print_compensation(console, after)
+        console.print(sentence, style="bold", markup=False, highlight=False)
     console.print(f"model: {final}   metrics.jsonl, samples.jsonl: {run.path}", markup=False)
-    console.print(f"next:\n{next_commands(run.path)}", markup=False, highlight=False)
+    drawn = bool(after) and session.world.first and after_run.draw_report(run.path, console)
+    console.print(f"next:\n{next_commands(run.path, drawn)}", markup=False, highlight=False)
 
 
-def next_commands(run: Path) -> str:
-    """List the commands that read a finished run, one a line with what each does. run: the run folder."""
+def next_commands(run: Path, drawn: bool) -> str:
+    """List the commands that read a finished run, one a line with what each does.
+
+    run: the run folder. drawn: its report is there already.
+    """
     path = shlex.quote(str(run))
+    report = (f"python -m repo.report {path}", "figures and samples as one HTML page")
     lines = [
-        (f"python -m repo.report {path}", "figures and samples as one HTML page"),
+        *([] if drawn else [report]),
         (f"python -m repo.evaluate {path} --checkpoint all", "every checkpoint on the held-out prompts"),
         (f"python -m repo.compare {path} OTHER_RUN", "two runs prompt by prompt"),
         (f"python -m repo.export {path}", "a checkpoint as a Hugging Face model"),

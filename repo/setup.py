@@ -14,13 +14,14 @@ from rich.console import Console
 from torch import nn
 
 from . import assets
+from .assets.prompts import SYSTEM_PROMPT
 from .common import config_fields
 from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.chat_format import ChatFormat
-from .data.prompts import Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
+from .data.prompts import COLUMN, Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
 from .data.token_ids import require_embedded
 from .models.actor import Actor
 from .models.critic import make_critics
@@ -65,9 +66,8 @@ def find_assets(config: Config, console: Console) -> Path | None:
     reported, and the evaluation goes without it.
     """
     evaluates = config.evaluation.prompts > 0
-    used = [config.model.path, config.data.train, *scorer_names(config.scoring)]
-    used += [config.data.eval] if evaluates else []
-    required = EMBEDDED in used
+    sources = [config.data.train, *([config.data.eval] if evaluates else [])]
+    required = EMBEDDED in (config.model.path, *scorer_names(config.scoring)) or any(map(is_embedded, sources))
     if not (required or (evaluates and config.evaluation.judge == EMBEDDED)):
         return None
 
@@ -143,6 +143,30 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
     return Parts(policy, sampler, reference, scorers, critics, judge, *prompts)
 
 
+def is_embedded(source: str) -> bool:
+    """Tell whether a source of prompts is in the embedded assets: "embedded" or "embedded#split"."""
+    return source.partition("#")[0] == EMBEDDED
+
+
+def system_prompt_of(config: Config, source: str) -> str | None:
+    """Return the system message before the prompts of a source; "auto" means the embedded prompts' own, else none."""
+    if config.data.system_prompt != "auto":
+        return config.data.system_prompt
+    return SYSTEM_PROMPT if is_embedded(source) else None
+
+
+def embedded_file(folder: Path, source: str, split: str) -> str:
+    """Return the file of embedded prompts that a source means. split: the one that "embedded" alone means.
+
+    folder: the embedded assets. Raises UserError for a split that they do not have.
+    """
+    name = source.partition("#")[2] or split
+    there = sorted(path.stem for path in (folder / "prompts").glob("*.jsonl"))
+    if name not in there:
+        raise UserError(f"the embedded prompts have no split {name!r}; they have {', '.join(there)}")
+    return str(folder / "prompts" / f"{name}.jsonl")
+
+
 def context_of(shape: Any) -> int:
     """Return the most tokens that prompt and response may have together. shape: the model's text config."""
     return config_fields.context_of(shape) or sys.maxsize
@@ -153,8 +177,8 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read and tokenise the prompts of a source, and print how many were kept and dropped.
 
-    source: "embedded", a file or a data set, as data.train takes it.
-    split: train, eval or test.
+    source: "embedded" or "embedded#split", a file or a data set, as data.train takes it.
+    split: the one to read if the source names none: train, eval or test.
     folder: the embedded assets, or None.
     shape: the model's text config, whose context bounds prompt and response together.
 
@@ -164,13 +188,15 @@ def read_prompts(
     room = min(data.max_prompt_tokens, context - limit)
     if room < 1:
         raise UserError(f"rollout.max_response_tokens={limit} leaves no room for a prompt in a context of {context}")
-    if source == EMBEDDED and folder is not None:
-        source = str(folder / "prompts" / f"{split}.jsonl")
+    read, column = source, data.column
+    if is_embedded(source) and folder is not None:
+        read, column = embedded_file(folder, source, split), COLUMN
     chat = ChatFormat(tokenizer, data.template_arguments, data.date)
-    prompts = tokenize_prompts(load_prompts(source, data.column, split), tokenizer, data.system_prompt, room, chat)
-    require_embedded((i for p in prompts.kept for i in p.token_ids), shape.vocab_size, f"{source}: a prompt")
+    system = system_prompt_of(config, source)
+    prompts = tokenize_prompts(load_prompts(read, column, split), tokenizer, system, room, chat)
+    require_embedded((i for p in prompts.kept for i in p.token_ids), shape.vocab_size, f"{read}: a prompt")
     tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
-    line = f"{split} prompts: {len(prompts.kept)} of {source}, mean {tokens:.0f} tokens, {prompts.report()}"
+    line = f"{split} prompts: {len(prompts.kept)} of {read}, mean {tokens:.0f} tokens, {prompts.report()}"
     console.print(line, markup=False, highlight=False)
     return prompts.kept
 
@@ -179,7 +205,7 @@ def load_held_out(config: Config, folder: Path | None, tokenizer: Any, shape: An
     """Read all held-out prompts in a fixed random order; return [] if evaluation.prompts is 0."""
     if not config.evaluation.prompts:
         return []
-    split = "eval" if config.data.eval == EMBEDDED else "test"
+    split = "eval" if is_embedded(config.data.eval) else "test"
     held_out = read_prompts(config, config.data.eval, split, folder, tokenizer, shape, console)
     # files are often sorted by category, so the first n would all be of one category
     return sorted(held_out, key=lambda prompt: seed_from("held out", prompt.id))
@@ -227,11 +253,11 @@ def load_data(
         raise UserError("data.train: every prompt is also in data.eval; training needs prompts that are not held out")
     examples: list[Example] = []
     if config.ptx.data is not None:
-        answers = load_prompts(config.ptx.data, data.column)
+        answers, system = load_prompts(config.ptx.data, data.column), system_prompt_of(config, data.train)
         auto = config.optimizer.micro_batch_tokens == "auto"
         limit = context if auto else min(context, config.optimizer.budget)
         chat = ChatFormat(tokenizer, data.template_arguments, data.date)
-        supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
+        supervised = tokenize_examples(answers, tokenizer, system, limit, eos_ids, chat)
         examples = supervised.kept
         ids = (i for e in examples for i in (*e.prompt_ids, *e.response_ids))
         require_embedded(ids, shape.vocab_size, f"{config.ptx.data}: an example")

@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = reduce_products(items)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """A run in this process draws no report, which takes two seconds; what a test module imported is the real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("repo.reporting.after_run.draw_report", lambda *_: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random chat model."""

@@ -1,6 +1,7 @@
 """Check the paper's claim exactly: a softmax policy over 60 prompts x 12 answers, trained with repo_loss.
 
-    python -m benchmarks.reproduce.table        # about a minute; writes benchmarks/results/reproduce_table.{md,png}
+    python -m benchmarks.reproduce.table                # `make demo`: prints the claim, writes to the folder demo
+    python -m benchmarks.reproduce.table --out FOLDER   # writes there
 
 Each (prompt, answer) is one row with one token, so that
 
@@ -12,25 +13,23 @@ is known in closed form, comes from the loss.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.harness.machine import machine
-from repo.reporting.style import STYLE
+from repo.common.errors import exit_with_sentence
 from repo.training.multipliers import lagrangian_lambda, repo_lambda
 from repo_kernels import repo_loss
 
-RESULTS = Path(__file__).parents[1] / "results"
 TABLE = json.loads((Path(__file__).parent / "compensation_table.json").read_text())
 REWARD, COST, REFERENCE = (torch.tensor(TABLE[name], dtype=torch.float64) for name in ("reward", "cost", "reference"))
 BETA, LIMIT = TABLE["beta"], TABLE["limit"]
@@ -187,95 +186,61 @@ def repo_lambdas(targets: tuple[float, ...] = (5.0, 10.0), lr: float = 0.1) -> d
     return updates_to
 
 
-def rows() -> list[Row]:
-    """Train every method and return its row."""
+def rows(told: Callable[[str], None] = lambda _: None) -> list[Row]:
+    """Train every method and return its row.
+
+    Args:
+        told: called with the name of each policy before it is trained.
+    """
     expected = TABLE["oracle"]["expected_constraint"]["lam"]
+    trained = [Row("reference", 0.0, REFERENCE, REFERENCE)]
+    told("PPO")
+    trained.append(Row("PPO", 0.0, train("lagrangian", 0.0), optimum(REWARD)))
+    told("PPO-Lagrangian, its lambda learned")
     lagrangian, lams = train_lagrangian()
-    trained = [
-        Row("reference", 0.0, REFERENCE, REFERENCE),
-        Row("PPO", 0.0, train("lagrangian", 0.0), optimum(REWARD)),
-        Row("PPO-Lagrangian, its lambda learned", lams[-1], lagrangian, optimum(REWARD - expected * COST)),
-    ]
-    trained += [Row("RePO", lam, train("rectified", lam), optimum(REWARD - lam * HINGE)) for lam in (1.0, 5.0, 20.0)]
-    trained += [Row("RePO, cost mode split", lam, train_split(lam), None) for lam in (1.0, 5.0)]
+    oracle = optimum(REWARD - expected * COST)
+    trained.append(Row("PPO-Lagrangian, its lambda learned", lams[-1], lagrangian, oracle))
+    for lam in (1.0, 5.0, 20.0):
+        told(f"RePO, lambda {lam:g}")
+        trained.append(Row("RePO", lam, train("rectified", lam), optimum(REWARD - lam * HINGE)))
+    for lam in (1.0, 5.0):
+        told(f"RePO, cost mode split, lambda {lam:g}")
+        trained.append(Row("RePO, cost mode split", lam, train_split(lam), None))
     return trained
 
 
-def markdown(table: list[Row], updates: dict[float, int], seconds: float) -> str:
-    """Return the results as Markdown."""
-    names = list(table[0].figures)
-    formats = "{:.3f}", "{:.1%}", "{:d} of 60", "{:.3f}", "{:+.3f}", "{:.4f}", "{:.3f}", "{:.1e}"
-    forms = dict(zip(names, formats, strict=True))
-    lines = [
-        "# An expected constraint hides unsafe prompts: the table of 60 prompts x 12 answers",
-        "",
-        f"`python -m benchmarks.reproduce.table`, {seconds:.0f} s, {machine()}. Softmax policies trained by",
-        f"`repo_loss` from the reference (split: from uniform), exact expectations, beta {BETA}, limit {LIMIT:g}.",
-        "",
-        f"| | {' | '.join(names)} |",
-        "|---|" + "---|" * len(names),
-    ]
-    for row in table:
-        cells = ("-" if value != value else forms[key].format(value) for key, value in row.figures.items())
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    told = ", ".join(f"{target:g} after {n} updates" for target, n in updates.items())
-    lines += [
-        "",
-        f"lambda by RePO's rule with eta 0.1 from 1, the policy always optimal: {told}.",
-        "",
-        "![safe answers and reward; unsafe answers prompt by prompt](reproduce_table.png)",
-    ]
-    return "\n".join(lines) + "\n"
+class Progress:
+    """Prints a line for each stage, with the seconds since the start. stages: their number."""
+
+    def __init__(self, stages: int) -> None:
+        self.stages, self.done, self.started = stages, 0, time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        """Print that a stage begins."""
+        self.done += 1
+        print(f"[{self.done} of {self.stages}] {self.seconds:5.1f} s  {stage}", file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the start."""
+        return time.perf_counter() - self.started
 
 
-STYLES = {
-    "reference": ("#737b84", ":"),
-    "PPO": ("#c2410c", "--"),
-    "PPO-Lagrangian": ("#b28600", "-."),
-    "RePO": ("#0062a3", "-"),
-}
-"""Method -> colour and line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train every method, print the claim with its numbers, write table and figures."""
+    from .table_report import print_claim, write
 
-
-def method_of(row: Row) -> str:
-    """Return the row's name up to the comma."""
-    return row.name.split(",")[0]
-
-
-def draw(table: list[Row]) -> Figure:
-    """Draw reward against safe answers (left) and the probability of an unsafe answer to each prompt (right)."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 3.9))
-        left, right = figure.subplots(1, 2)
-        for row in table:
-            split, repo = "split" in row.name, "RePO" in row.name
-            point = row.figures["safe answers"], row.figures["E[R]"]
-            left.plot(*point, "s" if split else "o", color=STYLES[method_of(row)][0], mfc="white" if split else None)
-            label = f"\u03bb = {row.lam:g}" if repo else method_of(row)
-            beside, side = ((7, 3), "left") if split or "Lagrangian" in row.name else ((-7, -9), "right")
-            beside, side = ((0, -15), "center") if row.lam == 20 else (beside, side)
-            left.annotate(label, point, xytext=beside, textcoords="offset points", fontsize=8, ha=side)
-        left.set(xlim=(0.3, 1.12), ylim=(-0.25, 1.55), xlabel="share of safe answers", ylabel="E[R]")
-        left.annotate("RePO, cost mode: circles rectified,\nsquares split", (0.8, 0.45), fontsize=8, ha="center")
-        for row in (r for r in table if "RePO" not in r.name or (r.name == "RePO" and r.lam == 20)):
-            colour, line = STYLES[method_of(row)]
-            label = f"{method_of(row)}: E[C] = {round(row.figures['E[C]'], 2) + 0.0:.2f}"
-            unsafe = unsafe_of_prompts(row.policy).sort(descending=True).values
-            right.plot(range(1, PROMPTS + 1), unsafe, line, color=colour, label=label)
-        right.set(xlabel="prompts, most unsafe first", ylabel="probability of an unsafe answer")
-        right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8)
-        return figure
-
-
-def main() -> None:
-    """Train every method, print the results and write them."""
-    started = time.perf_counter()
-    table, updates = rows(), repo_lambdas()
-    text = markdown(table, updates, time.perf_counter() - started)
-    print(text)
-    (RESULTS / "reproduce_table.md").write_text(text)
-    draw(table).savefig(RESULTS / "reproduce_table.png", dpi=144)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the table and the figures")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # 720 numbers: threads would only wait for each other
+    progress = Progress(8)
+    table = rows(progress)
+    progress("lambda by RePO's rule, the policy always optimal")
+    updates = repo_lambdas()
+    written = write(options.out, table, updates, progress.seconds)
+    print_claim(table, written)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_sentence(main)

@@ -3,7 +3,7 @@
     policy/                        Hugging Face folder (config, safetensors, tokenizer, chat template)
     scorers/reward, scorers/cost   scorer.json, heads.safetensors
     judge/                         scorer.json, heads.safetensors, minilm/, profanity.json + .safetensors
-    prompts/train.jsonl, eval.jsonl
+    prompts/train.jsonl, valid.jsonl, eval.jsonl
     manifest.json                  inputs of the build, size and sha256 of every file
 
 The folder is built under a temporary name beside the target, flushed to disk and renamed, so the target is either whole
@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..common.files import replace_folder
-from .prompts import EVAL_PER_KIND, TRAIN_BENIGN_SHARE, split_prompts
+from .prompts import EVAL_PER_KIND, TRAIN_BENIGN_SHARE, VALID_PER_KIND, split_prompts
 from .sources import SOURCES, AssetError, catalogue, locate, sha256
 
 FITTED = Path(__file__).with_name("fitted")
@@ -152,7 +152,7 @@ def copy_fitted(name: str, folder: Path) -> None:
 def write_prompts(folder: Path) -> None:
     """Write the fixed split of prompts as JSON lines with id, prompt, category and source."""
     split = split_prompts()
-    for name, prompts in (("train", split.train), ("eval", split.eval)):
+    for name, prompts in (("train", split.train), ("valid", split.valid), ("eval", split.eval)):
         lines = [json.dumps(asdict(p), ensure_ascii=False) for p in prompts]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -171,7 +171,11 @@ def inputs() -> dict:
     """Return everything that the content of a build depends on; a folder built from other inputs is out of date."""
     return {
         "format": FORMAT,
-        "split": {"eval_per_kind": EVAL_PER_KIND, "train_benign_share": TRAIN_BENIGN_SHARE},
+        "split": {
+            "eval_per_kind": EVAL_PER_KIND,
+            "valid_per_kind": VALID_PER_KIND,
+            "train_benign_share": TRAIN_BENIGN_SHARE,
+        },
         "sources": {**catalogue(), "catalogue_sha256": sha256(SOURCES)},
         "fitted": {str(p.relative_to(FITTED)): sha256(p) for p in sorted(FITTED.rglob("*.*"))},
     }

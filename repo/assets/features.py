@@ -16,16 +16,11 @@ from torch import Tensor
 
 from ..scoring.embedded import Features, Trunk
 from ..scoring.embedded_judge import JudgeFeatures
+from . import everyday
 from .build import Report, convert_policy
-from .everyday import TEMPERATURE, everyday_answers, everyday_prompts, topic
-from .prompts import Split, split_prompts
-from .rows import (
-    ON_POLICY,
-    Row,
-    on_policy_rows,
-    reference_prompts,
-    sample_replies,
-)
+from .everyday import everyday_answers, everyday_prompts, topic
+from .prompts import SYSTEM_PROMPT, Split, split_prompts
+from .rows import ON_POLICY, TEMPERATURE, Row, on_policy_rows, reference_prompts, sample_replies
 from .sources import Prompt, catalogue, label_half, locate
 
 CUTS = (16, 40, 96)
@@ -66,24 +61,27 @@ class FeatureCache:
             self._policy = model, AutoTokenizer.from_pretrained(path)
         return self._policy
 
-    def samples(self, name: str) -> tuple[list[Prompt], list[str]]:
-        """Return (prompts, sampled replies) of one set.
+    def samples(self, name: str, temperature: float) -> tuple[list[Prompt], list[str]]:
+        """Return (prompts, replies sampled at a temperature) of one set.
+
+        The scorers' and the reference samples follow SYSTEM_PROMPT, as in training; the judge's follow none, and so do
+        replies to everyday prompts, which both sides use.
 
         name: `reference` is the training mix, `scorer` and `judge` are the benign reserve of each side, `everyday` is
             divided between the two sides later.
         """
         seed = ("scorer", "judge", "reference", "everyday").index(name) + 1
-        temperature = TEMPERATURE if name == "everyday" else 1.0
         if name == "reference":
             prompts = reference_prompts(self.split)
         elif name == "everyday":
             prompts = everyday_prompts()
         else:
-            prompts = self.split.reserve_of(name)[: ON_POLICY[name]]
-        path = self.folder / f"samples-{_digest([p.prompt for p in prompts], seed)}.json"
+            prompts = self.split.reserve_of(name)[: ON_POLICY[name][temperature]]
+        system = SYSTEM_PROMPT if name in ("scorer", "reference") else None
+        path = self.folder / f"samples-{_digest([p.prompt for p in prompts], [seed, temperature, system])}.json"
         if not path.exists():
-            progress = self._progress(f"sample {name}", len(prompts))
-            replies = sample_replies(*self.policy, prompts, seed, temperature, done=progress)
+            progress = self._progress(f"sample {name} at {temperature:g}", len(prompts))
+            replies = sample_replies(*self.policy, prompts, seed, temperature, system, done=progress)
             path.write_text(json.dumps(replies))
         return prompts, json.loads(path.read_text())
 
@@ -98,25 +96,26 @@ class FeatureCache:
             chosen = [pair for pair in pairs if label_half(topic(pair[0])) == side]
             return on_policy_rows([p for p, _ in chosen], [r for _, r in chosen], kind)
 
+        replies = [pair for t in ON_POLICY[side] for pair in zip(*self.samples(side, t), strict=True)]
         return {
-            "on-policy": own(zip(*self.samples(side), strict=True), "on-policy"),
-            "everyday": own(zip(*self.samples("everyday"), strict=True), "everyday"),
+            "on-policy": own(replies, "on-policy"),
+            "everyday": own(zip(*self.samples("everyday", everyday.TEMPERATURE), strict=True), "everyday"),
             "written": own(everyday_answers(), "everyday"),
         }
 
     def reference(self) -> list[Row]:
         """Return rows of the reference samples, whose kind is that of the prompt: harmful or benign."""
-        pairs = zip(*self.samples("reference"), strict=True)
+        pairs = zip(*self.samples("reference", TEMPERATURE), strict=True)
         return [Row(p.prompt, reply, "harmful" if p.harmful else "benign") for p, reply in pairs]
 
     def trunk(self, name: str, rows: Sequence[Row]) -> Features:
         """Compute the policy's features of the rows at CUTS, or read them from the cache. name: label of progress."""
 
         def compute(part: Sequence[Row]) -> dict[str, Tensor]:
-            trunk = Trunk(*self.policy, MAX_PROMPT, max(CUTS))
+            trunk = Trunk(*self.policy, MAX_PROMPT, max(CUTS), SYSTEM_PROMPT)
             return vars(trunk.features([r.prompt for r in part], [r.reply for r in part], LAYER, CUTS))
 
-        return Features(**self._blocks(f"features {name}", rows, compute, (LAYER, MAX_PROMPT, CUTS, "mean_logp")))
+        return Features(**self._blocks(f"features {name}", rows, compute, (LAYER, MAX_PROMPT, CUTS, SYSTEM_PROMPT)))
 
     def judge(self, name: str, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Compute the judge's features of the rows at JudgeFeatures.CUTS, or read them from the cache.

@@ -26,6 +26,7 @@ from .measure import (
     reference_figures,
     threshold_of,
 )
+from .prompts import SYSTEM_PROMPT
 from .rows import REPLY_TOKENS, Row, label_rows, spoiled_rows
 
 SCORER_STRENGTH = 0.01
@@ -167,5 +168,6 @@ def _common(signal: str) -> dict:
         "pooling": "mean",
         "max_prompt_tokens": MAX_PROMPT,
         "max_response_tokens": 512,
+        "system_prompt": SYSTEM_PROMPT,
         "sign_check": SIGN_CHECKS[signal],
     }

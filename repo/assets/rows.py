@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..data.conversation import with_system
 from .everyday import topic
 from .prompts import Split
 from .sources import Label, Prompt, all_labels, deduplicate, label_half, normalise
@@ -19,8 +20,11 @@ from .sources import Label, Prompt, all_labels, deduplicate, label_half, normali
 REPLY_TOKENS = 40
 """Tokens of an on-policy reply, as in the default training run."""
 
-ON_POLICY = {"scorer": 224, "judge": 128}
-"""Number of benign reserve prompts whose replies are sampled for each side."""
+TEMPERATURE = 0.7
+"""Sampling temperature of the reference samples, as in the default training run."""
+
+ON_POLICY = {"scorer": {1.0: 224, TEMPERATURE: 224}, "judge": {1.0: 128}}
+"""Side -> sampling temperature -> number of benign reserve prompts whose replies are sampled."""
 
 REFERENCE_SAMPLES = 400
 """Number of on-policy replies to training prompts, which fix the units of the scores; no head is fitted on them."""
@@ -164,18 +168,22 @@ def sample_replies(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     seed: int,
-    temperature: float = 1.0,
-    batch: int = 32,
+    temperature: float,
+    system_prompt: str | None,
+    batch: int = 128,
     done: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Sample a reply of at most REPLY_TOKENS tokens to each prompt, from the untruncated distribution.
 
-    batch: prompts per call of the model. done: called with the number of replies so far.
+    system_prompt: message before each prompt; None for none. batch: prompts per call of the model. done: called with
+    the number of replies so far.
     """
     torch.manual_seed(seed)
     replies = []
     for start in range(0, len(prompts), batch):
-        chats = [[{"role": "user", "content": p.prompt}] for p in prompts[start : start + batch]]
+        chats = [
+            with_system([{"role": "user", "content": p.prompt}], system_prompt) for p in prompts[start : start + batch]
+        ]
         inputs = tokenizer.apply_chat_template(
             chats,
             add_generation_prompt=True,

@@ -152,6 +152,7 @@ def compare_pair(a: Contender, b: Contender) -> dict[str, Any]:
         "baseline": a.name,
         "other": b.name,
         "prompts": len(aligned(a.evaluation, b.evaluation)[0]["cost"]),
+        "samples": min(a.evaluation.samples, b.evaluation.samples),
         "changes": paired(a.evaluation, b.evaluation),
         "wins": win_rates(a.evaluation, b.evaluation),
         "tables": tables,
@@ -216,8 +217,9 @@ def print_pair(console: Console, pair: dict[str, Any]) -> None:
     console.print(table)
     for column, cells in pair["tables"].items():
         by = "training cost" if column == "safe" else "held-out judge"
+        what = "prompts" if pair["samples"] > 1 else "prompts with one response each"
         console.print(
-            f"prompts by {by}: {cells['both_safe']} safe in both, {cells['became_safe']} became safe, "
+            f"{what} by {by}: {cells['both_safe']} safe in both, {cells['became_safe']} became safe, "
             f"{cells['became_unsafe']} became unsafe, {cells['both_unsafe']} unsafe in both "
             f"(exact sign test p = {cells['p_value']:.3g})",
             highlight=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -80,7 +80,10 @@ def kind_title(key: str, kind: str, prompts: int) -> str:
 
 
 def comparison_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str, str]]:
-    """List (name, before, after, paired change) of every quantity as text, then of some for each kind of prompts."""
+    """List (name, before, after, paired change) of every quantity as text, then of some for each kind of prompts.
+
+    The first is the share of prompts that are mostly unsafe, by the held-out judge if there is one.
+    """
     values, others, changes = measured(before.columns), measured(after.columns), paired(before, after)
     rows = [
         (t.name, show(values[key], t.form), show(others[key], t.form), show_change(changes[key], t.form))
@@ -111,11 +114,13 @@ def print_compensation(console: Console, evaluation: Evaluation) -> None:
         console.print(f"held-out prompts: {sentence}", style="yellow", highlight=False)
 
 
-def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:
-    """Print each quantity before and after training with its interval, and the paired change."""
-    rows = comparison_rows(before, after)
+def print_comparison(console: Console, prompts: int, rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print each quantity before and after training with its interval, and the paired change.
+
+    prompts: number of held-out prompts. rows: the result of comparison_rows.
+    """
     intervals = "95 % bootstrap intervals over prompts" if has_intervals(rows) else "too few for intervals"
-    table = Table(title=f"{len(before.ids)} held-out prompts, before and after ({intervals})")
+    table = Table(title=f"{prompts} held-out prompts, before and after ({intervals})")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows:

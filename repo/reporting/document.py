@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import UserError, require_package
 from ..common.files import write_bytes
+from ..evaluation.outcome import verdict
+from ..evaluation.pairs import choose
+from ..evaluation.pairs import title as pair_title
 from ..evaluation.reward_hacking import CHECKS, FEWEST, alerts
 from ..runs.obstacles import obstacles
 from ..scoring.safety import is_safe
 from . import page
-from .headline import Comparison, compare, compensation, quantity_rows, tiles, verdict
+from .headline import QUESTION, Comparison, answer, compare, compensation, quantity_rows, summary, tiles
 from .page import Pair
 from .prompt_history import RECENT, Entry, ledger
 from .run_history import History, read
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 MARK = '<meta name="generator" content="repo.report">'
 LEDGER_ROWS, EXAMPLES = 200, 6
+FIRST = "held_out"
+"""The figure beside the headline."""
 SECTIONS = {
-    "Held-out prompts": ("held_out",),
     "Reward and cost": ("reward", "cost"),
     "Cost distribution": ("distribution", "cumulative"),
     "Safety over steps": ("safe_rate", "compensation"),
@@ -72,7 +76,8 @@ def _require_ours(folder: Path) -> None:
             ours = MARK in index.read_text(encoding="utf-8", errors="replace")
             others = [] if ours else [index]
         else:
-            others = [p for names in SECTIONS.values() for n in names if (p := folder / f"{n}.png").exists()]
+            names = [FIRST, *(name for names in SECTIONS.values() for name in names)]
+            others = [p for name in names if (p := folder / f"{name}.png").exists()]
     except OSError as error:
         raise UserError(f"cannot write {index}: {error.strerror}") from error
     if others:
@@ -93,17 +98,19 @@ def assemble(history: History, drawn: Iterable[Drawn]) -> str:
     named = [(title, title.lower().replace(" ", "-"), content) for title, content in sections.items() if content]
     links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor, _ in named)
     body = "".join(f'<section><h2 id="{anchor}">{title}</h2>{content}</section>' for title, anchor, content in named)
+    head = _head(history, comparison, figures.get(FIRST, ""))
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return string.Template((HERE / "report.html").read_text(encoding="utf-8")).substitute(
         title=f"{page.escaped(history.name)}: RePO report",
-        body=f'{_head(history, comparison)}<nav aria-label="Sections">{links}</nav>{body}{_foot(history)}',
+        body=f'{head}<nav aria-label="Sections">{links}</nav>{body}{_foot(history)}',
         script=script,
         script_hash=f"sha256-{digest}",
     )
 
 
-def _head(history: History, comparison: Comparison | None) -> str:
+def _head(history: History, comparison: Comparison | None, figure: str) -> str:
+    """Build what is above the sections. figure: FIRST as HTML, "" without one."""
     config, algorithm = history.config, history.config["algorithm"]
     done, planned = int(history.steps[-1]), config.get("steps")
     # "mode" is the name that version 0.1 wrote
@@ -122,16 +129,29 @@ def _head(history: History, comparison: Comparison | None) -> str:
         (name, page.number(later, form), f"from {page.number(earlier, form)}") for name, form, earlier, later in rows
     )
     notes = "".join(f'<p class="note">{page.escaped(note)}</p>' for note in history.notes)
-    sentences, balance = [verdict(history, comparison)], compensation(history)
-    if balance:
-        sentences.insert(0 if balance.hidden else 1, balance.sentence)
-    lead = "".join(f'<p class="verdict">{page.escaped(sentence)}</p>' for sentence in sentences)
     return (
-        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>{lead}{notes}</header>'
-        f'{page.tiles(cells)}<p class="lead"><small>{page.escaped(where)}. '
-        "A prompt is unsafe if more than half of its responses are, by the training cost.</small></p>"
+        f'<header><p class="eyebrow">Run report</p><h1>{page.escaped(history.name)}</h1>'
+        f"{_first(history, comparison, figure)}{notes}</header>"
+        f'{page.tiles(cells)}<p class="lead"><small>{page.escaped(where)}.</small></p>'
         f"{page.facts(facts)}"
     )
+
+
+def _first(history: History, comparison: Comparison | None, figure: str) -> str:
+    """Build the headline: QUESTION with its answer beside the figure, or what is known without a comparison."""
+    sentences, balance = [summary(history, comparison)], compensation(history)
+    if balance:
+        sentences.insert(0 if balance.hidden else 1, balance.sentence)
+    if comparison is None:
+        return "".join(f'<p class="verdict">{page.escaped(sentence)}</p>' for sentence in sentences)
+    short, numbers = answer(comparison)
+    goal = verdict(comparison.outcomes)
+    words = (
+        f'<h2 class="question">{QUESTION}</h2><p class="verdict"><strong>{page.escaped(short)}</strong> '
+        f"{page.escaped(numbers)}</p><p>{page.escaped(goal[0].upper() + goal[1:])}.</p>"
+    )
+    rest = "".join(f'<p class="lead">{page.escaped(sentence)}</p>' for sentence in sentences)
+    return f'<div class="first"><div>{words}</div>{figure}</div>{rest}'
 
 
 def _evaluation(history: History, comparison: Comparison | None) -> str:
@@ -200,12 +220,22 @@ def _samples(history: History) -> str:
         lead = "No prompt has been answered twice yet; these are the most costly responses of the last steps."
         return f'<p class="lead">{lead}</p>{page.cards(hardest, limit)}' if hardest else ""
     shown = [f'<p class="lead">{where} Responses may be offensive; they open on demand.</p>']
+    if history.paired:
+        shown.append(_by_rule(history, names))
     for title, chosen in grouped(pairs, limit).items():
         more = f"{len(chosen)} of {len(pairs)}" + (f", {EXAMPLES} shown" if len(chosen) > EXAMPLES else "")
         shown.append(f'<h3>{title} <span class="group">({more})</span></h3>')
         if chosen:
             shown.append(page.pair_cards(chosen[:EXAMPLES], limit, names))
     return "".join(shown)
+
+
+def _by_rule(history: History, names: tuple[str, str]) -> str:
+    """Show the pairs that a rule chose, which a finished run prints too. names: headings of the two responses."""
+    chosen = choose(*(history.evaluations[name].evaluation for name in ("before", "after")))
+    records, titles = [(p.before, p.after) for p in chosen.shown], [pair_title(p) for p in chosen.shown]
+    cards = page.pair_cards(records, history.limit, names, titles) if records else ""
+    return f'<h3>Chosen by rule</h3><p class="lead">{page.escaped(chosen.rule)}</p>{cards}'
 
 
 def _pairs(history: History) -> tuple[list[Pair], tuple[str, str], str]:

@@ -106,11 +106,14 @@ def _cost(history: History) -> tuple[Figure, str, str]:
 def _safe_rate(history: History) -> tuple[Figure, str, str]:
     figure, axes = panel()
     _over_steps(axes, history, "safe_rate", GOOD, "responses with C ≤ d", scale=100)
-    _over_steps(axes, history, "prompts_mostly_unsafe", BAD, "prompts mostly unsafe", "--", points=False, scale=100)
+    caption = f"Training batches: {_drawing(history)}"
+    if history.samples_per_prompt > 1:
+        _over_steps(axes, history, "prompts_mostly_unsafe", BAD, "prompts mostly unsafe", "--", points=False, scale=100)
+        caption += " Mostly unsafe: more than half of the responses."
     axes.set_ylim(0, 102)
     axes.set_ylabel("%")
     legend(axes)
-    return figure, "Safe rate", f"Training batches: {_drawing(history)} Mostly unsafe: more than half of the responses."
+    return figure, "Safe rate", caption
 
 
 def _compensation(history: History) -> tuple[Figure, str, str]:

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..evaluation.statistics import paired
+from ..evaluation.outcome import Outcome, direction, moved, outcomes
+from ..evaluation.statistics import SEVERAL, paired
 from ..evaluation.tables import kind_rows, show, show_change
 from ..scoring.safety import TITLES, Compensation, describe_compensation
 from .run_history import History, Record
 
+QUESTION = "Is every prompt safer, or only the average?"
 TILES = (
-    "safe_rate",
-    "judge_safe_rate",
+    "judge_prompts_mostly_unsafe",
     "prompts_mostly_unsafe",
+    "judge_safe_rate",
+    "safe_rate",
     "rectified_cost",
     "compensation_gap",
     "cost",
@@ -31,10 +34,12 @@ class Comparison:
 
     rows: (quantity, before, after, change) as text.
     changes: {"mean", "low", "high"} of each quantity's paired change.
+    outcomes: what became of the unsafe prompts, by the scorer that decides first.
     """
 
     rows: Sequence[Sequence[str]]
     changes: Mapping[str, Mapping[str, float | None]]
+    outcomes: Sequence[Outcome]
 
 
 def compare(history: History) -> Comparison | None:
@@ -47,7 +52,8 @@ def compare(history: History) -> Comparison | None:
         (name, *cells, show_change(changes[key], TITLES[key].form) if key in changes else "–")
         for key, name, cells in quantity_rows((before.overall, after.overall))
     ]
-    return Comparison([*rows, *kind_rows(before.evaluation, after.evaluation)], changes)
+    rows += kind_rows(before.evaluation, after.evaluation)
+    return Comparison(rows, changes, outcomes(before.evaluation, after.evaluation))
 
 
 def quantity_rows(
@@ -61,17 +67,50 @@ def quantity_rows(
     ]
 
 
-def verdict(history: History, comparison: Comparison | None) -> str:
+def answer(comparison: Comparison) -> tuple[str, str]:
+    """Answer QUESTION: in a few words that claim no more than the intervals show, and with the numbers.
+
+    The words follow the scorer that decides first; "the average" is E[C].
+    """
+    first, mean = comparison.outcomes[0], comparison.changes["cost"]
+    counted = [
+        f"by the {o.scorer} {o.became_safe} became safe, {o.became_unsafe} became unsafe, {o.stayed_unsafe} stayed "
+        "unsafe"
+        for o in comparison.outcomes
+    ]
+    each = "" if first.samples > 1 else ", one response to each"
+    numbers = f"Of {first.prompts} held-out prompts{each}, {'; '.join(counted)}. E[C] {moved(mean, 1, 3, '')}."
+    return _short_answer(first, direction(mean)), numbers
+
+
+def _short_answer(outcome: Outcome, mean: int | None) -> str:
+    """Answer QUESTION in a few words. mean: the direction in which E[C] changed."""
+    if outcome.samples == 1:
+        return "Not known: one response does not tell what a prompt mostly gets."
+    if not outcome.after:
+        return "Every prompt: none is mostly unsafe after training."
+    share = direction(outcome.change)
+    if share is None:
+        return "Not known: too few prompts to tell a change from noise."
+    if share < 0:
+        return "More prompts are safe, but not every one."
+    prompts = "more prompts are mostly unsafe" if share else "as many prompts are mostly unsafe, within noise"
+    if mean == -1:
+        return f"Only the average: {prompts}."
+    return f"Neither: {prompts}."
+
+
+def summary(history: History, comparison: Comparison | None) -> str:
     """State in a sentence or two what training changed on held-out prompts, or why that is not known."""
     if comparison:
         changes = comparison.changes
-        clauses = [change("the safe rate by the training cost", changes["safe_rate"], 100, 1, " points")]
+        clauses = [f"the safe rate by the training cost {moved(changes['safe_rate'])}"]
         if "judge_safe_rate" in changes:
-            clauses.append(change("by the held-out judge it", changes["judge_safe_rate"], 100, 1, " points"))
-        clauses.append(change("the reward", changes["reward"], 1, 3))
-        prompts = len(history.evaluations["after"].evaluation.ids)
+            clauses.append(f"by the held-out judge it {moved(changes['judge_safe_rate'])}")
+        clauses.append(f"the reward {moved(changes['reward'], 1, 3, '')}")
         known = any(changes[key]["low"] is not None for key in ("safe_rate", "reward"))
         intervals = "Brackets hold 95% bootstrap intervals over prompts of this one run" if known else "This is one run"
+        prompts = len(history.evaluations["after"].evaluation.ids)
         return f"On {prompts} held-out prompts {'; '.join(clauses)}. {intervals}; another seed may differ by more."
     if "after" in history.evaluations and "before" in history.evaluations:
         return "The evaluations before and after training are not of the same prompts and are not compared."
@@ -85,25 +124,6 @@ def verdict(history: History, comparison: Comparison | None) -> str:
     if "after" in history.evaluations:
         return "Evaluated after training only, so it is not known what training changed on held-out prompts."
     return "No held-out evaluation: training batches alone say little about other prompts."
-
-
-def change(name: str, interval: Mapping[str, float | None], scale: float, digits: int, unit: str = "") -> str:
-    """Describe a change: `name rose by 7.5 points [1.0, 14.0]`, or that its interval includes no change.
-
-    interval: {"mean", "low", "high"}; without "low" and "high" no direction is claimed.
-    scale: factor of the numbers. digits: decimals. unit: text after the number.
-    """
-    mean, low, high = (None if (v := interval[end]) is None else scale * v for end in ("mean", "low", "high"))
-    if mean is None:
-        return f"{name} cannot be compared"
-    if low is None or high is None:
-        return f"{name} changed by {mean:+.{digits}f}{unit} (too few prompts for an interval)".replace("-", "−")
-    if low > 0:
-        return f"{name} rose by {mean:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
-    if high < 0:
-        return f"{name} fell by {-mean:.{digits}f}{unit} [{-high:.{digits}f}, {-low:.{digits}f}]"
-    shown = f"{mean:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}]".replace("-", "−")
-    return f"{name} changed by {shown}, which includes no change"
 
 
 def compensation(history: History) -> Compensation | None:
@@ -142,8 +162,13 @@ def tiles(history: History) -> tuple[list[tuple[str, str, float, float]], str]:
         means = [_training_means(records) for records in (history.metrics[:n], history.metrics[-n:])]
         where = "Training batches, first and last " + (f"{n} steps" if n > 1 else "step")
     earlier, later = means
-    rows = [(TITLES[key].short, TITLES[key].form, _number(earlier.get(key)), _number(later.get(key))) for key in TILES]
-    return [row for row in rows if np.isfinite(row[2:]).any()], where
+    shown = [key for key in TILES if np.isfinite([_number(earlier.get(key)), _number(later.get(key))]).any()]
+    if not history.paired and history.samples_per_prompt == 1:
+        shown = [key for key in shown if key not in SEVERAL]
+    if SEVERAL & set(shown):
+        where += ". A prompt is unsafe if more than half of its responses are"
+    rows = [(TITLES[key].short, TITLES[key].form, _number(earlier.get(key)), _number(later.get(key))) for key in shown]
+    return rows, where
 
 
 def _training_means(records: Sequence[Record]) -> Mapping[str, float | None]:

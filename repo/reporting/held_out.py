@@ -36,6 +36,8 @@ def held_out(history: History) -> tuple[Figure, str, str] | None:
         chosen = np.array([k == kind for k in kinds])
         label = f"{kind or 'held-out'} ({chosen.sum()})"
         axes.plot(x[chosen], y[chosen], marker, color=colour, ms=4, mew=0, alpha=0.65, label=label, clip_on=False)
+    means = np.clip(costs.mean(1), low, high)
+    axes.scatter(means[0], means[1], s=90, marker="X", color=INK, linewidths=0, zorder=3, label="average")
     counts = transitions(before, after)
     corners = {(0, 0): (0.02, 0.02), (0, 1): (0.02, 0.98), (1, 0): (0.98, 0.02), (1, 1): (0.98, 0.98)}
     names = {(0, 0): "stayed safe", (0, 1): "safe → unsafe", (1, 0): "unsafe → safe", (1, 1): "stayed unsafe"}
@@ -60,6 +62,7 @@ def held_out(history: History) -> tuple[Figure, str, str] | None:
     each = "response" if before.samples == 1 else f"{before.samples} responses"
     caption = (
         f"{len(kinds)} held-out prompts, one point each: the mean cost of its {each} before and after training. Below "
-        "the diagonal the cost fell; dotted lines are the limit. Prompts beyond the axes lie on their edge."
+        "the diagonal the cost fell; dotted lines are the limit. Prompts beyond the axes lie on their edge. The "
+        "corners count the points: prompts by their mean cost, not by how many of their responses are unsafe."
     )
     return figure, "Cost of each held-out prompt", caption

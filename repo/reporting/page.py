@@ -183,12 +183,16 @@ def spark(costs: Sequence[float], limit: float, low: float, high: float, unsafe:
     )
 
 
-def pair_cards(pairs: Iterable[Pair], limit: float, names: tuple[str, str]) -> str:
-    """Build cards of prompts with two responses each, which open on demand. names: headings of the two responses."""
+def pair_cards(pairs: Sequence[Pair], limit: float, names: tuple[str, str], titles: Sequence[str] = ()) -> str:
+    """Build cards of prompts with two responses each, which open on demand.
+
+    names: headings of the two responses. titles: one for each pair, shown with its scores; empty for none.
+    """
     cards = []
-    for before, after in pairs:
+    for (before, after), title in zip(pairs, titles or [""] * len(pairs), strict=True):
         sides = "".join(_side(r, limit, name) for r, name in zip((before, after), names, strict=True))
         scores = (
+            *([escaped(title)] if title else []),
             f"cost {_cost(before['cost'], limit)} → {_cost(after['cost'], limit)}",
             (f"reward {number(before['reward'])} → {number(after['reward'])}"),
         )

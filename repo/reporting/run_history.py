@@ -60,6 +60,11 @@ class History:
         return _limit(self.config)
 
     @property
+    def samples_per_prompt(self) -> int:
+        """Return the responses to each prompt of a training step."""
+        return int(self.config.get("rollout", {}).get("samples_per_prompt", 2))
+
+    @property
     def steps(self) -> np.ndarray:
         """Return the numbers of the steps done, (S,), counted from 1."""
         return np.array([r["step"] + 1 for r in self.metrics])

@@ -10,10 +10,13 @@ from ..config.schema import Config
 from ..scoring.scorers import EMBEDDED, scorer_names
 
 
-def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]]) -> str:
+def model_card(
+    config: Config, steps: int, table: Sequence[tuple[str, str, str, str]], verdict: str = "", pairs: Sequence[str] = ()
+) -> str:
     """Write a model card in Markdown: what was trained, how, and what the held-out evaluation measured.
 
     steps: steps of training done. table: rows of (quantity, before, after, change) as text; empty leaves it out.
+    verdict: a sentence on held-out prompts, which follows the table. pairs: lines that show responses, after it.
     """
     algorithm = config.algorithm
     base = "SmolLM2-135M-Instruct" if config.model.path == EMBEDDED else Path(config.model.path).name
@@ -26,10 +29,10 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
         "",
         "# Policy aligned with RePO's training loop",
         "",
-        f"Base model: {_code(base)}. Method: `{algorithm.method}`"
+        f"Base model: {code(base)}. Method: `{algorithm.method}`"
         + (f", cost mode `{algorithm.cost_mode}`" if algorithm.method == "repo" else "")
         + f"; cost limit {algorithm.cost_limit}, beta {algorithm.beta}, {steps} steps, seed {config.seed}.",
-        f"Reward: {_code(config.scoring.reward)}. Cost: {_code(config.scoring.cost)}.",
+        f"Reward: {code(config.scoring.reward)}. Cost: {code(config.scoring.cost)}.",
         *_embedded(config),
         "",
     ]
@@ -44,6 +47,10 @@ def model_card(config: Config, steps: int, table: list[tuple[str, str, str, str]
             *(f"| {' | '.join(row)} |" for row in table),
             "",
         ]
+    if verdict:
+        lines += [f"{verdict[0].upper()}{verdict[1:]}.", ""]
+    if pairs:
+        lines += [*pairs, ""]
     lines.append("Scores are those of the scorers named above; no claim is made beyond them.")
     return "\n".join(lines) + "\n"
 
@@ -63,7 +70,7 @@ def _embedded(config: Config) -> list[str]:
     ]
 
 
-def _code(value: object) -> str:
+def code(value: object) -> str:
     """Quote text as Markdown code, fenced so that backticks in the text cannot end it."""
     text = " ".join(str(value).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))

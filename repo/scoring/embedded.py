@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..data.conversation import with_system
+
 LM_HEAD_ROWS = 512
 """Rows of logits that exist at once; bounds the memory of fluency, whatever the number of tokens."""
 
@@ -81,10 +83,12 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 class Trunk:
     """A frozen causal LM as a feature extractor of chat-formatted (prompt, response) pairs."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_prompt: int, max_response: int):
-        """max_prompt, max_response: tokens at which the texts are cut on the right."""
+    def __init__(
+        self, model: Any, tokenizer: Any, max_prompt: int, max_response: int, system_prompt: str | None = None
+    ):
+        """max_prompt, max_response: tokens at which texts are cut on the right. system_prompt: before each prompt."""
         self.model, self.tokenizer = model, tokenizer
-        self.max_prompt, self.max_response = max_prompt, max_response
+        self.max_prompt, self.max_response, self.system_prompt = max_prompt, max_response, system_prompt
 
     def encode(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         """Tokenise the prompt in the chat template, and the response, each cut to its limit of tokens."""
@@ -92,7 +96,9 @@ class Trunk:
         if len(ids) > self.max_prompt:
             prompt = self.tokenizer.decode(ids[: self.max_prompt])
         head = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+            with_system([{"role": "user", "content": prompt}], self.system_prompt),
+            add_generation_prompt=True,
+            return_dict=True,
         )["input_ids"]
         tail = self.tokenizer(response, add_special_tokens=False).input_ids if response.strip() else []
         return head, tail[: self.max_response]
@@ -196,6 +202,8 @@ class HeadManifest:
     """Limit of the prompt in tokens; the rest is cut off before the chat template is applied."""
     max_response_tokens: int
     """Limit of the response in tokens; the rest is cut off."""
+    system_prompt: str | None
+    """System message before the prompt; None leaves it to the chat template."""
     offset: float
     """Raw score that counts as 0: for a cost the harm threshold, for a reward the mean over reference samples."""
     scale: float
@@ -263,7 +271,9 @@ class HeadScorer:
 
             tokenizer = AutoTokenizer.from_pretrained(path)
         heads = load_file(folder / "heads.safetensors")
-        trunk = Trunk(model, tokenizer, manifest.max_prompt_tokens, manifest.max_response_tokens)
+        trunk = Trunk(
+            model, tokenizer, manifest.max_prompt_tokens, manifest.max_response_tokens, manifest.system_prompt
+        )
         return cls(manifest, heads["weight"].float(), heads["bias"].float(), trunk, batch_tokens)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -287,14 +297,14 @@ def score_all(
 ) -> list[Tensor]:
     """Score B pairs by several scorers; returns (B,) fp32 for each scorer.
 
-    One forward pass serves all scorers with the same model, layer and length limits.
+    One forward pass serves all scorers with the same model, layer, length limits and system prompt.
     reading: results of an earlier forward pass; the rows that it holds for a scorer's model and layer are not computed
     again.
     """
     groups: dict[tuple, list[int]] = {}
     for i, s in enumerate(scorers):
         m = s.manifest
-        key = (id(s.trunk.model), m.layer, m.max_prompt_tokens, m.max_response_tokens)
+        key = (id(s.trunk.model), m.layer, m.max_prompt_tokens, m.max_response_tokens, m.system_prompt)
         groups.setdefault(key, []).append(i)
     scores: dict[int, Tensor] = {}
     for members in groups.values():

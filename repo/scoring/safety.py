@@ -125,6 +125,10 @@ class Title:
 
 
 TITLES = {
+    "judge_prompts_mostly_unsafe": Title(
+        "prompts mostly unsafe (held-out judge)", "{:.1%}", "Unsafe prompts (held-out judge)"
+    ),
+    "prompts_mostly_unsafe": Title("prompts mostly unsafe (training cost)", "{:.1%}", "Unsafe prompts (training cost)"),
     "reward": Title("reward E[R]", "{:.3f}", "Reward"),
     "reward_safe": Title("reward of safe responses", "{:.3f}"),
     "safe_rate": Title("safe rate (training cost)", "{:.1%}", "Safe rate (training cost)"),
@@ -133,9 +137,7 @@ TITLES = {
     "compensation_gap": Title("compensation gap", "{:.3f}", "Compensation gap"),
     "cost_p95": Title("cost, 95th percentile", "{:.3f}"),
     "cost_max": Title("cost, maximum", "{:.3f}"),
-    "prompts_mostly_unsafe": Title("prompts mostly unsafe", "{:.1%}", "Unsafe prompts"),
     "judge_safe_rate": Title("safe rate (held-out judge)", "{:.1%}", "Safe rate (held-out judge)"),
-    "judge_prompts_mostly_unsafe": Title("prompts mostly unsafe (held-out judge)", "{:.1%}"),
     "refusal_rate": Title("refusals", "{:.1%}"),
     "repetition": Title("repeated word 4-grams", "{:.1%}"),
     "response_tokens": Title("response tokens", "{:.1f}"),

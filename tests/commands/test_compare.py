@@ -160,8 +160,9 @@ def test_runs_are_compared_by_their_newest_evaluations(tmp_path, capsys):
     assert [stem for stem, _ in found.trail] == ["before", "step-000002", "after"]
     run_command([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
     printed = capsys.readouterr().out
-    assert "prompts by training cost: 0 safe in both, 1 became safe, 1 became unsafe, 0 unsafe in both" in printed
-    assert "prompts by held-out judge: 1 safe in both" in printed
+    counts = "0 safe in both, 1 became safe, 1 became unsafe, 0 unsafe in both"
+    assert f"prompts with one response each by training cost: {counts}" in printed
+    assert "prompts with one response each by held-out judge: 1 safe in both" in printed
     content = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert content["pairs"][0]["changes"]["cost"]["mean"] == 0.0
     assert (tmp_path / "c" / "frontier.png").read_bytes()[1:4] == b"PNG"

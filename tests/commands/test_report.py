@@ -1,16 +1,20 @@
 """`python -m repo.report`: writes a report again and elsewhere, and refuses what it cannot report."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from repo.common.errors import UserError
 from repo.report import run_command
+from repo.reporting.after_run import draw_report
 from repo.reporting.document import write_report
 from repo.reporting.run_history import read
+from repo.session import next_commands
 from tests.support.recorded import write_run
 
 pytest.importorskip("matplotlib")
@@ -119,6 +123,30 @@ def test_responses_that_say_nothing_are_a_sentence(tmp_path, change_of, said):
     path.write_text(json.dumps(found))
     with pytest.raises(UserError, match=rf"after.json is damaged: .*{said}"):
         read(run)
+
+
+def test_a_finished_run_prints_the_path_of_its_report(tmp_path, monkeypatch):
+    run, text = write_run(tmp_path / "run"), io.StringIO()
+    monkeypatch.setattr("repo.reporting.document.write_report", lambda run: run / "report" / "index.html")
+    assert draw_report(run, Console(file=text, width=400))
+    assert text.getvalue() == f"report: {run / 'report' / 'index.html'}\n"
+    assert "repo.report" in next_commands(run, False)
+    assert "repo.report" not in next_commands(run, True)
+
+
+def test_a_report_that_cannot_be_drawn_does_not_lose_the_run(tmp_path, monkeypatch):
+    run, text = write_run(tmp_path / "run"), io.StringIO()
+    console = Console(file=text, width=400)
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert not draw_report(run, console)
+    monkeypatch.setattr("repo.reporting.document.read", lambda *_: 1 / 0)
+    assert not draw_report(run, console)
+    assert text.getvalue().splitlines() == [
+        "no report was drawn: a report with figures needs the package matplotlib: pip install matplotlib",
+        "no report was drawn: ZeroDivisionError: division by zero",
+    ]
+    assert not (run / "report").exists()
 
 
 def test_the_command_prints_one_line_and_no_traceback(tmp_path):

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo import launch, loop, train
 from repo.common.errors import UserError
+from repo.reporting import after_run
+from repo.reporting.after_run import draw_report
 from repo.rollout import engine
 from tests.support.run_folders import lines, run, without_times
 
@@ -24,7 +26,9 @@ REQUIRED = (
 
 @pytest.fixture(scope="module")
 def finished(tiny_arguments, tmp_path_factory) -> Path:
-    return run(tiny_arguments, tmp_path_factory.mktemp("runs") / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(after_run, "draw_report", draw_report)
+        return run(tiny_arguments, tmp_path_factory.mktemp("runs") / "a")
 
 
 def test_a_run_leaves_everything_that_was_promised(finished, tiny_model):
@@ -41,6 +45,8 @@ def test_a_run_leaves_everything_that_was_promised(finished, tiny_model):
     card = (finished / "final" / "README.md").read_text()
     assert "safe rate" in card
     assert "too few prompts for intervals" in card
+    assert "Per-prompt goal" in card
+    assert (finished / "report" / "index.html").is_file()
     for name in ("before", "after"):
         summary = json.loads((finished / "eval" / f"{name}.json").read_text())["summary"]
         assert summary["overall"]["reward"]["low"] is None  # of two prompts there is no interval

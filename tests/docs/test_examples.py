@@ -48,7 +48,14 @@ def test_own_scorers_trains_on_the_scores_of_its_functions(tmp_path):
 
 
 def test_own_scorers_takes_a_model_and_options_of_its_user(tiny_model, tmp_path):
-    run("own_scorers", "--out", str(tmp_path / "run"), f"--model.path={tiny_model}", "--steps=1")
+    run(
+        "own_scorers",
+        "--out",
+        str(tmp_path / "run"),
+        f"--model.path={tiny_model}",
+        "--steps=1",
+        "--evaluation.prompts=0",
+    )
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert f"path: {tiny_model}" in config
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1

@@ -67,7 +67,7 @@ def test_the_totals_are_in_every_table():
     assert "| safe rate (training cost), 6 benign prompts | 50.0% | 100.0% | +50.0 points |" in card
     text = io.StringIO()
     console = Console(file=text, width=140)
-    print_comparison(console, BEFORE, AFTER)
+    print_comparison(console, 12, comparison_rows(BEFORE, AFTER))
     print_summary(console, "x", BEFORE.summary() | {"kinds": measured_by_kind(BEFORE)})
     assert text.getvalue().count("6 harmful prompts") >= 4
 

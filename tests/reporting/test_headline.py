@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from repo.reporting.headline import Comparison, change, compare, describe_records, verdict
+from repo.evaluation.outcome import moved
+from repo.reporting.headline import QUESTION, answer, compare, describe_records, summary
 from repo.reporting.run_history import read
 from repo.scoring.safety import TITLES
 from tests.support.recorded import write_evaluation, write_run
@@ -17,13 +18,13 @@ from tests.support.pages import Page, page_of
 
 def test_the_verdict_claims_no_more_than_the_intervals():
     def said(mean, low, high, *how):
-        return change("x", {"mean": mean, "low": low, "high": high}, *how)
+        return moved({"mean": mean, "low": low, "high": high}, *how)
 
-    assert said(0.075, 0.01, 0.14, 100, 1, " points") == "x rose by 7.5 points [1.0, 14.0]"
-    assert said(-0.2, -0.3, -0.1, 1, 1) == "x fell by 0.2 [0.1, 0.3]"
-    assert said(0.02, -0.1, 0.14, 1, 2) == "x changed by +0.02 [−0.10, +0.14], which includes no change"
-    assert said(-0.25, None, None, 100, 0, " points") == "x changed by −25 points (too few prompts for an interval)"
-    assert said(None, None, None, 1, 1) == "x cannot be compared"
+    assert said(0.075, 0.01, 0.14) == "rose by 7.5 points [1.0, 14.0]"
+    assert said(-0.2, -0.3, -0.1, 1, 1, "") == "fell by 0.2 [0.1, 0.3]"
+    assert said(0.02, -0.1, 0.14, 1, 2, "") == "changed by +0.02 [−0.10, +0.14], within noise"
+    assert said(-0.25, None, None, 100, 0) == "changed by −25 points (too few prompts for an interval)"
+    assert said(None, None, None) == "cannot be compared"
 
 
 def records_of(*costs_of_prompts):
@@ -81,7 +82,7 @@ def test_every_quantity_of_both_evaluations_is_in_the_table(tmp_path):
     assert both >= {"safe_rate", "judge_safe_rate", "cost_max", "kl", "entropy"}
     text = page_of(run).text
     assert all(TITLES[key].name in text for key in both)
-    assert "by the held-out judge it changed by +0.0 points [+0.0, +0.0], which includes no change;" in text
+    assert "by the held-out judge it changed by +0.0 points [+0.0, +0.0], within noise;" in text
     assert "Safe rate (held-out judge) 100.0% from 100.0%" in text
 
 
@@ -89,11 +90,11 @@ def test_few_prompts_get_no_interval(tmp_path):
     run = write_run(tmp_path / "run", held_out=4)
     history = read(run)
     none = {name: replace(e, overall=without_intervals(e.overall)) for name, e in history.evaluations.items()}
-    changes = without_intervals(compare(history).changes)
-    said = verdict(replace(history, evaluations=none), Comparison([], changes))
+    comparison = compare(history)
+    said = summary(replace(history, evaluations=none), comparison)
     assert said.count("(too few prompts for an interval)") == 2
     assert said.endswith("This is one run; another seed may differ by more.")
-    said = verdict(replace(history, evaluations={"before": none["before"]}), None)
+    said = summary(replace(history, evaluations={"before": none["before"]}), None)
     assert said.endswith("of held-out responses were safe by the training cost (too few prompts for an interval).")
 
 
@@ -169,3 +170,61 @@ def test_start_and_now_are_a_tenth_of_the_steps(tmp_path):
     history = read(write_run(tmp_path / "run", steps=25))
     assert {s["step"] for s in history.start} == {0, 1}
     assert {s["step"] for s in history.now} == {23, 24}
+
+
+def judged(run, name, unsafe_by_cost, unsafe_by_judge):
+    """Write an evaluation of two responses to each of 40 prompts, of which the first few are unsafe."""
+    records = [
+        {
+            "id": f"p{i}",
+            "category": "harmful",
+            "prompt": f"Question {i}",
+            "response": "words",
+            "tokens": 3,
+            "reward": 0.0,
+            "cost": 1.0 if i < unsafe_by_cost else -1.0,
+            "judge_safe": i >= unsafe_by_judge,
+        }
+        for i in range(40)
+        for _ in range(2)
+    ]
+    write_evaluation(run, name, records)
+
+
+def test_the_first_words_answer_whether_every_prompt_is_safer(tmp_path):
+    run = write_run(tmp_path / "run")
+    judged(run, "before", 30, 20)
+    answers = {
+        (0, 0): "Every prompt: none is mostly unsafe after training.",
+        (10, 5): "More prompts are safe, but not every one.",
+        (10, 20): "Only the average: as many prompts are mostly unsafe, within noise.",
+        (10, 35): "Only the average: more prompts are mostly unsafe.",
+        (30, 20): "Neither: as many prompts are mostly unsafe, within noise.",
+        (35, 35): "Neither: more prompts are mostly unsafe.",
+    }
+    for unsafe, short in answers.items():
+        judged(run, "after", *unsafe)
+        assert answer(compare(read(run)))[0] == short
+    judged(run, "after", 10, 5)
+    text = page_of(run).text
+    counts = (
+        "Of 40 held-out prompts, by the held-out judge 15 became safe, 0 became unsafe, 5 stayed unsafe; by the "
+        "training cost 20 became safe, 0 became unsafe, 10 stayed unsafe. E[C] fell by 1.000 ["
+    )
+    assert f"Run report run {QUESTION} {answers[10, 5]} {counts}" in text
+    assert "Per-prompt goal not met: 5 of 40 held-out prompts mostly unsafe by the held-out judge, before 20; " in text
+    assert "Chosen by rule from 20 prompts mostly unsafe before training by the held-out judge" in text
+    assert text.count("unsafe → safe, prompt unsafe in 2 of 2 before, 0 after") == 3
+    assert "Unsafe prompts (held-out judge) 12.5% from 50.0%" in text
+
+
+def test_single_responses_say_nothing_of_prompts(tmp_path):
+    run = write_run(tmp_path / "run", held_out=12)
+    short, numbers = answer(compare(read(run)))
+    assert short == "Not known: one response does not tell what a prompt mostly gets."
+    assert numbers.startswith("Of 12 held-out prompts, one response to each, by the training cost")
+    assert "more than half of its responses are" not in page_of(run).text
+    single = write_run(tmp_path / "single", samples=1)
+    config = (single / "config.yaml").read_text()
+    (single / "config.yaml").write_text(config.replace("samples_per_prompt: 4", "samples_per_prompt: 1"))
+    assert "Unsafe prompts" not in page_of(single).text

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from repo.reporting import figures
-from repo.reporting.document import write_report
+from repo.reporting.document import assemble
 from repo.reporting.pareto import draw_frontier
 from repo.reporting.run_history import read
 from repo.reporting.style import STYLE
@@ -75,15 +75,18 @@ def test_the_console_counts_steps_from_one_as_the_figures_do(history):
 
 
 def test_a_history_of_single_visits_has_no_column_that_compares_visits(tmp_path):
-    once = write_report(write_run(tmp_path / "once", steps=2, prompts=8, per_step=2)).read_text()
-    often = write_report(write_run(tmp_path / "often", steps=8, prompts=2, per_step=2)).read_text()
+    runs = (
+        write_run(tmp_path / "once", steps=2, prompts=8, per_step=2),
+        write_run(tmp_path / "often", steps=8, prompts=2, per_step=2),
+    )
+    once, often = (assemble(read(run), []) for run in runs)
     heads = [re.findall(r'<th scope="col" data-kind.*?</th>', page) for page in (once, often)]
     assert [len(head) for head in heads] == [4, 8]
     assert "cost history" not in "".join(heads[0])
 
 
 def test_on_a_phone_every_cell_of_the_comparison_has_its_name(tmp_path):
-    page = write_report(write_run(tmp_path / "run", held_out=12)).read_text()
+    page = assemble(read(write_run(tmp_path / "run", held_out=12)), [])
     assert '<td data-name="change">' in page
     assert ".stacked td::before { content: attr(data-name);" in page
 

@@ -1,0 +1,52 @@
+"""The methods that the comparison trains, as options of repo.train that differ from the default configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from repo.config.parse import PRESETS
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method.
+
+    title: in tables and figures. options: that differ from the default. colour, marker: in figures.
+    """
+
+    title: str
+    options: tuple[str, ...]
+    colour: str
+    marker: str
+
+
+METHODS = {
+    "ppo": Method("PPO", ("--algorithm.method=ppo",), "#c2410c", "v"),
+    "fixed_penalty": Method("fixed penalty", ("--algorithm.method=fixed_penalty",), "#8a3ffc", "P"),
+    "ppo_lagrangian": Method("PPO-Lagrangian", ("--algorithm.method=ppo_lagrangian",), "#b28600", "s"),
+    "repo": Method("RePO", ("--algorithm.method=repo",), "#0062a3", "D"),
+    "paper": Method("RePO, preset paper", (f"--config={PRESETS / 'paper.yaml'}",), "#00795a", "^"),
+    "matched": Method("PPO-Lagrangian at RePO's E[C]", ("--algorithm.method=ppo_lagrangian",), "#d6409f", "X"),
+    "repo_no_ptx": Method("RePO without examples", ("--algorithm.method=repo", "--ptx.data=null"), "#5b9bd5", "<"),
+    "ptx_only": Method(
+        "examples alone",
+        ("--algorithm.method=ppo", "--scoring.reward=benchmarks.reproduce.methods:nothing"),
+        "#4b5563",
+        ">",
+    ),
+}
+"""By name. matched also gets a cost limit: the mean cost that RePO reaches in training."""
+COMPARED = ("ppo", "fixed_penalty", "ppo_lagrangian", "repo", "paper")
+"""Methods that are trained if no others are named."""
+BASELINE = "ppo_lagrangian"
+
+
+def nothing(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Score every response 0: with this reward and method ppo, only supervised examples and the KL train."""
+    return [0.0] * len(responses)
+
+
+def title_of(name: str) -> str:
+    """Return the title of a method, or the name itself where there is none."""
+    return METHODS[name].title if name in METHODS else name

@@ -1,0 +1,106 @@
+"""The comparison of methods as `make reproduce` makes it, on the tiny model; its statistics."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.reproduce import matching
+from benchmarks.reproduce.language import main
+from benchmarks.reproduce.methods import METHODS
+from benchmarks.reproduce.over_seeds import Seeds, of_seeds
+from repo.common.errors import UserError
+from repo.config.parse import load_config, make_parser, parse_config
+from repo.scoring.function import load_function
+from tests.commands.test_compare import evaluation_of
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_methods_are_trained_evaluated_and_compared(tiny_arguments, tmp_path, capsys):
+    overrides = [*tiny_arguments, "--steps=1", "--model.device=cpu"]
+    places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = ["--methods", "ppo_lagrangian", "repo", "--seeds", "0", *places, "--", *overrides]
+    main(command)
+    assert "matched1-0: " in capsys.readouterr().out
+    results = json.loads((tmp_path / "results" / "reproduce_language.json").read_text())
+    assert list(results["methods"]) == ["reference", "ppo_lagrangian", "repo", "matched"]
+    assert results["prompts"] > 1  # all that are held out
+    assert not (tmp_path / "runs" / "repo-0" / "eval" / "before.json").exists()
+    for quantities in results["methods"].values():
+        assert quantities["reward"]["low"] <= quantities["reward"]["mean"] <= quantities["reward"]["high"]
+    assert len(results["methods"]["repo"]["safe_rate"]["seeds"]) == 1
+    assert set(results["against_ppo_lagrangian"]) == {"reference", "repo", "matched"}
+    limit = results["matched"]["rounds"][0]["limit"]
+    assert limit == pytest.approx(results["matched"]["target"], abs=1e-3)
+    assert load_config(tmp_path / "runs" / "matched1-0" / "config.yaml").algorithm.cost_limit == limit
+    evaluated = json.loads((tmp_path / "runs" / "matched1-0" / "eval" / "final.json").read_text())
+    assert evaluated["cost_limit"] == results["cost_limit"] == 0.0  # for all methods, whatever they were trained with
+    assert "| RePO |" in (tmp_path / "results" / "reproduce_language.md").read_text()
+    assert (tmp_path / "results" / "reproduce_language.png").read_bytes()[1:4] == b"PNG"
+    assert not (tmp_path / "runs" / "repo-0" / "checkpoints").exists()
+    written = (tmp_path / "runs" / "repo-0" / "metrics.jsonl").stat().st_mtime_ns
+    main(command)  # everything is there
+    assert "2 runs, 2 there already" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "repo-0" / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_methods_differ_in_their_options_alone():
+    for name, method in METHODS.items():
+        fields = [option.removeprefix("--").split("=")[0] for option in method.options]
+        parse_config(make_parser("", ""), list(method.options))
+        assert name == "paper" or all(f.startswith(("algorithm.method", "ptx.", "scoring.reward")) for f in fields)
+
+
+def test_examples_alone_have_no_reward():
+    config = parse_config(make_parser("", ""), list(METHODS["ptx_only"].options))
+    assert config.algorithm.method == "ppo"
+    assert load_function(config.scoring.reward, "reward")(["a", "b"], ["c", "d"]) == [0.0, 0.0]
+
+
+def test_a_further_round_moves_the_limit_by_what_the_last_one_missed():
+    assert matching.next_limit(-0.5, []) == -0.5
+    assert matching.next_limit(-0.5, [{"limit": -0.5, "reached": -0.3}]) == -0.7
+
+
+def test_what_is_left_unsafe_at_the_same_mean_cost_is_a_ratio():
+    ours = [evaluation_of([[-1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]] * 5)]
+    theirs = [evaluation_of([[-2.0, -2.0], [0.5, 0.5], [0.5, 0.5], [-1.0, -1.0]] * 5)]
+    found = matching.compare(ours, theirs)
+    assert found["ratio"] == 2.0
+    assert found["beyond_twice"]["low"] < found["beyond_twice"]["mean"] == 0.0 < found["beyond_twice"]["high"]
+    assert found["is_matched"]
+    assert not matching.compare(ours, [evaluation_of([[1.0, 1.0]] * 20)])["is_matched"]
+    assert matching.compare([evaluation_of([[-1.0, -1.0]] * 20)], theirs)["ratio"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_a_folder_of_another_configuration_is_refused(tiny_arguments, tmp_path):
+    places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = ["--methods", "ppo", "--seeds", "0", *places, "--", *tiny_arguments]
+    main([*command, "--steps=1"])
+    with pytest.raises(UserError, match="ppo-0 was trained with another configuration"):
+        main([*command, "--steps=2"])
+
+
+def test_an_interval_over_seeds_is_wider_than_one_over_prompts_alone():
+    generator = np.random.default_rng(0)
+    prompts = generator.normal(0, 0.1, (50, 1))
+    of_methods = [[evaluation_of((prompts + shift).tolist()) for shift in shifts] for shifts in ((0, 0, 0), (-1, 0, 1))]
+    same, different = (of_seeds(evaluations, "cost") for evaluations in of_methods)
+    width = [s.interval["high"] - s.interval["low"] for s in (same, different)]
+    assert same.interval["mean"] == pytest.approx(different.interval["mean"])
+    assert width[0] < 0.1 < 4 < width[1]
+    assert same.minus(same)["low"] == same.minus(same)["high"] == 0
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_methods_that_do_not_differ_are_rarely_told_apart(seeds):
+    """Of 400 pairs of equal methods at most one in 20 intervals should leave out 0; 30 is two deviations above."""
+    generator, apart = np.random.default_rng(seeds), 0
+    for _ in range(400):
+        a, b = (Seeds(v, v[:, None] + np.zeros((seeds, 2000))) for v in generator.normal(0, 1, (2, seeds)))
+        difference = a.minus(b)
+        apart += not difference["low"] <= 0 <= difference["high"]
+    assert apart <= 30
