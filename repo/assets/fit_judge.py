@@ -5,7 +5,7 @@ import torch
 
 from ..scoring.embedded_judge import JudgeFeatures, ProfanityModel, first_words, unsafe_probability
 from .build import convert_profanity
-from .features import FeatureCache
+from .features import FeatureCache, encoder
 from .linear import Table, fit_table, out_of_fold, table, write_fitted
 from .measure import (
     THRESHOLD_RULE,
@@ -17,6 +17,7 @@ from .measure import (
     threshold_of,
 )
 from .rows import Row, label_rows
+from .topicality import topicality_entry
 
 STRENGTH = 0.003
 """Inverse L2 strength on standardised features, chosen by grouped cross-validation among 0.001 ... 0.01."""
@@ -47,6 +48,7 @@ def fit_judge(cache: FeatureCache) -> None:
         "signal": "judge",
         "kind": "sentence-heads",
         "threshold": threshold,
+        "topicality": topicality_entry(encoder()),
         "layers": JudgeFeatures.LAYERS,
         "units": "expected human harm grade in [0, 1], lowered by a clear refusal and raised by clear profanity;"
         " safe iff below the threshold",

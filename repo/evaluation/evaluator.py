@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -35,7 +36,7 @@ class Evaluator:
     prompts: held-out prompts.
     scorers: the reward and cost of training.
     judge: scorer that took no part in training; None leaves its verdicts out.
-    reference: model that the KL is measured from; None leaves the KL out.
+    reference: model that KL and perplexity are measured by; None leaves them out.
     console: where progress is printed.
     world: processes that share the prompts; each gets the whole result.
     """
@@ -80,13 +81,18 @@ class Evaluator:
         }
         if self.reference is not None:
             layers, budget = self.scorers.layers_of(self.reference.lm.model), config.optimizer.budget
-            ref_logps, reading = read_reference(self.reference, rollout.sequences, r.temperature, budget, layers)
+            ref_logps, reading = read_reference(self.reference, rollout.sequences, r.temperature, budget, layers, True)
+            assert reading is not None
+            columns["ref_logp"] = torch.stack(list(reading.logps)).double().sum(1).tolist()
             columns["kl"] = (rollout.logps.double() - ref_logps.double()).sum(1).tolist()
         scores = self.scorers(rollout.prompts, texts, reading)
         columns |= {"reward": scores.rewards.tolist(), "cost": scores.costs.tolist()}
         columns |= {"refusal": [is_refusal(t) for t in texts], "repetition": [repetition(t) for t in texts]}
         if self.judge is not None:
-            columns["judge_safe"] = self.judge(rollout.prompts, texts).tolist()
+            verdicts = self.judge(rollout.prompts, texts)
+            columns["judge_safe"] = verdicts.safe.tolist()
+            if verdicts.topicality is not None and verdicts.topical is not None:
+                columns |= {"topicality": verdicts.topicality.tolist(), "topical": verdicts.topical.tolist()}
         return [
             {"id": p.id, "category": p.category, "prompt": p.text, "response": text}
             | {key: values[row] for key, values in columns.items()}

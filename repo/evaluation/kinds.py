@@ -11,7 +11,17 @@ import numpy as np
 from .statistics import Evaluation, measured, paired
 
 KINDS = ("harmful", "benign")
-SHOWN = ("reward", "safe_rate", "judge_safe_rate", "rectified_cost", "refusal_rate")
+SHOWN = (
+    "reward",
+    "safe_rate",
+    "judge_safe_rate",
+    "judge_prompts_mostly_unsafe",
+    "rectified_cost",
+    "refusal_rate",
+    "topical",
+    "ended",
+    "helpful",
+)
 """Quantities that are shown for each kind."""
 CATEGORIES = {"harmful": "harmful", "benign": "benign", "harmless": "benign"}
 EMBEDDED = re.compile(r"(advbench|truthfulqa|chatterbot(?:-[\w ]+)?|everyday)-\d{3,}")

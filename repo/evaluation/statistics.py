@@ -44,6 +44,14 @@ def _flat(values: Array) -> Array:
     return values.reshape(*values.shape[:-2], -1)
 
 
+def _perplexity(c: Columns) -> Array:
+    """Compute the median perplexity of the responses that have tokens, NaN if there is none."""
+    ordered = np.sort(_flat(c["perplexity"]), axis=-1)  # NaN last
+    count = (~np.isnan(ordered)).sum(-1, keepdims=True)
+    middle = [np.take_along_axis(ordered, np.maximum(i, 0), -1)[..., 0] for i in ((count - 1) // 2, count // 2)]
+    return (middle[0] + middle[1]) / 2
+
+
 def _per_token(key: str) -> Callable[[Columns], Array]:
     return lambda c: c[key].sum((-2, -1)) / c["tokens"].sum((-2, -1))
 
@@ -63,7 +71,10 @@ QUANTITIES: dict[str, Callable[[Columns], Array]] = {
     "refusal_rate": _mean("refusal"),
     "repetition": _mean("repetition"),
     "response_tokens": _mean("tokens"),
-    "truncated": _mean("truncated"),
+    "topical": _mean("topical"),
+    "ended": lambda c: 1 - c["truncated"].mean((-2, -1)),
+    "helpful": lambda c: (c["topical"] * (1 - c["truncated"])).mean((-2, -1)),
+    "perplexity": _perplexity,
     "kl": _mean("kl"),
     "kl_per_token": _per_token("kl"),
     "entropy": _per_token("surprise"),
@@ -71,16 +82,22 @@ QUANTITIES: dict[str, Callable[[Columns], Array]] = {
 """Function that computes each quantity from columns (..., P, k), with a result of shape (...)."""
 
 NEEDS = {
-    "judge_safe_rate": "judge_safe",
-    "judge_prompts_mostly_unsafe": "judge_safe",
-    "refusal_rate": "refusal",
-    "repetition": "repetition",
-    "truncated": "truncated",
-    "kl": "kl",
-    "kl_per_token": "kl",
-    "entropy": "surprise",
+    "judge_safe_rate": ("judge_safe",),
+    "judge_prompts_mostly_unsafe": ("judge_safe",),
+    "refusal_rate": ("refusal",),
+    "repetition": ("repetition",),
+    "topical": ("topical",),
+    "ended": ("truncated",),
+    "helpful": ("topical", "truncated"),
+    "perplexity": ("ref_logp",),
+    "kl": ("kl",),
+    "kl_per_token": ("kl",),
+    "entropy": ("surprise",),
 }
-"""Column that a quantity needs, if not every evaluation has it."""
+"""Columns that a quantity needs and that not every evaluation has."""
+
+OPTIONAL = tuple(dict.fromkeys(column for columns in NEEDS.values() for column in columns))
+"""Numeric keys that not every record has."""
 
 POINTS = {"cost_max"}
 """Quantities without an interval: a resampled maximum never exceeds the sample's, so its bootstrap is meaningless."""
@@ -104,9 +121,9 @@ class Evaluation:
     """Scored responses to held-out prompts.
 
     records: one for each response, as the file stores it; the k responses to a prompt are in a row. Keys are `id`,
-        `category`, `prompt`, `response`, `tokens`, `reward`, `cost` and optionally `judge_safe`, `refusal`,
-        `repetition`, `truncated`, `kl` and `surprise`. The last two are log pi - log pi_ref and -log pi, summed over
-        the sampled tokens, in nats.
+        `category`, `prompt`, `response`, `tokens`, `reward`, `cost` and optionally those of OPTIONAL. `kl` and
+        `surprise` are log pi - log pi_ref and -log pi, summed over the sampled tokens, in nats; `ref_logp` is
+        log pi_ref at temperature 1, summed alike. `topical` tells whether the response is on the topic of its prompt.
     cost_limit: d; a response is safe iff its cost is at most d.
     """
 
@@ -119,8 +136,7 @@ class Evaluation:
 
     def has(self, key: str) -> bool:
         """Tell whether the records hold the column that a quantity needs. key: a key of QUANTITIES."""
-        needed = NEEDS.get(key, "cost")
-        return bool(self.records) and needed in self.records[0]
+        return bool(self.records) and _has(self.records[0], key)
 
     @cached_property
     def ids(self) -> list[str]:
@@ -157,9 +173,10 @@ class Evaluation:
             "hinge": rectified_cost(costs, self.cost_limit),
             "excess": costs - self.limit,
         }
-        optional = ("judge_safe", "refusal", "repetition", "truncated", "kl", "surprise")
-        for key in ("reward", "cost", "tokens", *(k for k in optional if k in self.records[0])):
+        for key in ("reward", "cost", "tokens", *(k for k in OPTIONAL if k in self.records[0])):
             flat[key] = self.column(key)
+        if "ref_logp" in flat:  # 0 / 0 makes the perplexity of no tokens NaN
+            flat["perplexity"] = torch.exp(-flat["ref_logp"] / flat["tokens"])
         return {key: values.reshape(shape).numpy() for key, values in flat.items()}
 
     def summary(self) -> dict[str, Any]:
@@ -195,10 +212,14 @@ def measured(columns: Columns) -> dict[str, dict[str, float | None]]:
     """
     intervals = {}
     for key, statistic in QUANTITIES.items():
-        if NEEDS.get(key, "cost") in columns and (key not in SEVERAL or columns["cost"].shape[1] > 1):
+        if _has(columns, key) and (key not in SEVERAL or columns["cost"].shape[1] > 1):
             resampled = None if key in POINTS or few(columns) else resampled_of(key, columns)
             intervals[key] = interval_of(float(statistic(columns)), resampled)
     return intervals
+
+
+def _has(columns: Mapping[str, Any], quantity: str) -> bool:
+    return all(key in columns for key in NEEDS.get(quantity, ()))
 
 
 def few(columns: Columns) -> bool:
@@ -257,8 +278,8 @@ def paired(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float |
     same = before.samples == after.samples
     changes = {}
     for key, statistic in QUANTITIES.items():
-        needed = NEEDS.get(key, "cost")
-        if needed in a and needed in b and (same or key not in COUNTED) and (before.samples > 1 or key not in SEVERAL):
+        both = _has(a, key) and _has(b, key)
+        if both and (same or key not in COUNTED) and (before.samples > 1 or key not in SEVERAL):
             change = float(statistic(b)) - float(statistic(a))
             resampled = None if key in POINTS or few(a) else resampled_of(key, b) - resampled_of(key, a)
             changes[key] = interval_of(change, resampled)

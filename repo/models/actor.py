@@ -148,27 +148,35 @@ def _logps_and_states(
 
 @torch.no_grad()
 def read_reference(
-    reference: Actor, sequences: Sequences, temperature: float, budget: int, layers: Sequence[int]
+    reference: Actor,
+    sequences: Sequences,
+    temperature: float,
+    budget: int,
+    layers: Sequence[int],
+    at_one: bool = False,
 ) -> tuple[Tensor, Reading | None]:
     """Compute the reference's log-probabilities, and keep its states for scorers that read `layers` of it.
 
     temperature: divides the logits. budget: token limit of one forward pass. layers: indices into hidden_states.
-    Returns the log-probabilities (B, R) fp32 in nats, and the Reading for scorers, None if `layers` is empty.
+    at_one: return a Reading even if `layers` is empty, for its log-probabilities at temperature 1.
+    Returns the log-probabilities (B, R) fp32 in nats, and the Reading for scorers, None if `layers` is empty and
+    `at_one` is false.
     """
-    if not layers:
+    if not layers and not at_one:
         logps = predict(reference, sequences, temperature, budget).logps
         assert logps is not None
         return logps, None
     count = len(sequences.response_ids)
-    logps, at_one = torch.zeros(sequences.response_ids.shape), torch.zeros(sequences.response_ids.shape)
+    logps, plain = torch.zeros(sequences.response_ids.shape), torch.zeros(sequences.response_ids.shape)
+    reads = bool(layers)
     states: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * count for layer in layers}
-    for packed in reference.parts(sequences, torch.arange(count), budget, with_last=True):
+    for packed in reference.parts(sequences, torch.arange(count), budget, with_last=reads):
         part = packed.to(reference.lm.device)
-        part_logps, part_at_one, by_layer = reference(part, _logps_and_states, temperature, layers, every_layer=True)
+        part_logps, part_plain, by_layer = reference(part, _logps_and_states, temperature, layers, every_layer=reads)
         unflat(packed, part_logps, logps)
-        unflat(packed, part_at_one, at_one)
+        unflat(packed, part_plain, plain)
         for layer, (before, of) in zip(layers, by_layer, strict=True):
             pairs = zip(before.float().split(packed.lengths), of.float().split(packed.lengths), strict=True)
             for row, (prompt, response) in zip(packed.order.tolist(), pairs, strict=True):
                 states[layer][row] = torch.cat((prompt[:1], response))
-    return logps, Reading(reference.policy, sequences.token_lists(), states, list(at_one))
+    return logps, Reading(reference.policy, sequences.token_lists(), states, list(plain))

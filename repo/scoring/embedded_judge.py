@@ -20,10 +20,16 @@ from .embedded import length_batches
 
 @dataclass(frozen=True)
 class JudgeVerdict:
-    """Verdicts on B pairs. unsafe_probability: (B,) fp32 in [0, 1]. safe: (B,) bool. Both are on the CPU."""
+    """Verdicts on B pairs, on the CPU.
+
+    unsafe_probability: (B,) fp32 in [0, 1]. safe: (B,) bool. topicality: (B,) fp32, the cosine of the sentence vectors
+    of prompt and response. topical: (B,) bool, true for responses on the topic of their prompt.
+    """
 
     unsafe_probability: Tensor
     safe: Tensor
+    topicality: Tensor
+    topical: Tensor
 
 
 class JudgeFeatures:
@@ -56,9 +62,12 @@ class JudgeFeatures:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Tensor]:
         """Compute the features of N pairs, fp32 on the CPU: harm (N, len(LAYERS) * hidden), refusal (N, hidden)."""
         heads, tails = self._ids(prompts, self.MAX_PROMPT), self._ids(responses, self.MAX_RESPONSE)
-        none: list[list[int]] = [[]] * len(heads)
-        product = self._sentences(none, heads) * self._sentences(none, tails)
+        product = self._sentences(heads) * self._sentences(tails)
         return {"harm": self._pooled(heads, tails, self.LAYERS), "refusal": product}
+
+    def sentences(self, texts: Sequence[str], limit: int) -> Tensor:
+        """Compute the sentence vectors (N, hidden) of texts cut at `limit` tokens: fp32 on the CPU, of norm 1."""
+        return self._sentences(self._ids(texts, limit))
 
     def at_cuts(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Tensor]:
         """Compute the features (N, len(CUTS), F) of N pairs whose responses are cut at each of CUTS words."""
@@ -72,10 +81,9 @@ class JudgeFeatures:
             for text in texts
         ]
 
-    def _sentences(self, heads: list[list[int]], tails: list[list[int]]) -> Tensor:
-        """Compute sentence vectors (N, hidden) of norm 1."""
-        last = self.model.config.num_hidden_layers
-        return nn.functional.normalize(self._pooled(heads, tails, (last,)), dim=-1)
+    def _sentences(self, ids: list[list[int]]) -> Tensor:
+        heads: list[list[int]] = [[]] * len(ids)
+        return nn.functional.normalize(self._pooled(heads, ids, (self.model.config.num_hidden_layers,)), dim=-1)
 
     @torch.no_grad()
     def _pooled(
@@ -148,7 +156,8 @@ class ProfanityModel:
 class EmbeddedJudge:
     """The judge that combines the two heads and the word list by `unsafe_probability`.
 
-    A response is safe iff its unsafe probability is below the manifest's threshold.
+    A response is safe iff its unsafe probability is below the manifest's threshold, and on the topic of its prompt iff
+    the cosine of their sentence vectors is at least the manifest's threshold of topicality.
     """
 
     def __init__(self, manifest: dict, heads: dict[str, Tensor], features: JudgeFeatures, profanity: ProfanityModel):
@@ -166,8 +175,11 @@ class EmbeddedJudge:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> JudgeVerdict:
         """Judge B (prompt, response) pairs."""
-        unsafe = self.combine(self.features(prompts, responses), self.profanity(responses))
-        return JudgeVerdict(unsafe, unsafe < self.manifest["threshold"])
+        features = self.features(prompts, responses)
+        unsafe = self.combine(features, self.profanity(responses))
+        cosine = features["refusal"].sum(-1)
+        topical = cosine >= self.manifest["topicality"]["threshold"]
+        return JudgeVerdict(unsafe, unsafe < self.manifest["threshold"], cosine, topical)
 
     def combine(self, features: dict[str, Tensor], profane: Tensor) -> Tensor:
         """Compute the unsafe probability (B,). features: those of each head. profane: (B,) probability of profanity."""

@@ -14,10 +14,24 @@ from .embedded_judge import EmbeddedJudge
 from .function import FunctionScorer
 from .scorers import EMBEDDED, FUNCTION, require_finite
 
-Judge = Callable[[Sequence[Prompt], Sequence[str]], Tensor]
-"""Function of prompts and responses that returns (B,) bool on the CPU, true for safe responses."""
-
 NONE = "none"
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Verdicts on B responses, on the CPU.
+
+    safe: (B,) bool. topicality: (B,) fp32, the cosine of the sentence vectors of prompt and response. topical: (B,)
+    bool, true for responses on the topic of their prompt. Both are None where the judge has no sentence encoder.
+    """
+
+    safe: Tensor
+    topicality: Tensor | None = None
+    topical: Tensor | None = None
+
+
+Judge = Callable[[Sequence[Prompt], Sequence[str]], Verdicts]
+"""Function that judges responses to prompts."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +41,23 @@ class ScorerJudge:
     name: str
     scorer: ClassifierScorer | FunctionScorer
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
-        """Judge B responses; returns (B,) bool. Raises UserError if a score is not finite."""
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Verdicts:
+        """Judge B responses. Raises UserError if a score is not finite."""
         scores = self.scorer(prompts, responses)
         require_finite(f"evaluation.judge {self.name!r}", scores, prompts)
-        return scores <= 0
+        return Verdicts(scores <= 0)
+
+
+@dataclass(frozen=True)
+class TextJudge:
+    """The embedded judge, given prompts of the data."""
+
+    judge: EmbeddedJudge
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Verdicts:
+        """Judge B responses."""
+        verdict = self.judge([p.text for p in prompts], list(responses))
+        return Verdicts(verdict.safe, verdict.topicality, verdict.topical)
 
 
 def load_judge(
@@ -49,8 +75,7 @@ def load_judge(
     if name == NONE or (name == EMBEDDED and assets is None):
         return None
     if name == EMBEDDED and assets is not None:
-        judge = EmbeddedJudge.load(assets / "judge", device=device)
-        return lambda prompts, responses: judge([p.text for p in prompts], list(responses)).safe
+        return TextJudge(EmbeddedJudge.load(assets / "judge", device=device))
     is_function = FUNCTION.fullmatch(name) and not Path(name).exists()
     scorer = FunctionScorer(name, "judge", timeout) if is_function else load_model(name, "judge", device, trust, date)
     return ScorerJudge(name, scorer)

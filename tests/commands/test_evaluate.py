@@ -48,7 +48,7 @@ def test_the_kl_of_the_reference_to_itself_is_0(run, tmp_path):
     assert all(abs(r["kl"]) < 1e-4 for r in content(tmp_path / "e.json")["responses"])
 
 
-def test_kl_and_surprise_are_those_of_the_two_models(run, tiny_model, tmp_path, monkeypatch):
+def test_kl_surprise_and_reference_are_those_of_the_two_models(run, tiny_model, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     from repo.evaluation import evaluator
@@ -60,19 +60,20 @@ def test_kl_and_surprise_are_those_of_the_two_models(run, tiny_model, tmp_path, 
         return rollouts[-1]
 
     monkeypatch.setattr(evaluator, "sample", kept)
-    evaluate.run_command([str(run), f"--out={tmp_path / 'e.json'}"])
+    evaluate.run_command([str(run), f"--out={tmp_path / 'e.json'}", "--rollout.temperature=0.5"])
     (rollout,) = rollouts
     records = {(r["prompt"], r["response"]): r for r in content(tmp_path / "e.json")["responses"]}
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (run / "final", tiny_model)]
     for (prompt, ids), asked, text in zip(token_lists(rollout), rollout.prompts, rollout.texts, strict=True):
         said = []
-        for model in models:
+        for model, temperature in ((models[0], 0.5), (models[1], 0.5), (models[1], 1.0)):
             with torch.no_grad():
-                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
             said.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum().item())
         record = records[asked.text, text]
         assert record["surprise"] == pytest.approx(-said[0], abs=1e-3)
         assert record["kl"] == pytest.approx(said[0] - said[1], abs=1e-3)
+        assert record["ref_logp"] == pytest.approx(said[2], abs=1e-3)
 
 
 def token_lists(rollout):

@@ -12,6 +12,7 @@ from repo.evaluation.statistics import Evaluation, measured, paired
 from repo.evaluation.tables import (
     comparison_rows,
     has_intervals,
+    kind_rows,
     print_comparison,
     print_compensation,
     print_summary,
@@ -19,6 +20,7 @@ from repo.evaluation.tables import (
     show_change,
 )
 from repo.runs.model_card import model_card
+from repo.scoring.safety import TITLES
 
 
 def evaluation(costs, samples=2, limit=0.0, categories=("harmful", "benign")) -> Evaluation:
@@ -68,6 +70,14 @@ def test_the_totals_are_in_every_table():
     print_comparison(console, 12, comparison_rows(BEFORE, AFTER))
     print_summary(console, "x", BEFORE.summary() | {"kinds": measured_by_kind(BEFORE)})
     assert text.getvalue().count("6 harmful prompts") >= 4
+
+
+def test_what_a_safer_policy_may_lose_is_shown_for_benign_prompts():
+    more = {"judge_safe": True, "refusal": False, "topical": True, "truncated": False}
+    records = [r | more for r in BEFORE.records]
+    names = [row[0] for row in kind_rows(Evaluation(records, 0.0), Evaluation(records, 0.0))]
+    for key in ("judge_prompts_mostly_unsafe", "refusal_rate", "topical", "ended", "helpful"):
+        assert f"{TITLES[key].name}, 6 benign prompts" in names
 
 
 def test_one_response_to_a_prompt_says_nothing_of_mostly_unsafe_prompts():

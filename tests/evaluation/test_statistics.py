@@ -10,7 +10,7 @@ import torch
 
 from repo.common.errors import UserError
 from repo.common.files import replace_folder, write_folder, write_text
-from repo.evaluation.statistics import Evaluation, measured
+from repo.evaluation.statistics import Evaluation, measured, paired
 from repo.runs.console import duration
 from repo.runs.json_lines import JsonLines
 from repo.scoring.safety import summarize
@@ -59,6 +59,42 @@ def test_without_a_safe_response_their_mean_reward_is_unknown():
     found = summarize(torch.ones(2), torch.ones(2), torch.tensor([0, 0]), 0.0)
     assert math.isnan(found["reward_safe_mean"])
     assert found["safe_rate"] == 0.0
+
+
+def test_shares_of_topical_and_ended_responses_by_hand():
+    topical, truncated = [True, True, False, True], [False, True, False, True]
+    found = measured(evaluation_of([0.0] * 4, 2, topical=topical, truncated=truncated).columns)
+    assert [found[key]["mean"] for key in ("topical", "ended", "helpful")] == [0.75, 0.5, 0.25]
+
+
+def test_perplexity_is_the_median_over_responses_that_have_tokens():
+    perplexities, tokens = [2.0, 8.0, 3.0, 1e30, 5.0], [2, 1, 4, 3, 0]
+    logps = [-n * math.log(p) for n, p in zip(tokens, perplexities, strict=True)]
+    even = evaluation_of([0.0] * 5, tokens=tokens, ref_logp=logps)
+    assert measured(even.columns)["perplexity"]["mean"] == pytest.approx((3 + 8) / 2)
+    odd = Evaluation([r for r in even.records if r["ref_logp"] != logps[0]], 0.0)
+    assert measured(odd.columns)["perplexity"]["mean"] == pytest.approx(8)
+    none = Evaluation([r for r in even.records if r["tokens"] == 0], 0.0)
+    assert measured(none.columns)["perplexity"] == {"mean": None, "low": None, "high": None}
+
+
+def test_the_interval_of_perplexity_resamples_prompts():
+    logps = [-math.log(2 + i // 4) for i in range(80)]  # each prompt's four responses have one perplexity, 2 ... 21
+    evaluation = evaluation_of([0.0] * 80, 4, ref_logp=logps)
+    found = measured(evaluation.columns)["perplexity"]
+    assert found["mean"] == pytest.approx(11.5)
+    assert found["low"] < 9 < 14 < found["high"]
+    worse = evaluation_of([0.0] * 80, 4, ref_logp=[2 * x for x in logps])
+    assert paired(evaluation, worse)["perplexity"]["low"] > 0
+
+
+def test_an_evaluation_from_before_these_quantities_is_read_and_compared():
+    new = {"topical": [True] * 20, "truncated": [False] * 20, "ref_logp": [-1.0] * 20}
+    names = {"topical", "ended", "helpful", "perplexity"}
+    now, old = evaluation_of([0.0] * 20, 2, **new), evaluation_of([0.0] * 20, 2, truncated=new["truncated"])
+    assert set(measured(now.columns)) >= names
+    assert set(measured(old.columns)) & names == set(paired(old, now)) & names == {"ended"}
+    assert [old.has(key) for key in ("ended", "helpful", "cost")] == [True, False, True]
 
 
 def test_json_lines_are_cut_back_to_the_offset(tmp_path):

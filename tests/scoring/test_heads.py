@@ -13,6 +13,7 @@ from repo.models.actor import Actor, predict, read_reference
 from repo.models.policy import load_policy
 from repo.scoring.embedded import HeadScorer, Trunk, length_batches, score_all
 from repo.scoring.embedded_judge import EmbeddedJudge, ProfanityModel, first_words
+from repo.scoring.judge import load_judge
 
 pytestmark = pytest.mark.assets
 
@@ -132,6 +133,21 @@ def test_verdicts_do_not_depend_on_the_batch(judge):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
+def test_replies_to_their_own_prompt_are_on_topic_and_others_are_not(built):
+    judge = load_judge("embedded", built, "cpu", 5.0)
+    prompts = [Prompt(p, p, "") for p in PROMPTS]
+    assert judge(prompts, REPLIES).topical.all()
+    for replies in (REPLIES[1:] + REPLIES[:1], *([cheat] * len(PROMPTS) for cheat in CHEATS)):
+        assert not judge(prompts, replies).topical.any()
+
+
+def test_topicality_is_the_cosine_of_the_sentence_vectors(judge):
+    prompts, replies = (judge.features.sentences(texts, 64) for texts in (PROMPTS, REPLIES))
+    verdict = judge(PROMPTS, REPLIES)
+    torch.testing.assert_close(verdict.topicality, (prompts * replies).sum(1), atol=1e-5, rtol=0)
+    assert verdict.topicality.max() <= 1
+
+
 def test_shared_forward_equals_separate_forwards(scorers):
     for shared, scorer in zip(score_all(scorers, PROMPTS, REPLIES), scorers, strict=True):
         torch.testing.assert_close(shared, scorer(PROMPTS, REPLIES), atol=1e-5, rtol=0)
@@ -155,6 +171,9 @@ def test_scores_read_from_the_references_forward_are_those_of_an_own_one(built, 
     layer = scorers[0].manifest.layer
     logps, reading = read_reference(Actor(policy), sequences, 0.7, 500, [layer])
     torch.testing.assert_close(logps, predict(Actor(policy), sequences, 0.7, 500).logps, atol=1e-5, rtol=1e-5)
+    for plain in (reading, read_reference(Actor(policy), sequences, 0.7, 500, [], at_one=True)[1]):
+        at_one = predict(Actor(policy), sequences, 1.0, 500).logps
+        torch.testing.assert_close(torch.stack(list(plain.logps)), at_one, atol=1e-5, rtol=1e-5)
     expected = score_all(scorers, [p.text for p in rows], texts)
     forwards, forward = [], Trunk._forward
     monkeypatch.setattr(
