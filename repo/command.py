@@ -14,6 +14,8 @@ from .config.parse import PRESETS, make_parser, parse_config, preset_names, requ
 from .config.renamed import new_name
 from .config.schema import Config
 
+EMBEDDED = "embedded"  # preset of the default run
+OWN = ("--config", "--model.path", "--data.train")  # arguments that name a configuration, model or prompts
 LOG_WIDTH = 140  # columns of output that goes to a file or pipe
 
 
@@ -29,14 +31,14 @@ def console_of(quiet: bool = False) -> Console:
 class Switches:
     """Options of the command line that are not fields of the configuration.
 
-    preset: name of a preset, or None.
+    presets: names of the presets that the configuration starts from, in order.
     resume: folder of the run to continue, or None.
     allow_change: dotted fields that may differ from those the run began with.
     trust_remote_code: run Python code that comes with models.
     dry_run: print shapes, memory and batch arithmetic only.
     """
 
-    preset: str | None
+    presets: list[str]
     resume: Path | None
     allow_change: list[str]
     trust_remote_code: bool
@@ -46,7 +48,8 @@ class Switches:
 def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
     """Parse the command line of repo.train into its switches and the configuration.
 
-    The configuration starts from the preset or the resumed run; then --config and dotted overrides apply, in order.
+    The configuration starts from the presets or the resumed run; then --config and dotted overrides apply, in order.
+    With neither, and unless an argument of OWN names another configuration, model or prompts, it starts from EMBEDDED.
 
     argv: the arguments after the program's name.
     description: first text of --help.
@@ -54,7 +57,16 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
     Raises UserError for input that cannot be parsed.
     """
     command = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    command.add_argument("--preset", choices=preset_names(), help="start from one of repo/config/presets")
+    command.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        dest="presets",
+        choices=preset_names(),
+        metavar="NAME",
+        help=f"start from one of {', '.join(preset_names())}, or from several in turn; without --preset, --config, "
+        f"--model.path and --data.train from {EMBEDDED}",
+    )
     command.add_argument("--resume", type=user_path, metavar="RUN", help="continue the run in this folder")
     command.add_argument(
         "--allow-change",
@@ -73,10 +85,12 @@ def read_command(argv: list[str], description: str) -> tuple[Switches, Config]:
         flags, rest = command.parse_known_args(join_negative_numbers(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-    if flags.preset:
-        rest = ["--config", str(PRESETS / f"{flags.preset}.yaml"), *rest]
+    if not (flags.presets or flags.resume or any(argument.partition("=")[0] in OWN for argument in rest)):
+        flags.presets = [EMBEDDED]
+    starts = [PRESETS / f"{name}.yaml" for name in flags.presets]
     if flags.resume:
         require_run(flags.resume, "--resume")
-        rest = ["--config", str(flags.resume / "config.yaml"), *rest]
+        starts = [flags.resume / "config.yaml", *starts]
+    rest = [*(f"--config={start}" for start in starts), *rest]
     flags.allow_change = [new_name(field) for field in flags.allow_change]
     return Switches(**vars(flags)), parse_config(make_parser("repo.train", description, command), rest)

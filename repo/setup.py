@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import nn
 
 from . import assets
-from .assets.prompts import SYSTEM_PROMPT
 from .common import config_fields
 from .common.distributed import ALONE, World
 from .common.errors import UserError
@@ -148,13 +147,6 @@ def is_embedded(source: str) -> bool:
     return source.partition("#")[0] == EMBEDDED
 
 
-def system_prompt_of(config: Config, source: str) -> str | None:
-    """Return the system message before the prompts of a source; "auto" means the embedded prompts' own, else none."""
-    if config.data.system_prompt != "auto":
-        return config.data.system_prompt
-    return SYSTEM_PROMPT if is_embedded(source) else None
-
-
 def embedded_file(folder: Path, source: str, split: str) -> str:
     """Return the file of embedded prompts that a source means. split: the one that "embedded" alone means.
 
@@ -192,8 +184,7 @@ def read_prompts(
     if is_embedded(source) and folder is not None:
         read, column = embedded_file(folder, source, split), COLUMN
     chat = ChatFormat(tokenizer, data.template_arguments, data.date)
-    system = system_prompt_of(config, source)
-    prompts = tokenize_prompts(load_prompts(read, column, split), tokenizer, system, room, chat)
+    prompts = tokenize_prompts(load_prompts(read, column, split), tokenizer, data.system_prompt, room, chat)
     require_embedded((i for p in prompts.kept for i in p.token_ids), shape.vocab_size, f"{read}: a prompt")
     tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
     line = f"{split} prompts: {len(prompts.kept)} of {read}, mean {tokens:.0f} tokens, {prompts.report()}"
@@ -253,11 +244,11 @@ def load_data(
         raise UserError("data.train: every prompt is also in data.eval; training needs prompts that are not held out")
     examples: list[Example] = []
     if config.ptx.data is not None:
-        answers, system = load_prompts(config.ptx.data, data.column), system_prompt_of(config, data.train)
+        answers = load_prompts(config.ptx.data, data.column)
         auto = config.optimizer.micro_batch_tokens == "auto"
         limit = context if auto else min(context, config.optimizer.budget)
         chat = ChatFormat(tokenizer, data.template_arguments, data.date)
-        supervised = tokenize_examples(answers, tokenizer, system, limit, eos_ids, chat)
+        supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
         examples = supervised.kept
         ids = (i for e in examples for i in (*e.prompt_ids, *e.response_ids))
         require_embedded(ids, shape.vocab_size, f"{config.ptx.data}: an example")

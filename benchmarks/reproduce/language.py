@@ -2,7 +2,6 @@
 
     python -m benchmarks.reproduce.language                 # trains and evaluates what is missing, writes the results
     python -m benchmarks.reproduce.language --seeds 0 1 2 --jobs 2 --out reproduce -- --steps 48
-    python -m benchmarks.reproduce.language --methods repo repo_no_ptx ptx_only --match 0 --results ablation
 
 All methods share the default configuration and differ in the options of METHODS. PPO-Lagrangian is trained once more
 with the mean cost that RePO reaches in training as its limit (--match). Each final policy answers all held-out prompts
@@ -34,10 +33,10 @@ from . import matching
 from .language_report import SHOWN, draw, markdown
 from .methods import BASELINE, COMPARED, METHODS
 from .over_seeds import of_seeds, within
-from .runs import evaluate, in_turn, is_trained, log_of, threads_of, train
+from .runs import DEFAULT, evaluate, in_turn, is_trained, log_of, threads_of, train
 
 RESULTS = Path(__file__).parents[1] / "results"
-SHARED = ("--evaluation.prompts=0", "--save_every=0", "--sample_every=0")
+SHARED = (DEFAULT, "--evaluation.prompts=0", "--save_every=0", "--sample_every=0")
 """Options of every run that leave the training as it is: final policies are evaluated afterwards, on all prompts."""
 SAMPLES, EVALUATION_SEED = 4, 1000
 MATCHED = "matched"

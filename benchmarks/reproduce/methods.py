@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from repo.config.parse import PRESETS
@@ -28,23 +27,11 @@ METHODS = {
     "repo": Method("RePO", ("--algorithm.method=repo",), "#0062a3", "D"),
     "paper": Method("RePO, preset paper", (f"--config={PRESETS / 'paper.yaml'}",), "#00795a", "^"),
     "matched": Method("PPO-Lagrangian at RePO's E[C]", ("--algorithm.method=ppo_lagrangian",), "#d6409f", "X"),
-    "repo_no_ptx": Method("RePO without examples", ("--algorithm.method=repo", "--ptx.data=null"), "#5b9bd5", "<"),
-    "ptx_only": Method(
-        "examples alone",
-        ("--algorithm.method=ppo", "--scoring.reward=benchmarks.reproduce.methods:nothing"),
-        "#4b5563",
-        ">",
-    ),
 }
 """By name. matched also gets a cost limit: the mean cost that RePO reaches in training."""
 COMPARED = ("ppo", "fixed_penalty", "ppo_lagrangian", "repo", "paper")
 """Methods that are trained if no others are named."""
 BASELINE = "ppo_lagrangian"
-
-
-def nothing(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Score every response 0: with this reward and method ppo, only supervised examples and the KL train."""
-    return [0.0] * len(responses)
 
 
 def title_of(name: str) -> str:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from repo.common.errors import UserError
-from repo.config.parse import load_config, make_parser, parse_config
+from repo.config.parse import PRESETS, load_config, make_parser, parse_config
 from repo.evaluation.comparison import read_evaluation
 from repo.evaluation.statistics import Evaluation
 
 T = TypeVar("T")
+DEFAULT = f"--config={PRESETS / 'embedded.yaml'}"
+"""The default run, as an option of repo.train."""
 
 
 @dataclass(frozen=True)

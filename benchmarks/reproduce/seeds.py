@@ -26,7 +26,7 @@ from repo.runs.folder import versions
 from repo.runs.json_lines import finite
 
 from .criteria import check
-from .runs import in_turn, is_trained, threads_of, train, usage_of
+from .runs import DEFAULT, in_turn, is_trained, threads_of, train, usage_of
 from .seed_changes import SeedRun, summary
 from .seeds_report import draw, markdown
 
@@ -55,7 +55,7 @@ def measure(seeds: Sequence[int], out: Path, overrides: Sequence[str], jobs: int
     out.mkdir(parents=True, exist_ok=True)
     runs = {f"seed-{seed}": seed for seed in seeds}
     tasks = {
-        name: partial(train, out / name, [*overrides, f"--seed={seed}"], threads_of(jobs))
+        name: partial(train, out / name, [DEFAULT, *overrides, f"--seed={seed}"], threads_of(jobs))
         for name, seed in runs.items()
     }
     in_turn(jobs, tasks, {name for name in tasks if is_trained(out / name)})

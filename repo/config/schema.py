@@ -56,9 +56,8 @@ class DataConfig:
     column: str = "prompt"
     """Name of the column that holds the prompt; in records where it is null or missing, `messages` is read. A column
     that no record has is an error."""
-    system_prompt: str | None = "auto"
-    """System message to put before every prompt that has none. auto: before the embedded prompts the one that asks the
-    model to refuse harmful requests, before others none. null: none; the chat template may add its own."""
+    system_prompt: str | None = None
+    """System message to put before every prompt that has none. null: add none; the chat template may add its own."""
     max_prompt_tokens: PositiveInt = 256
     """Limit of a prompt's length in tokens, chat template included; longer prompts are dropped and counted."""
     template_arguments: dict[str, Any] = field(default_factory=dict)

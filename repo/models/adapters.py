@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.config_fields import config_field
 from ..common.errors import UserError, first_line
@@ -85,6 +85,28 @@ def _is_renamed(config: Any, model: Any) -> bool:
 def has_adapters(model: Any) -> bool:
     """Tell whether LoRA adapters are attached to a model."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def is_linear(module: Any) -> bool:
+    """Tell whether a module is an nn.Linear, or one with plain LoRA adapters, whose product is that of one weight."""
+    if type(module) is nn.Linear:
+        return True
+    base = getattr(module, "base_layer", None)
+    if type(base) is not nn.Linear or not hasattr(module, "get_delta_weight"):
+        return False
+    plain = not (getattr(module, "lora_variant", None) or any(getattr(module, "lora_bias", {}).values()))
+    return plain and all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
+
+
+@torch.no_grad()
+def weight_of(module: Any) -> Tensor:
+    """Return the weight (out, in) of a module that `is_linear` accepts, with its adapters added unless they are off."""
+    if type(module) is nn.Linear:
+        return module.weight
+    weight = module.base_layer.weight
+    if module.disable_adapters or module.merged:
+        return weight
+    return sum((module.get_delta_weight(name) for name in module.active_adapters), start=weight)
 
 
 @torch.no_grad()

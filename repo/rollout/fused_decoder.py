@@ -17,6 +17,7 @@ from repo_kernels.layers.decoding import COLUMNS, Cache, DecoderStack, LayerWeig
 from repo_kernels.layers.forwards import replaced_forwards
 
 from ..data.sequences import Sequences, make_sequences
+from ..models.adapters import is_linear, weight_of
 from ..models.layout import relative_difference
 from ..models.lm_head import trunk_of
 from ..models.policy import Policy
@@ -83,7 +84,7 @@ def _forward(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def make_stack(model: Any, dtype: torch.dtype = torch.float32) -> DecoderStack:
-    """Pack the weights of a model that `why_unfused` accepts."""
+    """Pack the weights of a model that `why_unfused` accepts, with its LoRA adapters added unless they are off."""
     base = trunk_of(model)
     layers = [_weights(layer) for layer in base.layers]
     scale, epsilon = base.layers[0].self_attn.scaling, base.norm.variance_epsilon
@@ -97,18 +98,18 @@ def _weights(layer: Any) -> LayerWeights:
     biases = [m.bias for m in (a.q_proj, a.k_proj, a.v_proj)]
     return LayerWeights(
         input_norm=layer.input_layernorm.weight,
-        q=a.q_proj.weight,
-        k=a.k_proj.weight,
-        v=a.v_proj.weight,
+        q=weight_of(a.q_proj),
+        k=weight_of(a.k_proj),
+        v=weight_of(a.v_proj),
         qkv_bias=None if biases[0] is None else torch.cat([b.detach() for b in biases]),
         q_norm=a.q_norm.weight if hasattr(a, "q_norm") else None,
         k_norm=a.k_norm.weight if hasattr(a, "k_norm") else None,
-        out=a.o_proj.weight,
+        out=weight_of(a.o_proj),
         out_bias=a.o_proj.bias,
         post_norm=layer.post_attention_layernorm.weight,
-        gate=mlp.gate_proj.weight,
-        up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight,
+        gate=weight_of(mlp.gate_proj),
+        up=weight_of(mlp.up_proj),
+        down=weight_of(mlp.down_proj),
     )
 
 
@@ -132,11 +133,14 @@ def _why_not_shaped(model: Any) -> str:
         return "repo_kernels was built without its C++ backend"
     if {(p.device.type, p.dtype) for p in model.parameters()} != {("cpu", torch.float32)}:
         return "not all weights are fp32 on the CPU"
-    return "autocast is on" if torch.is_autocast_enabled("cpu") else why_not_llama(model)
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else why_not_llama(model, adapters=True)
 
 
-def why_not_llama(model: Any) -> str:
-    """Return what a model has that the layers of Llama have not, "" if there is nothing to be seen."""
+def why_not_llama(model: Any, adapters: bool = False) -> str:
+    """Return what a model has that the layers of Llama have not, "" if there is nothing to be seen.
+
+    adapters: accept linear layers with plain LoRA adapters.
+    """
     base = trunk_of(model)
     layers = list(getattr(base, "layers", ()))
     parts = [base, *layers, *(getattr(x, name, None) for x in layers for name in ("self_attn", "mlp"))]
@@ -148,7 +152,7 @@ def why_not_llama(model: Any) -> str:
             return f"its layers have other parts than Llama's ({', '.join(sorted(names[0] | names[1]))})"
         linears: list[Any] = [getattr(layer.self_attn, n, None) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
         linears += [getattr(layer.mlp, n, None) for n in ("gate_proj", "up_proj", "down_proj")]
-        if any(type(m) is not nn.Linear for m in linears):
+        if not all(is_linear(m) if adapters else type(m) is nn.Linear for m in linears):
             return "not every projection is an nn.Linear"
         if any(m.bias is not None for m in linears[4:]):
             return "its MLP has biases"

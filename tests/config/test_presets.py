@@ -7,6 +7,10 @@ import pytest
 import yaml
 
 from repo import train
+from repo.assets.build import FITTED
+from repo.assets.prompts import SYSTEM_PROMPT
+from repo.assets.rows import TEMPERATURE
+from repo.command import read_command
 from repo.common.errors import UserError
 from repo.config.fields import field_names
 from repo.config.parse import PRESETS, load_config, preset_names
@@ -111,3 +115,30 @@ def test_several_processes_without_torchrun_are_a_sentence(monkeypatch, tiny_arg
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match=r"WORLD_SIZE must be a number"):
         train.run_command(tiny_arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--steps=3"], ["--scoring.timeout=9"]])
+def test_the_default_run_starts_from_the_embedded_preset(arguments):
+    switches, config = read_command([*arguments, "--seed=4"], "")
+    assert switches.presets == ["embedded"]
+    assert config.data.system_prompt == SYSTEM_PROMPT
+    assert (config.rollout.temperature, config.seed) == (TEMPERATURE, 4)
+
+
+@pytest.mark.parametrize(
+    "own", ["--model.path=mine", "--data.train=mine.jsonl", f"--config={PRESETS / 'default.yaml'}"]
+)
+def test_with_a_model_prompts_or_configuration_of_ones_own_it_does_not(own):
+    switches, config = read_command([own], "")
+    assert switches.presets == []
+    assert config.data.system_prompt is None
+
+
+def test_presets_apply_in_turn():
+    _, config = read_command(["--preset=embedded", "--preset=paper", "--steps=2"], "")
+    assert (config.steps, config.algorithm.advantages, config.data.system_prompt) == (2, "gae", SYSTEM_PROMPT)
+
+
+def test_the_embedded_scorers_were_fitted_with_the_presets_system_message():
+    for signal in ("reward", "cost"):
+        assert json.loads((FITTED / signal / "scorer.json").read_text())["system_prompt"] == SYSTEM_PROMPT

@@ -1,13 +1,9 @@
-"""Sources of prompts in the embedded assets: their splits and their system message."""
-
-import dataclasses
+"""Sources of prompts in the embedded assets, and their splits."""
 
 import pytest
 
-from repo.assets.prompts import SYSTEM_PROMPT
 from repo.common.errors import UserError
-from repo.config.schema import Config, DataConfig
-from repo.setup import embedded_file, is_embedded, system_prompt_of
+from repo.setup import embedded_file, is_embedded
 
 
 @pytest.fixture
@@ -33,16 +29,3 @@ def test_only_embedded_prompts_are_embedded():
     assert is_embedded("embedded#valid")
     assert not is_embedded("embedded.jsonl")
     assert not is_embedded("org/embedded#train")
-
-
-def test_the_automatic_system_message_is_for_embedded_prompts_alone():
-    config = Config(data=DataConfig(train="mine.jsonl"))
-    assert system_prompt_of(config, "mine.jsonl") is None
-    assert system_prompt_of(config, "embedded") == system_prompt_of(config, "embedded#valid") == SYSTEM_PROMPT
-
-
-@pytest.mark.parametrize("given", [None, "Be brief."])
-def test_a_system_message_of_ones_own_is_for_all_prompts(given):
-    config = Config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, system_prompt=given))
-    assert system_prompt_of(config, "embedded") == system_prompt_of(config, "mine.jsonl") == given

@@ -118,12 +118,38 @@ def test_models_of_other_shapes_are_left_to_others(
     assert why in why_unfused(make_policy(config))
 
 
-def test_adapters_and_half_precision_are_left_to_others(tiny_model: Path) -> None:
+@torch.no_grad()
+def test_adapters_are_added_to_the_packed_weights_unless_they_are_off(tiny_model: Path) -> None:
+    policy = load_policy(str(tiny_model), CPU, trainable=True, config=ModelConfig(lora_rank=2))
+    assert why_unfused(policy) == ""
+    draw = torch.Generator().manual_seed(3)
+    for name, weight in policy.model.named_parameters():
+        if "lora_B" in name:
+            weight.copy_(torch.randn(weight.shape, generator=draw) / 20)
+    reference, found = replace(policy, base_only=True), []
+    for one in (policy, reference):
+        with one.running():
+            growing, fused = logits(one, GrowingDecoder(one.model, 6)), FusedDecoder(one.model, 6)
+            with fused.linears():
+                found.append(logits(one, fused))
+        assert float((found[-1] - growing).abs().max()) <= 2e-5 * float(growing.abs().max())
+    assert float((found[0] - found[1]).abs().max()) > 0.1 * float(found[1].abs().max())
+
+
+@pytest.mark.parametrize("change", ["use_dora", "lora_bias", "lora_dropout"])
+def test_other_adapters_are_left_to_others(tiny_model: Path, change: str) -> None:
+    from peft import LoraConfig
+
+    policy = load_policy(str(tiny_model), CPU, trainable=True)
+    options = {change: 0.1 if change == "lora_dropout" else True}
+    policy.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options))
+    assert why_unfused(policy) == "not every projection is an nn.Linear"
+
+
+def test_half_precision_is_left_to_others(tiny_model: Path) -> None:
     half = load_policy(str(tiny_model), CPU, trainable=True, config=ModelConfig(dtype="bfloat16"))
     with half.running():
         assert why_unfused(half) == "autocast is on"
-    adapted = load_policy(str(tiny_model), CPU, trainable=True, config=ModelConfig(lora_rank=2))
-    assert why_unfused(adapted) == "not every projection is an nn.Linear"
 
 
 def prompts_of(policy: Policy) -> list[Prompt]:
