@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo import train
 from repo.assets import ensure
+from repo.assets.prompts import SYSTEM_PROMPT
+from repo.config.parse import PRESETS, load_config
 from repo.config.schema import Config, CriticConfig, EvaluationConfig, ModelConfig, ScoringConfig
 from repo.data.packing import unflat
 from repo.data.prompts import load_prompts, tokenize_prompts
@@ -32,13 +34,12 @@ def test_one_step_of_the_default_run_ends_with_held_out_figures(tmp_path, capsys
     assert "10 held-out prompts" in printed
     assert "[" in printed.split("safe rate (held-out judge)")[1].splitlines()[0]
     record = json.loads((out / "metrics.jsonl").read_text())
-    assert record["lam"] == 1.0
+    assert record["lam"] == load_config(PRESETS / "embedded.yaml").penalty.initial
     assert record["grad_norm"] > 0
     assert 0 < record["entropy"] < 11
     model = AutoModelForCausalLM.from_pretrained(out / "final")
     tokenizer = AutoTokenizer.from_pretrained(out / "final")
-    start = AutoModelForCausalLM.from_pretrained(ensure() / "policy")
-    assert not torch.equal(model.model.norm.weight, start.model.norm.weight)
+    assert any(bool(weight.any()) for name, weight in model.named_parameters() if "lora_B" in name)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -63,7 +64,8 @@ def test_critics_of_the_embedded_scorers_begin_as_the_score_of_what_has_been_sai
     policy = load_policy(str(folder / "policy"), torch.device("cpu"), trainable=True).exact()
     scorers = load_scorers(ScoringConfig(), folder, policy.model, policy.tokenizer)
     critics = make_critics(CriticConfig(init_from=start), policy, scorers, ("reward", "cost"), same_trunk=True)
-    prompts = tokenize_prompts(load_prompts(folder / "prompts" / "train.jsonl")[:2], policy.tokenizer, None, 256).kept
+    asked = load_prompts(folder / "prompts" / "train.jsonl")[:2]
+    prompts = tokenize_prompts(asked, policy.tokenizer, SYSTEM_PROMPT, 256).kept
     answer = policy.tokenizer("I am sorry, but I cannot help you with that. Bread is made of flour.").input_ids
     sequences = make_sequences([p.token_ids for p in prompts], [answer, answer[:9]], policy.pad_id)
     actor, values = Actor(policy, critics), torch.zeros(2, len(answer))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from repo import assets
+from repo.assets.prompts import SYSTEM_PROMPT
 from repo.assets.sources import locate
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
@@ -161,7 +162,7 @@ def test_scores_read_from_the_references_forward_are_those_of_an_own_one(built, 
         for s in ("reward", "cost")
     ]
     encode, eos = policy.tokenizer, policy.eos_ids[0]
-    prompts = tokenize_prompts([Prompt(p, p, "") for p in PROMPTS[:2]], policy.tokenizer, None, 256).kept
+    prompts = tokenize_prompts([Prompt(p, p, "") for p in PROMPTS[:2]], policy.tokenizer, SYSTEM_PROMPT, 256).kept
     split = [token for character in "word" for token in encode(character).input_ids]
     responses = [[*encode(REPLIES[0]).input_ids, eos], encode(REPLIES[1]).input_ids, [eos], split]
     assert policy.tokenizer(policy.tokenizer.decode(split)).input_ids != split
