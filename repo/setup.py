@@ -130,7 +130,8 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
     shape = policy.model.config.get_text_config()
     prompts = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
     reference = load_reference(policy, path, config.model, trust)
-    scorers = scorers_beside(config, folder, reference, config.model.path, str(device), trust)
+    beside = None if reference.base_only and shards > 1 else reference
+    scorers = scorers_beside(config, folder, beside, config.model.path, str(device), trust)
     signals = ("reward",) if config.algorithm.method == "ppo" else ("reward", "cost")
     uses_critics = config.algorithm.advantages == "gae"
     same_trunk = config.model.path == EMBEDDED
@@ -207,17 +208,17 @@ def scorers_beside(
 ) -> Scorers:
     """Load the scorers of reward and cost.
 
-    Embedded scorers share the reference's forward pass if the reference is the model that they were fitted on, in fp32
-    and without an adapter.
+    Embedded scorers share the reference's forward pass if the reference is the model that they were fitted on, in fp32.
 
     folder: the embedded assets, or None.
+    reference: None, as where its layers are sharded, if nothing may be shared.
     name: the path that the reference was loaded from.
     """
-    shares = reference is not None and name == EMBEDDED and not reference.base_only
-    if reference is None or not shares or reference.model.dtype != torch.float32:
-        return load_scorers(config.scoring, folder, None, None, device, trust, config.data.date)
+    date = config.data.date
+    if reference is None or name != EMBEDDED or reference.model.dtype != torch.float32:
+        return load_scorers(config.scoring, folder, None, None, device, trust, date)
     model, tokenizer = reference.model, reference.tokenizer
-    return load_scorers(config.scoring, folder, model, tokenizer, device, trust, config.data.date)
+    return load_scorers(config.scoring, folder, model, tokenizer, device, trust, date, reference.adapters)
 
 
 def load_data(

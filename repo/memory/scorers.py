@@ -36,7 +36,8 @@ def planned_scorer_bytes(config: Config, device: str, trust: bool = False) -> in
     device: type of the device. trust: run Python code that comes with a model.
     """
     names, total = [*scorer_names(config.scoring), config.evaluation.judge], 0
-    shares = config.model.path == EMBEDDED and config.model.dtype == "float32" and not config.model.lora_rank
+    model = config.model
+    shares = model.path == EMBEDDED and model.dtype == "float32" and (model.shard == 1 or not model.lora_rank)
     for name in names:
         if name == NONE or (FUNCTION.fullmatch(name) and not Path(name).exists()) or (name == EMBEDDED and shares):
             continue

@@ -7,7 +7,8 @@ fits the heads, and the manifest beside the weights says on what data.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,19 @@ class Trunk:
     """A frozen causal LM as a feature extractor of chat-formatted (prompt, response) pairs."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_prompt: int, max_response: int, system_prompt: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_prompt: int,
+        max_response: int,
+        system_prompt: str | None = None,
+        frozen: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        """max_prompt, max_response: tokens at which texts are cut on the right. system_prompt: before each prompt."""
-        self.model, self.tokenizer = model, tokenizer
+        """max_prompt, max_response: tokens at which texts are cut on the right. system_prompt: before each prompt.
+
+        frozen: context in which the model is the frozen one, such as that without its adapters.
+        """
+        self.model, self.tokenizer, self.frozen = model, tokenizer, frozen
         self.max_prompt, self.max_response, self.system_prompt = max_prompt, max_response, system_prompt
 
     def encode(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
@@ -149,7 +159,8 @@ class Trunk:
             ids[i, : len(head) + len(tail)] = torch.tensor(head + tail)
         ids = ids.to(device)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        out = self.model.base_model(ids, attention_mask=mask.long(), use_cache=False, output_hidden_states=True)
+        with self.frozen():
+            out = self.model.base_model(ids, attention_mask=mask.long(), use_cache=False, output_hidden_states=True)
         states, final = out.hidden_states[layer], out.last_hidden_state
         for i, (head, tail) in enumerate(pairs):
             start, stop = len(head), len(head) + len(tail)
@@ -253,10 +264,12 @@ class HeadScorer:
         tokenizer: Any = None,
         device: str = "cpu",
         batch_tokens: int = 4096,
+        frozen: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> "HeadScorer":
         """Load a scorer from its folder.
 
         model, tokenizer: shared with others, e.g. the frozen reference; None: load the manifest's model to `device`.
+        frozen: context in which a shared model is the frozen one.
         Scorers that share a model also share its forward pass in `score_all`. batch_tokens: padded tokens of one pass.
         """
         folder = Path(folder)
@@ -271,9 +284,8 @@ class HeadScorer:
 
             tokenizer = AutoTokenizer.from_pretrained(path)
         heads = load_file(folder / "heads.safetensors")
-        trunk = Trunk(
-            model, tokenizer, manifest.max_prompt_tokens, manifest.max_response_tokens, manifest.system_prompt
-        )
+        limits = manifest.max_prompt_tokens, manifest.max_response_tokens
+        trunk = Trunk(model, tokenizer, *limits, manifest.system_prompt, frozen)
         return cls(manifest, heads["weight"].float(), heads["bias"].float(), trunk, batch_tokens)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

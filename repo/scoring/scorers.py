@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def load_scorers(
     device: str = "cpu",
     trust: bool = False,
     date: str | None = None,
+    frozen: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Scorers:
     """Load the scorers of both signals and check the sign of those whose manifest has two canned answers.
 
@@ -169,6 +171,7 @@ def load_scorers(
         assets: the assets folder, which the embedded scorers need. model, tokenizer: the frozen reference if it is the
             model that the embedded scorers read; None: they load their own. trust: run Python code of models.
         date: today's date for chat templates, YYYY-MM-DD; None: today.
+        frozen: context in which `model` is the frozen reference, where that is a policy without its adapters.
 
     Raises:
         UserError: a scorer cannot be loaded or has the wrong sign, or a weight is wrong.
@@ -180,7 +183,7 @@ def load_scorers(
             if name == EMBEDDED:
                 loaded = (p.scorer.trunk.model for p in parts["reward"] if isinstance(p.scorer, HeadScorer))
                 shared = model if model is not None else next(loaded, None)
-                scorer = _load_embedded(signal, assets, shared, tokenizer, device)
+                scorer = _load_embedded(signal, assets, shared, tokenizer, device, frozen)
             elif FUNCTION.fullmatch(name) and not Path(name).exists():
                 scorer = FunctionScorer(name, signal, config.timeout)
             else:
@@ -190,11 +193,19 @@ def load_scorers(
     return Scorers(parts["reward"], parts["cost"], config.clamp)
 
 
-def _load_embedded(signal: str, assets: Path | None, model: Any, tokenizer: Any, device: str) -> HeadScorer:
+def _load_embedded(
+    signal: str,
+    assets: Path | None,
+    model: Any,
+    tokenizer: Any,
+    device: str,
+    frozen: Callable[[], AbstractContextManager[None]],
+) -> HeadScorer:
     """Load the embedded scorer of a signal. Raises UserError if there is no assets folder."""
     if assets is None:
         raise UserError(f"scoring.{signal} is 'embedded' but there is no assets folder; run python -m repo.assets")
-    return HeadScorer.load(assets / "scorers" / signal, model=model, tokenizer=tokenizer, device=device)
+    folder = assets / "scorers" / signal
+    return HeadScorer.load(folder, model=model, tokenizer=tokenizer, device=device, frozen=frozen)
 
 
 def check_sign(scorer: Scorer, where: str) -> None:

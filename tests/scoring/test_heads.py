@@ -1,5 +1,6 @@
 """The embedded scorers and judge: what they rank above what, and that batching does not change a score."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from repo import assets
 from repo.assets.prompts import SYSTEM_PROMPT
 from repo.assets.sources import locate
+from repo.config.schema import Config, ModelConfig
 from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models.actor import Actor, predict, read_reference
@@ -15,6 +17,7 @@ from repo.models.policy import load_policy
 from repo.scoring.embedded import HeadScorer, Trunk, length_batches, score_all
 from repo.scoring.embedded_judge import EmbeddedJudge, ProfanityModel, first_words
 from repo.scoring.judge import load_judge
+from repo.setup import scorers_beside
 
 pytestmark = pytest.mark.assets
 
@@ -208,3 +211,25 @@ def test_profanity_equals_scikit_learn(built):
     texts = [*REPLIES, *GIBBERISH, "You are a damn stupid idiot.", "", "Ünïcode words, 12 34!"]
     expected = torch.tensor(classifier.predict_proba(vectoriser.transform(texts))[:, 1])
     torch.testing.assert_close(ProfanityModel.load(built / "judge")(texts).double(), expected, atol=1e-6, rtol=0)
+
+
+def test_scores_beside_a_policy_with_adapters_are_those_of_the_frozen_model(built, scorers):
+    """Whether they are read from the reference's pass or take one of their own."""
+    policy = load_policy(str(built / "policy"), torch.device("cpu"), trainable=True, config=ModelConfig(lora_rank=2))
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.05)
+    reference = dataclasses.replace(policy.exact(), base_only=True)
+    config = Config(model=ModelConfig(lora_rank=2))
+    beside = scorers_beside(config, built, reference, "embedded", "cpu", trust=False)
+    prompts = tokenize_prompts([Prompt(PROMPTS[0], PROMPTS[0], "")], policy.tokenizer, SYSTEM_PROMPT, 256).kept
+    responses = [policy.tokenizer(REPLIES[0]).input_ids]
+    sequences = make_sequences([prompts[0].token_ids], responses, policy.pad_id, torch.tensor([0]))
+    layers = beside.layers_of(policy.model)
+    assert layers
+    _, reading = read_reference(Actor(reference), sequences, 1.0, 500, layers)
+    for known in (None, reading):
+        found = beside(prompts, [REPLIES[0]], known)
+        for scorer, score in zip(scorers, (found.rewards, found.costs), strict=True):
+            assert score.item() == pytest.approx(scorer([PROMPTS[0]], [REPLIES[0]]).item(), abs=1e-3)
