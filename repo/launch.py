@@ -43,6 +43,8 @@ def launch(switches: Switches, config: Config) -> None:
             console.print(
                 "warning: rollout.top_p < 1 samples from a distribution other than the loss assumes", style="yellow"
             )
+        if switches.presets:
+            console.print(f"preset: {', '.join(switches.presets)}", markup=False, highlight=False)
         if switches.dry_run:
             dry_run(config, console, world, switches.trust_remote_code)
             return

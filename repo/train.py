@@ -1,7 +1,7 @@
 """Train a policy under a cost constraint: sample -> reference -> score -> advantages -> update -> record.
 
-python -m repo.train                                  RePO on the embedded default
-python -m repo.train --preset paper                   the paper's form: critics, cost mode split, KL in the reward
+python -m repo.train                                  RePO on the embedded default, preset embedded
+python -m repo.train --preset embedded --preset paper the paper's form: critics, cost mode split, KL in the reward
 python -m repo.train --config run.yaml --steps 100    your own model, prompts, reward and cost
 python -m repo.train --resume runs/repo-...           continue from the last checkpoint
 """

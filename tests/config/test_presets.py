@@ -98,6 +98,7 @@ def test_large_presets_resolve_and_print_their_arithmetic(name, tiny_model, tiny
     train.run_command([f"--preset={name}", f"--model.path={tiny_model}", *data, "--dry-run"])
     printed = capsys.readouterr().out
     assert ("policy without its adapter" in printed) == ("lora" in name)
+    assert f"preset: {name}\n" in printed
     assert "x 4 samples" in printed
 
 
