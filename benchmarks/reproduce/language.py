@@ -26,16 +26,14 @@ from repo.common.errors import UserError, exit_with_sentence
 from repo.config.parse import make_parser, parse_config
 from repo.evaluation.statistics import QUANTITIES, Evaluation
 from repo.runs.folder import versions
-from repo.runs.json_lines import finite
 from repo.training.multipliers import WINDOW
 
 from . import matching
 from .language_report import SHOWN, draw, markdown
 from .methods import BASELINE, COMPARED, METHODS
 from .over_seeds import of_seeds, within
-from .runs import DEFAULT, evaluate, in_turn, is_trained, log_of, threads_of, train
+from .runs import DEFAULT, RESULTS, evaluate, in_turn, is_trained, log_of, threads_of, train, write_results
 
-RESULTS = Path(__file__).parents[1] / "results"
 SHARED = (DEFAULT, "--evaluation.prompts=0", "--save_every=0", "--sample_every=0")
 """Options of every run that leave the training as it is: final policies are evaluated afterwards, on all prompts."""
 SAMPLES, EVALUATION_SEED = 4, 1000
@@ -201,12 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "matched": matched,
         **analyse({"reference": [experiment.reference()], **evaluations}),
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    text = markdown(results)
-    (options.results / "reproduce_language.json").write_text(json.dumps(finite(results), indent=1), encoding="utf-8")
-    (options.results / "reproduce_language.md").write_text(text, encoding="utf-8")
-    draw(results).savefig(options.results / "reproduce_language.png", dpi=144)
-    print(text)
+    write_results(options.results, "reproduce_language", results, markdown(results), draw(results))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from matplotlib.figure import Figure
 
 from repo.common.errors import UserError
 from repo.config.parse import PRESETS, load_config, make_parser, parse_config
 from repo.evaluation.comparison import read_evaluation
 from repo.evaluation.statistics import Evaluation
+from repo.runs.json_lines import finite
 
 T = TypeVar("T")
+RESULTS = Path(__file__).parents[1] / "results"
+"""Folder of the committed results."""
 DEFAULT = f"--config={PRESETS / 'embedded.yaml'}"
 """The default run, as an option of repo.train."""
 
@@ -155,3 +160,12 @@ def log_of(run: Path) -> Path:
 def threads_of(jobs: int) -> int | None:
     """Return how many threads each of several runs gets; None, which is all cores, for a single one."""
     return None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+
+
+def write_results(folder: Path, name: str, results: Mapping[str, Any], text: str, figure: Figure) -> None:
+    """Write what the runs gave as folder/name.json, .md and .png, and print the text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(finite(results), indent=1), encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    figure.savefig(folder / f"{name}.png", dpi=144)
+    print(text)

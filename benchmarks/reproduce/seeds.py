@@ -11,7 +11,6 @@ Results go to benchmarks/results/default_seeds.{json,md,png}.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,14 +22,11 @@ from repo.common.errors import UserError, exit_with_sentence
 from repo.evaluation.comparison import read_evaluation
 from repo.evaluation.statistics import Evaluation
 from repo.runs.folder import versions
-from repo.runs.json_lines import finite
 
 from .criteria import check
-from .runs import DEFAULT, in_turn, is_trained, threads_of, train, usage_of
+from .runs import DEFAULT, RESULTS, in_turn, is_trained, threads_of, train, usage_of, write_results
 from .seed_changes import SeedRun, summary
 from .seeds_report import draw, markdown
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def read_run(run: Path, seed: int) -> SeedRun:
@@ -88,12 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **found,
         "criteria": check(found, options.jobs),
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    text = markdown(results)
-    (options.results / "default_seeds.json").write_text(json.dumps(finite(results), indent=1), encoding="utf-8")
-    (options.results / "default_seeds.md").write_text(text, encoding="utf-8")
-    draw(results).savefig(options.results / "default_seeds.png", dpi=144)
-    print(text)
+    write_results(options.results, "default_seeds", results, markdown(results), draw(results))
 
 
 if __name__ == "__main__":
