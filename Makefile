@@ -31,7 +31,7 @@ train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m repo.train $(ARGS)
 
-# Half a minute, without the assets; the table and the pictures go to the folder demo.
+# 15 seconds, without the assets; the table and the pictures go to the folder demo.
 demo: $(VENV)/train.stamp
 	$(BIN)/python -m benchmarks.reproduce.table $(ARGS)
 
