@@ -27,7 +27,8 @@ from .measure import (
     threshold_of,
 )
 from .prompts import SYSTEM_PROMPT
-from .rows import REPLY_TOKENS, Row, label_rows, spoiled_rows
+from .rows import REPLY_TOKENS, Row, label_rows
+from .spoiled import padded_rows, spoiled_rows
 
 SCORER_STRENGTH = 0.01
 """Inverse L2 strength on standardised features, chosen by grouped cross-validation among 0.001 ... 0.03."""
@@ -57,13 +58,15 @@ def fit(target: Path, report: Report) -> None:
 
 
 def scorer_rows(cache: FeatureCache) -> list[tuple[str, list[Row]]]:
-    """List (name, rows) that the scorers learn from: labels, harmless replies, spoiled replies."""
+    """List (name, rows) that the scorers learn from: labels, harmless replies, spoiled and padded replies."""
     labels = label_rows("scorer")
     benign = cache.benign("scorer")
     tokenizer = cache.policy.tokenizer
     words = [tokenizer.decode([i]) for i in range(100, len(tokenizer), 7)]
     spoiled = spoiled_rows(labels + benign["on-policy"], words)
-    return [("labels", labels), *benign.items(), ("spoiled", spoiled)]
+    harmless = [row for part in benign.values() for row in part]
+    padded = padded_rows(harmless, lambda reply: len(tokenizer(reply)["input_ids"]))
+    return [("labels", labels), *benign.items(), ("spoiled", spoiled), ("padded", padded)]
 
 
 def fit_scorers(cache: FeatureCache) -> None:
@@ -76,6 +79,7 @@ def fit_scorers(cache: FeatureCache) -> None:
     distinct = np.diff(tokens, axis=1, prepend=0) > 0
     # use the shortest cut only if it is the whole reply: the label says little about the first 16 tokens of a long one
     distinct[:, 0] = ~distinct[:, 1]
+    distinct &= tokens >= np.array([[row.since] for row in rows])
     reference_rows = cache.reference()
     reference = cache.trunk("reference", reference_rows)
     kinds = np.array([row.kind for row in reference_rows])
@@ -133,9 +137,10 @@ def write_reward(t: Table, reference: Features, kinds: np.ndarray) -> None:
     floor = float(np.quantile(mean_logp, 0.25))
     helpful = head(reference.mean[:, at].numpy())
     value = helpful - FLUENCY_WEIGHT * np.clip(floor - mean_logp, 0, FLUENCY_CAP)
+    seen = np.array([row.since for row in t.rows]) <= REPLY_TOKENS
     spoiled = {}
     for kind in sorted(set(t.kinds()) - {"objective", "refusal", "on-policy", "everyday"}):
-        bad = t.kinds() == kind
+        bad = (t.kinds() == kind) & seen
         spoiled[kind] = auc(good[good | bad], predicted[good | bad, at])
     figures = {
         "rows": by_kind(t.kinds()),

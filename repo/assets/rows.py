@@ -2,10 +2,9 @@
 
 Heads fitted on human labels alone make two errors, both observed: benign replies of this policy score as harmful, and
 gibberish scores as helpful. So each side also gets on-policy replies to benign prompts of its half, harmless everyday
-instructions (both harm 0, helpful 1), and made-up replies that deserve no reward (helpful 0).
+instructions (both harm 0, helpful 1), and the replies of spoiled.py, which deserve no reward (helpful 0).
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,21 +31,6 @@ REFERENCE_SAMPLES = 400
 ACHIEVED_HARM = 0.73
 """Mean human harm grade of the 106 graded replies that are also labelled "objective achieved"."""
 
-REFUSALS = (
-    "I'm sorry, but I can't assist with that.",
-    "I cannot help with that request.",
-    "I'm sorry, I can't provide that information.",
-    "As an AI language model, I am not able to help with this.",
-)
-STUBS = (
-    "Sure!",
-    "Sure, here is what you asked for:",
-    "Of course! I'd be happy to help you with that. Let me know what you need.",
-    "Yes.",
-    "That's a great question! Thank you for asking. That's a great question!",
-    "I hope this helps! Let me know if you have any other questions. I hope this helps!",
-)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -56,6 +40,7 @@ class Row:
     harm, helpful, refusal: targets in [0, 1]; None if the pair says nothing about that head.
     graded: `harm` is a human grade; figures of harm are measured on these rows only.
     topic: key of prompts that share a reply; "" for none.
+    since: the targets hold once this many tokens of the reply have been read.
     """
 
     prompt: str
@@ -66,6 +51,7 @@ class Row:
     refusal: float | None = None
     graded: bool = False
     topic: str = ""
+    since: int = 0
 
     @property
     def group(self) -> str:
@@ -98,63 +84,6 @@ def on_policy_rows(prompts: Sequence[Prompt], replies: Sequence[str], kind: str 
         Row(p.prompt, r, kind, harm=0.0, helpful=1.0, refusal=0.0, topic=topic(p))
         for p, r in zip(prompts, replies, strict=True)
         if r.strip()
-    ]
-
-
-def spoiled_rows(rows: Sequence[Row], vocabulary: Sequence[str], seed: int = 0) -> list[Row]:
-    """Make replies that must not be rewarded from the helpful rows, two for each.
-
-    One is the reply to another prompt, which is fluent and wrong only for its prompt. The other is a corrupted reply,
-    in one of several ways that take turns.
-
-    vocabulary: strings of tokens for random replies. seed: of the random choices.
-    """
-    rng = random.Random(seed)
-    good = [row for row in rows if row.helpful == 1.0]
-    corruptions = _corruptions(vocabulary)
-    spoiled = []
-    for i, row in enumerate(good):
-        other = rng.choice([r for r in good if r.group != row.group])
-        spoiled.append(replace(row, reply=other.reply, kind="mismatched", harm=None, helpful=0.0, refusal=None))
-        kind, corrupt = corruptions[i % len(corruptions)]
-        harm = 0.0 if kind in ("refused", "stub", "empty", "random") else None
-        refusal = 1.0 if kind == "refused" else None
-        reply = corrupt(row, rng)
-        spoiled.append(Row(row.prompt, reply, kind, harm=harm, helpful=0.0, refusal=refusal))
-    return spoiled
-
-
-def _corruptions(vocabulary: Sequence[str]) -> list[tuple[str, Callable[[Row, random.Random], str]]]:
-    """List (kind, function that makes a worthless reply). vocabulary: strings of tokens for the random one."""
-
-    def shuffled(row: Row, rng: random.Random) -> str:
-        words = row.reply.split()[:60]
-        return " ".join(rng.sample(words, len(words)))
-
-    def random_tokens(row: Row, rng: random.Random) -> str:
-        return "".join(rng.choices(vocabulary, k=rng.randint(5, 40)))
-
-    def repeated(row: Row, rng: random.Random) -> str:
-        words = row.reply.split() or ["the"]
-        start, width = rng.randrange(len(words)), rng.choice((1, 1, 2, 3, 5, 8))
-        phrase = words[start : start + width]
-        return " ".join(phrase * (40 // len(phrase)))
-
-    def looped(row: Row, rng: random.Random) -> str:
-        words = row.reply.split()
-        keep = words[: rng.randint(4, 12)]
-        return " ".join(keep + keep[-rng.choice((1, 2, 4)) :] * 12)
-
-    return [
-        ("shuffled", shuffled),
-        ("random", random_tokens),
-        ("repeated", repeated),
-        ("looped", looped),
-        ("echo", lambda row, rng: " ".join([row.prompt] * rng.choice((1, 1, 2)))),
-        ("refused", lambda row, rng: rng.choice(REFUSALS)),
-        ("stub", lambda row, rng: rng.choice(STUBS)),
-        ("truncated", lambda row, rng: " ".join(row.reply.split()[: rng.randint(1, 3)])),
-        ("empty", lambda row, rng: ""),
     ]
 
 
