@@ -22,6 +22,8 @@ MASK_DTYPES = (
 )  # fmt: skip
 COST_MODES = ("rectified", "split", "lagrangian")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+SURROGATES = ("clip", "cispo")
+RATIO_LEVELS = ("token", "sequence")
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 3.4028234663852886e38
 

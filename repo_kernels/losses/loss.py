@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.choice import check_backend, choose_backend
-from ..backends.codes import ENTROPY_NONE, KL_NONE, ROWS, Code
+from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
+from ..backends.eager.dense import prepare
 from ..backends.interface import Loss, compute_dtype, scalar_vector
 from ..checks import (
     check_bool,
@@ -21,39 +22,19 @@ from ..checks import (
     check_tensor,
     describe,
 )
+from ..keywords import method_takes, takes
 from ..tensor_kinds import check_memory, has_values, is_plain, is_traced, is_transformed, makers_like, operate
 from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
 from .composite import losses as composite
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
-from .keywords import method_takes, takes
 from .linear_ops import gradients_wanted, linear_loss
+from .logps import linear_selective_log_softmax, selective_log_softmax
 from .ops import fused_loss
 from .options import LossOptions
-from .stats import LossStats
+from .output import RepoLossOutput, make_output
 
 HEADS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
-
-
-@dataclass(frozen=True)
-class RepoLossOutput:
-    """The result of a loss. Tensors are fp32, or fp64 for fp64 input; all but `loss` are detached.
-
-    Args:
-        loss: 0-d, or the leading shape (T,) or (B, L) with loss_agg_mode="none".
-        logps: leading shape, log-probability in nats of each token id; 0 on masked and ignored tokens, as are entropy
-            and kl.
-        entropy: leading shape, in nats; None without return_entropy and entropy_coef.
-        kl: leading shape, the chosen estimator of KL(pi || pi_ref) in nats, without the factor rho; None without a
-            reference.
-        stats: sums, counts and extremes, which merge over micro-batches and ranks.
-    """
-
-    loss: Tensor
-    logps: Tensor
-    entropy: Tensor | None
-    kl: Tensor | None
-    stats: LossStats
 
 
 @takes(RepoLossCall)
@@ -125,7 +106,7 @@ def repo_loss_from_logps(call: LogpsLossCall) -> RepoLossOutput:
     logps = check_logps(call.logps)
     loss = make_logps_loss(logps, call, call)
     check_memory(logps=logps, **loss.named_tensors)
-    return _make_output(loss, *composite.loss_of_given_logps(logps, loss))
+    return make_output(loss, *composite.loss_of_given_logps(logps, loss))
 
 
 class RepoLoss(nn.Module):
@@ -210,6 +191,8 @@ def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, ba
         check_tensor("ref_logits", ref_logits, (tuple(logits.shape),), (logits.dtype,), logits)
         ref_logits = ref_logits.detach()
     loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
+    if options.logps_first and not is_transformed():
+        return _logps_first(logits, loss, functools.partial(selective_log_softmax, logits), inplace, backend)
     direct = _runs_directly(logits, ref_logits, loss)
     if direct and backend != "cpu":  # which looks itself
         check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
@@ -229,7 +212,7 @@ def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, ba
         value, rows, stats = InplaceLoss.apply(logits, ref_logits, loss, logits.detach(), backend)
     else:
         value, rows, stats = FusedLoss.apply(logits, ref_logits, loss, backend)
-    return _make_output(loss, value, rows, stats)
+    return make_output(loss, value, rows, stats)
 
 
 def _linear_loss(
@@ -246,12 +229,43 @@ def _linear_loss(
     reference = _linear_reference(inputs)
     loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
     if is_transformed():
-        return _make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
+        return make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
+    if options.logps_first:
+        size = {"chunk_tokens": chunk_tokens, "chunk_bytes": chunk_bytes}
+        rows = functools.partial(linear_selective_log_softmax, hidden, weight, bias=bias, **size)
+        return _logps_first(hidden, loss, rows, False, backend)
     tensors = dict(zip(HEADS, (hidden, weight, bias, *(reference or (None, None, None))), strict=True))
     check_memory(**tensors, **loss.named_tensors)
     how = gradients_wanted(hidden, weight, bias), chunk_tokens, chunk_bytes, backend
     value, rows, stats, *_ = _operate(linear_loss, tensors, loss, *_operator_options(loss, hidden), *how)
-    return _make_output(loss, value, rows.detach(), stats.detach())
+    return make_output(loss, value, rows.detach(), stats.detach())
+
+
+def _logps_first(
+    source: Tensor, loss: Loss, statistics: Callable[..., Any], inplace: bool, backend: str
+) -> RepoLossOutput:
+    """Compute a loss from log-probabilities, which one pass over the logits gives; its gradient is another.
+
+    Args:
+        source: logits or hidden states. statistics: computes log-probabilities and entropy of ids.
+    """
+    check_bool("inplace", inplace)
+    if inplace:
+        raise ValueError("inplace=True is for surrogate='clip' and ratio_level='token', which read the logits once")
+    check_memory(source=source, **loss.named_tensors)
+    prepared = prepare(source, loss)
+    with_entropy = loss.entropy != ENTROPY_NONE
+    result = statistics(
+        prepared.ids.view(loss.arguments.leading),
+        temperature=prepared.coef.temperature,
+        softcap=loss.softcap or None,
+        return_entropy=with_entropy,
+        backend=backend,
+    )
+    logps, entropy = result if with_entropy else (result, None)
+    if loss.entropy == ENTROPY_VALUE and entropy is not None:
+        entropy = entropy.detach()
+    return make_output(loss, *composite.loss_of_statistics(logps, entropy, prepared, loss))
 
 
 def _operator_options(loss: Loss, source: Tensor) -> tuple[Tensor, int, float, int]:
@@ -273,23 +287,6 @@ def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> boo
         return False
     scalars = [value for value in loss.scalars if isinstance(value, Tensor)]
     return is_plain(logits, ref_logits, *loss.arguments.tensors, *scalars)
-
-
-def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:
-    """Name the outputs of a loss: its value and, detached, ROWS (5, N) and STATS (18,)."""
-    leading = loss.arguments.token_ids.shape
-
-    def row(name: str) -> Tensor:
-        values = rows.select(0, ROWS.index(name))
-        return values if len(leading) == 1 else values.view(leading)
-
-    return RepoLossOutput(
-        loss=value.view(leading) if loss.per_token else value,
-        logps=row("logp"),
-        entropy=row("entropy") if loss.entropy != ENTROPY_NONE else None,
-        kl=row("kl") if Code.unpack(loss.code).kl != KL_NONE else None,
-        stats=LossStats(stats),
-    )
 
 
 def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> bool:

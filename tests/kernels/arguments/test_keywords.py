@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from repo_kernels import LinearRepoLoss, LossOptions, RepoLoss, linear_repo_loss, repo_loss
-from repo_kernels.losses import keywords
+from repo_kernels import LinearRepoLoss, LossOptions, RepoLoss, keywords, linear_repo_loss, repo_loss
 from repo_kernels.losses.inputs import LossInputs
 
 LEADING, VOCABULARY = (2, 3), 5
