@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..backends.choice import check_backend, choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
@@ -23,6 +24,7 @@ from ..checks import (
     describe,
 )
 from ..keywords import method_takes, takes
+from ..parallel.shard import local_head
 from ..tensor_kinds import check_memory, has_values, is_plain, is_traced, is_transformed, makers_like, operate
 from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
@@ -77,6 +79,11 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     fp32 if they can. Elsewhere bf16 and fp16 are computed in fp32, with an fp32 copy of the weight during the call.
     Autocast changes nothing. The host waits for the device once per call, for the number of live tokens.
 
+    With `group`, or with a DTensor weight that is sharded on dim 0, every process has a part of the vocabulary and all
+    hidden states: its logits are those of its part, two all-reduces of a few numbers per token and one of dL/dhidden
+    join them, and loss and statistics are the same in every process. The logits are formed twice then, and there is no
+    softcap, no full KL and no torch.compile.
+
     Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
     the gradients of hidden and weight in fp32, where wanted. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
     4 c V for the logits of a reference.
@@ -87,7 +94,7 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `repo_loss`.
     """
-    return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend)
+    return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend, call.group)
 
 
 @takes(LogpsLossCall)
@@ -147,6 +154,7 @@ class LinearRepoLoss(nn.Module):
         options: None for the defaults.
         chunk_tokens, chunk_bytes: the size of a chunk or None, see `linear_repo_loss`.
         backend: "triton", "cpu", "eager" or None, see `repo_loss`.
+        group: the processes among which the vocabulary is divided, or None, see `linear_repo_loss`.
     """
 
     def __init__(
@@ -156,12 +164,13 @@ class LinearRepoLoss(nn.Module):
         backend: str | None = None,
         *,
         chunk_bytes: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_chunk(chunk_tokens, chunk_bytes)
         check_backend(backend)
         self.options, self.backend = _checked_options(options), backend
-        self.chunk_tokens, self.chunk_bytes = chunk_tokens, chunk_bytes
+        self.chunk_tokens, self.chunk_bytes, self.group = chunk_tokens, chunk_bytes, group
 
     @method_takes(LinearRepoLossInputs)
     def forward(self, inputs: LinearRepoLossInputs) -> RepoLossOutput:
@@ -170,7 +179,7 @@ class LinearRepoLoss(nn.Module):
         Returns:
             RepoLossOutput.
         """
-        return _linear_loss(self.options, inputs, self.chunk_tokens, self.chunk_bytes, self.backend)
+        return _linear_loss(self.options, inputs, self.chunk_tokens, self.chunk_bytes, self.backend, self.group)
 
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
@@ -221,18 +230,29 @@ def _linear_loss(
     chunk_tokens: int | None,
     chunk_bytes: int | None,
     backend: str | None,
+    group: ProcessGroup | None,
 ) -> RepoLossOutput:
-    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    hidden = inputs.hidden
+    weight, bias, shard = local_head(inputs.weight, inputs.bias, group)
     check_head("", hidden, weight, bias)
     backend = choose_backend(backend, hidden)
     check_chunk(chunk_tokens, chunk_bytes)
+    if shard is not None and options.kl_estimator == "full":
+        raise ValueError("kl_estimator='full' takes a whole vocabulary; got one divided among processes")
     reference = _linear_reference(inputs)
     loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
-    if is_transformed():
+    if is_transformed() and shard is None:
         return make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
-    if options.logps_first:
-        size = {"chunk_tokens": chunk_tokens, "chunk_bytes": chunk_bytes}
-        rows = functools.partial(linear_selective_log_softmax, hidden, weight, bias=bias, **size)
+    if options.logps_first or shard is not None:
+        rows = functools.partial(
+            linear_selective_log_softmax,
+            hidden,
+            inputs.weight,
+            bias=inputs.bias,
+            chunk_tokens=chunk_tokens,
+            chunk_bytes=chunk_bytes,
+            group=group,
+        )
         return _logps_first(hidden, loss, rows, False, backend)
     tensors = dict(zip(HEADS, (hidden, weight, bias, *(reference or (None, None, None))), strict=True))
     check_memory(**tensors, **loss.named_tensors)
