@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,11 +37,16 @@ class VocabularyShard:
 
     @staticmethod
     def of_dim(group: dist.ProcessGroup, total: int) -> VocabularyShard:
-        """Return the shard of this process as `Shard(0)` of a DTensor cuts V: ceil(V / P) rows, the last ones fewer."""
+        """Return the shard of this process as `Shard(0)` of a DTensor cuts V: ceil(V / P) rows, the last ones fewer.
+
+        Raises:
+            ValueError: in every process, if one of them has no row.
+        """
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         step = -(-total // size)
-        start = min(rank * step, total)
-        return VocabularyShard(group, start, min(step, total - start), total)
+        if (size - 1) * step >= total:
+            raise ValueError(f"weight must have a row for every process; got {total} rows, {step} each for {size}")
+        return VocabularyShard(group, rank * step, min(step, total - rank * step), total)
 
     def local_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids (N,) within the shard, and which are in it, (N,) bool.
@@ -100,8 +105,9 @@ def local_head(
                 f"{name} must be a DTensor with placements (Shard(dim=0),) on a mesh of one dimension; got "
                 f"{getattr(value, 'placements', 'a plain tensor')}"
             )
-    shard = VocabularyShard.of_dim(weight.device_mesh.get_group(), weight.shape[0])
-    return weight.to_local(), None if bias is None else bias.to_local(), shard
+    cut: Any = weight
+    shard = VocabularyShard.of_dim(cut.device_mesh.get_group(), cut.shape[0])
+    return cut.to_local(), None if bias is None else cast(Any, bias).to_local(), shard
 
 
 def _dtensor() -> type | None:
