@@ -175,10 +175,14 @@ class RepoLossCall(LossOptions, RepoLossInputs):
         inplace: write the gradient over the logits: one buffer instead of two, one backward; not under torch.compile.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
+        group: the processes among which the vocabulary is divided: logits are (T, V / P) or (B, L, V / P), the columns
+            of this process in the order of ranks; token_ids are those of the whole vocabulary. Loss and statistics are
+            the same in every process. Takes no softcap, full KL, inplace or torch.compile. None: logits are whole.
     """
 
     inplace: bool = False
     backend: str | None = None
+    group: ProcessGroup | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -24,10 +24,9 @@ from ..checks import (
     describe,
 )
 from ..keywords import method_takes, takes
-from ..parallel.shard import local_head
-from ..tensor_kinds import check_memory, has_values, is_plain, is_traced, is_transformed, makers_like, operate
+from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, makers_like, operate
 from .arguments import make_logps_loss, make_loss
-from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
+from .autograd import FusedLoss, InplaceLoss, check_inplace, loss_without_gradient
 from .composite import losses as composite
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
 from .linear_ops import gradients_wanted, linear_loss
@@ -35,7 +34,9 @@ from .logps import linear_selective_log_softmax, selective_log_softmax
 from .ops import fused_loss
 from .options import LossOptions
 from .output import RepoLossOutput, make_output
+from .parallel.shard import local_head
 
+WHOLE_VOCABULARY = "kl_estimator='full' takes a whole vocabulary; got one divided among processes"
 HEADS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 
 
@@ -64,7 +65,7 @@ def repo_loss(call: RepoLossCall) -> RepoLossOutput:
             NaN in that row instead.
         RuntimeError: a second backward with inplace=True, or create_graph=True.
     """
-    return _logits_loss(call, call, call.inplace, call.backend)
+    return _logits_loss(call, call, call.inplace, call.backend, call.group)
 
 
 @takes(LinearRepoLossCall)
@@ -123,15 +124,21 @@ class RepoLoss(nn.Module):
         options: None for the defaults.
         inplace: write the gradient over the logits, see `repo_loss`.
         backend: "triton", "cpu", "eager" or None, see `repo_loss`.
+        group: the processes among which the vocabulary is divided, or None, see `repo_loss`.
     """
 
     def __init__(
-        self, options: LossOptions | None = None, *, inplace: bool = False, backend: str | None = None
+        self,
+        options: LossOptions | None = None,
+        *,
+        inplace: bool = False,
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_bool("inplace", inplace)
         check_backend(backend)
-        self.options, self.inplace, self.backend = _checked_options(options), inplace, backend
+        self.options, self.inplace, self.backend, self.group = _checked_options(options), inplace, backend, group
 
     @method_takes(RepoLossInputs)
     def forward(self, inputs: RepoLossInputs) -> RepoLossOutput:
@@ -140,7 +147,7 @@ class RepoLoss(nn.Module):
         Returns:
             RepoLossOutput.
         """
-        return _logits_loss(self.options, inputs, self.inplace, self.backend)
+        return _logits_loss(self.options, inputs, self.inplace, self.backend, self.group)
 
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
@@ -192,20 +199,29 @@ def _checked_options(options: LossOptions | None) -> LossOptions:
     return LossOptions() if options is None else options
 
 
-def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, backend: str | None) -> RepoLossOutput:
+def _logits_loss(
+    options: LossOptions,
+    inputs: RepoLossInputs,
+    inplace: bool,
+    backend: str | None,
+    group: ProcessGroup | None,
+) -> RepoLossOutput:
     logits, ref_logits = check_matrix("logits", inputs.logits), inputs.ref_logits
     backend = choose_backend(backend, logits)
     if ref_logits is not None:
         check_matrix("ref_logits", ref_logits)
         check_tensor("ref_logits", ref_logits, (tuple(logits.shape),), (logits.dtype,), logits)
         ref_logits = ref_logits.detach()
+    if group is not None and options.kl_estimator == "full":
+        raise ValueError(WHOLE_VOCABULARY)
     loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
-    if options.logps_first and not is_transformed():
-        return _logps_first(logits, loss, functools.partial(selective_log_softmax, logits), inplace, backend)
+    if group is not None or (options.logps_first and not is_transformed()):
+        rows = functools.partial(selective_log_softmax, logits, group=group)
+        return _logps_first(logits, loss, rows, inplace, backend)
     direct = _runs_directly(logits, ref_logits, loss)
     if direct and backend != "cpu":  # which looks itself
         check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
-    inplace = _check_inplace(inplace, logits, direct)
+    inplace = check_inplace(inplace, logits, direct)
     want_grad = logits.requires_grad and torch.is_grad_enabled()
     if is_transformed():
         value, rows, stats = composite.loss_of_logits(logits, ref_logits, loss)
@@ -238,7 +254,7 @@ def _linear_loss(
     backend = choose_backend(backend, hidden)
     check_chunk(chunk_tokens, chunk_bytes)
     if shard is not None and options.kl_estimator == "full":
-        raise ValueError("kl_estimator='full' takes a whole vocabulary; got one divided among processes")
+        raise ValueError(WHOLE_VOCABULARY)
     reference = _linear_reference(inputs)
     loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
     if is_transformed() and shard is None:
@@ -271,7 +287,9 @@ def _logps_first(
     """
     check_bool("inplace", inplace)
     if inplace:
-        raise ValueError("inplace=True is for surrogate='clip' and ratio_level='token', which read the logits once")
+        raise ValueError(
+            "inplace=True is for surrogate='clip', ratio_level='token' and a whole vocabulary: one pass over the logits"
+        )
     check_memory(source=source, **loss.named_tensors)
     prepared = prepare(source, loss)
     with_entropy = loss.entropy != ENTROPY_NONE
@@ -307,28 +325,6 @@ def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> boo
         return False
     scalars = [value for value in loss.scalars if isinstance(value, Tensor)]
     return is_plain(logits, ref_logits, *loss.arguments.tensors, *scalars)
-
-
-def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> bool:
-    """Return whether to overwrite the logits: not if they have shapes alone. Raises ValueError if it cannot be done."""
-    check_bool("inplace", inplace)
-    if not inplace:
-        return False
-    if torch.compiler.is_compiling():
-        raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
-    if not has_values(logits):
-        return False
-    if not direct:
-        raise ValueError(
-            "inplace=True writes where the logits lie, and takes plain tensors only: no subclass, no lazy negation, no "
-            f"transform or dispatch mode around the call; got logits of type {type(logits).__name__}; use inplace=False"
-        )
-    reach = 1  # elements that the dimensions of smaller stride cover
-    for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
-        if stride < reach:
-            raise ValueError(f"logits must not overlap in memory with inplace=True; got strides {logits.stride()}")
-        reach = stride * (size - 1) + reach
-    return True
 
 
 def _linear_reference(inputs: HiddenStates) -> tuple[Tensor, Tensor, Tensor | None] | None:

@@ -158,7 +158,7 @@ def test_the_module_takes_the_options() -> None:
         (r"^dual_clip is for surrogate='clip'; got", {"surrogate": "cispo", "dual_clip": 3.0}),
         (r"^kl_estimator='full' is for surrogate='clip' and ratio_level='token'; got", {
             "ratio_level": "sequence", "kl_estimator": "full", "ref_logits": torch.zeros(3, 4)}),
-        (r"^inplace=True is for surrogate='clip' and ratio_level='token'", {"surrogate": "cispo", "inplace": True}),
+        (r"^inplace=True is for surrogate='clip', ratio_level='token'", {"surrogate": "cispo", "inplace": True}),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_named(match: str, changed: dict[str, Any]) -> None:

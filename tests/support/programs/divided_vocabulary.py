@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from repo_kernels import linear_repo_loss, linear_selective_log_softmax
+from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss
 
 WORLD, ROWS, WIDTH, VOCABULARY = 4, 13, 8, 24
 
@@ -81,10 +81,28 @@ def compare(
     errors = {"loss": relative(two.loss, one.loss), "statistics": relative(two.stats.tensor, one.stats.tensor)}
     errors["logps"] = relative(two.logps, one.logps)
     errors["dhidden"] = relative(part[0].grad, whole[0].grad)
+    errors |= compare_logits(name, dtype, backend, cut, group)
     if not frozen:
         for key, got, expected in (("dweight", part[1].grad, whole[1].grad), ("dbias", part[2].grad, whole[2].grad)):
             errors[key] = relative(got, cut(expected))
     return errors
+
+
+def compare_logits(
+    name: str, dtype: torch.dtype, backend: str, cut: Callable[[Tensor], Tensor], group: Any
+) -> dict[str, float]:
+    """Errors of one case of the loss from logits, whose dead row is NaN."""
+    hidden, weight, bias, ids, arguments = case(name, dtype)
+    arguments.pop("frozen", None)
+    logits = hidden @ weight.t() + bias
+    whole = logits.clone().requires_grad_()
+    part = cut(logits.t()).t().clone().requires_grad_()
+    one = repo_loss(whole, ids, **arguments, backend=backend)
+    two = repo_loss(part, ids, **arguments, backend=backend, group=group)
+    for out in (one, two):
+        out.loss.sum().backward()
+    expected = cut(whole.grad.t()).t()
+    return {"loss of logits": relative(two.loss, one.loss), "dlogits": relative(part.grad, expected)}
 
 
 def compare_dtensor(group: dist.ProcessGroup, rows: int) -> dict[str, float]:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.codes import IGNORED
-from ..tensor_kinds import has_values, is_traced, is_transformed
+from ...backends.codes import IGNORED
+from ...tensor_kinds import has_values, is_traced, is_transformed
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def local_head(
     Raises:
         TypeError, ValueError: group is no process group, or not with a DTensor, or the DTensor is cut otherwise.
     """
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
+    if group is not None:
+        check_group(group)
     kind = _dtensor()
     if kind is None or not isinstance(weight, kind):
         if kind is not None and isinstance(bias, kind):
@@ -108,6 +108,12 @@ def local_head(
     cut: Any = weight
     shard = VocabularyShard.of_dim(cut.device_mesh.get_group(), cut.shape[0])
     return cut.to_local(), None if bias is None else cast(Any, bias).to_local(), shard
+
+
+def check_group(group: object) -> None:
+    """Check that it is a process group."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
 
 
 def _dtensor() -> type | None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choice
-from ..backends.codes import ENTROPY_NONE, IGNORED, STATE
-from ..backends.eager.distributions import finite_log
-from ..losses.chunks import Budget
-from ..losses.linear import LinearHead, slope_chunks, statistics_chunks
+from ...backends import choice
+from ...backends.codes import ENTROPY_NONE, IGNORED, STATE
+from ...backends.eager.distributions import finite_log
+from ..chunks import Budget
+from ..linear import LinearHead, slope_chunks, statistics_chunks
 from .shard import VocabularyShard
 
 ABSENT = -1e30
@@ -119,6 +119,46 @@ def padded_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, result: tor
     rows = torch.nn.functional.pad(weight.detach(), (0, 0, 0, 1))
     given = weight.new_zeros(len(weight), dtype=result) if bias is None else bias.detach().to(result)
     return LinearHead.of(hidden, rows, torch.nn.functional.pad(given, (0, 1), value=ABSENT), result)
+
+
+class ShardedLogits(torch.autograd.Function):
+    """(log-probabilities, entropy) of the ids, (2, N), from this process's columns of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        entropy: int,
+        shard: VocabularyShard,
+        backend: str,
+    ) -> Tensor:
+        """Compute them; arguments as in `ShardedStatistics`, logits (T, V_r) or (B, L, V_r), which are copied."""
+        ids, owned = shard.local_ids(ids)
+        padded = torch.nn.functional.pad(logits.detach().reshape(-1, shard.rows), (0, 1), value=ABSENT)
+        local = choice.load(backend).statistics(padded, ids, temperature, 0.0, entropy)
+        live = ids != IGNORED
+        state = torch.where(live, one_softmax(torch.where(live, local, 0.0), owned, entropy, shard), 0.0)
+        ctx.save_for_backward(padded, ids, temperature, state)
+        ctx.rest = tuple(logits.shape), backend
+        return state[[LOGP, ENTROPY]]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Write dL/dlogits of this process's columns; nothing has to be summed."""
+        padded, ids, temperature, state = ctx.saved_tensors
+        shape, backend = ctx.rest
+        slopes, grad = torch.cat((upstream, upstream.new_zeros(1, upstream.shape[1]))), torch.zeros_like(padded)
+        if backend == "eager":
+            live = (ids != IGNORED).nonzero().squeeze(1)
+            part = padded[live].to(temperature.dtype)
+            apply_given_normaliser(part, ids[live], state[:, live], slopes[:, live], temperature, 0.0, part)
+            grad[live] = part.to(grad.dtype)
+        else:
+            choice.load(backend).apply(padded, ids, state, slopes, temperature, 0.0, grad)
+        return grad[:, :-1].reshape(shape), None, None, None, None, None
 
 
 def apply_given_normaliser(
