@@ -216,8 +216,8 @@ def _logits_loss(
         raise ValueError(WHOLE_VOCABULARY)
     loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
     if group is not None or (options.logps_first and not is_transformed()):
-        rows = functools.partial(selective_log_softmax, logits, group=group)
-        return _logps_first(logits, loss, rows, inplace, backend)
+        logps = functools.partial(selective_log_softmax, logits, group=group)
+        return _logps_first(logits, loss, logps, inplace, backend)
     direct = _runs_directly(logits, ref_logits, loss)
     if direct and backend != "cpu":  # which looks itself
         check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
