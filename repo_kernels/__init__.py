@@ -14,9 +14,11 @@ or, with the options of a run set once:
 from importlib.metadata import version
 
 from .losses.logps import linear_selective_log_softmax, selective_log_softmax
-from .losses.loss import LinearRepoLoss, RepoLoss, RepoLossOutput, linear_repo_loss, repo_loss, repo_loss_from_logps
+from .losses.loss import LinearRepoLoss, RepoLoss, linear_repo_loss, repo_loss, repo_loss_from_logps
 from .losses.options import LossOptions
+from .losses.output import RepoLossOutput
 from .losses.stats import LossStats
+from .rollout_weights import RolloutWeights, truncated_importance_weights
 
 __all__ = [
     "LinearRepoLoss",
@@ -24,11 +26,13 @@ __all__ = [
     "LossStats",
     "RepoLoss",
     "RepoLossOutput",
+    "RolloutWeights",
     "linear_repo_loss",
     "linear_selective_log_softmax",
     "repo_loss",
     "repo_loss_from_logps",
     "selective_log_softmax",
+    "truncated_importance_weights",
 ]
 
 __version__: str

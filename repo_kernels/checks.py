@@ -22,6 +22,8 @@ MASK_DTYPES = (
 )  # fmt: skip
 COST_MODES = ("rectified", "split", "lagrangian")
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
+SURROGATES = ("clip", "cispo")
+RATIO_LEVELS = ("token", "sequence")
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 3.4028234663852886e38
 
@@ -116,14 +118,14 @@ def check_matrix(name: str, value: object) -> Tensor:
     return value
 
 
-def check_logps(value: object) -> Tensor:
+def check_logps(value: object, name: str = "logps") -> Tensor:
     """Return the value if it is (T,) or (B, L) of fp32 or fp64."""
     if isinstance(value, Tensor):
-        check_kind("logps", value)
+        check_kind(name, value)
     if not isinstance(value, Tensor) or value.dtype not in VALUE_DTYPES:
-        raise TypeError(f"logps must be a tensor of float32 or float64; got {describe(value)}")
+        raise TypeError(f"{name} must be a tensor of float32 or float64; got {describe(value)}")
     if value.ndim not in (1, 2):
-        raise ValueError(f"logps must have shape (T,) or (B, L); got {describe(value)}")
+        raise ValueError(f"{name} must have shape (T,) or (B, L); got {describe(value)}")
     return value
 
 

@@ -75,7 +75,7 @@ AGGREGATIONS = (
 TOKEN_MEAN, TOKEN_SUM, SEQ_TOKEN_MEAN, SEQ_TOKEN_SUM, SEQ_TOKEN_SUM_NORM, NO_AGGREGATION = range(6)
 
 # code = cost | kl << 2 | kl_importance_weighted << 5 | normalize << 6 | on_policy << 7 | aggregation << 8
-#        | divisor << 11
+#        | divisor << 11 | cispo << 12 | sequence_ratio << 13; the last two only in losses of given log-probabilities
 COST_NONE, COST_GIVEN, COST_GATED, COST_HINGE = range(4)
 KL_NONE, KL_K1, KL_K2, KL_K3, KL_FULL = range(5)
 KL_NAMES = ("none", "k1", "k2", "k3", "full")
@@ -97,6 +97,8 @@ class Code:
         on_policy: there are no old_logps; rho is 1 and has a gradient.
         aggregation: index into AGGREGATIONS.
         divisor: the scalar of that name replaces the outer count.
+        cispo: the surrogate is CISPO's and not PPO's.
+        sequence_ratio: rho is that of the sequence.
     """
 
     cost: int
@@ -106,14 +108,24 @@ class Code:
     on_policy: bool
     aggregation: int
     divisor: bool
+    cispo: bool = False
+    sequence_ratio: bool = False
 
     def pack(self) -> int:
         """Pack the options into one integer."""
         flags = self.kl_importance_weighted << 5 | self.normalize << 6 | self.on_policy << 7
-        return self.cost | self.kl << 2 | flags | self.aggregation << 8 | self.divisor << 11
+        return (
+            self.cost
+            | self.kl << 2
+            | flags
+            | self.aggregation << 8
+            | self.divisor << 11
+            | self.cispo << 12
+            | self.sequence_ratio << 13
+        )
 
     @staticmethod
     def unpack(code: int) -> Code:
         """Read the options from one integer."""
-        weighted, normalize, on_policy, divisor = (bool(code >> place & 1) for place in (5, 6, 7, 11))
-        return Code(code & 3, code >> 2 & 7, weighted, normalize, on_policy, code >> 8 & 7, divisor)
+        weighted, normalize, on_policy, *rest = (bool(code >> place & 1) for place in (5, 6, 7, 11, 12, 13))
+        return Code(code & 3, code >> 2 & 7, weighted, normalize, on_policy, code >> 8 & 7, *rest)

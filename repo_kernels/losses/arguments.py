@@ -97,6 +97,8 @@ def make_loss(
         on_policy=inputs.old_logps is None,
         aggregation=AGGREGATIONS.index(options.loss_agg_mode),
         divisor=inputs.divisor is not None,
+        cispo=options.surrogate == "cispo",
+        sequence_ratio=options.ratio_level == "sequence",
     )
     entropy_coef = options.entropy_coef
     with_gradient = isinstance(entropy_coef, Tensor) or entropy_coef != 0

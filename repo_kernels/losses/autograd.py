@@ -15,7 +15,8 @@ from torch import Tensor
 from ..backends import choice
 from ..backends.interface import Loss
 from ..backends.memory_layout import gradient_buffer
-from ..tensor_kinds import written
+from ..checks import check_bool
+from ..tensor_kinds import has_values, written
 
 # A loss, 0-d or (N,) without aggregation, ROWS (5, N) and STATS (18,).
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -124,3 +125,25 @@ class InplaceLoss(torch.autograd.Function):
         choice.load(ctx.backend).scale_rows(buffer, written(upstream), ctx.flags)
         torch.autograd.graph.increment_version(buffer)
         return buffer, None, None, None, None
+
+
+def check_inplace(inplace: bool, logits: Tensor, direct: bool) -> bool:
+    """Return whether to overwrite the logits: not if they have shapes alone. Raises ValueError if it cannot be done."""
+    check_bool("inplace", inplace)
+    if not inplace:
+        return False
+    if torch.compiler.is_compiling():
+        raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
+    if not has_values(logits):
+        return False
+    if not direct:
+        raise ValueError(
+            "inplace=True writes where the logits lie, and takes plain tensors only: no subclass, no lazy negation, no "
+            f"transform or dispatch mode around the call; got logits of type {type(logits).__name__}; use inplace=False"
+        )
+    reach = 1  # elements that the dimensions of smaller stride cover
+    for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(f"logits must not overlap in memory with inplace=True; got strides {logits.stride()}")
+        reach = stride * (size - 1) + reach
+    return True

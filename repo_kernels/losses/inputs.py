@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..checks import Scalar
 from .options import LossOptions, TokenOptions
@@ -174,10 +175,14 @@ class RepoLossCall(LossOptions, RepoLossInputs):
         inplace: write the gradient over the logits: one buffer instead of two, one backward; not under torch.compile.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
+        group: the processes among which the vocabulary is divided: logits are (T, V / P) or (B, L, V / P), the columns
+            of this process in the order of ranks; token_ids are those of the whole vocabulary. Loss and statistics are
+            the same in every process. Takes no softcap, full KL, inplace or torch.compile. None: logits are whole.
     """
 
     inplace: bool = False
     backend: str | None = None
+    group: ProcessGroup | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -191,8 +196,12 @@ class LinearRepoLossCall(LossOptions, LinearRepoLossInputs):
             whichever is more, and at least 1024 tokens.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
+        group: the processes among which the vocabulary is divided: weight is (V / P, H) and bias (V / P,), the rows of
+            this process in the order of ranks; token_ids are those of the whole vocabulary. None: weight is whole, or
+            a DTensor sharded on dim 0, which may be cut unevenly.
     """
 
     chunk_tokens: int | None = None
     chunk_bytes: int | None = None
     backend: str | None = None
+    group: ProcessGroup | None = None

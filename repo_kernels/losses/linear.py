@@ -6,7 +6,7 @@ gradients of hidden, weight and bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -301,9 +301,14 @@ def slope_chunks(
     wanted: Sequence[bool],
     budget: Budget,
     backend: str,
+    apply: Callable[..., None] | None = None,
 ) -> HeadGradients:
-    """Compute gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again."""
-    kernels, result, live = choice.load(backend), temperature.dtype, LiveRows.of(ids != IGNORED)
+    """Compute gradients from the STATE (7, N) and the SLOPES (3, N) of the rows, whose logits are formed again.
+
+    apply: instead of the backend's; None for that.
+    """
+    apply = choice.load(backend).apply if apply is None else apply
+    result, live = temperature.dtype, LiveRows.of(ids != IGNORED)
     size = budget.rows(live.count, head.sizes(result, 1, True, wanted[1]))
     side, gradients = Side.of(hidden, head, live, size, result), HeadGradients(hidden, head, live, result, wanted)
     narrow = gradient_rows(head, size, result)
@@ -315,7 +320,7 @@ def slope_chunks(
         x, logits = side.chunk(start, stop)
         grad = logits if narrow is None else narrow[: stop - start]
         by_row = state[:, start:stop].contiguous(), slopes[:, start:stop].contiguous()
-        kernels.apply(logits, ids[start:stop], *by_row, temperature, softcap, grad)
+        apply(logits, ids[start:stop], *by_row, temperature, softcap, grad)
         gradients.add(start, stop, grad, x)
         del logits, grad  # freed before the next chunk's are allocated
     if scale is not None:

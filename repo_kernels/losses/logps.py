@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
@@ -12,9 +13,12 @@ from ..backends.interface import compute_dtype, device_scalar
 from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature, number
 from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
 from .arguments import check_ids
+from .chunks import Budget
 from .composite import losses as composite
 from .linear_ops import gradients_wanted, linear_statistics
 from .ops import row_statistics
+from .parallel.logps import ShardedLogits, ShardedStatistics
+from .parallel.shard import VocabularyShard, check_group, check_sharded, local_head
 
 
 def _outputs(state: Tensor, leading: tuple[int, ...], return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -32,6 +36,7 @@ def selective_log_softmax(
     softcap: float | None = None,
     return_entropy: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute log softmax(softcap(logits) / temperature) at token_ids without keeping all (T, V) log-probabilities.
 
@@ -43,6 +48,7 @@ def selective_log_softmax(
         return_entropy: return the entropy of each row too.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
+        group: the processes among which the vocabulary is divided, as `repo_loss`; None: logits are whole.
 
     Returns:
         logps, or (logps, entropy), in nats: leading shape, fp32 (fp64 for fp64 logits), differentiable in the logits.
@@ -62,6 +68,13 @@ def selective_log_softmax(
     with makers_like(logits):
         by = device_scalar(number(temperature), compute_dtype(logits), logits.device)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
+    if group is not None:
+        check_group(group)
+        check_memory(logits=logits, token_ids=ids, temperature=by)
+        check_sharded(softcap)
+        shard = VocabularyShard.equal(group, logits.shape[-1])
+        state = ShardedLogits.apply(logits, ids, by, entropy, shard, backend)
+        return _outputs(state, leading, return_entropy)
     rows: Any = (logits, ids, by, float(softcap or 0.0), entropy)
     if is_transformed():
         return _outputs(composite.statistics(*rows), leading, return_entropy)
@@ -82,6 +95,7 @@ def linear_selective_log_softmax(
     chunk_tokens: int | None = None,
     chunk_bytes: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `selective_log_softmax` of logits = hidden @ weight^T + bias, one chunk of live tokens at a time.
 
@@ -95,6 +109,7 @@ def linear_selective_log_softmax(
         bias: (V,), same choice of dtypes, or None.
         temperature, softcap, return_entropy, backend: as `selective_log_softmax`.
         chunk_tokens, chunk_bytes: the size of a chunk or None, as `linear_repo_loss`.
+        group: the processes among which the vocabulary is divided, as `linear_repo_loss`; None: weight is whole.
 
     Returns:
         logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight and bias.
@@ -102,6 +117,7 @@ def linear_selective_log_softmax(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `selective_log_softmax`.
     """
+    weight, bias, shard = local_head(weight, bias, group)
     check_head("", hidden, weight, bias)
     backend = choose_backend(backend, hidden)
     check_temperature(temperature, softcap, hidden)
@@ -112,6 +128,13 @@ def linear_selective_log_softmax(
     with makers_like(hidden):
         by = device_scalar(number(temperature), compute_dtype(hidden), hidden.device)
     options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
+    if shard is not None:
+        check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)
+        check_sharded(softcap)
+        how = shard, Budget(hidden.device.type, chunk_tokens, chunk_bytes), backend
+        return _outputs(
+            ShardedStatistics.apply(hidden, weight, bias, ids, by, options[2], *how), leading, return_entropy
+        )
     if is_transformed():
         return _outputs(composite.statistics_of_hidden((hidden, weight, bias), ids, *options), leading, return_entropy)
     check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)

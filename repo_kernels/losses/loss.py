@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..backends.choice import check_backend, choose_backend
-from ..backends.codes import ENTROPY_NONE, KL_NONE, ROWS, Code
+from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
+from ..backends.eager.dense import prepare
 from ..backends.interface import Loss, compute_dtype, scalar_vector
 from ..checks import (
     check_bool,
@@ -21,39 +23,21 @@ from ..checks import (
     check_tensor,
     describe,
 )
-from ..tensor_kinds import check_memory, has_values, is_plain, is_traced, is_transformed, makers_like, operate
+from ..keywords import method_takes, takes
+from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, makers_like, operate
 from .arguments import make_logps_loss, make_loss
-from .autograd import FusedLoss, InplaceLoss, loss_without_gradient
+from .autograd import FusedLoss, InplaceLoss, check_inplace, loss_without_gradient
 from .composite import losses as composite
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
-from .keywords import method_takes, takes
 from .linear_ops import gradients_wanted, linear_loss
+from .logps import linear_selective_log_softmax, selective_log_softmax
 from .ops import fused_loss
 from .options import LossOptions
-from .stats import LossStats
+from .output import RepoLossOutput, make_output
+from .parallel.shard import local_head
 
+WHOLE_VOCABULARY = "kl_estimator='full' takes a whole vocabulary; got one divided among processes"
 HEADS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
-
-
-@dataclass(frozen=True)
-class RepoLossOutput:
-    """The result of a loss. Tensors are fp32, or fp64 for fp64 input; all but `loss` are detached.
-
-    Args:
-        loss: 0-d, or the leading shape (T,) or (B, L) with loss_agg_mode="none".
-        logps: leading shape, log-probability in nats of each token id; 0 on masked and ignored tokens, as are entropy
-            and kl.
-        entropy: leading shape, in nats; None without return_entropy and entropy_coef.
-        kl: leading shape, the chosen estimator of KL(pi || pi_ref) in nats, without the factor rho; None without a
-            reference.
-        stats: sums, counts and extremes, which merge over micro-batches and ranks.
-    """
-
-    loss: Tensor
-    logps: Tensor
-    entropy: Tensor | None
-    kl: Tensor | None
-    stats: LossStats
 
 
 @takes(RepoLossCall)
@@ -81,7 +65,7 @@ def repo_loss(call: RepoLossCall) -> RepoLossOutput:
             NaN in that row instead.
         RuntimeError: a second backward with inplace=True, or create_graph=True.
     """
-    return _logits_loss(call, call, call.inplace, call.backend)
+    return _logits_loss(call, call, call.inplace, call.backend, call.group)
 
 
 @takes(LinearRepoLossCall)
@@ -96,6 +80,11 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     fp32 if they can. Elsewhere bf16 and fp16 are computed in fp32, with an fp32 copy of the weight during the call.
     Autocast changes nothing. The host waits for the device once per call, for the number of live tokens.
 
+    With `group`, or with a DTensor weight that is sharded on dim 0, every process has a part of the vocabulary and all
+    hidden states: its logits are those of its part, two all-reduces of a few numbers per token and one of dL/dhidden
+    join them, and loss and statistics are the same in every process. The logits are formed twice then, and there is no
+    softcap, no full KL and no torch.compile.
+
     Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
     the gradients of hidden and weight in fp32, where wanted. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
     4 c V for the logits of a reference.
@@ -106,7 +95,7 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `repo_loss`.
     """
-    return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend)
+    return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend, call.group)
 
 
 @takes(LogpsLossCall)
@@ -125,7 +114,7 @@ def repo_loss_from_logps(call: LogpsLossCall) -> RepoLossOutput:
     logps = check_logps(call.logps)
     loss = make_logps_loss(logps, call, call)
     check_memory(logps=logps, **loss.named_tensors)
-    return _make_output(loss, *composite.loss_of_given_logps(logps, loss))
+    return make_output(loss, *composite.loss_of_given_logps(logps, loss))
 
 
 class RepoLoss(nn.Module):
@@ -135,15 +124,21 @@ class RepoLoss(nn.Module):
         options: None for the defaults.
         inplace: write the gradient over the logits, see `repo_loss`.
         backend: "triton", "cpu", "eager" or None, see `repo_loss`.
+        group: the processes among which the vocabulary is divided, or None, see `repo_loss`.
     """
 
     def __init__(
-        self, options: LossOptions | None = None, *, inplace: bool = False, backend: str | None = None
+        self,
+        options: LossOptions | None = None,
+        *,
+        inplace: bool = False,
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_bool("inplace", inplace)
         check_backend(backend)
-        self.options, self.inplace, self.backend = _checked_options(options), inplace, backend
+        self.options, self.inplace, self.backend, self.group = _checked_options(options), inplace, backend, group
 
     @method_takes(RepoLossInputs)
     def forward(self, inputs: RepoLossInputs) -> RepoLossOutput:
@@ -152,7 +147,7 @@ class RepoLoss(nn.Module):
         Returns:
             RepoLossOutput.
         """
-        return _logits_loss(self.options, inputs, self.inplace, self.backend)
+        return _logits_loss(self.options, inputs, self.inplace, self.backend, self.group)
 
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
@@ -166,6 +161,7 @@ class LinearRepoLoss(nn.Module):
         options: None for the defaults.
         chunk_tokens, chunk_bytes: the size of a chunk or None, see `linear_repo_loss`.
         backend: "triton", "cpu", "eager" or None, see `repo_loss`.
+        group: the processes among which the vocabulary is divided, or None, see `linear_repo_loss`.
     """
 
     def __init__(
@@ -175,12 +171,13 @@ class LinearRepoLoss(nn.Module):
         backend: str | None = None,
         *,
         chunk_bytes: int | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_chunk(chunk_tokens, chunk_bytes)
         check_backend(backend)
         self.options, self.backend = _checked_options(options), backend
-        self.chunk_tokens, self.chunk_bytes = chunk_tokens, chunk_bytes
+        self.chunk_tokens, self.chunk_bytes, self.group = chunk_tokens, chunk_bytes, group
 
     @method_takes(LinearRepoLossInputs)
     def forward(self, inputs: LinearRepoLossInputs) -> RepoLossOutput:
@@ -189,7 +186,7 @@ class LinearRepoLoss(nn.Module):
         Returns:
             RepoLossOutput.
         """
-        return _linear_loss(self.options, inputs, self.chunk_tokens, self.chunk_bytes, self.backend)
+        return _linear_loss(self.options, inputs, self.chunk_tokens, self.chunk_bytes, self.backend, self.group)
 
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
@@ -202,18 +199,29 @@ def _checked_options(options: LossOptions | None) -> LossOptions:
     return LossOptions() if options is None else options
 
 
-def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, backend: str | None) -> RepoLossOutput:
+def _logits_loss(
+    options: LossOptions,
+    inputs: RepoLossInputs,
+    inplace: bool,
+    backend: str | None,
+    group: ProcessGroup | None,
+) -> RepoLossOutput:
     logits, ref_logits = check_matrix("logits", inputs.logits), inputs.ref_logits
     backend = choose_backend(backend, logits)
     if ref_logits is not None:
         check_matrix("ref_logits", ref_logits)
         check_tensor("ref_logits", ref_logits, (tuple(logits.shape),), (logits.dtype,), logits)
         ref_logits = ref_logits.detach()
+    if group is not None and options.kl_estimator == "full":
+        raise ValueError(WHOLE_VOCABULARY)
     loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
+    if group is not None or (options.logps_first and not is_transformed()):
+        logps = functools.partial(selective_log_softmax, logits, group=group)
+        return _logps_first(logits, loss, logps, inplace, backend)
     direct = _runs_directly(logits, ref_logits, loss)
     if direct and backend != "cpu":  # which looks itself
         check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
-    inplace = _check_inplace(inplace, logits, direct)
+    inplace = check_inplace(inplace, logits, direct)
     want_grad = logits.requires_grad and torch.is_grad_enabled()
     if is_transformed():
         value, rows, stats = composite.loss_of_logits(logits, ref_logits, loss)
@@ -229,7 +237,7 @@ def _logits_loss(options: LossOptions, inputs: RepoLossInputs, inplace: bool, ba
         value, rows, stats = InplaceLoss.apply(logits, ref_logits, loss, logits.detach(), backend)
     else:
         value, rows, stats = FusedLoss.apply(logits, ref_logits, loss, backend)
-    return _make_output(loss, value, rows, stats)
+    return make_output(loss, value, rows, stats)
 
 
 def _linear_loss(
@@ -238,20 +246,64 @@ def _linear_loss(
     chunk_tokens: int | None,
     chunk_bytes: int | None,
     backend: str | None,
+    group: ProcessGroup | None,
 ) -> RepoLossOutput:
-    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    hidden = inputs.hidden
+    weight, bias, shard = local_head(inputs.weight, inputs.bias, group)
     check_head("", hidden, weight, bias)
     backend = choose_backend(backend, hidden)
     check_chunk(chunk_tokens, chunk_bytes)
+    if shard is not None and options.kl_estimator == "full":
+        raise ValueError(WHOLE_VOCABULARY)
     reference = _linear_reference(inputs)
     loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
-    if is_transformed():
-        return _make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
+    if is_transformed() and shard is None:
+        return make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
+    if options.logps_first or shard is not None:
+        rows = functools.partial(
+            linear_selective_log_softmax,
+            hidden,
+            inputs.weight,
+            bias=inputs.bias,
+            chunk_tokens=chunk_tokens,
+            chunk_bytes=chunk_bytes,
+            group=group,
+        )
+        return _logps_first(hidden, loss, rows, False, backend)
     tensors = dict(zip(HEADS, (hidden, weight, bias, *(reference or (None, None, None))), strict=True))
     check_memory(**tensors, **loss.named_tensors)
     how = gradients_wanted(hidden, weight, bias), chunk_tokens, chunk_bytes, backend
     value, rows, stats, *_ = _operate(linear_loss, tensors, loss, *_operator_options(loss, hidden), *how)
-    return _make_output(loss, value, rows.detach(), stats.detach())
+    return make_output(loss, value, rows.detach(), stats.detach())
+
+
+def _logps_first(
+    source: Tensor, loss: Loss, statistics: Callable[..., Any], inplace: bool, backend: str
+) -> RepoLossOutput:
+    """Compute a loss from log-probabilities, which one pass over the logits gives; its gradient is another.
+
+    Args:
+        source: logits or hidden states. statistics: computes log-probabilities and entropy of ids.
+    """
+    check_bool("inplace", inplace)
+    if inplace:
+        raise ValueError(
+            "inplace=True is for surrogate='clip', ratio_level='token' and a whole vocabulary: one pass over the logits"
+        )
+    check_memory(source=source, **loss.named_tensors)
+    prepared = prepare(source, loss)
+    with_entropy = loss.entropy != ENTROPY_NONE
+    result = statistics(
+        prepared.ids.view(loss.arguments.leading),
+        temperature=prepared.coef.temperature,
+        softcap=loss.softcap or None,
+        return_entropy=with_entropy,
+        backend=backend,
+    )
+    logps, entropy = result if with_entropy else (result, None)
+    if loss.entropy == ENTROPY_VALUE and entropy is not None:
+        entropy = entropy.detach()
+    return make_output(loss, *composite.loss_of_statistics(logps, entropy, prepared, loss))
 
 
 def _operator_options(loss: Loss, source: Tensor) -> tuple[Tensor, int, float, int]:
@@ -273,45 +325,6 @@ def _runs_directly(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> boo
         return False
     scalars = [value for value in loss.scalars if isinstance(value, Tensor)]
     return is_plain(logits, ref_logits, *loss.arguments.tensors, *scalars)
-
-
-def _make_output(loss: Loss, value: Tensor, rows: Tensor, stats: Tensor) -> RepoLossOutput:
-    """Name the outputs of a loss: its value and, detached, ROWS (5, N) and STATS (18,)."""
-    leading = loss.arguments.token_ids.shape
-
-    def row(name: str) -> Tensor:
-        values = rows.select(0, ROWS.index(name))
-        return values if len(leading) == 1 else values.view(leading)
-
-    return RepoLossOutput(
-        loss=value.view(leading) if loss.per_token else value,
-        logps=row("logp"),
-        entropy=row("entropy") if loss.entropy != ENTROPY_NONE else None,
-        kl=row("kl") if Code.unpack(loss.code).kl != KL_NONE else None,
-        stats=LossStats(stats),
-    )
-
-
-def _check_inplace(inplace: bool, logits: Tensor, direct: bool) -> bool:
-    """Return whether to overwrite the logits: not if they have shapes alone. Raises ValueError if it cannot be done."""
-    check_bool("inplace", inplace)
-    if not inplace:
-        return False
-    if torch.compiler.is_compiling():
-        raise ValueError("inplace=True overwrites its input and cannot be traced by torch.compile; use inplace=False")
-    if not has_values(logits):
-        return False
-    if not direct:
-        raise ValueError(
-            "inplace=True writes where the logits lie, and takes plain tensors only: no subclass, no lazy negation, no "
-            f"transform or dispatch mode around the call; got logits of type {type(logits).__name__}; use inplace=False"
-        )
-    reach = 1  # elements that the dimensions of smaller stride cover
-    for stride, size in sorted((st, n) for st, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
-        if stride < reach:
-            raise ValueError(f"logits must not overlap in memory with inplace=True; got strides {logits.stride()}")
-        reach = stride * (size - 1) + reach
-    return True
 
 
 def _linear_reference(inputs: HiddenStates) -> tuple[Tensor, Tensor, Tensor | None] | None:

@@ -11,6 +11,8 @@ from ..backends.codes import AGGREGATIONS
 from ..checks import (
     COST_MODES,
     KL_ESTIMATORS,
+    RATIO_LEVELS,
+    SURROGATES,
     Scalar,
     check_bool,
     check_choice,
@@ -36,6 +38,13 @@ class TokenOptions:
             hinge {C - d}^+ - `cost_baselines`. "split": `cost_advantages` where C > d, 0 elsewhere; needs `costs`.
             "lagrangian": `cost_advantages` everywhere, as in Safe RLHF. Source: RePO, arXiv:2410.19933; Safe RLHF,
             arXiv:2310.12773.
+        surrogate: what is made of the ratio rho and the advantage A. "clip" (default): -min(rho A, clip(rho) A), PPO,
+            arXiv:1707.06347. "cispo": -clip(rho) A log pi, in which clip(rho) is a constant, so that every token has a
+            gradient; eps_low=1 leaves rho without a lower bound. Source: CISPO, arXiv:2506.13585.
+        ratio_level: "token" (default), or "sequence": all live tokens of a sequence have the ratio exp(mean over them
+            of log pi - old_logps), clipped as one, whose gradient goes through the mean; the rho of a KL stays that of
+            the token. Source: GSPO, arXiv:2507.18071. "cispo" and "sequence" need the log-probabilities first, and read
+            the logits twice.
         normalize: divide the combined advantage A_R - lam * A_C by 1 + lam, so that its scale does not grow with the
             multiplier. Default False. Source: Safe RLHF, arXiv:2310.12773.
         eps_low: the ratio rho is clipped from below at 1 - eps_low, in [0, 1]. Default 0.2. Source: PPO,
@@ -63,6 +72,8 @@ class TokenOptions:
     """
 
     cost_mode: str = "rectified"
+    surrogate: str = "clip"
+    ratio_level: str = "token"
     normalize: bool = False
     eps_low: Scalar = 0.2
     eps_high: Scalar = 0.2
@@ -79,15 +90,29 @@ class TokenOptions:
         for name in ("normalize", "kl_importance_weighted"):
             check_bool(name, getattr(self, name))
         check_choice("cost_mode", self.cost_mode, COST_MODES)
+        check_choice("surrogate", self.surrogate, SURROGATES)
+        check_choice("ratio_level", self.ratio_level, RATIO_LEVELS)
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_choice("loss_agg_mode", self.loss_agg_mode, AGGREGATIONS)
         self._check_clip()
         self._check_max_length()
+        if self.surrogate == "cispo" and self.dual_clip is not None:
+            raise ValueError(f"dual_clip is for surrogate='clip'; got {describe(self.dual_clip)} with 'cispo'")
+        if self.logps_first and self.kl_estimator == "full":
+            raise ValueError(
+                "kl_estimator='full' is for surrogate='clip' and ratio_level='token'; got "
+                f"surrogate={self.surrogate!r}, ratio_level={self.ratio_level!r}"
+            )
         if self.kl_estimator == "k1" and not self.kl_importance_weighted:
             raise ValueError(
                 "kl_estimator='k1' needs kl_importance_weighted=True, without which the mean of its gradient is zero; "
                 "got False"
             )
+
+    @property
+    def logps_first(self) -> bool:
+        """Whether the loss of a token needs log-probabilities before it, so that no single pass can compute it."""
+        return self.surrogate != "clip" or self.ratio_level != "token"
 
     def _check_clip(self) -> None:
         check_scalar("eps_low", self.eps_low, lambda x: x >= 0, ">= 0")

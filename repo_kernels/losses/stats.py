@@ -21,7 +21,8 @@ class LossStats:
     it has a live token, and is unsafe if C > d. Without costs every sequence is safe.
 
     tokens, tokens_unsafe, sequences, sequences_unsafe: counts.
-    clipped_{low,high}_{safe,unsafe}: tokens with rho < 1 - eps_low and A < 0, or with rho > 1 + eps_high and A > 0.
+    clipped_{low,high}_{safe,unsafe}: tokens with rho < 1 - eps_low and A < 0, or with rho > 1 + eps_high and A > 0;
+        whatever A with surrogate="cispo".
     ratio_sum, ratio_square_sum, ratio_min, ratio_max: of rho; minimum and maximum are 1 without a token.
     kl_old_k1_sum, kl_old_k3_sum: estimates of KL(pi_old || pi) in nats, summed over tokens.
     kl_ref_sum: the chosen estimate of KL(pi || pi_ref) in nats without the factor rho, summed over tokens.

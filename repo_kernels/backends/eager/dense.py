@@ -52,7 +52,7 @@ class DenseLoss:
 def prepare(logits: Tensor, loss: Loss) -> DenseLoss:
     """Lay the loss out by row."""
     arguments, dtype, code = loss.arguments, compute_dtype(logits), Code.unpack(loss.code)
-    ids, sequence = _rows(arguments)
+    ids, sequence = row_sequences(arguments)
     coef = coefficients(scalar_vector(loss.scalars, dtype, logits.device))
     values = {name: _spread(arguments, name, absent, sequence, dtype) for name, absent in VALUES.items()}
     if arguments.cost_limits is None:
@@ -67,7 +67,7 @@ def prepare(logits: Tensor, loss: Loss) -> DenseLoss:
     return DenseLoss(ids, sequence, arguments.sequences, values, coef)
 
 
-def _rows(arguments: RowArguments) -> tuple[Tensor, Tensor]:
+def row_sequences(arguments: RowArguments) -> tuple[Tensor, Tensor]:
     """Return ids (N,), IGNORED on dead rows, and the index of each row's sequence (N,)."""
     ids, bounds, leading = arguments.token_ids.reshape(-1), arguments.cu_seqlens, arguments.leading
     if arguments.response_mask is not None:

@@ -103,6 +103,13 @@ def clamp_log_ratio(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP), inside
 
 
+def token_log_ratio(inputs: TokenInputs, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute log pi - old_logps, clamped, and its slope in log pi; without old_logps the value is 0."""
+    if inputs.old_logps is None:
+        return constant_zero(logps), torch.ones_like(logps)
+    return clamp_log_ratio(log_difference(logps, inputs.old_logps))
+
+
 def hinge(costs: Tensor, cost_limit: Tensor) -> Tensor:
     """Compute the rectified cost {C - d}^+."""
     return (costs - cost_limit).clamp_min(0)
@@ -217,10 +224,7 @@ def token_terms(
         kl_estimator: "k1", "k2" or "k3" for a sampled estimator.
         kl_importance_weighted: multiply k1 and k3 by rho.
     """
-    if inputs.old_logps is None:
-        log_ratio, inside = constant_zero(logps), torch.ones_like(logps)
-    else:
-        log_ratio, inside = clamp_log_ratio(log_difference(logps, inputs.old_logps))
+    log_ratio, inside = token_log_ratio(inputs, logps)
     ratio = log_ratio.exp()
     low, high = 1 - coef.eps_low, 1 + coef.eps_high
     surrogate, active = clipped_surrogate(ratio, inputs.advantages, low, high, coef.dual_clip)

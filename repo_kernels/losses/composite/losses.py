@@ -11,6 +11,7 @@ from ...backends.eager.reduction import totals
 from ...backends.eager.terms import constant_zero, token_flags, token_inputs, token_rows, token_terms
 from ...backends.interface import Loss, compute_dtype, device_scalar
 from .rows import masked_logits, row_distributions, row_entropies, row_kls, row_logps
+from .surrogates import rows_and_flags
 
 # A loss, 0-d or (N,) without aggregation, ROWS (5, N) and STATS (18,), the last two detached.
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -34,6 +35,14 @@ def statistics_of_hidden(head: Head, ids: Tensor, temperature: Tensor, softcap: 
 def loss_of_logits(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> Outputs:
     """Compute the outputs of a loss from logits; derivatives of its value are multiplied by grad_scale."""
     value, rows, stats = _loss_of_rows(logits, ref_logits, loss)
+    scale = device_scalar(loss.scalars[SCALARS.index("grad_scale")], value.dtype, value.device)
+    return value.detach() + scale * constant_zero(value), rows, stats
+
+
+def loss_of_statistics(logps: Tensor, entropy: Tensor | None, prepared: DenseLoss, loss: Loss) -> Outputs:
+    """Compute `loss_of_logits` from log-probabilities and entropy, (T,) or (B, L), 0 on dead rows, with their graph."""
+    entropy = None if entropy is None else entropy.reshape(-1)
+    value, rows, stats = loss_of_logps(logps.reshape(-1), entropy, None, loss, prepared)
     scale = device_scalar(loss.scalars[SCALARS.index("grad_scale")], value.dtype, value.device)
     return value.detach() + scale * constant_zero(value), rows, stats
 
@@ -63,9 +72,12 @@ def loss_of_logps(logps: Tensor, entropy: Tensor | None, kl: Tensor | None, loss
     coef, code, live = prepared.coef, Code.unpack(loss.code), prepared.live
     values = {name: torch.where(live, x, VALUES.get(name, 0.0)) for name, x in prepared.values.items()}
     inputs = token_inputs(values, coef, code)
-    terms = token_terms(inputs, logps, entropy, kl, coef, KL_NAMES[code.kl], code.kl_importance_weighted)
-    rows = torch.where(live, token_rows(terms, logps, entropy), 0.0)
-    flags = torch.where(live, token_flags(terms, inputs.unsafe), 0)
+    if code.cispo or code.sequence_ratio:
+        rows, flags = rows_and_flags(inputs, logps, entropy, prepared, code)
+    else:
+        terms = token_terms(inputs, logps, entropy, kl, coef, KL_NAMES[code.kl], code.kl_importance_weighted)
+        rows, flags = token_rows(terms, logps, entropy), token_flags(terms, inputs.unsafe)
+    rows, flags = torch.where(live, rows, 0.0), torch.where(live, flags, 0)
     value, stats = totals(prepared, dict(zip(ROWS, rows.unbind(0), strict=True)), flags)
     return (rows[0] if loss.per_token else value), rows.detach(), stats.detach()
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from repo_kernels import LinearRepoLoss, LossOptions, RepoLoss, linear_repo_loss, repo_loss
-from repo_kernels.losses import keywords
+from repo_kernels import LinearRepoLoss, LossOptions, RepoLoss, keywords, linear_repo_loss, repo_loss
 from repo_kernels.losses.inputs import LossInputs
 
 LEADING, VOCABULARY = (2, 3), 5
@@ -123,8 +122,8 @@ def test_signatures_list_every_keyword_in_the_documented_order() -> None:
     assert inputs[:4] == POSITIONAL
     head = ["hidden", "weight", *POSITIONAL, "bias", "ref_hidden", "ref_weight", "ref_bias"]
     expected = {
-        repo_loss: ["logits", *POSITIONAL, "ref_logits", *inputs[4:], *options, "inplace", "backend"],
-        linear_repo_loss: [*head, *inputs[4:], *options, "chunk_tokens", "chunk_bytes", "backend"],
+        repo_loss: ["logits", *POSITIONAL, "ref_logits", *inputs[4:], *options, "inplace", "backend", "group"],
+        linear_repo_loss: [*head, *inputs[4:], *options, "chunk_tokens", "chunk_bytes", "backend", "group"],
         RepoLoss.forward: ["self", "logits", *POSITIONAL, "ref_logits", *inputs[4:]],
         LinearRepoLoss.forward: ["self", *head, *inputs[4:]],
     }

@@ -22,6 +22,8 @@ NAMES = [field.name for field in fields(LossOptions)]
 # field, refused value, error, what the message says that it takes
 REFUSED: list[tuple[str, Any, type[Exception], str]] = [
     ("cost_mode", "banana", ValueError, "'rectified', 'split', 'lagrangian'"),
+    ("surrogate", "ppo", ValueError, "'clip', 'cispo'"),
+    ("ratio_level", "word", ValueError, "'token', 'sequence'"),
     ("normalize", 1, TypeError, "a bool"),
     ("temperature", 0.0, ValueError, "> 0"),
     ("temperature", None, TypeError, "a float or a 0-d tensor"),

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from repo_kernels import repo_loss, repo_loss_from_logps, selective_log_softmax
 from tests.support.kernels.option_sets import CALLS as ALL_CALLS
-from tests.support.kernels.option_sets import OPTIONS, make_call
+from tests.support.kernels.option_sets import LOGPS_FIRST, OPTIONS, make_call
 
 BF16 = torch.zeros(3, dtype=torch.bfloat16)
 VOCABULARY_OPTIONS = {"temperature", "softcap", "entropy_coef", "return_entropy", "grad_scale", "token_ids"}
 TAKEN = [name for name in OPTIONS if "full KL" not in name]
 CALLS = [(layout, options) for layout, options in ALL_CALLS if options in TAKEN]
+CALLS += [(layout, options) for layout in ("padded", "packed") for options in LOGPS_FIRST]
+SEQUENCE_RATIO = "sequence ratio, k3, entropy"
 
 
 def paired_call(layout: str, options: str) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
@@ -51,7 +53,9 @@ def test_it_is_the_loss_of_logits_through_a_log_softmax(layout: str, options: st
     assert out.entropy is None
 
 
-@pytest.mark.parametrize("options", [name for name in TAKEN if name != "on-policy, no costs, no mask"])
+@pytest.mark.parametrize(
+    "options", [*(name for name in TAKEN if name != "on-policy, no costs, no mask"), SEQUENCE_RATIO]
+)
 def test_its_derivatives_pass_gradcheck_twice(options: str) -> None:
     logits, arguments, given = paired_call("packed", options)
     logps = log_probs(logits, arguments["token_ids"], given["response_mask"])

@@ -37,6 +37,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sequence sums by length": {"loss_agg_mode": "seq-mean-token-sum-norm", "divisor": 7.5},
     "per-token losses": {"loss_agg_mode": "none", "reference": "k3", "beta": 0.1},
 }  # fmt: skip
+LOGPS_FIRST: dict[str, dict[str, Any]] = {
+    "sequence ratio, k3, entropy": {
+        "ratio_level": "sequence", "loss_agg_mode": "seq-mean-token-mean", "reference": "k3", "beta": 0.1, "lam": 1.0,
+        "entropy_coef": 0.1,
+    },
+    "CISPO, importance weights": {
+        "surrogate": "cispo", "importance_weights": True, "reference": "k3", "beta": 0.1, "lam": 1.0, "grad_scale": 4.0,
+    },
+    "CISPO of sequences, on-policy": {
+        "surrogate": "cispo", "ratio_level": "sequence", "on_policy": True, "temperature": 0.7, "softcap": 8.0,
+    },
+}  # fmt: skip
+"""Options whose loss is computed from log-probabilities, in two passes over the logits."""
 SCALARS = {
     "lam": 0.5,
     "beta": 0.1,
@@ -60,7 +73,7 @@ CALLS = [
 def make_call(layout: str, options: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Any]]:
     """(logits, keyword arguments of repo_loss); dead rows hold NaN."""
     batch = make_batch(7, vocabulary=37, dtype=dtype, **LAYOUTS[layout])
-    arguments = loss_arguments(batch, **OPTIONS[options])
+    arguments = loss_arguments(batch, **(OPTIONS | LOGPS_FIRST)[options])
     if options == "on-policy, no costs, no mask":
         arguments["token_ids"] = arguments["token_ids"].masked_fill(batch.dead, -100)
         arguments["response_mask"] = None

@@ -1,0 +1,1 @@
+"""Heads whose vocabulary is divided among processes."""

@@ -1,0 +1,187 @@
+"""Four processes with gloo, in groups of 1 to 4, compare a head divided among them with a whole one.
+
+python -m tests.support.programs.divided_vocabulary FOLDER: process 0 writes FOLDER/results.json, a list of cases with
+the largest relative error of each quantity over the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss
+
+WORLD, ROWS, WIDTH, VOCABULARY = 4, 13, 8, 24
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "KL, entropy, temperature": {"beta": 0.2, "entropy_coef": 0.1, "temperature": 0.7},
+    "sequences": {"ratio_level": "sequence", "loss_agg_mode": "seq-mean-token-mean", "packed": True},
+    "CISPO per token": {"surrogate": "cispo", "loss_agg_mode": "none"},
+    "a frozen head": {"frozen": True},
+    "one token of probability 0": {"impossible": True},
+    "nothing live": {"dead": True},
+}
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """The error beside the size of what is expected; NaN counts as infinitely wrong."""
+    size = expected.double().norm().item()
+    error = (got.double() - expected.double()).norm().item()
+    return math.inf if math.isnan(error) else error / size if size else error
+
+
+def case(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Hidden states with NaN on a dead row, weight, bias, ids and the loss's other arguments."""
+    torch.manual_seed(len(name))
+    options = dict(OPTIONS[name])
+    hidden, weight = torch.randn(ROWS, WIDTH, dtype=dtype), torch.randn(VOCABULARY, WIDTH, dtype=dtype)
+    bias, ids = torch.randn(VOCABULARY, dtype=dtype), torch.randint(0, VOCABULARY, (ROWS,))
+    ids[:3] = torch.tensor([0, VOCABULARY - 1, -100])
+    hidden[2] = math.nan
+    arguments = {
+        "old_logps": torch.full((ROWS,), -3.0, dtype=dtype),
+        "reward_advantages": torch.randn(ROWS, dtype=dtype),
+    }
+    if options.pop("impossible", False):
+        bias[5] = -math.inf
+    if options.pop("dead", False):
+        ids[:] = -100
+    if options.pop("packed", False):
+        arguments["cu_seqlens"] = torch.tensor([0, 6, ROWS], dtype=torch.int32)
+    if options.get("beta"):
+        arguments["ref_logps"] = torch.full((ROWS,), -3.1, dtype=dtype)
+    return hidden, weight, bias, ids, arguments | options
+
+
+def compare(
+    name: str, dtype: torch.dtype, backend: str, cut: Callable[[Tensor], Tensor], group: Any
+) -> dict[str, float]:
+    """Errors of one case in this process. cut: gives this process's part of a tensor (V, ...)."""
+    hidden, weight, bias, ids, arguments = case(name, dtype)
+    frozen = arguments.pop("frozen", False)
+    whole = [hidden.clone().requires_grad_(), *(x.clone().requires_grad_(not frozen) for x in (weight, bias))]
+    part = [hidden.clone().requires_grad_(), *(cut(x).clone().requires_grad_(not frozen) for x in (weight, bias))]
+    how: dict[str, Any] = {"backend": backend, "chunk_tokens": 4}
+    one = linear_repo_loss(*whole[:2], ids, bias=whole[2], **arguments, **how)
+    two = linear_repo_loss(*part[:2], ids, bias=part[2], group=group, **arguments, **how)
+    for out in (one, two):
+        out.loss.sum().backward()
+    errors = {"loss": relative(two.loss, one.loss), "statistics": relative(two.stats.tensor, one.stats.tensor)}
+    errors["logps"] = relative(two.logps, one.logps)
+    errors["dhidden"] = relative(part[0].grad, whole[0].grad)
+    errors |= compare_logits(name, dtype, backend, cut, group)
+    if not frozen:
+        for key, got, expected in (("dweight", part[1].grad, whole[1].grad), ("dbias", part[2].grad, whole[2].grad)):
+            errors[key] = relative(got, cut(expected))
+    return errors
+
+
+def compare_logits(
+    name: str, dtype: torch.dtype, backend: str, cut: Callable[[Tensor], Tensor], group: Any
+) -> dict[str, float]:
+    """Errors of one case of the loss from logits, whose dead row is NaN."""
+    hidden, weight, bias, ids, arguments = case(name, dtype)
+    arguments.pop("frozen", None)
+    logits = hidden @ weight.t() + bias
+    whole = logits.clone().requires_grad_()
+    part = cut(logits.t()).t().clone().requires_grad_()
+    one = repo_loss(whole, ids, **arguments, backend=backend)
+    two = repo_loss(part, ids, **arguments, backend=backend, group=group)
+    for out in (one, two):
+        out.loss.sum().backward()
+    expected = cut(whole.grad.t()).t()
+    return {"loss of logits": relative(two.loss, one.loss), "dlogits": relative(part.grad, expected)}
+
+
+def compare_dtensor(group: dist.ProcessGroup, rows: int) -> dict[str, float]:
+    """Errors with a DTensor that is cut unevenly: log-probabilities, entropy and the gradient of the weight."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(ROWS, WIDTH), torch.randn(rows, WIDTH)
+    ids = torch.randint(0, rows, (ROWS,))
+    mesh = DeviceMesh.from_group(group, "cpu")
+    whole, divided = weight.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    one = linear_selective_log_softmax(hidden, whole, ids, return_entropy=True)
+    two = linear_selective_log_softmax(hidden, divided, ids, return_entropy=True)
+    for logps, entropy in (one, two):
+        (logps.sum() + 0.5 * entropy.sum()).backward()
+    errors = {"logps": relative(two[0], one[0]), "entropy": relative(two[1], one[1])}
+    return errors | {"dweight": relative(divided.grad.full_tensor(), whole.grad)}
+
+
+def refused(group: dist.ProcessGroup) -> list[str]:
+    """Messages for what a divided head does not take."""
+    hidden, weight, _, ids, arguments = case("plain", torch.float32)
+    calls: list[Callable[[], Any]] = [
+        lambda: linear_repo_loss(hidden, weight, ids, **arguments, group=group, softcap=3.0),
+        lambda: linear_repo_loss(
+            hidden, weight, ids, **arguments, group=group, kl_estimator="full", ref_hidden=hidden, ref_weight=weight
+        ),
+        lambda: linear_repo_loss(hidden, weight, ids.masked_fill(ids == 0, 99), **arguments, group=group),
+        lambda: linear_repo_loss(hidden, weight, ids, **arguments, group="data"),
+        lambda: torch.compile(linear_selective_log_softmax, backend="eager", fullgraph=True)(
+            hidden, weight, ids, group=group
+        ),
+    ]
+    messages = []
+    for call in calls:
+        try:
+            call()
+            messages.append("nothing was raised")
+        except Exception as error:  # the test reads what it says
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+def too_few_rows(group: dist.ProcessGroup) -> str:
+    """The message for a DTensor that leaves a process without a row."""
+    divided = distribute_tensor(torch.randn(9, WIDTH), DeviceMesh.from_group(group, "cpu"), [Shard(0)])
+    try:
+        linear_selective_log_softmax(torch.randn(2, WIDTH), divided, torch.tensor([0, 1]))
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def run(rank: int, folder: str) -> None:
+    """Run all cases in process `rank`."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    groups = {size: dist.new_group(list(range(size))) for size in range(1, WORLD + 1)}
+    results = []
+    for size, group in groups.items():
+        found: list[tuple[str, dict[str, float]]] = []
+        if rank < size:
+            for backend, dtype in (("eager", torch.float64), ("cpu", torch.float32), ("triton", torch.float32)):
+                for name in OPTIONS if backend != "triton" else ("KL, entropy, temperature",):
+                    errors = compare(name, dtype, backend, lambda x, n=size: x.chunk(n)[rank], group)
+                    found.append((f"{size} processes, {backend}, {name}", errors))
+            if size > 1:
+                found.append((f"{size} processes, DTensor", compare_dtensor(group, 3 * size + 1)))
+        everything: list[Any] = [None] * WORLD
+        dist.all_gather_object(everything, found)
+        for i, (label, errors) in enumerate(everything[0]):
+            worst = {key: max(one[i][1][key] for one in everything[:size]) for key in errors}
+            results.append({"case": label, "errors": worst})
+    few = too_few_rows(groups[WORLD])
+    if rank == 0:
+        told = {"cases": results, "refused": refused(groups[1]), "too few rows": few}
+        Path(folder, "results.json").write_text(json.dumps(told))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(run, (sys.argv[1],), nprocs=WORLD)
