@@ -45,6 +45,7 @@ class RePOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "repo"]  # noqa: RUF012
     _name = "RePO"
+    reward_weights: Tensor
     _paper = {  # noqa: RUF012
         "title": "Enhancing Safety in Reinforcement Learning with Human Feedback via Rectified Policy Optimization",
         "id": "2410.19933",
@@ -98,7 +99,7 @@ class RePOTrainer(GRPOTrainer):
         """Move the scorers first ... first + count - 1 from TRL's lists of rewards to those of the costs."""
         lists = {name: getattr(self, name) for name in SCORERS}
         self._cost_scorers = {name: values[first : first + count] for name, values in lists.items()}
-        vars(self).update({name: values[:first] + values[first + count :] for name, values in lists.items()})
+        self.__dict__.update({name: values[:first] + values[first + count :] for name, values in lists.items()})
         self.reward_weights = torch.cat((self.reward_weights[:first], self.reward_weights[first + count :]))
         if not self.reward_funcs:
             raise ValueError("reward_funcs must hold at least one reward beside cost_funcs; got none")
@@ -108,11 +109,11 @@ class RePOTrainer(GRPOTrainer):
         self._reward_scores = super()._calculate_rewards(*arguments)
         if self._cost_scorers["reward_funcs"]:
             rewards = {name: getattr(self, name) for name in SCORERS}
-            vars(self).update(self._cost_scorers)
+            self.__dict__.update(self._cost_scorers)
             try:
                 self._cost_scores = super()._calculate_rewards(*arguments)
             finally:
-                vars(self).update(rewards)
+                self.__dict__.update(rewards)
         return self._reward_scores
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

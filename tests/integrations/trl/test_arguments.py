@@ -4,6 +4,7 @@ import importlib
 import statistics
 import sys
 
+import pandas as pd
 import pytest
 import torch
 
@@ -56,6 +57,16 @@ def test_rewards_keep_their_weights_beside_costs(make):
         for a, b in zip(logged(trainer, "rewards/letters/mean"), logged(trainer, "rewards/vowels/mean"), strict=True)
     ]
     assert logged(trainer, "reward") == pytest.approx(expected)
+
+
+def test_a_reward_model_can_be_a_cost_and_the_table_of_completions_has_it(make, scorer_folder, tmp_path):
+    trainer = make(cost_funcs=[str(scorer_folder), vowels], log_completions=True, max_steps=1)
+    trainer.train()
+    name = f"costs/{scorer_folder.name}/mean"
+    assert len(logged(trainer, name)) == 1
+    table = pd.read_parquet(tmp_path / "out" / "completions" / "completions_00001.parquet")
+    assert table["cost"].mean() == pytest.approx(logged(trainer, "cost")[0], abs=1e-5)
+    assert len(table["cost_advantage"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The loss of RePOTrainer is GRPOTrainer's where nothing is penalised, with the options that both have."""
 
+import copy
+
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, TrainerCallback, set_seed
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, TrainerCallback, set_seed
 
-from .trainers import LORA, TOKENIZER, GRPOTrainer, logged, vowels, weights
+from .trainers import LORA, TOKENIZER, GRPOTrainer, RePOTrainer, logged, vowels, weights
 
 
 def assert_same_training(ours, theirs):
@@ -39,7 +41,7 @@ def assert_same_training(ours, theirs):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"beta": 0.1},
+        {"beta": 0.1, "gradient_checkpointing": True},
         {"loss_type": "grpo", "gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2},
         {"loss_type": "dr_grpo", "scale_rewards": "batch", "temperature": 0.8, "mask_truncated_completions": True},
         {"loss_type": "bnpo", "beta": 0.1, "lora": True},
@@ -60,20 +62,39 @@ def test_with_lambda_0_a_cost_changes_nothing_but_the_log(make):
     assert len(logged(ours, "costs/vowels/mean")) == 3
 
 
+def test_a_softcap_and_a_head_in_fp32_are_those_of_grpo_trainer(make):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ids = {"eos_token_id": TOKENIZER.eos_token_id, "pad_token_id": TOKENIZER.pad_token_id, "bos_token_id": None}
+    config = Gemma2Config(vocab_size=len(TOKENIZER), final_logit_softcapping=2.0, head_dim=8, **sizes, **ids)
+    model = Gemma2ForCausalLM(config)
+    fields = {"cast_lm_head_to_fp32": True, "temperature": 0.7}
+    theirs = make(GRPOTrainer, model=copy.deepcopy(model), **fields)
+    assert_same_training(make(model=model, **fields), theirs)
+
+
+def test_under_autocast_the_loss_is_that_of_grpo_trainer_but_for_rounding(make):
+    ours, theirs = (make(trainer, bf16=True, beta=0.1) for trainer in (RePOTrainer, GRPOTrainer))
+    inputs = micro_batch(ours)
+    loss, gradient = loss_and_gradient(ours, inputs)
+    expected = loss_and_gradient(theirs, inputs)
+    torch.testing.assert_close(loss, expected[0], rtol=2e-2, atol=1e-3)
+    assert (gradient - expected[1]).norm() <= 0.02 * expected[1].norm()
+
+
 def test_a_head_that_scales_its_logits_trains_from_log_probs_and_says_so(make, caplog):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     ids = {"eos_token_id": TOKENIZER.eos_token_id, "pad_token_id": TOKENIZER.pad_token_id, "bos_token_id": None}
     config = GraniteConfig(vocab_size=len(TOKENIZER), logits_scaling=4.0, num_key_value_heads=4, **sizes, **ids)
     model = GraniteForCausalLM(config)
-    copy = GraniteForCausalLM(config)
-    copy.load_state_dict(model.state_dict())
+    theirs = make(GRPOTrainer, model=copy.deepcopy(model))
     ours = make(model=model)
     assert [r.getMessage() for r in caplog.records if "repo_loss_from_logps" in r.getMessage()] == [
         "RePOTrainer: the loss is repo_loss_from_logps, of TRL's log-probs: "
         "GraniteForCausalLM scales its logits (logits_scaling = 4.0)"
     ]
-    assert_same_training(ours, make(GRPOTrainer, model=copy))
+    assert_same_training(ours, theirs)
 
 
 def micro_batch(trainer, seed=0):
