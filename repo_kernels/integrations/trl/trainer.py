@@ -25,10 +25,10 @@ SCORERS = ("reward_funcs", "reward_func_names", "reward_processing_classes")
 class RePOTrainer(GRPOTrainer):
     """GRPOTrainer that also takes `cost_funcs`, and penalises what exceeds the cost limit (RePO, arXiv:2410.19933).
 
-    Each generation batch goes this way: TRL samples it and scores its rewards and costs; its advantages are formed and
-    its metrics noted, with lambda as `lam`; all its losses, of every micro-batch and iteration, use that lambda; after
-    the last of them lambda moves, once, by the mean over the batch of all processes. Moved before, lambda would weigh
-    a batch that it has already grown by.
+    The order within a generation batch: TRL samples it and scores rewards and costs; the advantages are formed, and the
+    metrics noted with lambda as `lam`; all losses of the batch, in every micro-batch and iteration, use that lambda;
+    after the last of them lambda moves, once, by the mean over the batch of all processes. A lambda that moves before
+    the losses would weigh the batch by what it has just learnt from it.
 
     With several cost functions the cost of a response is the largest of theirs: it is safe iff each of them is at most
     the limit, and none pays for another. A function may return None where it does not apply, but not all of them.
@@ -39,8 +39,8 @@ class RePOTrainer(GRPOTrainer):
     Args:
         model, reward_funcs, args, train_dataset, reward_processing_classes, keywords: of GRPOTrainer; args is a
             RePOConfig.
-        cost_funcs: of the kinds and with the signature of reward_funcs: a function, a reward model, or a list. Empty:
-            the loss is GRPO's, and lambda stays out.
+        cost_funcs: functions or reward models as in reward_funcs, one or a list. Empty: the loss is GRPO's, without
+            lambda.
     """
 
     _tag_names = ["trl", "repo"]  # noqa: RUF012
