@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trl import GRPOTrainer
 
+from ...backends.codes import IGNORED
+from ...losses.logps import linear_selective_log_softmax
 from ...losses.loss import linear_repo_loss, repo_loss_from_logps
 from ...losses.stats import LossStats
 
@@ -55,28 +59,53 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any], linear: bool)
         linear: by `linear_repo_loss` on hidden states, else by `repo_loss_from_logps` on TRL's log-probabilities.
     """
     ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-    whole = {
-        "input_ids": torch.cat((inputs["prompt_ids"], ids), 1),
-        "attention_mask": torch.cat((inputs["prompt_mask"], mask), 1),
-    }
+    whole = (
+        torch.cat((inputs["prompt_ids"], ids), 1),
+        torch.cat((inputs["prompt_mask"], mask), 1),
+        ids.shape[1],
+    )
     if "tool_mask" in inputs:
         mask = mask * inputs["tool_mask"]
     values = trainer.args.loss_options() | _values(trainer, inputs, mask)
     if not linear:
-        log_probs = trainer._get_per_token_logps_and_entropies
+        log_probs = GRPOTrainer._get_per_token_logps_and_entropies
         extra = {name: inputs[name] for name in inspect.signature(log_probs).parameters if name in inputs}
-        out = repo_loss_from_logps(log_probs(model, **whole, logits_to_keep=ids.shape[1], **extra)[0], **values)
+        out = repo_loss_from_logps(log_probs(trainer, model, *whole, **extra)[0], **values)
         return out.loss, out.stats
 
-    def of_hidden(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
-        hidden = _cast(hidden[:, -ids.shape[1] - 1 : -1], trainer.args.cast_lm_head_to_fp32)
-        options = values | _head_options(trainer)
-        out = linear_repo_loss(hidden, head.weight, ids, bias=head.bias, **options)
+    def loss_of(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
+        out = linear_repo_loss(hidden, weight, ids, return_entropy=True, **head, **values)
         return out.loss, out.stats.tensor
 
-    with trainer.accelerator.autocast():
-        loss, stats = model(**whole, repo_loss=of_hidden)
+    loss, stats = _run(trainer, model, *whole, loss_of)
     return loss, LossStats(stats)
+
+
+def compute_logps(trainer: Any, model: Any, ids: Tensor, attention_mask: Tensor, count: int, batch_size: int) -> Tensor:
+    """Compute the log-probabilities of the last `count` tokens with the head of the loss, (B, count); 0 where masked.
+
+    TRL's head rounds otherwise in bf16, so that the ratio of a policy to itself would not be 1.
+
+    ids, attention_mask: (B, L). batch_size: rows of a forward pass.
+    """
+    logps = []
+    for rows in torch.arange(len(ids), device=ids.device).split(batch_size):
+        targets = ids[rows, -count:].masked_fill(attention_mask[rows, -count:] == 0, IGNORED)
+        of_targets = functools.partial(linear_selective_log_softmax, token_ids=targets)
+        logps.append(_run(trainer, model, ids[rows], attention_mask[rows], count, of_targets))
+    return torch.cat(logps)
+
+
+def _run(trainer: Any, model: Any, ids: Tensor, attention_mask: Tensor, count: int, use: Callable[..., Any]) -> Any:
+    """Run the model and return use(hidden, weight, ...) for the positions before the last `count` tokens."""
+
+    def of_hidden(hidden: Tensor, head: nn.Linear) -> Any:
+        hidden = _cast(hidden[:, -count - 1 : -1], trainer.args.cast_lm_head_to_fp32)
+        softcap = getattr(trainer.model.config.get_text_config(), "final_logit_softcapping", None)
+        return use(hidden, head.weight, bias=head.bias, temperature=trainer.temperature, softcap=softcap)
+
+    with trainer.accelerator.autocast():
+        return model(input_ids=ids, attention_mask=attention_mask, repo_loss=of_hidden)
 
 
 def _values(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
@@ -103,11 +132,6 @@ def _values(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any
         values |= {name: inputs[name] for name in ("costs", "cost_advantages")}
         values |= {"lam": trainer.lam, "cost_limit": args.cost_limit}
     return values
-
-
-def _head_options(trainer: Any) -> dict[str, Any]:
-    softcap = getattr(trainer.model.config.get_text_config(), "final_logit_softcapping", None)
-    return {"temperature": trainer.temperature, "softcap": softcap, "return_entropy": True}
 
 
 def _cast(hidden: Tensor, to_fp32: bool) -> Tensor:

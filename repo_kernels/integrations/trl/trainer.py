@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from ...losses.stats import LossStats
 from .config import RePOConfig
 from .costs import largest_costs, next_lambda, scaled_advantages, statistics
-from .loss import add_loss_to_forward, compute_loss, metrics, why_no_linear_loss
+from .loss import add_loss_to_forward, compute_logps, compute_loss, metrics, why_no_linear_loss
 
 logger = logging.getLogger(__name__)
 STATE = "repo_state.json"  # beside TRL's files in a checkpoint
@@ -88,7 +88,9 @@ class RePOTrainer(GRPOTrainer):
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._why_logps = why_no_linear_loss(self, base)
         if self._why_logps is None:
-            add_loss_to_forward(base)
+            for one in (base, self.ref_model and self.accelerator.unwrap_model(self.ref_model)):
+                if one is not None:
+                    add_loss_to_forward(one)
         if self.accelerator.is_main_process:
             if self._why_logps is None:
                 logger.info("RePOTrainer: the loss is linear_repo_loss, of hidden states")
@@ -154,6 +156,23 @@ class RePOTrainer(GRPOTrainer):
         """Move lambda, if a batch waits for it."""
         if self._batch is not None:
             self.lam, self._batch = next_lambda(self.lam, self._batch, self.args), None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """Compute the log-probabilities of the old policy and the reference with the head that the loss uses."""
+        if self._why_logps is not None or others.get("compute_entropy"):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **others
+            )
+        rows = batch_size or len(input_ids)
+        return compute_logps(self, model, input_ids, attention_mask, logits_to_keep, rows), None, None
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         loss, stats = compute_loss(self, model, inputs, self._why_logps is None)

@@ -82,6 +82,12 @@ def test_under_autocast_the_loss_is_that_of_grpo_trainer_but_for_rounding(make):
     assert (gradient - expected[1]).norm() <= 0.02 * expected[1].norm()
 
 
+def test_the_ratio_of_a_policy_to_itself_is_1_in_bf16(make):
+    trainer = make(bf16=True, beta=0.1, steps_per_generation=2, max_steps=1)  # with log-probs of the old policy
+    trainer.train()
+    assert logged(trainer, "kl")[0] < 1e-9
+
+
 def test_a_head_that_scales_its_logits_trains_from_log_probs_and_says_so(make, caplog):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
