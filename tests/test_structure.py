@@ -13,7 +13,7 @@ GENERATED = ROOT / "benchmarks" / "results"
 # Each folder imports from those before it.
 LAYERS = {
     "repo": "common config data attention scoring models rollout memory training runs evaluation reporting".split(),
-    "repo_kernels": "backends layers losses".split(),
+    "repo_kernels": "backends layers losses integrations".split(),
 }
 MOST_LINES, MOST_FILES = 350, 14
 

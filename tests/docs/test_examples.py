@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,12 @@ def test_compare_methods_pairs_the_runs(tmp_path):
     assert Path(pair["baseline"]).name == "ppo"
     assert Path(pair["other"]).name == "repo"
     assert (tmp_path / "comparison" / "frontier.png").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.assets
+def test_trl_repo_trains_the_embedded_model_and_prints_lambda(tmp_path):
+    pytest.importorskip("trl", reason="the extra `trl` is not installed")
+    lines = run("trl_repo", "--out", str(tmp_path), "--max_steps", "1", "--prompts", "1").splitlines()
+    assert any(re.match(r"step 1: lam 1\.000, safe_rate \d\.\d{3}, rectified_cost ", line) for line in lines)
+    assert re.match(r"lambda of the next batch would be [1-9]\.", lines[-1])
