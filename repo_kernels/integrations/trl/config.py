@@ -9,17 +9,17 @@ from trl import GRPOConfig
 
 from ...checks import COST_MODES, check_choice, check_scalar
 
-# GRPOConfig.loss_type -> loss_agg_mode. TRL clips alike in all of them.
+# GRPOConfig.loss_type -> loss_agg_mode. TRL clips alike in all of them but "cispo".
 AGGREGATIONS = {
     "grpo": "seq-mean-token-mean",
     "bnpo": "token-mean",
     "dapo": "token-mean",
+    "cispo": "token-mean",
     "dr_grpo": "seq-mean-token-sum-norm",
     "luspo": "seq-mean-token-sum",
 }
 # Fields of GRPOConfig whose other values change the loss per token in a way that RePO's loss does not have.
 ONLY: dict[str, Any] = {
-    "importance_sampling_level": "token",
     "multi_objective_aggregation": "sum_then_normalize",
     "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
@@ -72,12 +72,27 @@ class RePOConfig(GRPOConfig):
 
     def _check_grpo_fields(self) -> None:
         check_choice("loss_type", self.loss_type, tuple(AGGREGATIONS))
+        check_choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
         check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         for name, value in ONLY.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name} must be {value!r}, which is all that RePO's loss has; got {getattr(self, name)!r}"
                 )
+        self._check_clip()
+        if self.importance_sampling_level == "sequence" and self.beta and self.use_bias_correction_kl:
+            raise ValueError(
+                "use_bias_correction_kl must be False with importance_sampling_level='sequence' and beta > 0, since "
+                "RePO's loss weighs the KL of a token by that token's ratio; got True"
+            )
+
+    def _check_clip(self) -> None:
+        if self.loss_type == "cispo":
+            takes = ">= 1 with loss_type='cispo', where it is the largest ratio"
+            check_scalar("epsilon_high", self.clip_high, lambda x: x >= 1, takes)
+            if self.delta is not None:
+                raise ValueError(f"delta must be None with loss_type='cispo', which does not read it; got {self.delta}")
+            return
         check_scalar("epsilon", self.epsilon, lambda x: 0 <= x <= 1, "in [0, 1]")
         if self.epsilon_high is not None:
             check_scalar("epsilon_high", self.epsilon_high, lambda x: x >= 0, ">= 0 or None")
@@ -100,6 +115,10 @@ class RePOConfig(GRPOConfig):
             "kl_importance_weighted": self.use_bias_correction_kl,
             "loss_agg_mode": AGGREGATIONS[self.loss_type],
         }
+        if self.importance_sampling_level == "sequence":
+            options["ratio_level"] = "sequence"
+        if self.loss_type == "cispo":
+            options |= {"surrogate": "cispo", "eps_low": 1.0, "eps_high": self.clip_high - 1}
         if self.loss_type == "dr_grpo":
             options["max_length"] = self.max_completion_length
         return options

@@ -115,7 +115,7 @@ def _values(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any
     divisor: float | Tensor = len(mask) * parts
     if args.loss_type == "bnpo":
         divisor = mask.sum().clamp(min=1) * parts
-    elif args.loss_type == "dapo":  # its count is that of the generation batch of all processes
+    elif args.loss_type in ("dapo", "cispo"):  # its count is that of the generation batch of all processes
         divisor = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
         divisor = divisor * (parts / args.steps_per_generation if training else 1)
     weights = inputs.get("importance_sampling_ratio")  # (B, T) or (B, 1)
