@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis.internal.conjecture import providers
 from tests.support.products import reduce_products
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# trackio reads this when it is first imported, which transformers and TRL do as well as our logger
+_trackio = tempfile.TemporaryDirectory(prefix="trackio-", ignore_cleanup_errors=True)
+os.environ["TRACKIO_DIR"] = _trackio.name
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: backend="triton" then takes CPU tensors
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and their subprocesses, have one core each

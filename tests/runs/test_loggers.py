@@ -17,11 +17,9 @@ RECORD = {"step": 7, "reward_mean": 0.5, "skipped": 0, "reward_safe_mean": math.
 
 
 @pytest.fixture(autouse=True)
-def _offline(tmp_path_factory, monkeypatch):
+def _offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    # trackio reads this when it is first imported, hence one folder for all tests and a project for each
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.getbasetemp() / "trackio"))
 
 
 @pytest.fixture

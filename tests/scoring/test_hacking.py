@@ -100,11 +100,9 @@ def test_the_scores_are_those_that_are_written_down(rewards):
 def test_repeating_a_written_answer_is_rewarded_less_for_tasks_that_the_heads_have_not_seen():
     pairs = [(p.prompt, answer) for p, answer in everyday_answers() if label_half(topic(p)) == "judge"]
     scorer = HeadScorer.load(assets.ensure() / "scorers" / "reward")
-    prompts, copies = [prompt for prompt, _ in pairs], (1, 2, 3, 4)
-    replies = [" ".join([answer] * n) for n in copies for _, answer in pairs]
-    once, *again = score_all([scorer], prompts * len(copies), replies)[0].view(len(copies), -1)
-    for rewards in again:
-        assert (rewards < once - 0.1).double().mean() >= 0.9  # 23 of 24 or all of them when written
+    replies = [" ".join([answer] * copies) for copies in (1, 3) for _, answer in pairs]
+    once, again = score_all([scorer], [prompt for prompt, _ in pairs] * 2, replies)[0].view(2, -1)
+    assert (again < once - 0.1).double().mean() >= 0.9  # 23 of 24 when written
 
 
 def test_the_alerts_see_what_the_scorers_might_miss():
