@@ -290,7 +290,7 @@ def _logps_first(
         raise ValueError(
             "inplace=True is for surrogate='clip', ratio_level='token' and a whole vocabulary: one pass over the logits"
         )
-    check_memory(source=source, **loss.named_tensors)
+    check_memory(**loss.named_tensors)
     prepared = prepare(source, loss)
     with_entropy = loss.entropy != ENTROPY_NONE
     result = statistics(

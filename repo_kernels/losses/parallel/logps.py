@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ...backends import choice
 from ...backends.codes import ENTROPY_NONE, IGNORED, STATE
-from ...backends.eager.distributions import finite_log
+from ...backends.eager.distributions import Distributions, apply_rows
+from ..autograd import refuse_second_order
 from ..chunks import Budget
 from ..linear import LinearHead, slope_chunks, statistics_chunks
 from .shard import VocabularyShard
@@ -91,9 +92,9 @@ class ShardedStatistics(torch.autograd.Function):
         return state[[LOGP, ENTROPY]]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Form the logits again, and sum dL/dhidden over the processes."""
+        refuse_second_order("linear_selective_log_softmax")
         hidden, weight, bias, ids, temperature, state = ctx.saved_tensors
         shard, budget, backend = ctx.rest
         wanted = ctx.needs_input_grad[:3]
@@ -145,9 +146,9 @@ class ShardedLogits(torch.autograd.Function):
         return state[[LOGP, ENTROPY]]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Write dL/dlogits of this process's columns; nothing has to be summed."""
+        refuse_second_order("selective_log_softmax")
         padded, ids, temperature, state = ctx.saved_tensors
         shape, backend = ctx.rest
         slopes, grad = torch.cat((upstream, upstream.new_zeros(1, upstream.shape[1]))), torch.zeros_like(padded)
@@ -166,8 +167,5 @@ def apply_given_normaliser(
 ) -> None:
     """Write dL/dlogits (n, V) of live rows as the eager backend does, but with the normaliser of the state."""
     normaliser = (state[MAX2] + state[LOG2_SUM]) * LN_2
-    log_probs = finite_log(logits / temperature - normaliser[:, None])
-    probs = log_probs.exp()
-    g_logp, g_entropy = slopes[0, :, None], slopes[1, :, None]
-    total = -g_logp * probs - g_entropy * probs * (log_probs + state[ENTROPY, :, None])
-    grad.copy_(total.scatter_add(1, ids[:, None], g_logp) / temperature)
+    rows = Distributions(logits / temperature - normaliser[:, None], None, state[MAX2], state[LOG2_SUM])
+    grad.copy_(apply_rows(rows, ids, temperature, None, slopes, state[ENTROPY], None, None))

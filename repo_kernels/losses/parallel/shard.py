@@ -22,18 +22,20 @@ class VocabularyShard:
         group: the processes.
         start, rows: of this process.
         total: V, over all processes.
+        even: every process must have as many rows.
     """
 
     group: dist.ProcessGroup
     start: int
     rows: int
     total: int
+    even: bool = False
 
     @staticmethod
     def equal(group: dist.ProcessGroup, rows: int) -> VocabularyShard:
         """Return the shard of this process where every process has as many rows, in the order of its rank."""
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        return VocabularyShard(group, rank * rows, rows, size * rows)
+        return VocabularyShard(group, rank * rows, rows, size * rows, even=True)
 
     @staticmethod
     def of_dim(group: dist.ProcessGroup, total: int) -> VocabularyShard:
@@ -65,10 +67,20 @@ class VocabularyShard:
         return torch.where(owned, ids - self.start, torch.where(live, self.rows, IGNORED)), owned
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Return the largest of the processes' values, elementwise."""
-        values = values.contiguous().clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
-        return values
+        """Return the largest of the processes' values (N,), elementwise.
+
+        Raises:
+            ValueError: in every process, if they have unequal shards though `even`; looked at where `local_ids` looks.
+        """
+        sizes = [values.new_full((1,), rows) for rows in (self.rows, -self.rows)]  # travel along
+        largest = torch.cat((values, *sizes))
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        if self.even and values.device.type == "cpu" and largest[-2] != -largest[-1]:
+            raise ValueError(
+                f"group needs as many rows of the vocabulary in every process; got {-largest[-1]:.0f} to "
+                f"{largest[-2]:.0f}: pass a DTensor weight that is sharded on dim 0"
+            )
+        return largest[:-2]
 
     def total_of(self, values: Tensor) -> Tensor:
         """Return the sum of the processes' values, elementwise."""

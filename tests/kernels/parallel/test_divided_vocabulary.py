@@ -42,7 +42,7 @@ def test_a_dtensor_that_is_cut_unevenly_is_taken_as_it_is(found: dict[str, Any],
 
 
 def test_what_a_divided_head_does_not_take_is_named(found: dict[str, Any]) -> None:
-    softcap, full, index, group, traced = found["refused"]
+    softcap, full, index, group, traced, *second = found["refused"]
     assert softcap.startswith(
         "ValueError: softcap must be None where the vocabulary is divided among processes; got 3.0"
     )
@@ -50,4 +50,10 @@ def test_what_a_divided_head_does_not_take_is_named(found: dict[str, Any]) -> No
     assert index.startswith("IndexError: token_ids must lie in [0, 24); got 99")
     assert group.startswith("TypeError: group must be a torch.distributed process group or None; got str")
     assert "cannot be traced by torch.compile" in traced
-    assert found["too few rows"] == "weight must have a row for every process; got 9 rows, 3 each for 4"
+    assert all("can be differentiated once: create_graph=True is not supported" in message for message in second)
+    assert len(second) == 2
+    expected = (
+        "ValueError: group needs as many rows of the vocabulary in every process; got 3 to 4: pass a DTensor weight"
+    )
+    assert [message[: len(expected)] for message in found["unequal"]] == [expected] * 2
+    assert found["too few rows"] == "ValueError: weight must have a row for every process; got 9 rows, 3 each for 4"

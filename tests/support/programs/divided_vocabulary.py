@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss
+from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 
 WORLD, ROWS, WIDTH, VOCABULARY = 4, 13, 8, 24
 
@@ -133,25 +133,44 @@ def refused(group: dist.ProcessGroup) -> list[str]:
         lambda: torch.compile(linear_selective_log_softmax, backend="eager", fullgraph=True)(
             hidden, weight, ids, group=group
         ),
+        lambda: second_order(
+            linear_selective_log_softmax(given := hidden.clone().requires_grad_(), weight, ids, group=group), given
+        ),
+        lambda: second_order(
+            selective_log_softmax(given := (hidden @ weight.t()).requires_grad_(), ids, group=group), given
+        ),
     ]
-    messages = []
-    for call in calls:
-        try:
-            call()
-            messages.append("nothing was raised")
-        except Exception as error:  # the test reads what it says
-            messages.append(f"{type(error).__name__}: {error}")
-    return messages
+    return [message_of(call) for call in calls]
+
+
+def second_order(logps: Tensor, given: Tensor) -> None:
+    """Ask for a gradient that can be differentiated again."""
+    torch.autograd.grad(logps.sum(), given, create_graph=True)
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    """What a call raises."""
+    try:
+        call()
+    except Exception as error:  # the test reads what it says
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
 
 
 def too_few_rows(group: dist.ProcessGroup) -> str:
     """The message for a DTensor that leaves a process without a row."""
     divided = distribute_tensor(torch.randn(9, WIDTH), DeviceMesh.from_group(group, "cpu"), [Shard(0)])
-    try:
-        linear_selective_log_softmax(torch.randn(2, WIDTH), divided, torch.tensor([0, 1]))
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
+    return message_of(lambda: linear_selective_log_softmax(torch.randn(2, WIDTH), divided, torch.tensor([0, 1])))
+
+
+def unequal_rows(group: dist.ProcessGroup, rank: int) -> list[str]:
+    """Messages for plain parts of unequal size, of hidden states and of logits."""
+    hidden, weight, ids = torch.randn(2, WIDTH), torch.randn(3 if rank else 4, WIDTH), torch.tensor([0, 1])
+    calls: list[Callable[[], Any]] = [
+        lambda: linear_selective_log_softmax(hidden, weight, ids, group=group),
+        lambda: selective_log_softmax(hidden @ weight.t(), ids, group=group),
+    ]
+    return [message_of(call) for call in calls]
 
 
 def run(rank: int, folder: str) -> None:
@@ -175,9 +194,9 @@ def run(rank: int, folder: str) -> None:
         for i, (label, errors) in enumerate(everything[0]):
             worst = {key: max(one[i][1][key] for one in everything[:size]) for key in errors}
             results.append({"case": label, "errors": worst})
-    few = too_few_rows(groups[WORLD])
+    few, unequal = too_few_rows(groups[WORLD]), unequal_rows(groups[WORLD], rank)
     if rank == 0:
-        told = {"cases": results, "refused": refused(groups[1]), "too few rows": few}
+        told = {"cases": results, "refused": refused(groups[1]), "too few rows": few, "unequal": unequal}
         Path(folder, "results.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
