@@ -67,6 +67,13 @@ def test_impossible_tokens_give_no_nan() -> None:
     assert not truncated_importance_weights(old, rollout, 2.0, level="sequence").weights.isnan().any()
 
 
+def test_the_logarithm_of_a_sequence_is_clamped_like_a_token_s() -> None:
+    far = torch.full((1, 3), -30.0, dtype=torch.float64)
+    out = truncated_importance_weights(torch.zeros_like(far), far, 1e30, level="sequence")
+    assert out.weights.tolist() == [[pytest.approx(math.exp(20))] * 3]
+    assert truncated_importance_weights(far, torch.zeros_like(far), 1e30, level="sequence").weights[0, 0] > 1e-9
+
+
 def test_a_loss_takes_them() -> None:
     old = OLD.clone().requires_grad_()
     weights = truncated_importance_weights(old.detach(), ROLLOUT, 1.5, response_mask=MASK).weights

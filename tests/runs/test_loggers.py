@@ -46,7 +46,11 @@ def scalars(events, key):
 
 
 def read_wandb(folder):
-    """The records of every offline run, by kind: a 7-byte header, then LevelDB's log format in blocks of 32 KiB."""
+    """The records of every offline run, by kind: a 7-byte header, then LevelDB's log format in blocks of 32 KiB.
+
+    The service of wandb 0.31 writes after `finish` has returned; `teardown` waits for it.
+    """
+    pytest.importorskip("wandb").teardown()
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     found = {"run": [], "history": []}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):

@@ -11,10 +11,10 @@ from ...backends.eager.terms import TokenInputs, clipped_surrogate, kl_terms, to
 
 
 def sequence_mean(values: Tensor, prepared: DenseLoss) -> Tensor:
-    """Average values (N,) over the live rows of each sequence, and give the mean to each of them, (N,)."""
-    live, sequence = prepared.live, prepared.sequence
-    counts = sequence_counts(live, sequence, prepared.sequences).clamp_min(1)
-    totals = values.new_zeros(max(prepared.sequences, 1)).index_add(0, sequence, torch.where(live, values, 0.0))
+    """Average values (N,), 0 on dead rows, over the live rows of each sequence, and give each row the mean, (N,)."""
+    sequence = prepared.sequence
+    counts = sequence_counts(prepared.live, sequence, prepared.sequences).clamp_min(1)
+    totals = values.new_zeros(max(prepared.sequences, 1)).index_add(0, sequence, values)
     return (totals[: prepared.sequences] / counts)[sequence] if prepared.sequences else values
 
 
@@ -27,7 +27,7 @@ def rows_and_flags(
     GSPO (arXiv:2507.18071): log rho is the mean over the live tokens of a sequence, each clamped as without it.
 
     Args:
-        inputs: of all rows; values on dead rows change nothing.
+        inputs: of all rows, 0 on dead ones.
         logps: (N,), 0 on dead rows.
         entropy: (N,) or None if the loss has none.
         prepared: the loss by row.

@@ -67,6 +67,34 @@ def test_logits_and_hidden_states_give_the_loss_written_out(backend: str, surrog
         assert not given.grad[~live].any()
 
 
+@pytest.mark.parametrize("form", ["logits", "hidden"])
+@pytest.mark.parametrize(("surrogate", "level"), PAIRS)
+def test_temperature_softcap_and_the_scale_of_the_gradient_reach_both_passes(form, surrogate, level) -> None:
+    logits, arguments = case(torch.float64)
+    live = arguments["response_mask"] & (arguments["token_ids"] != -100)
+    exact = torch.where(live[..., None], logits, 0.0).requires_grad_()
+    ids = torch.where(live, arguments["token_ids"], 0)
+    logps = torch.log_softmax(3.0 * torch.tanh(exact / 3.0) / 0.6, -1).gather(-1, ids[..., None])[..., 0]
+    expected = written_out(logps, arguments["old_logps"], arguments["reward_advantages"], live, surrogate, level)
+    expected.backward()
+    given, options = logits.clone().requires_grad_(), {"temperature": 0.6, "softcap": 3.0, "grad_scale": 4.0}
+    head = () if form == "logits" else (torch.eye(17, dtype=torch.float64),)
+    call = repo_loss if form == "logits" else linear_repo_loss
+    out = call(given, *head, **arguments, **options, surrogate=surrogate, ratio_level=level)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected.detach())
+    torch.testing.assert_close(given.grad, 4.0 * exact.grad)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("surrogate", "clipped"), [("clip", 1), ("cispo", 2)])
+def test_cispo_clips_the_ratio_whatever_the_advantage(surrogate: str, clipped: int, level: str) -> None:
+    old, advantages = torch.tensor([-1.0, -1.0, -3.0, -3.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    how = {"surrogate": surrogate, "ratio_level": level}  # of ratios e^-1, e^-1, e, e
+    out = repo_loss_from_logps(torch.full((4,), -2.0), old, advantages, **how)
+    assert (out.stats.clipped_low_safe, out.stats.clipped_high_safe) == (clipped, clipped)
+
+
 def test_the_ratio_of_a_sequence_is_one_number_and_is_what_the_statistics_are_of() -> None:
     logits, arguments = case(torch.float64)
     out = repo_loss(logits, **arguments, ratio_level="sequence")
