@@ -14,7 +14,8 @@ or, with the options of a run set once:
 from importlib.metadata import version
 
 from .losses.logps import linear_selective_log_softmax, selective_log_softmax
-from .losses.loss import LinearRepoLoss, RepoLoss, linear_repo_loss, repo_loss, repo_loss_from_logps
+from .losses.loss import linear_repo_loss, repo_loss, repo_loss_from_logps
+from .losses.modules import LinearRepoLoss, RepoLoss
 from .losses.options import LossOptions
 from .losses.output import RepoLossOutput
 from .losses.stats import LossStats

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from repo_kernels.layers.bf16_linear import bf16_linears, wide_linears
 from repo_kernels.layers.fused_layers import fused_layers
-from repo_kernels.losses.chunks import Budget, HeadSizes
+from repo_kernels.losses.heads.chunks import Budget, HeadSizes
 
 from ..data.packing import Packed
 from ..data.segments import take_rows

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from repo_kernels.layers import packed_attention as cpu_attention
-from repo_kernels.losses.chunks import Budget, HeadSizes
+from repo_kernels.losses.heads.chunks import Budget, HeadSizes
 
 from ..common.config_fields import head_size
 from ..config.schema import Config

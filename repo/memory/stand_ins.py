@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
-from repo_kernels.losses.chunks import Budget, HeadSizes
-from repo_kernels.losses.gemm import BLOCK_ROWS, allocates
+from repo_kernels.losses.heads.chunks import Budget, HeadSizes
+from repo_kernels.losses.heads.gemm import BLOCK_ROWS, allocates
 
 from ..data.segments import take_rows
 from .live_bytes import LiveBytes, size_of

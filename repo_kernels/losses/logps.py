@@ -13,9 +13,9 @@ from ..backends.interface import compute_dtype, device_scalar
 from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature, number
 from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
 from .arguments import check_ids
-from .chunks import Budget
 from .composite import losses as composite
-from .linear_ops import gradients_wanted, linear_statistics
+from .heads.chunks import Budget
+from .heads.operators import gradients_wanted, linear_statistics
 from .ops import row_statistics
 from .parallel.logps import ShardedLogits, ShardedStatistics
 from .parallel.shard import VocabularyShard, check_group, check_sharded, local_head

@@ -1,4 +1,4 @@
-"""The clipped policy loss with a rectified cost, as functions and as modules that take their options once."""
+"""The clipped policy loss with a rectified cost: of logits, of hidden states and a head, of log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..backends.choice import check_backend, choose_backend
+from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
 from ..backends.eager.dense import prepare
 from ..backends.interface import Loss, compute_dtype, scalar_vector
@@ -23,13 +23,13 @@ from ..checks import (
     check_tensor,
     describe,
 )
-from ..keywords import method_takes, takes
+from ..keywords import takes
 from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, makers_like, operate
 from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, check_inplace, loss_without_gradient
 from .composite import losses as composite
+from .heads.operators import gradients_wanted, linear_loss
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
-from .linear_ops import gradients_wanted, linear_loss
 from .logps import linear_selective_log_softmax, selective_log_softmax
 from .ops import fused_loss
 from .options import LossOptions
@@ -65,7 +65,7 @@ def repo_loss(call: RepoLossCall) -> RepoLossOutput:
             NaN in that row instead.
         RuntimeError: a second backward with inplace=True, or create_graph=True.
     """
-    return _logits_loss(call, call, call.inplace, call.backend, call.group)
+    return logits_loss(call, call, call.inplace, call.backend, call.group)
 
 
 @takes(LinearRepoLossCall)
@@ -95,7 +95,7 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `repo_loss`.
     """
-    return _linear_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend, call.group)
+    return head_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend, call.group)
 
 
 @takes(LogpsLossCall)
@@ -117,95 +117,14 @@ def repo_loss_from_logps(call: LogpsLossCall) -> RepoLossOutput:
     return make_output(loss, *composite.loss_of_given_logps(logps, loss))
 
 
-class RepoLoss(nn.Module):
-    """`repo_loss` with its options set once; it has no parameters.
-
-    Args:
-        options: None for the defaults.
-        inplace: write the gradient over the logits, see `repo_loss`.
-        backend: "triton", "cpu", "eager" or None, see `repo_loss`.
-        group: the processes among which the vocabulary is divided, or None, see `repo_loss`.
-    """
-
-    def __init__(
-        self,
-        options: LossOptions | None = None,
-        *,
-        inplace: bool = False,
-        backend: str | None = None,
-        group: ProcessGroup | None = None,
-    ) -> None:
-        super().__init__()
-        check_bool("inplace", inplace)
-        check_backend(backend)
-        self.options, self.inplace, self.backend, self.group = _checked_options(options), inplace, backend, group
-
-    @method_takes(RepoLossInputs)
-    def forward(self, inputs: RepoLossInputs) -> RepoLossOutput:
-        """Compute the loss of one batch; see `repo_loss`.
-
-        Returns:
-            RepoLossOutput.
-        """
-        return _logits_loss(self.options, inputs, self.inplace, self.backend, self.group)
-
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return repr(self.options)
-
-
-class LinearRepoLoss(nn.Module):
-    """`linear_repo_loss` with its options set once; it has no parameters, the head is an argument of the call.
-
-    Args:
-        options: None for the defaults.
-        chunk_tokens, chunk_bytes: the size of a chunk or None, see `linear_repo_loss`.
-        backend: "triton", "cpu", "eager" or None, see `repo_loss`.
-        group: the processes among which the vocabulary is divided, or None, see `linear_repo_loss`.
-    """
-
-    def __init__(
-        self,
-        options: LossOptions | None = None,
-        chunk_tokens: int | None = None,
-        backend: str | None = None,
-        *,
-        chunk_bytes: int | None = None,
-        group: ProcessGroup | None = None,
-    ) -> None:
-        super().__init__()
-        check_chunk(chunk_tokens, chunk_bytes)
-        check_backend(backend)
-        self.options, self.backend = _checked_options(options), backend
-        self.chunk_tokens, self.chunk_bytes, self.group = chunk_tokens, chunk_bytes, group
-
-    @method_takes(LinearRepoLossInputs)
-    def forward(self, inputs: LinearRepoLossInputs) -> RepoLossOutput:
-        """Compute the loss of one batch; see `linear_repo_loss`.
-
-        Returns:
-            RepoLossOutput.
-        """
-        return _linear_loss(self.options, inputs, self.chunk_tokens, self.chunk_bytes, self.backend, self.group)
-
-    def extra_repr(self) -> str:
-        """Show the options in `repr`."""
-        return repr(self.options)
-
-
-def _checked_options(options: LossOptions | None) -> LossOptions:
-    if options is not None and not isinstance(options, LossOptions):
-        raise TypeError(f"options must be LossOptions or None; got {describe(options)}")
-    return LossOptions() if options is None else options
-
-
-def _logits_loss(
+def logits_loss(
     options: LossOptions,
     inputs: RepoLossInputs,
     inplace: bool,
     backend: str | None,
     group: ProcessGroup | None,
 ) -> RepoLossOutput:
+    """Compute `repo_loss` of options and inputs."""
     logits, ref_logits = check_matrix("logits", inputs.logits), inputs.ref_logits
     backend = choose_backend(backend, logits)
     if ref_logits is not None:
@@ -240,7 +159,7 @@ def _logits_loss(
     return make_output(loss, value, rows, stats)
 
 
-def _linear_loss(
+def head_loss(
     options: LossOptions,
     inputs: LinearRepoLossInputs,
     chunk_tokens: int | None,
@@ -248,6 +167,7 @@ def _linear_loss(
     backend: str | None,
     group: ProcessGroup | None,
 ) -> RepoLossOutput:
+    """Compute `linear_repo_loss` of options and inputs."""
     hidden = inputs.hidden
     weight, bias, shard = local_head(inputs.weight, inputs.bias, group)
     check_head("", hidden, weight, bias)

@@ -21,7 +21,7 @@ from repo.memory.description import memory_of
 from repo.memory.process import Process, parameters_of
 from repo.memory.weights import loaded, trained
 from repo.models.adapters import add_lora
-from repo_kernels.losses.chunks import Budget
+from repo_kernels.losses.heads.chunks import Budget
 
 QWEN = Qwen2Config(
     hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,

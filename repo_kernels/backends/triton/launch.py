@@ -63,7 +63,7 @@ def phase(matrix: Tensor, step: int = 16) -> tuple[int, ...]:
 def in_step(grad: Tensor, logits: Tensor) -> bool:
     """Return whether the kernels can split rows of the gradient at the same columns as rows of the logits.
 
-    A narrower gradient comes with buffers of our own (`losses.linear.chunk_buffer`), whose rows begin at boundaries.
+    A narrower gradient comes with buffers of our own (`losses.heads.linear.chunk_buffer`), with rows at boundaries.
     """
     if grad.dtype != logits.dtype:
         return not any(phase(grad)) and not any(phase(logits, 32))

@@ -19,8 +19,8 @@ from ...backends import choice
 from ...backends.codes import ENTROPY_NONE, IGNORED, STATE
 from ...backends.eager.distributions import Distributions, apply_rows
 from ..autograd import refuse_second_order
-from ..chunks import Budget
-from ..linear import LinearHead, slope_chunks, statistics_chunks
+from ..heads.chunks import Budget
+from ..heads.linear import LinearHead, slope_chunks, statistics_chunks
 from .shard import VocabularyShard
 
 ABSENT = -1e30

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
-from repo_kernels.losses import gemm
+from repo_kernels.losses.heads import gemm
 from tests.kernels.linear.test_linear import FORMS as LINEAR_FORMS
 from tests.kernels.linear.test_linear import exact
 from tests.support.kernels.cases import Batch, loss_arguments, make_batch

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from repo_kernels import LinearRepoLoss, linear_repo_loss, linear_selective_log_softmax
 from repo_kernels.backends import choice
-from repo_kernels.losses import linear
-from repo_kernels.losses.chunks import CPU_BYTES, GPU_BYTES, GPU_ROWS, Budget, HeadSizes, row_stride
+from repo_kernels.losses.heads import linear
+from repo_kernels.losses.heads.chunks import CPU_BYTES, GPU_BYTES, GPU_ROWS, Budget, HeadSizes, row_stride
 
 V, H = 151_936, 4096
 HALF_HEAD = HeadSizes(V, H, torch.bfloat16, torch.float32)

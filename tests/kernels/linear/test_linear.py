@@ -14,8 +14,8 @@ from repo_kernels.backends import choice
 from repo_kernels.backends.codes import SCALARS, STATS, TOKEN_SUM
 from repo_kernels.backends.interface import Loss
 from repo_kernels.layers import onednn_linear
-from repo_kernels.losses import gemm, linear
-from repo_kernels.losses.chunks import Budget
+from repo_kernels.losses.heads import gemm, linear
+from repo_kernels.losses.heads.chunks import Budget
 from tests.support.kernels.cases import Batch, loss_arguments, make_batch, row_arguments
 from tests.support.kernels.operations import Operations
 from tests.support.kernels.oracle import oracle_gradient, oracle_loss

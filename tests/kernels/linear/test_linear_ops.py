@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax
-from repo_kernels.losses.linear_ops import linear_loss_gradient, linear_slopes_gradient, linear_statistics
+from repo_kernels.losses.heads.operators import linear_loss_gradient, linear_slopes_gradient, linear_statistics
 from tests.support.kernels.cases import loss_arguments, make_batch
 from tests.support.kernels.operations import Operations
 

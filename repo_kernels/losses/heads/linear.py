@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..backends import choice
-from ..backends.codes import IGNORED, SCALARS, STATE
-from ..backends.eager import dense
-from ..backends.eager.kernels import take_rows
-from ..backends.interface import Loss, RowArguments, RowRange, RowResults
+from ...backends import choice
+from ...backends.codes import IGNORED, SCALARS, STATE
+from ...backends.eager import dense
+from ...backends.eager.kernels import take_rows
+from ...backends.interface import Loss, RowArguments, RowRange, RowResults
 from .chunks import Budget, HeadSizes, row_stride
 from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends.codes import STATE
-from ..backends.interface import Loss, RowArguments
-from ..tensor_kinds import kept, written
-from .autograd import is_batched, may_run_again, refuse_second_order
+from ...backends.codes import STATE
+from ...backends.interface import Loss, RowArguments
+from ...tensor_kinds import kept, written
+from ..autograd import is_batched, may_run_again, refuse_second_order
+from ..ops import fake_loss
 from .chunks import Budget
 from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
-from .ops import fake_loss
 
 
 def gradients_wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:

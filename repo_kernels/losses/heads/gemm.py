@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..layers import onednn_linear
+from ...layers import onednn_linear
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK_ROWS = 2048  # rows per call of oneDNN, whose copies and result then stay in the caches
