@@ -113,7 +113,8 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
 # The paper's claim, into benchmarks/results: the table of answers, then five methods x five seeds on the language model
-# and PPO-Lagrangian once more at RePO's mean cost: some hours on two cores. Interrupted, it continues where it was.
+# and PPO-Lagrangian once more at RePO's mean cost: some hours on two cores. Interrupted, it continues where it was; with
+# ARGS="--records FOLDER" even where its run folders are not.
 reproduce: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m benchmarks.reproduce.table --out benchmarks/results

@@ -156,7 +156,7 @@ def check_mask(mask: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     live = mask != 0
-    if _is_at_hand(mask):
+    if is_at_hand(mask):
         check_memory(response_mask=mask)
         wrong = mask[live & (mask != 1)]
         if wrong.numel():
@@ -164,7 +164,7 @@ def check_mask(mask: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
     return live
 
 
-def _is_at_hand(value: Tensor) -> bool:
+def is_at_hand(value: Tensor) -> bool:
     """Return whether reading the values waits for nothing: plain, on the CPU, not traced."""
     return value.device.type == "cpu" and not is_traced() and is_plain(value)
 
@@ -186,7 +186,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
         raise ValueError(f"cu_seqlens must have shape (B+1,); got {describe(cu_seqlens)}")
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens must be on {like.device} with the logits; got {describe(cu_seqlens)}")
-    if _is_at_hand(cu_seqlens):
+    if is_at_hand(cu_seqlens):
         check_memory(cu_seqlens=cu_seqlens)
         bounds = cu_seqlens.tolist()
         if bounds[0] < 0 or bounds[-1] > leading[0] or bounds != sorted(bounds):

@@ -7,7 +7,8 @@ All methods share the default configuration and differ in the options of METHODS
 with the mean cost that RePO reaches in training as its limit (--match). Each final policy answers all held-out prompts
 with the same random numbers; the training scorers and the held-out judge score the answers, and a response is safe by
 the same limit for all. Folders of finished runs are kept, so that an interrupted command continues; their checkpoints
-are removed. Results go to benchmarks/results.
+are removed. What the results need of a run lies in --records as well, and a run that has its record there is not
+trained again: a comparison can go on where its folders are not. Results go to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.harness.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
@@ -32,6 +36,7 @@ from . import matching
 from .language_report import SHOWN, draw, markdown
 from .methods import BASELINE, COMPARED, METHODS
 from .over_seeds import of_seeds, within
+from .records import Record
 from .runs import DEFAULT, RESULTS, evaluate, in_turn, is_trained, log_of, threads_of, train, write_results
 
 SHARED = (DEFAULT, "--evaluation.prompts=0", "--save_every=0", "--sample_every=0")
@@ -44,15 +49,15 @@ MATCHED = "matched"
 class Experiment:
     """Runs to train and evaluate.
 
-    seeds: of each method. out: folder of the runs. overrides: options that all methods share. jobs: runs at a time.
+    seeds: of each method. out: folder of the runs. records: folder of their records. overrides: options that all
+    methods share. jobs: runs at a time.
     """
 
     seeds: Sequence[int]
     out: Path
+    records: Path
     overrides: Sequence[str]
     jobs: int
-    made: dict[str, list[Path]] = field(default_factory=dict)
-    """Runs of each method so far, in the order of seeds."""
 
     def shared(self) -> list[str]:
         """Return the options by which every policy is scored alike, whatever its method was trained with."""
@@ -65,57 +70,84 @@ class Experiment:
             f"--scoring.reward={reward if isinstance(reward, str) else json.dumps(reward)}",
         ]
 
-    def measure(self, methods: Mapping[str, Sequence[str]]) -> dict[str, list[Evaluation]]:
+    def measure(self, methods: Mapping[str, Sequence[str]]) -> dict[str, list[Record]]:
         """Train and evaluate what is missing.
 
         Args:
             methods: by the name of its runs the options of each method.
 
         Returns:
-            By method, an evaluation for each seed.
+            By method, the record of each seed.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        scored, runs = self.shared(), {name: [self.out / f"{name}-{s}" for s in self.seeds] for name in methods}
+        scored = self.shared()
         tasks = {
-            of_method[i].name: partial(self._one, of_method[i], [*methods[name], f"--seed={seed}"], scored)
-            for i, seed in enumerate(self.seeds)
-            for name, of_method in runs.items()
+            f"{name}-{seed}": partial(self._one, f"{name}-{seed}", [*methods[name], f"--seed={seed}"], scored)
+            for seed in self.seeds
+            for name in methods
         }
-        ready = {name for name in tasks if is_trained(self.out / name) and final_of(self.out / name).exists()}
-        evaluations = in_turn(self.jobs, tasks, ready)
-        self.made.update(runs)
-        return {name: [evaluations[run.name] for run in of_method] for name, of_method in runs.items()}
+        ready = {
+            name
+            for name in tasks
+            if self._file(name).exists() or (is_trained(self.out / name) and final_of(self.out / name).exists())
+        }
+        records = in_turn(self.jobs, tasks, ready)
+        return {name: [records[f"{name}-{seed}"] for seed in self.seeds] for name in methods}
 
-    def _one(self, run: Path, options: Sequence[str], scored: Sequence[str]) -> Evaluation:
-        """Train and evaluate one run, unless that is done."""
-        threads = threads_of(self.jobs)
-        train(run, [*SHARED, *self.overrides, *options], threads)
-        return evaluate(run, final_of(run), log_of(run), scored, threads)
+    def _file(self, name: str) -> Path:
+        """Return the file of a record."""
+        return self.records / f"{name}.json"
 
-    def reference(self) -> Evaluation:
+    def _one(self, name: str, options: Sequence[str], scored: Sequence[str]) -> Record:
+        """Train, evaluate and record one run, unless that is done."""
+        run, file, threads = self.out / name, self._file(name), threads_of(self.jobs)
+        options = [*SHARED, *self.overrides, *options]
+        if not file.exists():
+            train(run, options, threads)
+            Record.of(run, scored, evaluate(run, final_of(run), log_of(run), scored, threads)).write(file)
+        record = Record.read(file)
+        record.require(file, options, scored)
+        return record
+
+    def reference(self) -> Record:
         """Evaluate the policy that every training starts from."""
-        run = next(iter(self.made.values()))[0]
-        options = [*self.shared(), "--checkpoint=reference"]
-        return evaluate(run, self.out / "reference.json", self.out / "reference.log", options, None)
+        file, scored = self._file("reference"), [*self.shared(), "--checkpoint=reference"]
+        if not file.exists():
+            run = next((path.parent for path in sorted(self.out.glob("*-*/config.yaml"))), None)
+            if run is None:
+                raise UserError(f"--out: {self.out} has no run, by whose folder the reference policy is evaluated")
+            evaluation = evaluate(run, self.out / "reference.evaluation.json", self.out / "reference.log", scored, None)
+            Record.of(run, scored, evaluation).write(file)
+        return Record.read(file)
 
-    def match(self, ours: Sequence[Evaluation], rounds: int) -> tuple[list[Evaluation], dict[str, Any]]:
+    def match(self, ours: Sequence[Record], rounds: int) -> tuple[list[list[Record]], dict[str, Any]]:
         """Train PPO-Lagrangian with the mean cost that RePO reaches as its limit.
 
         Args:
-            ours: evaluations of RePO's seeds. rounds: how often the limit is chosen.
+            ours: records of RePO's seeds. rounds: how often the limit is chosen.
 
         Returns:
-            The evaluations of the last round, and how the limit was chosen and what came of it.
+            The records of each round, and how the limit was chosen and what came of it in the last.
         """
-        target, history, evaluations = matching.reached(self.made["repo"]), list[dict[str, float | None]](), []
+        target, history, made = mean_reached(ours), list[dict[str, float | None]](), list[list[Record]]()
         for number in range(1, rounds + 1):
             limit, name = matching.next_limit(target, history), f"{MATCHED}{number}"
             print(f"PPO-Lagrangian with the cost limit {limit:g}, for RePO's mean cost {target:.3f}", flush=True)
             options = [*METHODS[MATCHED].options, f"--algorithm.cost_limit={limit}"]
-            evaluations = self.measure({name: options})[name]
-            history.append({"limit": limit, "reached": matching.reached(self.made[name])})
-        about = {"target": target, "responses": WINDOW, "rounds": history, **matching.compare(ours, evaluations)}
-        return evaluations, about
+            made.append(self.measure({name: options})[name])
+            history.append({"limit": limit, "reached": mean_reached(made[-1])})
+        compared = matching.compare(evaluations_of(ours), evaluations_of(made[-1]))
+        return made, {"target": target, "responses": WINDOW, "rounds": history, **compared}
+
+
+def mean_reached(records: Sequence[Record]) -> float:
+    """Return the mean cost that the runs of a method have reached in training."""
+    return float(np.mean([record.reached for record in records]))
+
+
+def evaluations_of(records: Iterable[Record]) -> list[Evaluation]:
+    """Return the evaluations of the final policies."""
+    return [record.evaluation for record in records]
 
 
 def final_of(run: Path) -> Path:
@@ -153,15 +185,6 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     return {"methods": summary, "against_ppo_lagrangian": against}
 
 
-def minutes_of(runs: Iterable[Path]) -> float:
-    """Return the minutes that all steps of the runs took."""
-    total = 0.0
-    for run in runs:
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            total += sum(value for key, value in json.loads(line).items() if key.startswith("seconds_"))
-    return total / 60
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,19 +200,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
+    parser.add_argument("--records", type=Path, help="folder of the records of finished runs; without it, --out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("overrides", nargs="*", help="after --: fields of the configuration, the same for every method")
     options = parser.parse_args(argv)
-    experiment = Experiment(options.seeds, options.out, options.overrides, options.jobs)
-    evaluations = experiment.measure({name: METHODS[name].options for name in options.methods})
-    matched = None
-    if options.match and "repo" in evaluations:
-        evaluations[MATCHED], matched = experiment.match(evaluations["repo"], options.match)
-    first = next(iter(evaluations.values()))[0]
+    experiment = Experiment(options.seeds, options.out, options.records or options.out, options.overrides, options.jobs)
+    of_methods = experiment.measure({name: METHODS[name].options for name in options.methods})
+    records, matched = [record for method in of_methods.values() for record in method], None
+    if options.match and "repo" in of_methods:
+        rounds, matched = experiment.match(of_methods["repo"], options.match)
+        records += [record for made in rounds for record in made]
+        of_methods[MATCHED] = rounds[-1]
+    evaluations = {name: evaluations_of(method) for name, method in of_methods.items()}
+    first = records[0].evaluation
     results = {
         "command": "python -m benchmarks.reproduce.language " + " ".join(sys.argv[1:] if argv is None else argv),
         "machine": machine(),
-        "minutes": minutes_of(run for runs in experiment.made.values() for run in runs),
+        "machines": dict(Counter(record.machine for record in records)),
+        "minutes": sum(record.minutes for record in records),
         "jobs": options.jobs,
         "versions": versions(),
         "seeds": options.seeds,
@@ -197,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "samples": first.samples,
         "cost_limit": first.cost_limit,
         "matched": matched,
-        **analyse({"reference": [experiment.reference()], **evaluations}),
+        **analyse({"reference": [experiment.reference().evaluation], **evaluations}),
     }
     write_results(options.results, "reproduce_language", results, markdown(results), draw(results))
 

@@ -47,7 +47,8 @@ COLUMNS = 2
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the results as Markdown."""
     methods, against = results["methods"], results["against_ppo_lagrangian"]
-    runs = f"{results['minutes']:.0f} minutes of training in all, runs at a time: {results['jobs']}"
+    trained = ", ".join(f"{count} on {machine}" for machine, count in results["machines"].items())
+    runs = f"{results['minutes']:.0f} minutes of training in all ({trained}), runs at a time: {results['jobs']}"
     lines = [
         "# Every prompt or the average: the methods on the embedded language model",
         "",

@@ -23,17 +23,11 @@ CLOSE = 0.1
 """Largest difference of two mean costs, in units of the cost, that counts as the same."""
 
 
-def reached(runs: Sequence[Path]) -> float:
-    """Compute the mean cost of the last WINDOW responses of training, the number that PPO-Lagrangian's rule reads.
+def last_costs(run: Path) -> float:
+    """Return the mean cost of the last WINDOW responses of a run's training, or of all if there are fewer.
 
-    Returns:
-        The mean over runs.
+    It is the number that PPO-Lagrangian's rule reads.
     """
-    return float(np.mean([_last_costs(run) for run in runs]))
-
-
-def _last_costs(run: Path) -> float:
-    """Return the mean cost of a run's last WINDOW responses, or of all if there are fewer."""
     lines = (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     return float(np.mean([json.loads(line)["cost"] for line in lines[-WINDOW:]]))
 

@@ -9,7 +9,7 @@ Triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +103,13 @@ class Loss:
         if not isinstance(self.scalars, Tensor):
             named |= {name: x for name, x in zip(SCALARS, self.scalars, strict=True) if isinstance(x, Tensor)}
         return named
+
+    @property
+    def unscaled(self) -> Loss:
+        """The same loss with grad_scale = 1."""
+        assert not isinstance(self.scalars, Tensor)
+        at = SCALARS.index("grad_scale")
+        return replace(self, scalars=(*self.scalars[:at], 1.0, *self.scalars[at + 1 :]))
 
     @property
     def per_token(self) -> bool:

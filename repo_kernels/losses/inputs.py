@@ -129,10 +129,15 @@ class LossInputs(TokenValues, TokenIds):
     Args:
         grad_scale: a scalar > 0 that multiplies the gradient before it is rounded to the dtype of the logits, against
             underflow; the caller divides it out. `linear_repo_loss` divides it out itself.
+        kept: leading shape + (K,), int64 or int32: the ids that the rollout's top-k or top-p left to sample from, each
+            once, and -1 in the rest. The policy, its entropy and its full KL are then those of the softmax over these
+            ids. A set holds its row's token; on a GPU, which would have to be waited for, a row without it is NaN.
+            Takes no group and no inplace. None: the whole vocabulary.
     """
 
     _: KW_ONLY
     grad_scale: Scalar = 1.0
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,6 +16,7 @@ from .arguments import check_ids
 from .composite import losses as composite
 from .heads.chunks import Budget
 from .heads.operators import gradients_wanted, linear_statistics
+from .kept import KeptSets, refuse_with_kept
 from .ops import row_statistics
 from .parallel.logps import ShardedLogits, ShardedStatistics
 from .parallel.shard import VocabularyShard, check_group, check_sharded, local_head
@@ -37,6 +38,7 @@ def selective_log_softmax(
     return_entropy: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute log softmax(softcap(logits) / temperature) at token_ids without keeping all (T, V) log-probabilities.
 
@@ -49,6 +51,7 @@ def selective_log_softmax(
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
         group: the processes among which the vocabulary is divided, as `repo_loss`; None: logits are whole.
+        kept: leading shape + (K,), int64 or int32, as `repo_loss`; None: the whole vocabulary.
 
     Returns:
         logps, or (logps, entropy), in nats: leading shape, fp32 (fp64 for fp64 logits), differentiable in the logits.
@@ -68,6 +71,11 @@ def selective_log_softmax(
     with makers_like(logits):
         by = device_scalar(number(temperature), compute_dtype(logits), logits.device)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
+    if kept is not None:
+        refuse_with_kept(False, group is not None)
+        check_memory(logits=logits, token_ids=ids)
+        sets = KeptSets.of(kept, ids, logits, logits.shape[-1])
+        logits, ids, softcap = sets.of_logits(logits, float(softcap or 0.0)), sets.ids, None
     if group is not None:
         check_group(group)
         check_memory(logits=logits, token_ids=ids, temperature=by)
@@ -96,6 +104,7 @@ def linear_selective_log_softmax(
     chunk_bytes: int | None = None,
     backend: str | None = None,
     group: ProcessGroup | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `selective_log_softmax` of logits = hidden @ weight^T + bias, one chunk of live tokens at a time.
 
@@ -110,6 +119,7 @@ def linear_selective_log_softmax(
         temperature, softcap, return_entropy, backend: as `selective_log_softmax`.
         chunk_tokens, chunk_bytes: the size of a chunk or None, as `linear_repo_loss`.
         group: the processes among which the vocabulary is divided, as `linear_repo_loss`; None: weight is whole.
+        kept: leading shape + (K,), int64 or int32, as `repo_loss`; None: the whole vocabulary.
 
     Returns:
         logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight and bias.
@@ -127,6 +137,15 @@ def linear_selective_log_softmax(
     ids = check_ids(token_ids, leading, hidden).reshape(-1)
     with makers_like(hidden):
         by = device_scalar(number(temperature), compute_dtype(hidden), hidden.device)
+    if kept is not None:
+        refuse_with_kept(False, shard is not None)
+        check_memory(token_ids=ids)
+        sets = KeptSets.of(kept, ids, hidden, weight.shape[0])
+        logits = sets.of_head((hidden, weight, bias), float(softcap or 0.0), chunk_tokens, chunk_bytes)
+        places = sets.ids.view(leading)
+        return selective_log_softmax(
+            logits, places, temperature=temperature, return_entropy=return_entropy, backend=backend
+        )
     options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     if shard is not None:
         check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)

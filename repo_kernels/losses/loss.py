@@ -30,6 +30,7 @@ from .autograd import FusedLoss, InplaceLoss, check_inplace, loss_without_gradie
 from .composite import losses as composite
 from .heads.operators import gradients_wanted, linear_loss
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
+from .kept import kept_of_loss, refuse_with_kept
 from .logps import linear_selective_log_softmax, selective_log_softmax
 from .ops import fused_loss
 from .options import LossOptions
@@ -134,7 +135,27 @@ def logits_loss(
     if group is not None and options.kl_estimator == "full":
         raise ValueError(WHOLE_VOCABULARY)
     loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
-    if group is not None or (options.logps_first and not is_transformed()):
+    if inputs.kept is not None:
+        refuse_with_kept(inplace, group is not None)
+        check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
+        sets, softcap = kept_of_loss(inputs.kept, loss, logits, logits.shape[-1]), loss.softcap
+        logits = sets.of_logits(logits, softcap)
+        ref_logits = None if ref_logits is None else sets.of_logits(ref_logits, softcap)
+        loss = sets.loss(loss)
+    return _loss_of_logits(logits, ref_logits, loss, options.logps_first, inplace, backend, group)
+
+
+def _loss_of_logits(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    loss: Loss,
+    logps_first: bool,
+    inplace: bool,
+    backend: str,
+    group: ProcessGroup | None,
+) -> RepoLossOutput:
+    """Compute a loss whose arguments are checked."""
+    if group is not None or (logps_first and not is_transformed()):
         logps = functools.partial(selective_log_softmax, logits, group=group)
         return _logps_first(logits, loss, logps, inplace, backend)
     direct = _runs_directly(logits, ref_logits, loss)
@@ -177,6 +198,13 @@ def head_loss(
         raise ValueError(WHOLE_VOCABULARY)
     reference = _linear_reference(inputs)
     loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
+    if inputs.kept is not None:
+        refuse_with_kept(False, shard is not None)
+        check_memory(**loss.named_tensors)
+        sets, softcap = kept_of_loss(inputs.kept, loss, hidden, weight.shape[0]), loss.softcap
+        logits = sets.of_head((hidden, weight, bias), softcap, chunk_tokens, chunk_bytes)
+        ref_logits = None if reference is None else sets.of_head(reference, softcap, chunk_tokens, chunk_bytes)
+        return _loss_of_logits(logits, ref_logits, sets.loss(loss.unscaled), options.logps_first, False, backend, None)
     if is_transformed() and shard is None:
         return make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
     if options.logps_first or shard is not None:
@@ -189,7 +217,7 @@ def head_loss(
             chunk_bytes=chunk_bytes,
             group=group,
         )
-        return _logps_first(hidden, loss, rows, False, backend)
+        return _logps_first(hidden, loss.unscaled, rows, False, backend)
     tensors = dict(zip(HEADS, (hidden, weight, bias, *(reference or (None, None, None))), strict=True))
     check_memory(**tensors, **loss.named_tensors)
     how = gradients_wanted(hidden, weight, bias), chunk_tokens, chunk_bytes, backend

@@ -90,6 +90,15 @@ def head_logits(head: Head, live: Tensor, result: torch.dtype) -> Tensor:
         return logits if bias is None else logits + bias.to(result)
 
 
+def head_rows(head: Head, live: Tensor, index: Tensor) -> Tensor:
+    """Compute the logits (N, K) of the ids `index` (N, K) of each row; dead rows of the hidden states are read as 0."""
+    hidden, weight, bias = head
+    result = compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = (weight[index].to(result) @ masked_logits(hidden, live, result)[:, :, None])[..., 0]
+        return logits if bias is None else logits + bias[index].to(result)
+
+
 def loss_of_hidden(head: Head, reference: Head | None, loss: Loss) -> Outputs:
     """Compute the outputs of a loss from hidden states."""
     result, live = compute_dtype(head[0]), prepare(head[0], loss).live

@@ -1,6 +1,7 @@
 """The comparison of methods as `make reproduce` makes it, on the tiny model; its statistics."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,22 @@ def test_methods_are_trained_evaluated_and_compared(tiny_arguments, tmp_path, ca
     main(command)  # everything is there
     assert "2 runs, 2 there already" in capsys.readouterr().out
     assert (tmp_path / "runs" / "repo-0" / "metrics.jsonl").stat().st_mtime_ns == written
+    of_records = continued_from_records(command, tmp_path)
+    assert "2 runs, 2 there already" in capsys.readouterr().out
+    assert of_records["methods"] == results["methods"]
+    assert of_records["matched"] == results["matched"]
+    assert sum(of_records["machines"].values()) == 3
+
+
+def continued_from_records(command, tmp_path):
+    """The results of a command whose runs are gone, from their records."""
+    (tmp_path / "records").mkdir()
+    for file in (tmp_path / "runs").glob("*-0.json"):
+        file.rename(tmp_path / "records" / file.name)
+    (tmp_path / "runs" / "reference.json").rename(tmp_path / "records" / "reference.json")
+    shutil.rmtree(tmp_path / "runs")
+    main(["--records", str(tmp_path / "records"), *command])
+    return json.loads((tmp_path / "results" / "reproduce_language.json").read_text())
 
 
 def test_methods_differ_in_their_options_alone():
@@ -73,7 +90,7 @@ def test_a_folder_of_another_configuration_is_refused(tiny_arguments, tmp_path):
     places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     command = ["--methods", "ppo", "--seeds", "0", *places, "--", *tiny_arguments]
     main([*command, "--steps=1"])
-    with pytest.raises(UserError, match="ppo-0 was trained with another configuration"):
+    with pytest.raises(UserError, match="^--records: .*ppo-0.json is of another configuration"):
         main([*command, "--steps=2"])
 
 

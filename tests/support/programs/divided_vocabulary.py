@@ -203,4 +203,4 @@ def run(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    mp.spawn(run, (sys.argv[1],), nprocs=WORLD)
+    mp.start_processes(run, (sys.argv[1],), nprocs=WORLD, start_method="fork")  # which imports everything once

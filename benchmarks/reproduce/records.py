@@ -1,0 +1,112 @@
+"""Records of finished runs: what the results need of them, small enough to be kept where the runs are not.
+
+A comparison takes hours. With its records in a folder that outlives the runs, it can be continued on another day or
+machine, and its intervals can be computed again by anybody.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import processor
+from repo.common.errors import UserError, first_line
+from repo.config.parse import load_config, make_parser, parse_config
+from repo.config.schema import Config
+from repo.evaluation.statistics import Evaluation
+from repo.runs.json_lines import finite
+
+from .matching import last_costs
+
+TEXTS = ("prompt", "response")
+"""Keys of an evaluation's responses that no quantity needs."""
+OF_PROMPT = ("id", "category")
+DIGITS = 6
+"""Significant digits of a number in a record; costs and rewards are fp32."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Args:
+        config: the fields of its configuration, by group, without the folder and the day.
+        scored: options of the evaluation of its final policy.
+        machine: the processor.
+        minutes: that all steps took.
+        reached: mean cost of the last responses of its training.
+        evaluation: of its final policy, without texts.
+    """
+
+    config: dict[str, Any]
+    scored: list[str]
+    machine: str
+    minutes: float
+    reached: float
+    evaluation: Evaluation
+
+    @staticmethod
+    def of(run: Path, scored: Sequence[str], evaluation: Evaluation) -> Record:
+        """Take the record of a run folder."""
+        config = comparable(load_config(run / "config.yaml"))
+        return Record(config, list(scored), processor(), minutes_of(run), last_costs(run), evaluation)
+
+    def write(self, file: Path) -> None:
+        """Write the record, a line for each column of numbers."""
+        responses, samples = self.evaluation.records, self.evaluation.samples
+        names = [name for name in responses[0] if name not in (*TEXTS, *OF_PROMPT)]
+        columns = {name: [_rounded(response[name]) for response in responses] for name in names}
+        about = {name: value for name, value in vars(self).items() if name != "evaluation"}
+        about |= {"cost_limit": self.evaluation.cost_limit, "samples": samples}
+        about |= {name: [response[name] for response in responses[::samples]] for name in OF_PROMPT}
+        lines = [f"{json.dumps(name)}: {json.dumps(finite(value))}" for name, value in about.items()]
+        lines += [f"{json.dumps('column ' + name)}: {json.dumps(finite(value))}" for name, value in columns.items()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    @staticmethod
+    def read(file: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            UserError: the file is no record.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            columns = {name.removeprefix("column "): x for name, x in content.items() if name.startswith("column ")}
+            samples, rows = content["samples"], zip(*columns.values(), strict=True)
+            prompts = list(zip(*(content[name] for name in OF_PROMPT), strict=True))
+            names = (*OF_PROMPT, *columns)
+            responses = [dict(zip(names, (*prompts[i // samples], *row), strict=True)) for i, row in enumerate(rows)]
+            about = [content[name] for name in ("config", "scored", "machine", "minutes", "reached")]
+            return Record(*about, Evaluation(responses, content["cost_limit"]))
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{file} is not a record of a run: {first_line(error)}") from None
+
+    def require(self, file: Path, options: Sequence[str], scored: Sequence[str]) -> None:
+        """Raise UserError unless the record is of these options of training and of evaluation."""
+        wanted = comparable(parse_config(make_parser("", ""), list(options)))
+        if self.config != wanted or self.scored != list(scored):
+            raise UserError(f"--records: {file} is of another configuration; choose another folder")
+
+
+def comparable(config: Config) -> dict[str, Any]:
+    """Return the fields of a configuration by which two runs are the same, as JSON keeps them."""
+    same = replace(config, out=None, data=replace(config.data, date=None))
+    content: dict[str, Any] = json.loads(json.dumps(asdict(same)))
+    return content
+
+
+def minutes_of(run: Path) -> float:
+    """Return the minutes that all steps of a run took."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return sum(x for line in lines for key, x in line.items() if key.startswith("seconds_")) / 60
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
