@@ -91,6 +91,10 @@ def test_the_recipe_for_prime_rl_gives_one_advantage_a_rollout_and_moves_lambda_
         assert all(isinstance(value, float) for value in got)
     assert state["lam"] == pytest.approx(lam + 0.4 * sum(EXCESS[:5]) / 5)
     assert state["groups"] == 0
+    lam = state["lam"]
+    for rows in ([0, 3], [5, 5]):
+        advantage(rollouts(rows), **options)
+    assert state["lam"] == pytest.approx(lam + 0.4 * (EXCESS[0] + EXCESS[3]) / 4)  # of this batch alone
     for _ in range(2):
         advantage(rollouts([0, 3]), lam_lr=100.0, lam_max=3.0, groups_per_step=2)
     assert state["lam"] == 3.0
