@@ -46,8 +46,8 @@ class DataConfig:
     """The prompts of training and evaluation."""
 
     train: str = "embedded"
-    """Training prompts: a JSON lines, csv or parquet file, or a Hugging Face dataset (folder or hub name, with #split
-    or #config/split; else the split "train"). "embedded": the prompts of the assets folder, of
+    """Training prompts: a JSON lines (also .xz or .gz), csv or parquet file, or a Hugging Face dataset (folder or hub
+    name, with #split or #config/split; else the split "train"). "embedded": the prompts of the assets folder, of
     which #train, #valid and #eval name the splits. A record has `prompt` (a text, or a conversation as a list of role
     and content) or `messages`, and optionally `id` and `category`. Scorer functions get the columns that they name."""
     eval: str = "embedded"

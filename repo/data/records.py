@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import lzma
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from ..common.hub import require_data_set
 HUB_NAME = re.compile(r"[\w-]+/[\w-]+(\.\d[\w-]*)*")  # a dot before a letter means a file name
 TABLES = {".csv": ",", ".tsv": "\t"}
 JSON = (".jsonl", ".json")
+COMPRESSED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+"""Suffix of compressed JSON lines -> what opens them."""
 FORMATS = "a data file is JSON lines, JSON (a list of objects), csv, tsv or parquet"
 
 Records = Iterator[tuple[str, Any]]
@@ -50,13 +55,24 @@ def _file(path: Path) -> Records:
 
 def _json_lines(path: Path) -> Records:
     """Yield ("path:line", record) for every line that is not blank, or for every item of a list that fills the file."""
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content = _content(path).removeprefix(b"\xef\xbb\xbf")
     if path.suffix == ".json" and content.lstrip()[:1] == b"[":
         yield from ((f"{path} item {n}", r) for n, r in enumerate(_parsed(content, str(path)), 1))
         return
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+
+
+def _content(path: Path) -> bytes:
+    """Read a file, decompressed if its suffix says so. Raises UserError if what it holds is not so compressed."""
+    if path.suffix not in COMPRESSED:
+        return path.read_bytes()
+    try:
+        with COMPRESSED[path.suffix](path, "rb") as file:
+            return file.read()
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: not a {path.suffix} file: {error}") from None
 
 
 def _parsed(content: bytes, where: str) -> Any:

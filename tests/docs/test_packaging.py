@@ -17,7 +17,7 @@ def test_every_extra_is_named_in_readme_and_docs():
 def test_every_package_of_an_optional_feature_is_imported_somewhere():
     folders = "repo", "repo_kernels"
     code = "\n".join(path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    features = {"lora", "eightbit", "data", "liger", "tensorboard", "wandb", "trackio", "report", "trl"}
+    features = {"lora", "eightbit", "data", "liger", "tensorboard", "wandb", "trackio", "report", "trl", "verl"}
     for extra in features:
         name = re.match(r"[\w-]+", EXTRAS[extra][0])[0].replace("-", "_")
         assert re.search(rf"(import|from) {name}\b|\"{name}\"", code), extra
