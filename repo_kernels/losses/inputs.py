@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..checks import Scalar
+from .heads.lora import LoraHead
 from .options import LossOptions, TokenOptions
 
 
@@ -49,14 +50,15 @@ class HiddenStates:
     Args:
         hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride. Row t scores
             token_ids[t].
-        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states.
+        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states, or a `LoraHead`, which is a frozen
+            weight with a low-rank adapter.
         bias: (V,), same choice of dtypes, or None.
         ref_hidden, ref_weight, ref_bias: the same of the reference policy for kl_estimator="full"; leading shape of
             hidden and the same V; H and dtype may differ.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | LoraHead
     _: KW_ONLY
     bias: Tensor | None = None
     ref_hidden: Tensor | None = None

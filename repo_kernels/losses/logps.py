@@ -10,11 +10,12 @@ from torch.distributed import ProcessGroup
 from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
 from ..backends.interface import compute_dtype, device_scalar
-from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature, number
+from ..checks import Scalar, check_bool, check_chunk, check_matrix, check_temperature, number
 from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
 from .arguments import check_ids
 from .composite import losses as composite
 from .heads.chunks import Budget
+from .heads.lora import HEAD_NAMES, LoraHead, head_tensors
 from .heads.operators import gradients_wanted, linear_statistics
 from .ops import row_statistics
 from .parallel.logps import ShardedLogits, ShardedStatistics
@@ -85,7 +86,7 @@ def selective_log_softmax(
 
 def linear_selective_log_softmax(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | LoraHead,
     token_ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -104,7 +105,7 @@ def linear_selective_log_softmax(
 
     Args:
         hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride.
-        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states.
+        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states, or a `LoraHead`.
         token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
         bias: (V,), same choice of dtypes, or None.
         temperature, softcap, return_entropy, backend: as `selective_log_softmax`.
@@ -112,13 +113,14 @@ def linear_selective_log_softmax(
         group: the processes among which the vocabulary is divided, as `linear_repo_loss`; None: weight is whole.
 
     Returns:
-        logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight and bias.
+        logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight (of a
+            `LoraHead` in lora_A and lora_B) and bias.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `selective_log_softmax`.
     """
     weight, bias, shard = local_head(weight, bias, group)
-    check_head("", hidden, weight, bias)
+    head = head_tensors(hidden, weight, bias)
     backend = choose_backend(backend, hidden)
     check_temperature(temperature, softcap, hidden)
     check_bool("return_entropy", return_entropy)
@@ -128,18 +130,15 @@ def linear_selective_log_softmax(
     with makers_like(hidden):
         by = device_scalar(number(temperature), compute_dtype(hidden), hidden.device)
     options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
+    named = {**dict(zip(HEAD_NAMES, head, strict=True)), "token_ids": ids, "temperature": by}
     if shard is not None:
-        check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)
+        check_memory(**named)
         check_sharded(softcap)
         how = shard, Budget(hidden.device.type, chunk_tokens, chunk_bytes), backend
-        return _outputs(
-            ShardedStatistics.apply(hidden, weight, bias, ids, by, options[2], *how), leading, return_entropy
-        )
+        return _outputs(ShardedStatistics.apply(*head[:3], ids, by, options[2], *how), leading, return_entropy)
     if is_transformed():
-        return _outputs(composite.statistics_of_hidden((hidden, weight, bias), ids, *options), leading, return_entropy)
-    check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)
-    wanted = gradients_wanted(hidden, weight, bias)
-    named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": ids, "temperature": by}
-    rows = hidden, weight, bias, ids, *options, wanted, chunk_tokens, chunk_bytes, backend
+        return _outputs(composite.statistics_of_hidden(head, ids, *options), leading, return_entropy)
+    check_memory(**named)
+    rows = *head, ids, *options, gradients_wanted(head), chunk_tokens, chunk_bytes, backend
     state = operate(linear_statistics, named, *rows)
     return _outputs(state, leading, return_entropy)

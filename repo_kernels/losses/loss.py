@@ -28,6 +28,7 @@ from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, ma
 from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, check_inplace, loss_without_gradient
 from .composite import losses as composite
+from .heads.lora import HEAD_NAMES, head_tensors
 from .heads.operators import gradients_wanted, linear_loss
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
 from .logps import linear_selective_log_softmax, selective_log_softmax
@@ -37,7 +38,7 @@ from .output import RepoLossOutput, make_output
 from .parallel.shard import local_head
 
 WHOLE_VOCABULARY = "kl_estimator='full' takes a whole vocabulary; got one divided among processes"
-HEADS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+HEADS = (*HEAD_NAMES, "ref_hidden", "ref_weight", "ref_bias")
 
 
 @takes(RepoLossCall)
@@ -170,7 +171,7 @@ def head_loss(
     """Compute `linear_repo_loss` of options and inputs."""
     hidden = inputs.hidden
     weight, bias, shard = local_head(inputs.weight, inputs.bias, group)
-    check_head("", hidden, weight, bias)
+    head = head_tensors(hidden, weight, bias)
     backend = choose_backend(backend, hidden)
     check_chunk(chunk_tokens, chunk_bytes)
     if shard is not None and options.kl_estimator == "full":
@@ -178,7 +179,7 @@ def head_loss(
     reference = _linear_reference(inputs)
     loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
     if is_transformed() and shard is None:
-        return make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
+        return make_output(loss, *composite.loss_of_hidden(head, reference, loss))
     if options.logps_first or shard is not None:
         rows = functools.partial(
             linear_selective_log_softmax,
@@ -190,9 +191,9 @@ def head_loss(
             group=group,
         )
         return _logps_first(hidden, loss, rows, False, backend)
-    tensors = dict(zip(HEADS, (hidden, weight, bias, *(reference or (None, None, None))), strict=True))
+    tensors = dict(zip(HEADS, (*head, *(reference or (None, None, None))), strict=True))
     check_memory(**tensors, **loss.named_tensors)
-    how = gradients_wanted(hidden, weight, bias), chunk_tokens, chunk_bytes, backend
+    how = gradients_wanted(head), chunk_tokens, chunk_bytes, backend
     value, rows, stats, *_ = _operate(linear_loss, tensors, loss, *_operator_options(loss, hidden), *how)
     return make_output(loss, value, rows.detach(), stats.detach())
 

@@ -119,7 +119,7 @@ def padded_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, result: tor
     """Return the head of this process with one more row, whose logit is ABSENT whatever the hidden state."""
     rows = torch.nn.functional.pad(weight.detach(), (0, 0, 0, 1))
     given = weight.new_zeros(len(weight), dtype=result) if bias is None else bias.detach().to(result)
-    return LinearHead.of(hidden, rows, torch.nn.functional.pad(given, (0, 1), value=ABSENT), result)
+    return LinearHead.of(hidden, rows, torch.nn.functional.pad(given, (0, 1), value=ABSENT), result=result)
 
 
 class ShardedLogits(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...backends.codes import IGNORED
 from ...tensor_kinds import has_values, is_traced, is_transformed
+from ..heads.lora import LoraHead
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class VocabularyShard:
 
 
 def local_head(
-    weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+    weight: Tensor | LoraHead, bias: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[Tensor | LoraHead, Tensor | None, VocabularyShard | None]:
     """Return the rows of the head that this process holds, and its shard; None if the head is whole.
 
     Args:
@@ -99,10 +100,15 @@ def local_head(
             dimension. bias: likewise (V,), or None. group: the processes that hold equally many rows each, or None.
 
     Raises:
-        TypeError, ValueError: group is no process group, or not with a DTensor, or the DTensor is cut otherwise.
+        TypeError, ValueError: group is no process group, or given with a DTensor or a LoraHead, or the DTensor is cut
+            otherwise.
     """
     if group is not None:
         check_group(group)
+    if isinstance(weight, LoraHead):
+        if group is not None:
+            raise ValueError("group must be None with a LoraHead, whose vocabulary cannot be divided among processes")
+        return weight, bias, None
     kind = _dtensor()
     if kind is None or not isinstance(weight, kind):
         if kind is not None and isinstance(bias, kind):
