@@ -221,7 +221,7 @@ def test_the_module_takes_the_head_of_a_peft_layer() -> None:
     batch = make_batch(79, (2, 4), VOCABULARY, dtype=torch.float32, dead=0.0)
     hidden, arguments = batch.normal(2, 4, WIDTH).requires_grad_(), loss_arguments(batch)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    expected = oracle_loss(layer(hidden), **arguments).loss
+    expected = oracle_loss(layer(hidden).double(), **arguments).loss
     expected.backward()
     gradients = [x.grad.clone() for x in (hidden, a, b)]
     hidden.grad = a.grad = b.grad = None
