@@ -100,8 +100,8 @@ def linear_selective_log_softmax(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `selective_log_softmax` of logits = hidden @ weight^T + bias, one chunk of live tokens at a time.
 
-    Forward takes one GEMM. Backward forms the logits again and takes three, or two with a frozen head. Dtypes, memory
-    and the one wait for the device are those of `linear_repo_loss`.
+    Forward takes one GEMM. Backward forms the logits again and takes three, or two with a frozen head or a
+    `LoraHead`. Dtypes, memory and the one wait for the device are those of `linear_repo_loss`.
 
     Args:
         hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride.
@@ -113,8 +113,7 @@ def linear_selective_log_softmax(
         group: the processes among which the vocabulary is divided, as `linear_repo_loss`; None: weight is whole.
 
     Returns:
-        logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight (of a
-            `LoraHead` in lora_A and lora_B) and bias.
+        logps, or (logps, entropy), as `selective_log_softmax`, differentiable in hidden, weight and bias.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `selective_log_softmax`.
@@ -135,7 +134,7 @@ def linear_selective_log_softmax(
         check_memory(**named)
         check_sharded(softcap)
         how = shard, Budget(hidden.device.type, chunk_tokens, chunk_bytes), backend
-        return _outputs(ShardedStatistics.apply(*head[:3], ids, by, options[2], *how), leading, return_entropy)
+        return _outputs(ShardedStatistics.apply(*head, ids, by, options[2], *how), leading, return_entropy)
     if is_transformed():
         return _outputs(composite.statistics_of_hidden(head, ids, *options), leading, return_entropy)
     check_memory(**named)

@@ -73,9 +73,10 @@ def repo_loss(call: RepoLossCall) -> RepoLossOutput:
 def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     """Compute `repo_loss` of logits = hidden @ weight^T + bias, of which one chunk of live tokens exists at a time.
 
-    Differentiable in hidden, weight and bias; a frozen weight costs no GEMM for its gradient. The gradients of a summed
-    loss are computed with it, in fp32 sums (fp64 for fp64 hidden states), and backward scales them in place; with
-    retain_graph=True it copies them instead. With loss_agg_mode="none" backward forms the logits again.
+    Differentiable in hidden, weight and bias, of a `LoraHead` in lora_A and lora_B; what is frozen costs no GEMM for
+    its gradient. The gradients of a summed loss are computed with it, in fp32 sums (fp64 for fp64 hidden states), and
+    backward scales them in place; with retain_graph=True it copies them instead. With loss_agg_mode="none" backward
+    forms the logits again.
 
     On CUDA the GEMMs take the dtype of hidden, to which a weight of another dtype is cast once per call, and return
     fp32 if they can. Elsewhere bf16 and fp16 are computed in fp32, with an fp32 copy of the weight during the call.
@@ -87,7 +88,8 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     softcap, no full KL and no torch.compile.
 
     Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
-    the gradients of hidden and weight in fp32, where wanted. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
+    the gradients of hidden and weight in fp32, where wanted. A `LoraHead` of rank r has 4 r (V + H) for its gradients
+    in place of 4 V H, and 8 c r. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
     4 c V for the logits of a reference.
 
     Returns:

@@ -18,8 +18,8 @@ class LoraHead:
     """The weight base + scaling * lora_B @ lora_A of a head with a LoRA adapter (arXiv:2106.09685), never formed.
 
     `linear_repo_loss`, `LinearRepoLoss` and `linear_selective_log_softmax` take it in place of a weight. They are
-    differentiable in lora_A and lora_B, with no memory for a gradient of the base. The names are those of PEFT, whose
-    layer is given without its dropout as::
+    differentiable in lora_A and lora_B, with no memory for a gradient of the base. There is no dropout. The names are
+    those of PEFT, whose layer `lm_head` is given as::
 
         head = LoraHead(
             lm_head.base_layer.weight, lm_head.lora_A["default"].weight, lm_head.lora_B["default"].weight,
@@ -49,10 +49,11 @@ class LoraHead:
 
 
 HEAD_NAMES = ("hidden", "weight", "bias", "lora_A", "lora_B", "scaling")
+LEAVES = 5  # the tensors up to lora_B, which may get a gradient
 
 
 class HeadTensors(NamedTuple):
-    """The hidden states and the head of one call, checked; the first five may get a gradient.
+    """The hidden states and the head of one call, checked; the first LEAVES may get a gradient.
 
     weight is the base of a LoraHead, whose other tensors are None for a dense head. scaling is 0-d, compute dtype.
     Messages call them by HEAD_NAMES.

@@ -20,11 +20,10 @@ from ..autograd import is_batched, may_run_again, refuse_second_order
 from ..ops import fake_loss
 from .chunks import Budget
 from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
-from .lora import HeadTensors
+from .lora import LEAVES, HeadTensors
 
-# hidden, weight, bias, lora_a, lora_b, the first arguments of each operator: their gradients are its derivative
-LEAVES = 5
-HEADS = 9  # the leaves, scaling, and hidden states, weight and bias of a reference
+# The first LEAVES arguments of each operator are those of HeadTensors that may get a gradient.
+HEADS = 9  # the tensors of HeadTensors, and hidden states, weight and bias of a reference
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

@@ -97,23 +97,20 @@ def local_head(
 
     Args:
         weight: (V, H) whole, (V / P, H) with a group, or a DTensor of (V, H) that is sharded on dim 0 of a mesh of one
-            dimension. bias: likewise (V,), or None. group: the processes that hold equally many rows each, or None.
+            dimension; or a LoraHead whose base and lora_B are (V, ...) whole or (V / P, ...) with a group.
+        bias: likewise (V,), or None. group: the processes that hold equally many rows each, or None.
 
     Raises:
-        TypeError, ValueError: group is no process group, or given with a DTensor or a LoraHead, or the DTensor is cut
-            otherwise.
+        TypeError, ValueError: group is no process group, or not with a DTensor, or the DTensor is cut otherwise.
     """
     if group is not None:
         check_group(group)
-    if isinstance(weight, LoraHead):
-        if group is not None:
-            raise ValueError("group must be None with a LoraHead, whose vocabulary cannot be divided among processes")
-        return weight, bias, None
     kind = _dtensor()
     if kind is None or not isinstance(weight, kind):
         if kind is not None and isinstance(bias, kind):
             raise ValueError("bias must be a plain tensor with a plain weight; got a DTensor")
-        shard = None if group is None or not isinstance(weight, Tensor) else VocabularyShard.equal(group, len(weight))
+        rows = weight.base if isinstance(weight, LoraHead) else weight
+        shard = None if group is None or not isinstance(rows, Tensor) else VocabularyShard.equal(group, len(rows))
         return weight, bias, shard
     if group is not None:
         raise ValueError("group must be None with a DTensor weight, whose mesh says which processes share it")
