@@ -5,8 +5,8 @@
 The yardstick is three GEMMs (logits, dhidden, dweight: 3 x 2 N H V operations) that allocate their outputs, as a caller
 without these kernels would; GEMMs that write into given memory are a row of their own. Predicted for N = 1024,
 H = 576, V = 49 152: 174 GFLOP, 0.89 s at 196 GFLOP/s; a way that forms the logits twice has four GEMMs and takes 1.33
-times that, a frozen head has two and takes 0.67; the kernel reads and
-writes the logits, 2 N V values, 0.4 GB or 15 ms.
+times that, a frozen head has two and takes 0.67; the kernel reads and writes the logits, 2 N V values, 0.4 GB or 15 ms.
+A LoRA head has two and three thin ones (workloads/lora_head.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from benchmarks.harness.cases import Outputs, Setup, Way
 from benchmarks.harness.machine import device
 from benchmarks.harness.results import LIMIT, OURS
 from benchmarks.workloads.peers import missing, missing_on_gpu
-from repo_kernels import linear_repo_loss
+from repo_kernels import LoraHead, linear_repo_loss
 from repo_kernels.layers import onednn_linear
 
 SEQUENCES, HIDDEN, VOCABULARY = 4, 576, 49_152
+RANK, SCALING = 16, 2.0
 SMALL = {"tokens": 64}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 Loss = Callable[["Problem", Tensor], Tensor]
@@ -45,20 +46,25 @@ def cases(quick: bool) -> dict[str, dict[str, Any]]:
 class Problem:
     """The inputs of the loss, of SEQUENCES sequences of equal length.
 
-    hidden (N, H) and weight (V, H) require grad; ids, old (old log-probs, also those of the reference) and advantages
-    are (N,).
+    hidden (N, H), weight (V, H) and an adapter of it, lora_a (r, H) and lora_b (V, r), require grad; ids, old (old
+    log-probs, also those of the reference) and advantages are (N,).
     """
 
     hidden: Tensor
     weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
     ids: Tensor
     old: Tensor
     advantages: Tensor
 
     def in_fp64(self) -> Problem:
         """Return the same numbers in fp64."""
-        cast = {k: v.detach().double() if v.is_floating_point() else v for k, v in vars(self).items()}
-        return Problem(**{**cast, "hidden": cast["hidden"].requires_grad_(), "weight": cast["weight"].requires_grad_()})
+        cast = {
+            name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+            for name, value in vars(self).items()
+        }
+        return Problem(**cast)
 
 
 def make_problem(tokens: int, hidden: int, vocabulary: int) -> Problem:
@@ -75,7 +81,9 @@ def make_problem(tokens: int, hidden: int, vocabulary: int) -> Problem:
     old += near[torch.randint(0, 4, (tokens,), generator=draw, device=on)]
     advantages = torch.randn(SEQUENCES, generator=draw, device=on).repeat_interleave(tokens // SEQUENCES)
     kind = torch.bfloat16 if on.type == "cuda" else torch.float32
-    trained = (t.to(kind).requires_grad_() for t in (states, weight))
+    lora_a = torch.randn(RANK, hidden, generator=draw, device=on) * hidden**-0.5
+    lora_b = torch.randn(vocabulary, RANK, generator=draw, device=on) * 0.01
+    trained = (t.to(kind).requires_grad_() for t in (states, weight, lora_a, lora_b))
     return Problem(*trained, ids, old, advantages)
 
 
@@ -94,7 +102,7 @@ def materialised(p: Problem, weight: Tensor) -> Tensor:
     return of_logps(all_logps.gather(-1, p.ids[:, None])[:, 0], p)
 
 
-def ours(p: Problem, weight: Tensor) -> Tensor:
+def ours(p: Problem, weight: Tensor | LoraHead) -> Tensor:
     """Compute linear_repo_loss on the backend of the device."""
     return linear_repo_loss(p.hidden, weight, p.ids, p.old, p.advantages, ref_logps=p.old, beta=BETA).loss
 
@@ -153,6 +161,16 @@ def gradients(loss: Loss, p: Problem, frozen: bool = False) -> Outputs:
     weight = p.weight.detach() if frozen else p.weight
     value = loss(p, weight)
     return value.detach(), *torch.autograd.grad(value, (p.hidden,) if frozen else (p.hidden, weight))
+
+
+def adapted_gradients(loss: Callable[[Problem, Any], Tensor], p: Problem, merged: bool = False) -> Outputs:
+    """Run forward and backward with an adapter of the frozen head: return (loss, dhidden, dA, dB).
+
+    merged: the adapter enters as a dense weight.
+    """
+    head = LoraHead(p.weight.detach(), p.lora_a, p.lora_b, SCALING)
+    value = loss(p, head.base + SCALING * p.lora_b @ p.lora_a if merged else head)
+    return value.detach(), *torch.autograd.grad(value, (p.hidden, p.lora_a, p.lora_b))
 
 
 def peers(way: Callable[..., Way]) -> tuple[dict[str, Way], dict[str, str]]:
@@ -219,6 +237,11 @@ def setup(tokens: int, hidden: int, vocabulary: int) -> Setup:
     ways["linear_repo_loss"] = way(ours, role=OURS)
     frozen = functools.partial(gradients, ours, p, frozen=True)
     ways["linear_repo_loss, frozen head"] = Way(frozen, OURS, work * 2 / 3, tolerance, outputs=2)
+    adapted, thin = functools.partial(adapted_gradients, ours, p), 6.0 * tokens * RANK * vocabulary
+    merged = functools.partial(adapted_gradients, materialised, merged=True)
+    ways["linear_repo_loss, LoRA head"] = Way(
+        adapted, OURS, work * 2 / 3 + thin, tolerance, expected=lambda: merged(p.in_fp64())
+    )
     ways |= {name: Way(call, LIMIT, work) for name, call in products(p).items()}
     formula = f"Three GEMMs: 6 N H V = 6 x {tokens} x {hidden} x {vocabulary} = {work / 1e9:.0f} GFLOP"
     exact = functools.partial(gradients, materialised)

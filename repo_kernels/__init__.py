@@ -13,6 +13,7 @@ or, with the options of a run set once:
 
 from importlib.metadata import version
 
+from .losses.heads.lora import LoraHead
 from .losses.logps import linear_selective_log_softmax, selective_log_softmax
 from .losses.loss import linear_repo_loss, repo_loss, repo_loss_from_logps
 from .losses.modules import LinearRepoLoss, RepoLoss
@@ -23,6 +24,7 @@ from .rollout_weights import RolloutWeights, truncated_importance_weights
 
 __all__ = [
     "LinearRepoLoss",
+    "LoraHead",
     "LossOptions",
     "LossStats",
     "RepoLoss",

@@ -195,7 +195,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, leading: tuple[int, ...], like: Tensor)
 
 
 def check_head(
-    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, leading: tuple[int, ...] | None = None
+    prefix: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    leading: tuple[int, ...] | None = None,
+    weight_name: str = "weight",
 ) -> None:
     """Check the hidden states and the weights of a linear head.
 
@@ -207,25 +212,32 @@ def check_head(
         weight: (V, H), V >= 1, dtype of hidden or fp32.
         bias: (V,), same choice of dtypes, or None.
         leading: the leading shape that hidden must have, or None for any.
+        weight_name: what messages call the weight.
     """
     check_matrix(f"{prefix}hidden", hidden)
-    dtypes = (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
+    dtypes, name = weight_dtypes(hidden), f"{prefix}{weight_name}"
     if isinstance(weight, torch.nn.Module):
-        kind = type(weight).__name__
-        raise TypeError(f"{prefix}weight must be a tensor; got a module, {kind}: pass its weight, and its bias as bias")
+        kind, adapted = type(weight).__name__, hasattr(weight, "lora_A")
+        instead = "LoraHead of its base_layer.weight, lora_A, lora_B and scaling" if adapted else "its weight"
+        raise TypeError(f"{name} must be a tensor; got a module, {kind}: pass {instead}, and its bias as bias")
     if isinstance(weight, Tensor):
-        check_kind(f"{prefix}weight", weight, hidden)
+        check_kind(name, weight, hidden)
         if not weight.numel():
             raise ValueError(
-                f"{prefix}weight must have shape (V, {hidden.shape[-1]}) with V >= 1; got {describe(weight)}: gather a "
+                f"{name} must have shape (V, {hidden.shape[-1]}) with V >= 1; got {describe(weight)}: gather a "
                 "parameter that is partitioned (ZeRO-3) before the call"
             )
     shapes = ((weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 0, hidden.shape[-1]),)
-    check_tensor(f"{prefix}weight", weight, shapes, dtypes, hidden)
+    check_tensor(name, weight, shapes, dtypes, hidden)
     if bias is not None:
         check_tensor(f"{prefix}bias", bias, ((weight.shape[0],),), dtypes, hidden)
     if leading is not None and tuple(hidden.shape[:-1]) != leading:
         raise ValueError(f"{prefix}hidden must have leading shape {leading}; got {describe(hidden)}")
+
+
+def weight_dtypes(hidden: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that the weights of a head may have: that of its hidden states, or fp32 with half ones."""
+    return (hidden.dtype,) if hidden.dtype == torch.float64 else (hidden.dtype, torch.float32)
 
 
 def check_chunk(chunk_tokens: int | None, chunk_bytes: int | None) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..checks import Scalar
+from .heads.lora import LoraHead
 from .options import LossOptions, TokenOptions
 
 
@@ -49,14 +50,15 @@ class HiddenStates:
     Args:
         hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride. Row t scores
             token_ids[t].
-        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states.
+        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states, or a `LoraHead`, which is a frozen
+            weight with a low-rank adapter.
         bias: (V,), same choice of dtypes, or None.
         ref_hidden, ref_weight, ref_bias: the same of the reference policy for kl_estimator="full"; leading shape of
             hidden and the same V; H and dtype may differ.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | LoraHead
     _: KW_ONLY
     bias: Tensor | None = None
     ref_hidden: Tensor | None = None
@@ -197,13 +199,14 @@ class LinearRepoLossCall(LossOptions, LinearRepoLossInputs):
     Args:
         chunk_tokens: live tokens per chunk, >= 1. None: by chunk_bytes.
         chunk_bytes: bytes that the logits of a chunk may take, with those of the reference and their gradient; chunks
-            are equally long. None: 64 MB on the CPU; on a GPU 1 GB or twice the gradient of the weight in fp32,
-            whichever is more, and at least 1024 tokens.
+            are equally long. None: 64 MB on the CPU, 48 MB with a `LoraHead`; on a GPU 1 GB or twice the gradient of
+            the weight in fp32, whichever is more, and at least 1024 tokens.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
         group: the processes among which the vocabulary is divided: weight is (V / P, H) and bias (V / P,), the rows of
-            this process in the order of ranks; token_ids are those of the whole vocabulary. None: weight is whole, or
-            a DTensor sharded on dim 0, which may be cut unevenly.
+            this process in the order of ranks, as are base and lora_B of a `LoraHead`, whose lora_A is whole; token_ids
+            are those of the whole vocabulary. None: weight is whole, or a DTensor sharded on dim 0, which may be cut
+            unevenly.
     """
 
     chunk_tokens: int | None = None

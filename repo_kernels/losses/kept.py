@@ -16,8 +16,10 @@ from ..backends.eager.dense import row_sequences
 from ..backends.interface import Loss, compute_dtype
 from ..checks import ID_DTYPES, describe, is_at_hand
 from ..tensor_kinds import check_kind, check_memory, is_transformed, operate
-from .composite.losses import Head, head_rows
+from .composite.losses import Head
+from .composite.rows import masked_logits
 from .heads.kept import kept_products
+from .heads.lora import HeadTensors
 from .heads.operators import gradients_wanted
 
 
@@ -70,16 +72,27 @@ class KeptSets:
 
     def of_head(self, head: Head, softcap: float, chunk_tokens: int | None, chunk_bytes: int | None) -> Tensor:
         """Compute `of_logits` of hidden states (..., H) and a head, without the logits of other tokens."""
-        hidden, weight, bias = head
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if is_transformed():
-            values = head_rows((rows, weight, bias), self.ids != IGNORED, self.index.clamp_min(0))
-        else:
-            check_memory(hidden=hidden, weight=weight, bias=bias)
-            named = {"hidden": hidden, "weight": weight, "bias": bias}
-            wanted = gradients_wanted(hidden, weight, bias)
-            values = operate(kept_products, named, rows, weight, bias, self.index, wanted, chunk_tokens, chunk_bytes)
+        hidden, weight, bias, lora_a, lora_b, scaling = HeadTensors(*head)
+        result, live, chunk = compute_dtype(hidden), self.ids != IGNORED, (chunk_tokens, chunk_bytes)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self._products(hidden.reshape(-1, hidden.shape[-1]), weight, bias, *chunk)
+            if lora_a is not None and lora_b is not None and scaling is not None:
+                inner = scaling * (masked_logits(hidden, live, result) @ lora_a.to(result).t())
+                values = values + self._products(inner, lora_b, None, *chunk)
         return self._capped(values, softcap).view(*hidden.shape[:-1], self.index.shape[-1])
+
+    def _products(self, rows: Tensor, weight: Tensor, bias: Tensor | None, *chunk: int | None) -> Tensor:
+        """Compute the products (N, K) of rows (N, H) with the kept rows of a weight (V, H), and add the bias."""
+        if is_transformed():
+            index, result = self.index.clamp_min(0), compute_dtype(rows)
+            inside = masked_logits(rows, self.ids != IGNORED, result)
+            products = (weight[index].to(result) @ inside[:, :, None])[..., 0]
+            return products if bias is None else products + bias[index].to(result)
+        check_memory(hidden=rows, weight=weight, bias=bias)
+        named = {"hidden": rows, "weight": weight, "bias": bias}
+        wanted = gradients_wanted(HeadTensors(rows, weight, bias))[: len(named)]
+        products: Tensor = operate(kept_products, named, rows, weight, bias, self.index, wanted, *chunk)
+        return products
 
     def loss(self, loss: Loss) -> Loss:
         """Return the loss over the sets: its tokens are places in them, and its logits are capped already."""

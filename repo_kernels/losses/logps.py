@@ -10,11 +10,12 @@ from torch.distributed import ProcessGroup
 from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
 from ..backends.interface import compute_dtype, device_scalar
-from ..checks import Scalar, check_bool, check_chunk, check_head, check_matrix, check_temperature, number
+from ..checks import Scalar, check_bool, check_chunk, check_matrix, check_temperature, number
 from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
 from .arguments import check_ids
 from .composite import losses as composite
 from .heads.chunks import Budget
+from .heads.lora import HEAD_NAMES, LoraHead, head_tensors
 from .heads.operators import gradients_wanted, linear_statistics
 from .kept import KeptSets, refuse_with_kept
 from .ops import row_statistics
@@ -93,7 +94,7 @@ def selective_log_softmax(
 
 def linear_selective_log_softmax(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | LoraHead,
     token_ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -108,12 +109,12 @@ def linear_selective_log_softmax(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `selective_log_softmax` of logits = hidden @ weight^T + bias, one chunk of live tokens at a time.
 
-    Forward takes one GEMM. Backward forms the logits again and takes three, or two with a frozen head. Dtypes, memory
-    and the one wait for the device are those of `linear_repo_loss`.
+    Forward takes one GEMM. Backward forms the logits again and takes three, or two with a frozen head or a
+    `LoraHead`. Dtypes, memory and the one wait for the device are those of `linear_repo_loss`.
 
     Args:
         hidden: (T, H) of packed tokens or (B, L, H); fp32, bf16, fp16 or fp64; unit column stride.
-        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states.
+        weight: (V, H), dtype of hidden, or fp32 for bf16 and fp16 hidden states, or a `LoraHead`.
         token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
         bias: (V,), same choice of dtypes, or None.
         temperature, softcap, return_entropy, backend: as `selective_log_softmax`.
@@ -128,7 +129,7 @@ def linear_selective_log_softmax(
         TypeError, ValueError, IndexError, RuntimeError: as `selective_log_softmax`.
     """
     weight, bias, shard = local_head(weight, bias, group)
-    check_head("", hidden, weight, bias)
+    head = head_tensors(hidden, weight, bias)
     backend = choose_backend(backend, hidden)
     check_temperature(temperature, softcap, hidden)
     check_bool("return_entropy", return_entropy)
@@ -141,24 +142,21 @@ def linear_selective_log_softmax(
         refuse_with_kept(False, shard is not None)
         check_memory(token_ids=ids)
         sets = KeptSets.of(kept, ids, hidden, weight.shape[0])
-        logits = sets.of_head((hidden, weight, bias), float(softcap or 0.0), chunk_tokens, chunk_bytes)
+        logits = sets.of_head(head, float(softcap or 0.0), chunk_tokens, chunk_bytes)
         places = sets.ids.view(leading)
         return selective_log_softmax(
             logits, places, temperature=temperature, return_entropy=return_entropy, backend=backend
         )
     options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
+    named = {**dict(zip(HEAD_NAMES, head, strict=True)), "token_ids": ids, "temperature": by}
     if shard is not None:
-        check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)
+        check_memory(**named)
         check_sharded(softcap)
         how = shard, Budget(hidden.device.type, chunk_tokens, chunk_bytes), backend
-        return _outputs(
-            ShardedStatistics.apply(hidden, weight, bias, ids, by, options[2], *how), leading, return_entropy
-        )
+        return _outputs(ShardedStatistics.apply(*head, ids, by, options[2], *how), leading, return_entropy)
     if is_transformed():
-        return _outputs(composite.statistics_of_hidden((hidden, weight, bias), ids, *options), leading, return_entropy)
-    check_memory(hidden=hidden, weight=weight, bias=bias, token_ids=ids, temperature=by)
-    wanted = gradients_wanted(hidden, weight, bias)
-    named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": ids, "temperature": by}
-    rows = hidden, weight, bias, ids, *options, wanted, chunk_tokens, chunk_bytes, backend
+        return _outputs(composite.statistics_of_hidden(head, ids, *options), leading, return_entropy)
+    check_memory(**named)
+    rows = *head, ids, *options, gradients_wanted(head), chunk_tokens, chunk_bytes, backend
     state = operate(linear_statistics, named, *rows)
     return _outputs(state, leading, return_entropy)

@@ -28,6 +28,7 @@ from ..tensor_kinds import check_memory, is_plain, is_traced, is_transformed, ma
 from .arguments import make_logps_loss, make_loss
 from .autograd import FusedLoss, InplaceLoss, check_inplace, loss_without_gradient
 from .composite import losses as composite
+from .heads.lora import HEAD_NAMES, head_tensors
 from .heads.operators import gradients_wanted, linear_loss
 from .inputs import HiddenStates, LinearRepoLossCall, LinearRepoLossInputs, LogpsLossCall, RepoLossCall, RepoLossInputs
 from .kept import kept_of_loss, refuse_with_kept
@@ -38,7 +39,7 @@ from .output import RepoLossOutput, make_output
 from .parallel.shard import local_head
 
 WHOLE_VOCABULARY = "kl_estimator='full' takes a whole vocabulary; got one divided among processes"
-HEADS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+HEADS = (*HEAD_NAMES, "ref_hidden", "ref_weight", "ref_bias")
 
 
 @takes(RepoLossCall)
@@ -73,9 +74,10 @@ def repo_loss(call: RepoLossCall) -> RepoLossOutput:
 def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     """Compute `repo_loss` of logits = hidden @ weight^T + bias, of which one chunk of live tokens exists at a time.
 
-    Differentiable in hidden, weight and bias; a frozen weight costs no GEMM for its gradient. The gradients of a summed
-    loss are computed with it, in fp32 sums (fp64 for fp64 hidden states), and backward scales them in place; with
-    retain_graph=True it copies them instead. With loss_agg_mode="none" backward forms the logits again.
+    Differentiable in hidden, weight and bias, of a `LoraHead` in lora_A and lora_B; what is frozen costs no GEMM for
+    its gradient. The gradients of a summed loss are computed with it, in fp32 sums (fp64 for fp64 hidden states), and
+    backward scales them in place; with retain_graph=True it copies them instead. With loss_agg_mode="none" backward
+    forms the logits again.
 
     On CUDA the GEMMs take the dtype of hidden, to which a weight of another dtype is cast once per call, and return
     fp32 if they can. Elsewhere bf16 and fp16 are computed in fp32, with an fp32 copy of the weight during the call.
@@ -87,7 +89,8 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     softcap, no full KL and no torch.compile.
 
     Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
-    the gradients of hidden and weight in fp32, where wanted. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
+    the gradients of hidden and weight in fp32, where wanted. A `LoraHead` of rank r has 4 r (V + H) for its gradients
+    in place of 4 V H, and 8 c r. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
     4 c V for the logits of a reference.
 
     Returns:
@@ -191,7 +194,7 @@ def head_loss(
     """Compute `linear_repo_loss` of options and inputs."""
     hidden = inputs.hidden
     weight, bias, shard = local_head(inputs.weight, inputs.bias, group)
-    check_head("", hidden, weight, bias)
+    head = head_tensors(hidden, weight, bias)
     backend = choose_backend(backend, hidden)
     check_chunk(chunk_tokens, chunk_bytes)
     if shard is not None and options.kl_estimator == "full":
@@ -202,11 +205,11 @@ def head_loss(
         refuse_with_kept(False, shard is not None)
         check_memory(**loss.named_tensors)
         sets, softcap = kept_of_loss(inputs.kept, loss, hidden, weight.shape[0]), loss.softcap
-        logits = sets.of_head((hidden, weight, bias), softcap, chunk_tokens, chunk_bytes)
+        logits = sets.of_head(head, softcap, chunk_tokens, chunk_bytes)
         ref_logits = None if reference is None else sets.of_head(reference, softcap, chunk_tokens, chunk_bytes)
         return _loss_of_logits(logits, ref_logits, sets.loss(loss.unscaled), options.logps_first, False, backend, None)
     if is_transformed() and shard is None:
-        return make_output(loss, *composite.loss_of_hidden((hidden, weight, bias), reference, loss))
+        return make_output(loss, *composite.loss_of_hidden(head, reference, loss))
     if options.logps_first or shard is not None:
         rows = functools.partial(
             linear_selective_log_softmax,
@@ -218,9 +221,9 @@ def head_loss(
             group=group,
         )
         return _logps_first(hidden, loss.unscaled, rows, False, backend)
-    tensors = dict(zip(HEADS, (hidden, weight, bias, *(reference or (None, None, None))), strict=True))
+    tensors = dict(zip(HEADS, (*head, *(reference or (None, None, None))), strict=True))
     check_memory(**tensors, **loss.named_tensors)
-    how = gradients_wanted(hidden, weight, bias), chunk_tokens, chunk_bytes, backend
+    how = gradients_wanted(head), chunk_tokens, chunk_bytes, backend
     value, rows, stats, *_ = _operate(linear_loss, tensors, loss, *_operator_options(loss, hidden), *how)
     return make_output(loss, value, rows.detach(), stats.detach())
 

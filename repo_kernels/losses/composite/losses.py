@@ -10,13 +10,14 @@ from ...backends.eager.dense import VALUES, DenseLoss, prepare
 from ...backends.eager.reduction import totals
 from ...backends.eager.terms import constant_zero, token_flags, token_inputs, token_rows, token_terms
 from ...backends.interface import Loss, compute_dtype, device_scalar
+from ..heads.lora import HeadTensors
 from .rows import masked_logits, row_distributions, row_entropies, row_kls, row_logps
 from .surrogates import rows_and_flags
 
 # A loss, 0-d or (N,) without aggregation, ROWS (5, N) and STATS (18,), the last two detached.
 Outputs = tuple[Tensor, Tensor, Tensor]
-# hidden states (T, H) or (B, L, H), weight (V, H), bias (V,) or None
-Head = tuple[Tensor, Tensor, Tensor | None]
+# hidden states (T, H) or (B, L, H), weight (V, H), bias (V,) or None; those of a policy may have a low-rank part
+Head = tuple[Tensor, Tensor, Tensor | None] | HeadTensors
 
 
 def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float, entropy: int) -> Tensor:
@@ -84,19 +85,13 @@ def loss_of_logps(logps: Tensor, entropy: Tensor | None, kl: Tensor | None, loss
 
 def head_logits(head: Head, live: Tensor, result: torch.dtype) -> Tensor:
     """Compute logits (N, V) of the dtype `result`; dead rows of the hidden states are read as 0."""
-    hidden, weight, bias = head
+    hidden, weight, bias, lora_a, lora_b, scaling = HeadTensors(*head)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = masked_logits(hidden, live, result) @ weight.to(result).t()
+        rows = masked_logits(hidden, live, result)
+        logits = rows @ weight.to(result).t()
+        if lora_a is not None and lora_b is not None and scaling is not None:
+            logits = logits + scaling * (rows @ lora_a.to(result).t()) @ lora_b.to(result).t()
         return logits if bias is None else logits + bias.to(result)
-
-
-def head_rows(head: Head, live: Tensor, index: Tensor) -> Tensor:
-    """Compute the logits (N, K) of the ids `index` (N, K) of each row; dead rows of the hidden states are read as 0."""
-    hidden, weight, bias = head
-    result = compute_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = (weight[index].to(result) @ masked_logits(hidden, live, result)[:, :, None])[..., 0]
-        return logits if bias is None else logits + bias[index].to(result)
 
 
 def loss_of_hidden(head: Head, reference: Head | None, loss: Loss) -> Outputs:

@@ -9,6 +9,7 @@ import torch
 # On a CPU, logits that stay near the caches. On a GPU, what long GEMMs need: short chunks are bound by launches and by
 # dL/dweight, which every chunk reads and writes.
 CPU_BYTES = 64_000_000
+CPU_LORA_BYTES = 48_000_000  # there is no dL/dweight, beside which a chunk would be small
 GPU_BYTES = 1_000_000_000
 GPU_ROWS = 1024
 # The row stride of a chunk is an odd multiple of this many elements: rows are aligned for any V, and do not all fall
@@ -31,6 +32,7 @@ class HeadSizes:
         sides: 1, or 2 with the logits of a reference.
         with_gradient: whether there is a gradient of the logits. It lies over them unless its GEMMs take another dtype.
         with_weight: whether there is a gradient of the weight.
+        rank: r of a low-rank part, whose factors get gradients where the logits do; 0 without one.
     """
 
     vocabulary: int
@@ -40,26 +42,29 @@ class HeadSizes:
     sides: int = 1
     with_gradient: bool = True
     with_weight: bool = True
+    rank: int = 0
 
     @property
     def row_bytes(self) -> int:
         """Bytes that one row of a chunk takes."""
         stride = row_stride(self.vocabulary)
-        size = self.sides * stride * self.result.itemsize
+        size, narrow = self.sides * stride * self.result.itemsize, self.factors != self.result
         if self.with_gradient:
-            narrow = stride * self.factors.itemsize if self.factors != self.result else 0
-            size += narrow + self.width * self.result.itemsize
+            size += (stride * self.factors.itemsize if narrow else 0) + self.width * self.result.itemsize
+        if self.rank:  # h A^T, its gradient, and h in the dtype of the sums
+            size += (2 * self.rank + (self.width if narrow else 0)) * self.result.itemsize
         return size
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of dL/dweight in the sums' dtype; 0 if there is none."""
-        return self.vocabulary * self.width * self.result.itemsize * self.with_weight
+        """Bytes of dL/dweight and of the gradients of a low-rank part in the sums' dtype; 0 if there are none."""
+        low_rank = self.rank * (self.vocabulary + self.width) * self.with_gradient
+        return (self.vocabulary * self.width * self.with_weight + low_rank) * self.result.itemsize
 
     def peak_bytes(self, live: int, rows: int) -> int:
         """Return the most bytes that a loss of `live` rows holds beside its inputs, in chunks of `rows` rows.
 
-        That is one chunk, dL/dhidden and dL/dweight in the sums' dtype.
+        That is one chunk, and the gradients of hidden states and head in the sums' dtype.
         """
         hidden = live * self.width * self.result.itemsize * self.with_gradient
         return rows * self.row_bytes + hidden + self.weight_bytes
@@ -72,8 +77,8 @@ class Budget:
     Args:
         device: "cpu", "cuda", ...
         tokens: live rows per chunk, or None.
-        size: bytes of the logits of a chunk and of their gradient, or None for the default: 64 MB on a CPU; elsewhere
-            1 GB or twice dL/dweight, whichever is more, and at least 1024 rows.
+        size: bytes of the logits of a chunk and of their gradient, or None for the default: on a CPU 64 MB, or 48 MB
+            with a low-rank part; elsewhere 1 GB or twice dL/dweight, whichever is more, and at least 1024 rows.
     """
 
     device: str
@@ -86,7 +91,7 @@ class Budget:
             return max(1, min(self.tokens, live))
         size, least = self.size, 1
         if size is None and self.device == "cpu":
-            size = CPU_BYTES
+            size = CPU_LORA_BYTES if head.rank else CPU_BYTES
         elif size is None:
             size, least = max(GPU_BYTES, 2 * head.weight_bytes), GPU_ROWS
         most = max(least, size // head.row_bytes)

@@ -68,7 +68,16 @@ def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         for part, block in _by_onednn(a, b):
             out[part] += block
             del block  # freed before the next one is allocated
-    elif a.dtype == out.dtype:
+    else:
+        add_thin_product(a, b, out)
+
+
+def add_thin_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Compute out += a @ b, dtypes as in `product`, where one dimension of a or b is a rank.
+
+    Passing over the large factors takes the time, so that no block is copied.
+    """
+    if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     elif returns_fp32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

@@ -1,7 +1,7 @@
 """The linear losses: logits = hidden @ weight^T + bias, of which one chunk of live rows exists at a time.
 
 For each chunk: a GEMM gives its logits, a backend's kernel writes the gradient over them, and GEMMs carry it into the
-gradients of hidden, weight and bias.
+gradients of hidden, weight and bias. A low-rank part of the weight takes thin GEMMs of its own (low_rank.py).
 """
 
 from __future__ import annotations
@@ -15,52 +15,11 @@ from torch import Tensor
 from ...backends import choice
 from ...backends.codes import IGNORED, SCALARS, STATE
 from ...backends.eager import dense
-from ...backends.eager.kernels import take_rows
-from ...backends.interface import Loss, RowArguments, RowRange, RowResults
+from ...backends.interface import Loss, RowArguments, RowResults
 from .chunks import Budget, HeadSizes, row_stride
-from .gemm import add_product, allocates, factor_dtype, fp16_scale, new_product, product
-
-
-@dataclass(frozen=True)
-class LiveRows:
-    """The n of N rows whose id is not ignored.
-
-    Args:
-        total: N.
-        count: n.
-        index: (n,) int64, or None if all rows are live, so that nothing has to be gathered.
-    """
-
-    total: int
-    count: int
-    index: Tensor | None
-
-    @staticmethod
-    def of(alive: Tensor) -> LiveRows:
-        """Find the rows where `alive` (N,) is True; the host waits for their number, which decides the chunks."""
-        index = alive.nonzero().squeeze(1)
-        total, count = alive.numel(), index.numel()
-        return LiveRows(total, count, None if count == total else index)
-
-    def range(self, start: int, stop: int) -> RowRange:
-        """Return which rows the live rows from start to stop are."""
-        return RowRange(start) if self.index is None else RowRange(index=self.index[start:stop])
-
-    def take(self, columns: Tensor) -> Tensor:
-        """Gather the live columns: (..., N) -> (..., n)."""
-        return columns if self.index is None else columns.index_select(-1, self.index)
-
-    def take_hidden(self, hidden: Tensor) -> Tensor:
-        """Gather the live rows: (T, H) or (B, L, H) -> (n, H)."""
-        if self.index is None:
-            return hidden.reshape(-1, hidden.shape[-1])
-        return take_rows(hidden, self.index, hidden.dtype)
-
-    def spread(self, columns: Tensor) -> Tensor:
-        """Scatter live columns: (..., n) -> (..., N), 0 on dead rows."""
-        if self.index is None:
-            return columns
-        return columns.new_zeros(*columns.shape[:-1], self.total).index_copy_(-1, self.index, columns)
+from .gemm import add_product, add_thin_product, allocates, factor_dtype, fp16_scale, new_product, product
+from .live_rows import LiveRows
+from .low_rank import LowRank, LowRankGradients
 
 
 @dataclass(frozen=True)
@@ -70,24 +29,30 @@ class LinearHead:
     Args:
         weight: (V, H), dtype of the factors.
         bias: (V,), dtype of the sums, or None.
+        low_rank: what is added to the weight, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
+    low_rank: LowRank | None = None
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> LinearHead:
+    def of(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, *lora: Tensor | None, result: torch.dtype
+    ) -> LinearHead:
         """Cast the weights for these hidden states; those of another dtype than the factors' are copied, once a call.
 
-        result: dtype of the sums.
+        lora: lora_A, lora_B and scaling, or nothing. result: dtype of the sums.
         """
         factors = factor_dtype(hidden.dtype, hidden.device, result)
-        return LinearHead(weight.detach().to(factors), None if bias is None else bias.detach().to(result))
+        bias = None if bias is None else bias.detach().to(result)
+        return LinearHead(weight.detach().to(factors), bias, LowRank.of(*lora, factors=factors, result=result))
 
     def sizes(self, result: torch.dtype, sides: int, with_gradient: bool, with_weight: bool) -> HeadSizes:
         """Return what the memory of a chunk depends on."""
         vocabulary, width = self.weight.shape
-        return HeadSizes(vocabulary, width, self.weight.dtype, result, sides, with_gradient, with_weight)
+        rank = 0 if self.low_rank is None else self.low_rank.rank
+        return HeadSizes(vocabulary, width, self.weight.dtype, result, sides, with_gradient, with_weight, rank)
 
     def logits(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Compute the logits (n, V) of x (n, H), which has the factors' dtype, in `out` or in new memory."""
@@ -95,6 +60,8 @@ class LinearHead:
             out = new_product(x, self.weight.t())
         else:
             product(x, self.weight.t(), out)
+        if self.low_rank is not None:
+            self.low_rank.add_logits(x, out)
         if self.bias is not None:
             out += self.bias
         return out
@@ -146,8 +113,9 @@ def gradient_rows(head: LinearHead, size: int, result: torch.dtype) -> Tensor | 
 
 
 class HeadGradients:
-    """dL/dhidden (0 on dead rows), dL/dweight and dL/dbias, summed over chunks in the sums' dtype; None if not wanted.
+    """dL/dhidden (0 on dead rows), dL/dweight, dL/dbias and those of a low-rank part; None if not wanted.
 
+    They are summed over chunks in the sums' dtype.
     The first chunk writes dL/dweight, later ones add to it.
     """
 
@@ -164,38 +132,49 @@ class HeadGradients:
             self.weight = (hidden.new_empty if live.count else hidden.new_zeros)(head.weight.shape, dtype=result)
         if wanted[2]:
             self.bias = hidden.new_zeros(head.weight.shape[:1], dtype=result)
+        low_rank = head.low_rank
+        self.low_rank = None if low_rank is None else LowRankGradients.zeros(low_rank, wanted[3:])
 
     def add(self, start: int, stop: int, grad: Tensor, x: Tensor) -> None:
         """Add a chunk. grad: (c, V), dL/dlogits of the live rows from start to stop; x: (c, H); factors' dtype."""
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
+        inner = None
+        if self.low_rank is not None:
+            inner = self.low_rank.add(grad, x, self.rows is not None)
         if self.rows is not None:
-            self._write_hidden(start, stop, grad)
+            self._write_hidden(start, stop, grad, inner)
         if self.weight is not None:
             (add_product if start else product)(grad.t(), x, self.weight)
 
-    def _write_hidden(self, start: int, stop: int, grad: Tensor) -> None:
+    def _write_hidden(self, start: int, stop: int, grad: Tensor, inner: Tensor | None) -> None:
+        """inner: (c, r), the gradient of h A^T, or None without a low-rank part."""
         assert self.rows is not None
         index = self.live.index
         part = self.rows[start:stop] if index is None else self.rows.new_empty(stop - start, self.rows.shape[1])
         product(grad, self.head.weight, part)
+        if inner is not None and self.head.low_rank is not None:
+            add_thin_product(inner, self.head.low_rank.a, part)
         if index is not None:
             self.rows.index_copy_(0, index[start:stop], part)
 
     def divide(self, scale: Tensor, backend: str) -> None:
         """Divide the sums by a 0-d power of two; if it is 1, no memory is touched."""
-        for total in (self.rows, self.weight, self.bias):
+        for total in self._totals():
             if total is not None:
                 scale_all(total, 1 / scale, backend)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of hidden, weight and bias; an empty tensor for one that is not wanted."""
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of hidden, weight, bias, lora_A and lora_B; an empty tensor for one that is not wanted."""
         like = self.head.weight
-        hidden, weight, bias = (
-            like.new_empty(0) if total is None else total for total in (self.hidden, self.weight, self.bias)
-        )
-        return hidden, weight, bias
+        hidden, weight, bias, a, b = (like.new_empty(0) if total is None else total for total in self._totals())
+        return hidden, weight, bias, a, b
+
+    def _totals(self) -> tuple[Tensor | None, ...]:
+        low_rank = self.low_rank
+        of_factors = (None, None) if low_rank is None else (low_rank.a, low_rank.b)
+        return self.hidden, self.weight, self.bias, *of_factors
 
 
 def scale_all(total: Tensor, factor: Tensor, backend: str) -> None:

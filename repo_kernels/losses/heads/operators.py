@@ -20,16 +20,17 @@ from ..autograd import is_batched, may_run_again, refuse_second_order
 from ..ops import fake_loss
 from .chunks import Budget
 from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
+from .lora import LEAVES, HeadTensors
+
+# The first LEAVES arguments of each operator are those of HeadTensors that may get a gradient.
+HEADS = 9  # the tensors of HeadTensors, and hidden states, weight and bias of a reference
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def gradients_wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
-    """Return which of hidden, weight and bias get a gradient."""
+def gradients_wanted(tensors: HeadTensors) -> list[bool]:
+    """Return which of the leaves get a gradient."""
     recorded = torch.is_grad_enabled()
-    return (
-        recorded and hidden.requires_grad,
-        recorded and weight.requires_grad,
-        recorded and bias is not None and bias.requires_grad,
-    )
+    return [recorded and x is not None and x.requires_grad for x in tensors[:LEAVES]]
 
 
 def _precise(hidden: Tensor) -> torch.autocast:
@@ -40,27 +41,25 @@ def _precise(hidden: Tensor) -> torch.autocast:
 def _reference(
     hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, result: torch.dtype
 ) -> tuple[Tensor, LinearHead] | None:
-    return None if hidden is None or weight is None else (hidden, LinearHead.of(hidden, weight, bias, result))
+    return None if hidden is None or weight is None else (hidden, LinearHead.of(hidden, weight, bias, result=result))
 
 
-def _fake_gradients(
-    hidden: Tensor, weight: Tensor, result: torch.dtype, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    grad_hidden, grad_weight, grad_bias = (
-        hidden.new_empty(shape if want else (0,), dtype=result) for shape, want in zip(shapes, wanted, strict=True)
-    )
-    return grad_hidden, grad_weight, grad_bias
+def _fake_gradients(leaves: Sequence[Tensor | None], result: torch.dtype, wanted: Sequence[bool]) -> list[Tensor]:
+    like = next(x for x in leaves if x is not None)
+    return [
+        like.new_empty((0,) if x is None or not want else x.shape, dtype=result)
+        for x, want in zip(leaves, wanted, strict=True)
+    ]
 
 
 def _rounded(totals: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
-    """Cast the sums to the dtypes of hidden, weight and bias; a dtype of None means that no gradient is wanted."""
+    """Cast the sums to the dtypes of the leaves; a dtype of None means that no gradient is wanted."""
     return tuple(None if dtype is None else total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True))
 
 
 def _keep_dtypes(ctx: Any, inputs: tuple, wanted: Sequence[bool]) -> None:
     ctx.wanted = list(wanted)
-    ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs[:3], wanted, strict=True)]
+    ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs[:LEAVES], wanted, strict=True)]
     ctx.set_materialize_grads(False)
 
 
@@ -69,6 +68,9 @@ def linear_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
@@ -81,16 +83,16 @@ def linear_loss(
     chunk_tokens: int | None,
     chunk_bytes: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute (loss, ROWS (5, N), STATS (18,), dL/dhidden, dL/dweight, dL/dbias); an unwanted gradient is empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute (loss, ROWS (5, N), STATS (18,), the gradients of the leaves); an unwanted gradient is empty.
 
-    The loss is 0-d or, without aggregation, (N,), whose gradients backward computes. wanted: which of hidden, weight
-    and bias get a gradient. arguments to entropy are the fields of a `Loss`.
+    The loss is 0-d or, without aggregation, (N,), whose gradients backward computes. wanted: which leaves get a
+    gradient. arguments to entropy are the fields of a `Loss`.
     """
     loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
-    now, budget = (False,) * 3 if loss.per_token else wanted, Budget(hidden.device.type, chunk_tokens, chunk_bytes)
+    now, budget = (False,) * LEAVES if loss.per_token else wanted, Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head = LinearHead.of(hidden, weight, bias, result)
+        head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=result)
         reference = _reference(ref_hidden, ref_weight, ref_bias, result)
         value, stats, results, gradients = loss_chunks(hidden, head, reference, loss, now, None, budget, backend)
     value = results.rows[0].clone() if loss.per_token else value
@@ -98,11 +100,11 @@ def linear_loss(
 
 
 @linear_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    scalars, code, wanted = rest[4], rest[5], rest[8]
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    scalars, code, wanted = rest[HEADS], rest[HEADS + 1], rest[HEADS + 4]
     value, rows, stats, _ = fake_loss(hidden, code)
-    now = (False,) * 3 if value.ndim else wanted
-    return value, rows, stats, *_fake_gradients(hidden, weight, scalars.dtype, now)
+    now = (False,) * LEAVES if value.ndim else wanted
+    return value, rows, stats, *_fake_gradients((hidden, *rest[: LEAVES - 1]), scalars.dtype, now)
 
 
 def _keep_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -114,16 +116,16 @@ def _keep_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
-    nothing = (None,) * 12
+    nothing = (None,) * 13
     if upstream is None:
-        return (None,) * 3 + nothing
+        return (None,) * LEAVES + nothing
     backend, saved = ctx.rest[-1], ctx.saved_tensors
-    traced = type(saved[6] if ctx.per_token else saved[-1]) is not Tensor
+    traced = type(saved[HEADS] if ctx.per_token else saved[-1]) is not Tensor
     if not traced:
         refuse_second_order("linear_repo_loss")
     if ctx.per_token:
-        *heads, scalars = (None if x is None else x.detach() for x in saved[:7])
-        totals = linear_loss_gradient(*heads, list(saved[7:]), scalars, upstream, *ctx.rest)
+        *heads, scalars = (None if x is None else x.detach() for x in saved[: HEADS + 1])
+        totals = linear_loss_gradient(*heads, list(saved[HEADS + 1 :]), scalars, upstream, *ctx.rest)
         return *_rounded(totals, ctx.dtypes), *nothing
     # a graph that is traced or retained may run backward again; otherwise nobody else reads the sums
     if traced or may_run_again() or is_batched(upstream):
@@ -144,6 +146,9 @@ def linear_loss_gradient(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
@@ -157,20 +162,20 @@ def linear_loss_gradient(
     chunk_tokens: int | None,
     chunk_bytes: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of hidden, weight and bias of losses (N,) with upstream (N,); empty if not wanted."""
+) -> Gradients:
+    """Compute the gradients of the leaves of losses (N,) with upstream (N,); empty if not wanted."""
     loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head = LinearHead.of(hidden, weight, bias, result)
+        head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=result)
         reference = _reference(ref_hidden, ref_weight, ref_bias, result)
         *_, gradients = loss_chunks(hidden, head, reference, loss, wanted, upstream, budget, backend)
     return gradients.tensors
 
 
 @linear_loss_gradient.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden, weight, rest[4].dtype, rest[9])
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(_fake_gradients(inputs[:LEAVES], inputs[HEADS + 1].dtype, inputs[HEADS + 6]))
 
 
 @custom_op("repo_kernels::linear_statistics", mutates_args=())
@@ -178,6 +183,9 @@ def linear_statistics(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: Tensor | None,
     ids: Tensor,
     temperature: Tensor,
     softcap: float,
@@ -190,31 +198,32 @@ def linear_statistics(
     """Compute the STATE (7, N); differentiable through its first two rows, logp and entropy."""
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head = LinearHead.of(hidden, weight, bias, temperature.dtype)
+        head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=temperature.dtype)
         return statistics_chunks(hidden, head, ids, temperature, softcap, entropy, budget, backend)
 
 
 @linear_statistics.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: Tensor, *_: Any) -> Tensor:
+def _(*inputs: Any) -> Tensor:
+    ids, temperature = inputs[LEAVES + 1 : LEAVES + 3]
     return temperature.new_empty(len(STATE), ids.shape[0])
 
 
 def _keep_statistics(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    hidden, weight, bias, ids, temperature, softcap, _, wanted, *rest = inputs
+    *tensors, softcap, _, wanted, chunk_tokens, chunk_bytes, backend = inputs
     _keep_dtypes(ctx, inputs, wanted)
-    ctx.rest = softcap, list(wanted), *rest
-    ctx.save_for_backward(*map(kept, (hidden, weight, bias, ids, temperature, output)))
+    ctx.rest = softcap, list(wanted), chunk_tokens, chunk_bytes, backend
+    ctx.save_for_backward(*map(kept, (*tensors, output)))
 
 
 def _statistics_backward(ctx: Any, upstream: Tensor | None) -> tuple:
     if upstream is None:
-        return (None,) * 11
-    hidden, weight, bias, ids, temperature, state = (None if x is None else x.detach() for x in ctx.saved_tensors)
+        return (None,) * 14
+    *tensors, state = (None if x is None else x.detach() for x in ctx.saved_tensors)
     if type(state) is Tensor:  # not traced
         refuse_second_order("linear_selective_log_softmax")
     slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # there is no full KL
-    totals = linear_slopes_gradient(hidden, weight, bias, ids, temperature, state, slopes, *ctx.rest)
-    return *_rounded(totals, ctx.dtypes), *(None,) * 8
+    totals = linear_slopes_gradient(*tensors, state, slopes, *ctx.rest)
+    return *_rounded(totals, ctx.dtypes), *(None,) * 9
 
 
 linear_statistics.register_autograd(_statistics_backward, setup_context=_keep_statistics)
@@ -225,6 +234,9 @@ def linear_slopes_gradient(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: Tensor | None,
     ids: Tensor,
     temperature: Tensor,
     state: Tensor,
@@ -234,15 +246,16 @@ def linear_slopes_gradient(
     chunk_tokens: int | None,
     chunk_bytes: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of hidden, weight and bias from STATE (7, N) and SLOPES (3, N); empty if not wanted."""
+) -> Gradients:
+    """Compute the gradients of the leaves from STATE (7, N) and SLOPES (3, N); empty if not wanted."""
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     with _precise(hidden):
-        head = LinearHead.of(hidden, weight, bias, temperature.dtype)
+        head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=temperature.dtype)
         gradients = slope_chunks(hidden, head, ids, state, slopes, temperature, softcap, wanted, budget, backend)
     return gradients.tensors
 
 
 @linear_slopes_gradient.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden, weight, rest[1].dtype, rest[5])
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    temperature, wanted = inputs[LEAVES + 2], inputs[LEAVES + 6]
+    return tuple(_fake_gradients(inputs[:LEAVES], temperature.dtype, wanted))

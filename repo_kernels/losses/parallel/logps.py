@@ -21,6 +21,7 @@ from ...backends.eager.distributions import Distributions, apply_rows
 from ..autograd import refuse_second_order
 from ..heads.chunks import Budget
 from ..heads.linear import LinearHead, slope_chunks, statistics_chunks
+from ..heads.lora import HEAD_NAMES, LEAVES, HeadTensors
 from .shard import VocabularyShard
 
 ABSENT = -1e30
@@ -64,6 +65,9 @@ class ShardedStatistics(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scaling: Tensor | None,
         ids: Tensor,
         temperature: Tensor,
         entropy: int,
@@ -76,6 +80,7 @@ class ShardedStatistics(torch.autograd.Function):
         Args:
             hidden: (T, H) or (B, L, H), the same in every process.
             weight, bias: (V_r, H) and (V_r,) or None, the rows of this process.
+            lora_a, lora_b, scaling: (r, H), the same in every process, (V_r, r) and 0-d; or None.
             ids: (N,) int64, of the whole vocabulary, IGNORED on dead rows; the same in every process.
             temperature: 0-d, compute dtype.
             entropy: ENTROPY_NONE or ENTROPY_VALUE.
@@ -83,43 +88,45 @@ class ShardedStatistics(torch.autograd.Function):
         """
         ids, owned = shard.local_ids(ids)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = padded_head(hidden, weight, bias, temperature.dtype)
+            head = padded_head(HeadTensors(hidden, weight, bias, lora_a, lora_b, scaling), temperature.dtype)
             local = statistics_chunks(hidden, head, ids, temperature, 0.0, entropy, budget, backend)
         live = ids != IGNORED
         state = torch.where(live, one_softmax(torch.where(live, local, 0.0), owned, entropy, shard), 0.0)
-        ctx.save_for_backward(hidden, weight, bias, ids, temperature, state)
+        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, scaling, ids, temperature, state)
         ctx.rest = shard, budget, backend
         return state[[LOGP, ENTROPY]]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Form the logits again, and sum dL/dhidden over the processes."""
+        """Form the logits again, and sum dL/dhidden and dL/dlora_A over the processes."""
         refuse_second_order("linear_selective_log_softmax")
-        hidden, weight, bias, ids, temperature, state = ctx.saved_tensors
-        shard, budget, backend = ctx.rest
-        wanted = ctx.needs_input_grad[:3]
+        *tensors, ids, temperature, state = ctx.saved_tensors
+        given, (shard, budget, backend) = HeadTensors(*tensors), ctx.rest
+        hidden, wanted = given.hidden, ctx.needs_input_grad[:LEAVES]
         slopes = torch.cat((upstream, upstream.new_zeros(1, upstream.shape[1])))
         # the eager one computes the normaliser anew
         apply = apply_given_normaliser if backend == "eager" else choice.load(backend).apply
         with torch.autocast(hidden.device.type, enabled=False):
-            head = padded_head(hidden, weight, bias, temperature.dtype)
+            head = padded_head(given, temperature.dtype)
             rows = hidden, head, ids, state, slopes, temperature
             gradients = slope_chunks(*rows, 0.0, wanted, budget, backend, apply)
-        of_hidden = of_weight = of_bias = None
-        if gradients.hidden is not None:
-            of_hidden = shard.total_of(gradients.hidden).to(hidden.dtype)
-        if gradients.weight is not None:
-            of_weight = gradients.weight[: shard.rows].to(weight.dtype)
-        if gradients.bias is not None:
-            of_bias = gradients.bias[: shard.rows].to(bias.dtype)
-        return of_hidden, of_weight, of_bias, None, None, None, None, None, None
+        result: list[Tensor | None] = []
+        for name, like, total, want in zip(HEAD_NAMES, given, gradients.tensors, wanted, strict=False):
+            if want and like is not None:
+                whole = shard.total_of(total) if name in ("hidden", "lora_A") else total[: shard.rows]
+                result.append(whole.to(like.dtype))
+            else:
+                result.append(None)
+        return *result, *(None,) * 7
 
 
-def padded_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, result: torch.dtype) -> LinearHead:
+def padded_head(given: HeadTensors, result: torch.dtype) -> LinearHead:
     """Return the head of this process with one more row, whose logit is ABSENT whatever the hidden state."""
-    rows = torch.nn.functional.pad(weight.detach(), (0, 0, 0, 1))
-    given = weight.new_zeros(len(weight), dtype=result) if bias is None else bias.detach().to(result)
-    return LinearHead.of(hidden, rows, torch.nn.functional.pad(given, (0, 1), value=ABSENT), result)
+    hidden, weight, bias, lora_a, lora_b, scaling = given
+    rows, pad = (0, 0, 0, 1), torch.nn.functional.pad
+    values = weight.new_zeros(len(weight), dtype=result) if bias is None else bias.detach().to(result)
+    lora = lora_a, None if lora_b is None else pad(lora_b.detach(), rows), scaling
+    return LinearHead.of(hidden, pad(weight.detach(), rows), pad(values, (0, 1), value=ABSENT), *lora, result=result)
 
 
 class ShardedLogits(torch.autograd.Function):

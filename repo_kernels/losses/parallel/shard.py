@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...backends.codes import IGNORED
 from ...tensor_kinds import has_values, is_traced, is_transformed
+from ..heads.lora import LoraHead
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,14 @@ class VocabularyShard:
 
 
 def local_head(
-    weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+    weight: Tensor | LoraHead, bias: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[Tensor | LoraHead, Tensor | None, VocabularyShard | None]:
     """Return the rows of the head that this process holds, and its shard; None if the head is whole.
 
     Args:
         weight: (V, H) whole, (V / P, H) with a group, or a DTensor of (V, H) that is sharded on dim 0 of a mesh of one
-            dimension. bias: likewise (V,), or None. group: the processes that hold equally many rows each, or None.
+            dimension; or a LoraHead whose base and lora_B are (V, ...) whole or (V / P, ...) with a group.
+        bias: likewise (V,), or None. group: the processes that hold equally many rows each, or None.
 
     Raises:
         TypeError, ValueError: group is no process group, or not with a DTensor, or the DTensor is cut otherwise.
@@ -107,7 +109,8 @@ def local_head(
     if kind is None or not isinstance(weight, kind):
         if kind is not None and isinstance(bias, kind):
             raise ValueError("bias must be a plain tensor with a plain weight; got a DTensor")
-        shard = None if group is None or not isinstance(weight, Tensor) else VocabularyShard.equal(group, len(weight))
+        rows = weight.base if isinstance(weight, LoraHead) else weight
+        shard = None if group is None or not isinstance(rows, Tensor) else VocabularyShard.equal(group, len(rows))
         return weight, bias, shard
     if group is not None:
         raise ValueError("group must be None with a DTensor weight, whose mesh says which processes share it")

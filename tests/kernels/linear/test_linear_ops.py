@@ -70,19 +70,21 @@ def test_operator_checks(form: str) -> None:
     operator = torch.ops.repo_kernels.linear_loss.default
     rest = [without_nan(x) for x in operations.arguments_of(operator)[3:]]
     torch.library.opcheck(operator, (*leaves, *rest))
-    arguments, scalars, code, softcap, entropy, wanted, *tail = rest[3:]
+    lora, reference = rest[:3], rest[3:6]
+    arguments, scalars, code, softcap, entropy, wanted, *tail = rest[6:]
     head, tail = [x.detach() for x in leaves], (wanted, *tail)
     if form == "per token":
         ids = batch.token_ids.masked_fill(batch.dead, -100).reshape(-1)
         upstream = torch.rand(ids.numel())
         torch.library.opcheck(
-            linear_loss_gradient, (*head, *rest[:3], arguments, scalars, upstream, code, softcap, entropy, *tail)
+            linear_loss_gradient,
+            (*head, *lora, *reference, arguments, scalars, upstream, code, softcap, entropy, *tail),
         )
         temperature = torch.tensor(0.8)
-        torch.library.opcheck(linear_statistics, (*leaves, ids, temperature, 0.0, 1, *tail))
-        state = linear_statistics(*head, ids, temperature, 0.0, 1, *tail)
+        torch.library.opcheck(linear_statistics, (*leaves, *lora, ids, temperature, 0.0, 1, *tail))
+        state = linear_statistics(*head, *lora, ids, temperature, 0.0, 1, *tail)
         slopes = torch.randn(3, ids.numel())
-        torch.library.opcheck(linear_slopes_gradient, (*head, ids, temperature, state, slopes, 0.0, *tail))
+        torch.library.opcheck(linear_slopes_gradient, (*head, *lora, ids, temperature, state, slopes, 0.0, *tail))
 
 
 def without_nan(value: Any) -> Any:

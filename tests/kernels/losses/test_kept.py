@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
+from repo_kernels import LoraHead, linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 from repo_kernels.losses.heads.kept import kept_products, kept_products_gradient
 from tests.support.kernels.cases import make_batch
 
@@ -228,6 +228,28 @@ def test_transforms_of_torch_func_see_the_same_gradient() -> None:
     linear_repo_loss(given, weight, **arguments).loss.backward()
     of_func = torch.func.grad(lambda h: linear_repo_loss(h, weight, **arguments).loss)(hidden)
     torch.testing.assert_close(of_func, given.grad)
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_lora_head_is_its_merged_weight(transformed: bool) -> None:
+    hidden, weight, arguments = case(torch.float64)
+    a, b = (0.1 * torch.arange(2.0 * n, dtype=torch.float64).sin() for n in (H, V))
+
+    def gradients(merged: bool) -> tuple[Tensor, ...]:
+        def value(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            head = (
+                weight + 0.5 * b.view(V, 2) @ a.view(2, H)
+                if merged
+                else LoraHead(weight, a.view(2, H), b.view(V, 2), 0.5)
+            )
+            return linear_repo_loss(h, head, **arguments).loss
+
+        if transformed:
+            return torch.func.grad(value, argnums=(0, 1, 2))(hidden, a, b)
+        leaves = [x.clone().requires_grad_() for x in (hidden, a, b)]
+        return torch.autograd.grad(value(*leaves), leaves)
+
+    torch.testing.assert_close(gradients(merged=False), gradients(merged=True))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from repo_kernels import linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
+from repo_kernels import LoraHead, linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
 
 WORLD, ROWS, WIDTH, VOCABULARY = 4, 13, 8, 24
 
@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sequences": {"ratio_level": "sequence", "loss_agg_mode": "seq-mean-token-mean", "packed": True},
     "CISPO per token": {"surrogate": "cispo", "loss_agg_mode": "none"},
     "a frozen head": {"frozen": True},
+    "a LoRA head": {"frozen": True, "adapted": True, "ratio_level": "sequence"},
     "one token of probability 0": {"impossible": True},
     "nothing live": {"dead": True},
 }
@@ -70,18 +71,24 @@ def compare(
 ) -> dict[str, float]:
     """Errors of one case in this process. cut: gives this process's part of a tensor (V, ...)."""
     hidden, weight, bias, ids, arguments = case(name, dtype)
-    frozen = arguments.pop("frozen", False)
+    frozen, adapted = arguments.pop("frozen", False), arguments.pop("adapted", False)
     whole = [hidden.clone().requires_grad_(), *(x.clone().requires_grad_(not frozen) for x in (weight, bias))]
     part = [hidden.clone().requires_grad_(), *(cut(x).clone().requires_grad_(not frozen) for x in (weight, bias))]
     how: dict[str, Any] = {"backend": backend, "chunk_tokens": 4}
-    one = linear_repo_loss(*whole[:2], ids, bias=whole[2], **arguments, **how)
-    two = linear_repo_loss(*part[:2], ids, bias=part[2], group=group, **arguments, **how)
+    a, b = torch.randn(2, WIDTH, dtype=dtype), torch.randn(VOCABULARY, 2, dtype=dtype)
+    adapters = [(a.clone().requires_grad_(), x.clone().requires_grad_()) for x in (b, cut(b))]
+    heads = [LoraHead(x[1], *lora, 0.7) if adapted else x[1] for x, lora in zip((whole, part), adapters, strict=True)]
+    one = linear_repo_loss(whole[0], heads[0], ids, bias=whole[2], **arguments, **how)
+    two = linear_repo_loss(part[0], heads[1], ids, bias=part[2], group=group, **arguments, **how)
     for out in (one, two):
         out.loss.sum().backward()
     errors = {"loss": relative(two.loss, one.loss), "statistics": relative(two.stats.tensor, one.stats.tensor)}
     errors["logps"] = relative(two.logps, one.logps)
     errors["dhidden"] = relative(part[0].grad, whole[0].grad)
     errors |= compare_logits(name, dtype, backend, cut, group)
+    if adapted:
+        (whole_a, whole_b), (part_a, part_b) = adapters
+        errors |= {"dA": relative(part_a.grad, whole_a.grad), "dB": relative(part_b.grad, cut(whole_b.grad))}
     if not frozen:
         for key, got, expected in (("dweight", part[1].grad, whole[1].grad), ("dbias", part[2].grad, whole[2].grad)):
             errors[key] = relative(got, cut(expected))
@@ -93,7 +100,8 @@ def compare_logits(
 ) -> dict[str, float]:
     """Errors of one case of the loss from logits, whose dead row is NaN."""
     hidden, weight, bias, ids, arguments = case(name, dtype)
-    arguments.pop("frozen", None)
+    for option in ("frozen", "adapted"):
+        arguments.pop(option, None)
     logits = hidden @ weight.t() + bias
     whole = logits.clone().requires_grad_()
     part = cut(logits.t()).t().clone().requires_grad_()
