@@ -91,8 +91,8 @@ class KeptSets:
         check_memory(hidden=rows, weight=weight, bias=bias)
         named = {"hidden": rows, "weight": weight, "bias": bias}
         wanted = gradients_wanted(HeadTensors(rows, weight, bias))[: len(named)]
-        products: Tensor = operate(kept_products, named, rows, weight, bias, self.index, wanted, *chunk)
-        return products
+        values: Tensor = operate(kept_products, named, rows, weight, bias, self.index, wanted, *chunk)
+        return values
 
     def loss(self, loss: Loss) -> Loss:
         """Return the loss over the sets: its tokens are places in them, and its logits are capped already."""

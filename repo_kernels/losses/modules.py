@@ -12,6 +12,7 @@ from .inputs import LinearRepoLossInputs, RepoLossInputs
 from .loss import head_loss, logits_loss
 from .options import LossOptions
 from .output import RepoLossOutput
+from .parallel.shard import check_group
 
 
 class RepoLoss(nn.Module):
@@ -35,6 +36,7 @@ class RepoLoss(nn.Module):
         super().__init__()
         check_bool("inplace", inplace)
         check_backend(backend)
+        check_group(group)
         self.options, self.inplace, self.backend, self.group = _checked_options(options), inplace, backend, group
 
     @method_takes(RepoLossInputs)
@@ -73,6 +75,7 @@ class LinearRepoLoss(nn.Module):
         super().__init__()
         check_chunk(chunk_tokens, chunk_bytes)
         check_backend(backend)
+        check_group(group)
         self.options, self.backend = _checked_options(options), backend
         self.chunk_tokens, self.chunk_bytes, self.group = chunk_tokens, chunk_bytes, group
 

@@ -126,8 +126,8 @@ def local_head(
 
 
 def check_group(group: object) -> None:
-    """Check that it is a process group."""
-    if not isinstance(group, dist.ProcessGroup):
+    """Check that it is a process group or None."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
 
 

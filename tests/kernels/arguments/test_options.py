@@ -170,6 +170,8 @@ def test_a_module_without_options_has_the_defaults(kind: Callable[..., Any]) -> 
             kind(wrong)
     with pytest.raises(ValueError, match="backend must be one of"):
         kind(backend="banana")
+    with pytest.raises(TypeError, match="group must be a torch.distributed process group or None; got str"):
+        kind(group="tp")
     with pytest.raises(ValueError, match="chunk_tokens"):
         LinearRepoLoss(chunk_tokens=0)
     with pytest.raises(TypeError, match="inplace must be a bool"):
