@@ -203,13 +203,16 @@ def test_factors_in_half_precision_do_not_underflow(
     batch = make_batch(78, (24,), VOCABULARY, dtype=torch.float32, dead=0.2)
     base, leaves = make_leaves(batch)
     leaves[0] = leaves[0].detach().to(dtype).requires_grad_()
-    arguments, tiny = loss_arguments(batch, loss_agg_mode="token-sum", on_policy=True), 2.0**-30
+    arguments, tiny = loss_arguments(batch, loss_agg_mode="none", on_policy=True), 2.0**-30
     _, _, _, *expected = exact(base, leaves, arguments)
     hidden, bias, a, b = leaves
     head = LoraHead(base, a, b, SCALING)
-    loss = linear_repo_loss(hidden, head, bias=bias, **arguments, divisor=None, chunk_tokens=5, backend="eager").loss
+    loss = linear_repo_loss(hidden, head, bias=bias, **arguments, chunk_tokens=5, backend="eager").loss
     for got, value in zip(torch.autograd.grad(loss, (a, b), torch.full_like(loss, 0.5 * tiny)), expected, strict=True):
         assert relative(got / tiny, value) <= limit
+    kept = low_rank.LowRank.of(a, b, torch.ones(()), factors=dtype, result=torch.float32)
+    assert kept is not None
+    assert torch.equal(kept.a, a)  # no product over V takes A, so that it is not rounded
 
 
 def test_the_module_takes_the_head_of_a_peft_layer() -> None:
@@ -319,6 +322,9 @@ def test_the_budget_of_a_chunk_counts_the_adapter() -> None:
     assert half.row_bytes == (4 + 2) * row_stride(vocabulary) + 2 * 4 * width + 2 * 4 * rank
     assert dataclasses.replace(head, with_gradient=False).weight_bytes == 0
     assert Budget("cpu", size=3 * head.row_bytes).rows(10, head) == 3  # chunks of 3, 3, 3, 1 become even
+    small = HeadSizes(49_152, 576, torch.float32, torch.float32, with_weight=False, rank=16)
+    assert Budget("cpu").rows(1024, small) == 205  # 48 MB are 241 rows, in five chunks
+    assert Budget("cpu").rows(1024, dataclasses.replace(small, rank=0)) == 256
     tensors = linear.LinearHead.of(
         torch.zeros(1, 8),
         torch.zeros(9, 8),
