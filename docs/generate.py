@@ -220,7 +220,7 @@ def entry(name: str, thing: Any) -> Iterator[str]:
     """Yield the section of a function or class: signature, docstring, and the members of a class."""
     yield f"## {name}"
     yield _code(signature(name, thing))
-    yield markdown(inspect.getdoc(thing) or "")
+    yield markdown(_docstring(thing))
     if not inspect.isclass(thing):
         return
     if docs := field_docs(thing):
@@ -234,6 +234,16 @@ def entry(name: str, thing: Any) -> Iterator[str]:
         if not isinstance(value, property):
             yield _code(signature(member, documented))
         yield markdown(inspect.cleandoc(documented.__doc__))
+
+
+def _docstring(thing: Any) -> str:
+    """Read a docstring; that of a dataclass with the arguments that its bases describe before its own."""
+    text = inspect.getdoc(thing) or ""
+    if not is_dataclass(thing):
+        return text
+    docs = [inspect.cleandoc(base.__dict__.get("__doc__") or "") for base in reversed(thing.__mro__[1:])]
+    inherited = [doc.partition("\nArgs:\n")[2].partition("\n\n")[0] for doc in docs]
+    return text.replace("\nArgs:\n", "\n".join(["\nArgs:", *filter(None, inherited), ""]), 1)
 
 
 def documented() -> dict[str, dict[str, Any]]:
@@ -263,7 +273,7 @@ def api_pages() -> dict[str, str]:
     """Build the pages of docs/api by file name: one for each module, or for each name where that would be long."""
     pages, index = {}, ["# API", NOTE, "Public functions and classes, from their docstrings."]
     for module, things in documented().items():
-        place = EXPORTS if module.startswith(f"{EXPORTS}.") else module
+        place = module if module in MODULES or not module.startswith(f"{EXPORTS}.") else EXPORTS
         about = (inspect.getdoc(importlib.import_module(module)) or "").split("\n\n", 1)[0]
         whole = _api_page(module, about, place, things)
         if len(whole.splitlines()) <= LONGEST:

@@ -16,7 +16,7 @@ def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = Non
 
     Args:
         values: (B,) float, the score u of each response.
-        group: (B,) int64, the prompt of each response.
+        group: (B,) int64 or int32, the prompt of each response, in any numbers.
         counted: (B,) bool; responses where it is false enter no mean and get 0, and so does a response that is the only
             counted one of its prompt. None: all count, and each prompt needs two.
 
@@ -24,7 +24,7 @@ def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = Non
         (B,) in the dtype of `values`.
 
     Raises:
-        ValueError: a group has a single response, which leaves no baseline, and `counted` is None.
+        ValueError: a group has a single response, which leaves no baseline, and `counted` is None; or a shape is wrong.
     """
     if counted is not None:
         index, counts, totals = _group_sums(values, group, counted)
@@ -62,6 +62,9 @@ def divide_by_group_std(advantages: Tensor, group: Tensor, counted: Tensor | Non
 
 def _group_sums(values: Tensor, group: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,)) of counted values."""
+    if values.ndim != 1 or group.shape != values.shape:
+        shapes = f"{tuple(values.shape)} and {tuple(group.shape)}"
+        raise ValueError(f"scores and group must have shape (B,), one of each for a response; got {shapes}")
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
     zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)

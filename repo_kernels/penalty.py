@@ -9,9 +9,17 @@ import sys
 def repo_lambda(lam: float, rectified_cost: float, lr: float, maximum: float) -> float:
     """Raise lambda to min(lambda + lr * mean {C - d}^+, maximum); it never falls. The rule is RePO's, arXiv 2410.19933.
 
-    lam: lambda of the step. rectified_cost: mean of {C - d}^+ over the rollout batch of all processes.
+    Call it once a rollout batch, after the losses of the batch have used lambda: a lambda that moves before them weighs
+    the batch by what it has just learnt from it.
+
+    lam: lambda of the step. rectified_cost: mean of {C - d}^+ over the rollout batch of all processes, one number.
+
+    Raises ValueError if rectified_cost is not reduced to one number.
     """
-    return min(lam + lr * rectified_cost, maximum)
+    if getattr(rectified_cost, "ndim", 0):
+        shape = tuple(rectified_cost.shape)  # type: ignore[attr-defined]  # an array or tensor
+        raise ValueError(f"rectified_cost must be one number, the mean over the batch; got shape {shape}")
+    return min(lam + lr * float(rectified_cost), maximum)
 
 
 def lagrangian_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float, maximum: float) -> float:

@@ -75,8 +75,8 @@ class TokenValues:
     read; their loss and gradient are 0.
 
     Args:
-        old_logps: leading shape, fp32 or fp64: log-probabilities in nats under the policy that sampled. None: that
-            policy is the current one, rho is 1 and has the gradient of log pi.
+        old_logps: leading shape, fp32 or fp64: log-probabilities in nats under the policy that sampled, at the
+            temperature of log pi. None: that policy is the current one, rho is 1 and has the gradient of log pi.
         reward_advantages: A_R; leading shape, or (B,) or (B, 1) with one value per sequence; fp32 or fp64.
         cost_advantages: A_C; like reward_advantages, or None.
         costs: C of each sequence, (B,), (B, 1) or leading shape, fp32 or fp64; a sequence is unsafe if C > d. They
@@ -85,7 +85,8 @@ class TokenValues:
             cost_advantages.
         lam: the multiplier lambda of the cost, >= 0.
         cost_limit: d, in units of the costs: a finite scalar, (B,), (B, 1) or leading shape.
-        ref_logps: leading shape, fp32 or fp64: log-probabilities in nats under the reference policy, for k1, k2, k3.
+        ref_logps: leading shape, fp32 or fp64: log-probabilities in nats under the reference policy, at the temperature
+            of log pi, for k1, k2, k3.
         beta: weight of the KL to the reference, >= 0.
         response_mask: leading shape, bool, or 0 and 1 in any integer or floating dtype: which tokens count. None: all.
             Other values are an error on the CPU; on a GPU, which would have to be waited for, they count as 1.

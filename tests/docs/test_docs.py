@@ -3,10 +3,13 @@
 import importlib.util
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+
+from repo_kernels import LossOptions
 
 from .pages import GENERATED, PAGES, ROOT, anchors, blocks, read, run_blocks, without_code
 
@@ -155,6 +158,16 @@ def test_the_api_pages_have_every_public_name(generator):
 
     text = "\n".join(generator.api_pages().values())
     assert all(re.search(rf"^## {name}$", text, re.MULTILINE) for name in repo_kernels.__all__ if name[0] != "_")
+
+
+def test_the_imports_of_the_api_pages_work_and_their_dataclasses_describe_every_field(generator):
+    pages = generator.api_pages()
+    for text in pages.values():
+        for block in blocks(text, "python"):
+            if block.startswith("from "):
+                exec(compile(block, "page", "exec"), {})
+    options = pages["repo_kernels.losses.options.md"].partition("**Args**")[2]
+    assert all(f"- `{field.name}`: " in options for field in fields(LossOptions))
 
 
 def test_a_docstring_becomes_markdown(generator):

@@ -232,3 +232,13 @@ def test_crpo_takes_a_reward_step_only_while_the_mean_cost_is_met():
     assert torch.equal(crpo_advantages(reward, cost, met, 0.0, 0.0), reward)
     assert torch.equal(crpo_advantages(reward, cost, unmet, 0.0, 0.1), -cost)
     assert torch.equal(crpo_advantages(reward, cost, unmet, 0.0, 0.5), reward)
+
+
+def test_scores_of_another_shape_and_a_cost_that_is_not_reduced_are_named():
+    with pytest.raises(ValueError, match=r"scores and group must have shape \(B,\).*got \(2, 4\) and \(8,\)"):
+        group_advantages(torch.zeros(2, 4), torch.arange(8))
+    with pytest.raises(ValueError, match=r"got \(4,\) and \(3,\)"):
+        divide_by_group_std(torch.zeros(4), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"^rectified_cost must be one number, .*; got shape \(3,\)"):
+        repo_lambda(1.0, torch.zeros(3), 0.1, 5.0)
+    assert type(repo_lambda(1.0, torch.tensor(0.5), 0.1, 5.0)) is float
