@@ -115,7 +115,7 @@ def test_wrong_arguments_are_named(error: type[Exception], match: str, changed: 
 def test_its_arguments_are_those_of_repo_loss_without_the_vocabulary() -> None:
     mine, other = (set(inspect.signature(f).parameters) for f in (repo_loss_from_logps, repo_loss))
     assert mine - other == {"logps"}
-    assert other - mine == VOCABULARY_OPTIONS | {"logits", "ref_logits", "inplace", "backend", "group"}
+    assert other - mine == VOCABULARY_OPTIONS | {"logits", "ref_logits", "inplace", "backend", "group", "kept"}
 
 
 def test_it_compiles_to_one_graph() -> None:
