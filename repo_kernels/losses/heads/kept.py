@@ -101,13 +101,7 @@ def kept_products_gradient(
 
 @kept_products_gradient.register_fake
 def _(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    wanted: Sequence[bool],
-    chunk_tokens: int | None,
-    chunk_bytes: int | None,
+    upstream: Tensor, hidden: Tensor, weight: Tensor, index: Tensor, wanted: Sequence[bool], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate(hidden, weight, wanted, upstream.dtype)
 
