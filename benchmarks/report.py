@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.machine import told
-from benchmarks.harness.results import FOLDER, LIMIT, OURS, PEER, Case, ratio, read
+from benchmarks.harness.results import FOLDER, LIMIT, OURS, PEER, Case, holds_cases, ratio, read
 from benchmarks.reporting import charts, gpu_tables
 from benchmarks.reporting.tables import case_table, milliseconds
 
@@ -47,11 +47,11 @@ def machines(folder: Path) -> dict[Path, list[Case]]:
     """Return the cases of every folder that holds results, in the order of SUITES.
 
     Raises:
-        ValueError: if one of them is from a rehearsal, whose numbers mean nothing.
+        ValueError: as results.read, or if a case is from a rehearsal, whose numbers mean nothing.
     """
     cases_of = {}
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if not any(path.glob("*.json")):
+        if not holds_cases(path):
             continue
         cases = read(path)
         if any("rehearsal" in case.provenance for case in cases):

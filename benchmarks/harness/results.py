@@ -99,21 +99,44 @@ def case_from(values: dict[str, Any]) -> Case:
     return Case(**{**values, "rows": [Row(**row) for row in values["rows"]]})
 
 
+def document_in(file: Path) -> dict[str, Any]:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: if it cannot be read, or holds no object.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a result of these benchmarks: {error!r}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{file} is not a result of these benchmarks: no JSON object")
+    return document
+
+
+def holds_cases(folder: Path) -> bool:
+    """Tell whether a folder holds results of these benchmarks; records of other kinds may lie beside it.
+
+    Raises:
+        ValueError: as document_in.
+    """
+    return any("cases" in document_in(file) for file in sorted(folder.glob("*.json")))
+
+
 def read(path: Path) -> list[Case]:
     """Read the cases of a result file, or of all result files in a folder.
 
     Raises:
         ValueError: if there is no case, or a file is not a result of these benchmarks.
     """
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     cases: list[Case] = []
-    for file in files:
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        document = document_in(file)
+        if path.is_dir() and "cases" not in document:
+            continue
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-            if path.is_dir() and "cases" not in document:
-                continue
             cases += [case_from(values) for values in document["cases"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a result of these benchmarks: {error!r}") from error
     if not cases:
         raise ValueError(f"{path} holds no results of these benchmarks")

@@ -261,6 +261,20 @@ def test_the_docs_show_the_committed_results() -> None:
     assert report.written(text, cases_of, page) == text
 
 
+def test_a_folder_of_other_records_is_no_machine(tmp_path: Path) -> None:
+    save([case()], tmp_path / "machine")
+    others = tmp_path / "records"
+    others.mkdir()
+    (others / "repo-0.json").write_text('{"config": {}}')
+    assert list(report.machines(tmp_path)) == [tmp_path / "machine"]
+    (others / "repo-1.json").write_text('{"config": ')
+    with pytest.raises(ValueError, match=r"repo-1\.json is not a result"):
+        report.machines(tmp_path)
+    (others / "repo-1.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        report.machines(tmp_path)
+
+
 def gpu_cases() -> list[Case]:
     """Return what `make gpu` may have written."""
     rows = [
