@@ -1,0 +1,86 @@
+"""The objective, the multiplier lambda and the critics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The objective: reward R, cost C with limit d, and KL to the reference. docs/method.md gives the formulas."""
+
+    method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "crpo", "ppo"] = "repo"
+    """repo: bring each response's cost under the limit. ppo_lagrangian: only the mean cost. fixed_penalty: a constant
+    lambda on the cost. crpo: reward steps while the batch's mean cost is within the limit, else cost steps. ppo: reward
+    only."""
+    cost_mode: Literal["rectified", "split"] = "rectified"
+    """Form of the cost term of method repo. rectified: the exact gradient of E{C-d}+. split: the raw cost, penalised on
+    unsafe responses only."""
+    advantages: Literal["group", "gae"] = "group"
+    """Baseline of the advantages. group: the mean of the prompt's other responses. gae: generalised advantage
+    estimation with one critic per signal, a value per token."""
+    cost_limit: float = 0.0
+    """The limit d, in units of the cost: a response is safe iff its cost is <= d."""
+    crpo_tolerance: NonNegativeFloat = 0.0
+    """Excess of the batch's mean cost over d, in units of the cost, up to which method crpo takes a reward step."""
+    beta: NonNegativeFloat = 0.02
+    """Weight of KL(policy || reference). 0: no KL term."""
+    kl_placement: Literal["loss", "reward", "reward-and-cost"] = "loss"
+    """Place of the KL. loss: a term per token, with its exact gradient. reward: subtract beta k1 of each sampled token
+    from the reward. reward-and-cost: also add beta k1 to the cost, as in Safe RLHF."""
+    kl_target: float | None = None
+    """Value > 0 that the metric `kl` (nats per token) is to approach: beta is adapted once per step. null: constant
+    beta."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of KL(policy || reference) in the loss, per token with delta = log policy - log reference. k1: delta.
+    k2: delta^2 / 2. k3: exp(-delta) + delta - 1."""
+    kl_importance_weighted: bool = True
+    """Multiply k1 and k3 by the ratio, without which their gradient is not that of the KL. k1 requires true; k2 ignores
+    it."""
+    clip_range: tuple[ClosedUnitInterval, NonNegativeFloat] = (0.2, 0.2)
+    """Clip the ratio of new to old probability to [1 - the first number, 1 + the second]."""
+    dual_clip: float | None = None
+    """Constant c > 1: where the advantage A is negative, the surrogate loss is at most -c A. null: no such limit."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy (nats per token), which is subtracted from the loss. 0: none."""
+    normalize: bool = False
+    """Divide the combined advantage by 1 + lambda, so that its scale does not grow with lambda."""
+    scale_by_std: bool = False
+    """Divide the combined advantage by its standard deviation over the responses to the prompt. Needs advantages group.
+    """
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    """Average of the losses of tokens over the minibatch. token-mean: over all tokens. seq-mean-token-mean: over the
+    tokens of each response, then over responses. seq-mean-token-sum: sum over tokens, mean over responses."""
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """The multiplier lambda, which weights the cost, and its update once per rollout batch."""
+
+    initial: NonNegativeFloat = 1.0
+    """Value of lambda in the first step; its constant value with method fixed_penalty. ppo and crpo have no lambda."""
+    lr: NonNegativeFloat = 2.0
+    """Step size eta of lambda's update. The default moves lambda within a short run. Only for methods repo and
+    ppo_lagrangian."""
+    max: NonNegativeFloat = 10.0
+    """Upper bound of lambda, with methods repo and ppo_lagrangian."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The value functions of reward and cost. Only for algorithm.advantages gae."""
+
+    init_from: Literal["policy", "scorers"] = "policy"
+    """policy: linear heads on the policy's hidden states, which their loss does not train. They start as the scorers'
+    heads if policy and scorers are embedded, else at zero. scorers: separate models, copies of the reward and the cost
+    model."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate of the critics, constant over the run. The default suits heads that start at zero; for separate
+    models try 5e-6."""
+    gamma: ClosedUnitInterval = 1.0
+    """Discount factor gamma per token in generalised advantage estimation. 1: no discount."""
+    gae_lambda: ClosedUnitInterval = 0.95
+    """Decay lambda in generalised advantage estimation. 1: returns minus values; 0: one-step differences."""
