@@ -42,6 +42,12 @@ class LossStats:
             return self.tensor[_INDEX[name]]
         raise AttributeError(f"LossStats has no statistic {name!r}; it has {', '.join(STATS)}")
 
+    def __repr__(self) -> str:
+        if type(self.tensor) is not Tensor or self.tensor.is_meta or self.tensor.shape != (len(STATS),):
+            return f"LossStats({self.tensor})"  # it has no values to name: traced, batched, without storage
+        values = zip(STATS, self.tensor.tolist(), strict=True)
+        return f"LossStats({', '.join(f'{name}={value:.6g}' for name, value in values)})"
+
     def _per_token(self, total: Tensor) -> Tensor:
         return total / self.tokens.clamp_min(1)
 
