@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.codes import STATS
+from ..tensor_kinds import has_values, is_plain, is_traced
 
 SUMS = STATS[:-2]
 _INDEX = {name: i for i, name in enumerate(STATS)}
@@ -43,8 +44,8 @@ class LossStats:
         raise AttributeError(f"LossStats has no statistic {name!r}; it has {', '.join(STATS)}")
 
     def __repr__(self) -> str:
-        if type(self.tensor) is not Tensor or self.tensor.is_meta or self.tensor.shape != (len(STATS),):
-            return f"LossStats({self.tensor})"  # it has no values to name: traced, batched, without storage
+        if is_traced() or not is_plain(self.tensor) or not has_values(self.tensor):
+            return f"LossStats({self.tensor})"
         values = zip(STATS, self.tensor.tolist(), strict=True)
         return f"LossStats({', '.join(f'{name}={value:.6g}' for name, value in values)})"
 
