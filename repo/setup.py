@@ -257,6 +257,13 @@ def load_data(
     return kept, held_out[: config.evaluation.prompts], examples
 
 
+def load_named(path: str, config: Config, device: torch.device, trust: bool) -> Policy:
+    """Load a frozen model by folder, hub name or "embedded"."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+    folder = find_assets(config, Console(quiet=True))
+    return load_policy(model_path(config, folder), device, False, config.model, trust)
+
+
 def load_checkpoint_policy(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
     """Load the policy of a checkpoint folder. config: the configuration of its run."""
     path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
