@@ -233,11 +233,16 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
         data = dataclasses.replace(config.data, train=config.data.eval)
         model = dataclasses.replace(config.model, path=target)
         config = dataclasses.replace(config, model=model, data=data)
-    if config.evaluation.prompts == 0:
-        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=sys.maxsize))
+    config = held_out_config(config)
     reference = options.reference or (config.model.path if run else None)
     command = Command(target, run, options.checkpoint, reference, options.out, options.trust_remote_code, shield)
     return command, config
+
+
+def held_out_config(config: Config) -> Config:
+    """Return the configuration with all held-out prompts in place of none, for a run that went without."""
+    prompts = config.evaluation.prompts or sys.maxsize
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=prompts))
 
 
 def targets(command: Command, config: Config, device: torch.device) -> Iterator[Target]:

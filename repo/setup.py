@@ -26,6 +26,7 @@ from .models.actor import Actor
 from .models.critic import make_critics
 from .models.fast_layers.choice import with_fast_layers
 from .models.policy import Policy, choose_device, load_policy, load_reference
+from .models.scaled import scale_update, trained_copies
 from .rollout.stop_tokens import with_stop_tokens
 from .runs.loggers import check_loggers
 from .runs.state_files import restore_weights
@@ -264,9 +265,17 @@ def load_named(path: str, config: Config, device: torch.device, trust: bool) -> 
     return load_policy(model_path(config, folder), device, False, config.model, trust)
 
 
-def load_checkpoint_policy(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
-    """Load the policy of a checkpoint folder. config: the configuration of its run."""
+def load_checkpoint_policy(
+    source: Path, config: Config, device: torch.device, trust: bool, scale: float = 1.0
+) -> Policy:
+    """Load the policy of a checkpoint folder.
+
+    config: the configuration of its run. scale: of the update, see models.scaled; 1 takes the weights as they are.
+    """
     path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
     policy = load_policy(path, device, True, config.model, trust)
+    begun = {} if scale == 1 else trained_copies(policy.model)
     restore_weights(source, Actor(policy))
+    if begun:
+        scale_update(policy.model, begun, scale)
     return policy
