@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from repo import train
 from repo.common.errors import UserError
 from repo.export import run_command
+from repo.training.cost_gradient import cost_gradient
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,47 @@ def test_a_scaled_adapter_is_the_base_plus_the_scaled_product(tiny_arguments, ti
     for name, value in weights_of(tmp_path / "adapter", "adapter_model.safetensors").items():
         expected = trained[name] * (scale if ".lora_B." in name else 1)
         assert torch.equal(value, expected.float().double()), name
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_patch_adds_the_entries_that_matter_most_to_the_cost(tiny_arguments, tiny_model, tmp_path, monkeypatch, rank):
+    pytest.importorskip("peft")
+    from repo import setup
+
+    out, gradients = tmp_path / "run", []
+
+    def kept(*arguments):
+        gradients.append(cost_gradient(*arguments))
+        return gradients[-1]
+
+    monkeypatch.setattr(setup, "cost_gradient", kept)
+    more = [f"--model.lora_rank={rank}", "--evaluation.prompts=0", "--steps=2", "--optimizer.lr=1e-2"]
+    train.run_command([*tiny_arguments, *more, f"--out={out}"])
+    run_command([str(out), "--merge", f"--out={tmp_path / 'whole'}"])
+    run_command([str(out), "--keep=0.1", "--scale=0.5"])
+    reference, trained = weights_of(tiny_model), weights_of(tmp_path / "whole")
+    patched = weights_of(out / "export-step-000002-scale-0.5-keep-0.1")
+    assert patched.keys() == trained.keys()
+    gradient = {name: value.double() for name, value in gradients[0].items()}
+    assert gradient.keys() == patched.keys()
+    importance = {name: ((trained[name] - reference[name]) * gradient[name]).abs() for name in patched}
+    entries = torch.cat([value.flatten() for value in importance.values()])
+    threshold = entries.sort(descending=True).values[round(0.1 * len(entries)) - 1]
+    moved = 0
+    for name, value in patched.items():
+        half = (reference[name] + trained[name]) / 2
+        sure, never = importance[name] > 1.001 * threshold, importance[name] < 0.999 * threshold
+        assert torch.allclose(value[sure], half[sure], rtol=0, atol=1e-6), name
+        assert torch.equal(value[never], reference[name][never]), name
+        moved += int(sure.sum())
+    assert 0.09 * len(entries) < moved <= 0.1 * len(entries)
+    assert "only the share 0.1" in (out / "export-step-000002-scale-0.5-keep-0.1" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("keep", ["0", "1.1", "-0.5", "nan"])
+def test_a_share_out_of_range_is_refused(finished, keep):
+    with pytest.raises(UserError, match=r"--keep must be > 0 and <= 1; got "):
+        run_command([str(finished), "--keep", keep])
 
 
 @pytest.mark.parametrize("scale", ["0", "2", "-0.5", "nan", "inf", "1.5001"])
