@@ -4,8 +4,7 @@ python -m repo.evaluate runs/mine                             its final policy, 
 python -m repo.evaluate runs/mine --checkpoint best           or latest, step-000010, reference; all: every checkpoint
 python -m repo.evaluate path/to/model --reference embedded    any causal LM; the KL is measured from --reference
 python -m repo.evaluate runs/mine --data.eval mine.jsonl --evaluation.judge my_module:harmfulness
-python -m repo.evaluate runs/mine --shield 4                  behind a filter: the first of up to 4 responses whose
-                                                              cost is surely within the limit
+python -m repo.evaluate runs/mine --shield 4                  behind a filter of responses (docs/evaluation.md)
 
 Every field of the configuration can be overridden, as with repo.train; a run's own configuration is the default.
 A judge of your own is given like scoring.cost, and a response is safe iff its score is <= 0.

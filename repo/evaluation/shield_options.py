@@ -33,23 +33,19 @@ def add_shield_switches(parser: argparse.ArgumentParser) -> None:
         "--shield",
         type=int,
         metavar="N",
-        help="return the first of up to N draws whose upper cost, mean + z deviations of the cost scorers, is within "
-        "algorithm.cost_limit, and report what that filter does; one response to each prompt",
+        help="filter: the first of up to N draws whose upper cost is within the limit",
     )
     parser.add_argument(
-        "--shield-z", type=float, metavar="Z", help=f"with --shield: deviations above the mean; default: {Z}"
+        "--shield-z", type=float, metavar="Z", help=f"deviations in the upper cost, mean + Z deviations; default: {Z}"
     )
     parser.add_argument(
-        "--shield-refusal",
-        metavar="TEXT",
-        help="with --shield: returned where no draw is acceptable; default: the draw of least upper cost",
+        "--shield-refusal", metavar="TEXT", help="returned where no draw is; default: the draw of least upper cost"
     )
     parser.add_argument(
         "--shield-scorer",
         action="append",
         metavar="NAME",
-        help="with --shield: cost scorer, given like scoring.cost; several times for an ensemble in the same units; "
-        "default: scoring.cost, whose deviation counts as 0",
+        help="its cost scorers, several times for an ensemble; default: scoring.cost",
     )
 
 
