@@ -63,3 +63,9 @@ FIELDS_OF = {
 
 ELSEWHERE = {name: field for field, names in FIELDS_OF.items() for name in names.split()}
 """Name in another library -> field of this configuration."""
+
+OF_COMMANDS = {
+    "shield": "a filter at generation time, which training cannot have, since the ratio of its loss would be wrong: "
+    "python -m repo.evaluate RUN --shield N",
+}
+"""Switches of other commands -> what to say where they are given as a field."""

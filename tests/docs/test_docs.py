@@ -85,6 +85,7 @@ def test_every_switch_that_is_named_exists(name):
 
     sources = [*(ROOT / "repo").glob("*.py"), ROOT / "repo/assets/__main__.py", *(ROOT / "benchmarks").rglob("*.py")]
     sources += [*(ROOT / "repo/config").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    sources.append(ROOT / "repo/evaluation/shield_options.py")
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     known = set(re.findall(r'"--([\w-]+)"', code)) | set(field_names()) | {"help", "print_config"}
     foreign = {"nproc_per_node", "no-deps", "no-build-isolation"}  # torchrun's and pip's
