@@ -142,7 +142,8 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
         panels[0].set_title(f"λ used in the step (dotted: its cap {cap:g})")
     panels[0].set_ylim(bottom=0)
     _over_steps(panels[1], history, "safe_rate", BAD, "", scale=-100, offset=100)
-    responses = "rectified" if history.config["algorithm"]["method"] == "repo" else "unsafe"
+    hinge = algorithm["method"] == "repo" and algorithm.get("cost_mode") != "barrier" and not moves
+    responses = "rectified" if hinge else "unsafe"
     panels[1].set_title(f"{responses} responses, C > d (%)")
     panels[1].set_ylim(0, 102)
     caption = f"λ moves once per batch. Training batches: {_drawing(history)}"
