@@ -47,14 +47,16 @@ def train(session: Session) -> None:
             saver.wait()  # the background checkpoint must finish before weights change
             sequences, judged = for_training(r, rollout, scores)
             predictions = updater.predict(sequences, step)
-            lam, beta = multipliers.lam, multipliers.beta
-            batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions)
+            lam, beta, limit = multipliers.lam, multipliers.beta, multipliers.limits.begin(scores.costs)
+            batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions, limit)
             result = updater.update(batch, step, config.steps)
             timer.mark("update")
 
             agreed = agreement(rollout.logps, result.logps, sequences.response_mask)
             record = step_record(step, algorithm, rollout, scores, batch, result, agreed, timer.seconds)
-            multipliers.update(scores.costs.tolist(), record["rectified_cost"], record["kl"])
+            record |= multipliers.limits.measure(scores.costs)
+            rectified = record.get("limit_rectified_cost", record["rectified_cost"])
+            multipliers.update(scores.costs.tolist(), rectified, record["kl"])
             samples = sample_records(step, rollout, scores, batch.advantages, algorithm.cost_limit)
             run.write(step, record, samples)
             records.append(record)

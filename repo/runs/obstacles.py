@@ -24,7 +24,8 @@ def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Se
     algorithm, steps = config["algorithm"], f"{len(records)} steps"
     constrained, found = algorithm["method"] != "ppo", {}
     safe = _values(records, "safe_rate")
-    if constrained and safe and min(safe) == 1:
+    early = algorithm["method"] == "interior_point" or algorithm.get("cost_mode") == "barrier"  # acts within the limit
+    if constrained and not early and safe and min(safe) == 1:
         found["never binds"] = (
             f"every response of {steps} is within the limit d = {algorithm['cost_limit']:g}, so that the cost has no "
             "effect: this is plain PPO. Is the cost's sign or the limit right?"
@@ -43,7 +44,7 @@ def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Se
                 "scores do not differ, so that nothing is learned from them"
             )
     lam, cap = _values(records[-FEWEST:], "lam"), config.get("penalty", {}).get("max")
-    bounded = algorithm["method"] in ("repo", "ppo_lagrangian") and cap is not None
+    bounded = algorithm["method"] in ("repo", "ppo_lagrangian", "interior_point") and cap is not None
     if bounded and len(lam) == FEWEST and min(lam) >= cap > 0:
         found["lambda at its cap"] = (
             f"lambda has been at its cap penalty.max = {cap:g} for {FEWEST} steps: the cost weighs no more than that, "

@@ -76,7 +76,8 @@ def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
     if cost is None or loss_mode(algorithm) is None:
         return math.nan
     if loss_mode(algorithm) == "split":
-        cost = on_unsafe(cost, batch.costs, algorithm.cost_limit)
+        limit = algorithm.cost_limit if batch.cost_limit is None else batch.cost_limit
+        cost = on_unsafe(cost, batch.costs, limit)
     lengths, mask = batch.sequences.response_lengths, batch.sequences.response_mask
     weights = 1 / lengths.clamp_min(1) if algorithm.loss_agg_mode == "seq-mean-token-mean" else lengths.clamp_max(1)
 
