@@ -31,8 +31,12 @@ def check(config: Config) -> Config:
     """
     r, a, p, o = config.rollout, config.algorithm, config.penalty, config.optimizer
     group, lagrangian = a.advantages == "group", a.method == "ppo_lagrangian"
+    if a.on_pairs:
+        _check_pairs(config)
     why = ">= 2, since the baseline of a response is the mean of the others of its prompt"
-    _require(r.samples_per_prompt >= 2 or not group, "rollout.samples_per_prompt", r.samples_per_prompt, why)
+    _require(
+        r.samples_per_prompt >= 2 or not group or a.on_pairs, "rollout.samples_per_prompt", r.samples_per_prompt, why
+    )
     _require(r.top_p > 0, "rollout.top_p", r.top_p, "> 0")
     _require(
         r.engine != "vllm" or r.temperature >= LEAST_TEMPERATURE,
@@ -55,7 +59,7 @@ def check(config: Config) -> Config:
         weighted or a.kl_estimator != "k1", "algorithm.kl_importance_weighted", weighted, "true with kl_estimator k1"
     )
     _require(p.initial > 0 or not lagrangian, "penalty.initial", p.initial, "> 0 with method ppo_lagrangian")
-    bounded = a.method in ("repo", "ppo_lagrangian")
+    bounded = a.method in ("repo", "ppo_lagrangian", "cdpo", "repo_dpo")
     _require(not bounded or p.max >= p.initial, "penalty.max", p.max, f">= penalty.initial = {p.initial}")
     _require(all(b < 1 for b in o.betas), "optimizer.betas", list(o.betas), "two numbers in [0, 1)")
     sharded = config.model.shard != 1
@@ -70,6 +74,30 @@ def check(config: Config) -> Config:
     _require(matmul != "bfloat16" or dtype == "float32", "model.matmul_dtype", matmul, f"auto with model.dtype {dtype}")
     d = config.data
     _require(d.date is None or _is_day(d.date), "data.date", d.date, "a day as YYYY-MM-DD, or null")
-    batch = r.prompts_per_step * r.samples_per_prompt
-    _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
+    batch = r.prompts_per_step * (1 if a.on_pairs else r.samples_per_prompt)
+    what = "pairs" if a.on_pairs else "responses"
+    _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} ({what} per step)")
     return config
+
+
+UNUSED_ON_PAIRS = {
+    "algorithm": (
+        *("cost_mode", "advantages", "crpo_tolerance", "kl_placement", "kl_target", "kl_estimator"),
+        *("kl_importance_weighted", "clip_range", "dual_clip", "entropy_coef", "normalize", "scale_by_std"),
+        "loss_agg_mode",
+    ),
+    "rollout": ("truncated", "engine"),
+    "ptx": ("data",),
+}
+"""Group -> fields that cdpo and repo_dpo do not use."""
+
+
+def _check_pairs(config: Config) -> None:
+    """Raise UserError for a field that has no effect with methods that learn from pairs, and for a beta of 0."""
+    method, plain = config.algorithm.method, Config()
+    for group, names in UNUSED_ON_PAIRS.items():
+        for name in names:
+            value, default = (getattr(getattr(c, group), name) for c in (config, plain))
+            only = "null" if default is None else default
+            _require(value == default, f"{group}.{name}", value, f"{only} with method {method}, which does not use it")
+    _require(config.algorithm.beta > 0, "algorithm.beta", config.algorithm.beta, f"> 0 with method {method}")

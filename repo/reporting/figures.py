@@ -135,12 +135,12 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
     panels[0].plot(*thinned(history.steps, history.series("lam")), color=NOW)
     panels[0].set_title("λ used in the step")
     algorithm, cap = history.config["algorithm"], history.config.get("penalty", {}).get("max")
-    if cap is not None and algorithm["method"] in ("repo", "ppo_lagrangian") and np.isfinite(cap):
+    if cap is not None and algorithm["method"] in ("repo", "ppo_lagrangian", "cdpo", "repo_dpo") and np.isfinite(cap):
         panels[0].axhline(cap, color=INK, lw=1, ls=":")
         panels[0].set_title(f"λ used in the step (dotted: its cap {cap:g})")
     panels[0].set_ylim(bottom=0)
     _over_steps(panels[1], history, "safe_rate", BAD, "", scale=-100, offset=100)
-    responses = "rectified" if history.config["algorithm"]["method"] == "repo" else "unsafe"
+    responses = "rectified" if history.config["algorithm"]["method"] in ("repo", "repo_dpo") else "unsafe"
     panels[1].set_title(f"{responses} responses, C > d (%)")
     panels[1].set_ylim(0, 102)
     caption = f"λ moves once per batch. Training batches: {_drawing(history)}"

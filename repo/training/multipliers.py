@@ -10,11 +10,11 @@ import math
 from collections import deque
 from typing import Any
 
-from repo_kernels.penalty import adapted_beta, lagrangian_lambda, repo_lambda
+from repo_kernels.penalty import adapted_beta, lagrangian_lambda, projected_lambda, repo_lambda
 
 from ..config.schema import AlgorithmConfig, PenaltyConfig
 
-__all__ = ["WINDOW", "Multipliers", "adapted_beta", "lagrangian_lambda", "repo_lambda"]
+__all__ = ["WINDOW", "Multipliers", "adapted_beta", "lagrangian_lambda", "projected_lambda", "repo_lambda"]
 
 WINDOW = 128  # costs in the running mean of ppo_lagrangian
 
@@ -39,12 +39,15 @@ class Multipliers:
         if it is not finite or algorithm.kl_target is None.
         """
         algorithm, config = self.algorithm, self.config
-        if algorithm.method == "repo":
+        if algorithm.method in ("repo", "repo_dpo"):
             self.lam = repo_lambda(self.lam, rectified_cost, config.lr, config.max)
         elif algorithm.method == "ppo_lagrangian":
             self.window.extend(costs)
             mean = sum(self.window) / len(self.window)
             self.lam = lagrangian_lambda(self.lam, mean, algorithm.cost_limit, config.lr, config.max)
+        elif algorithm.method == "cdpo":
+            mean = sum(costs) / len(costs)
+            self.lam = projected_lambda(self.lam, mean, algorithm.cost_limit, config.lr, config.max)
         if algorithm.kl_target is not None and math.isfinite(kl):
             self.beta = adapted_beta(self.beta, kl, algorithm.kl_target)
 

@@ -12,10 +12,11 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 class AlgorithmConfig:
     """The objective: reward R, cost C with limit d, and KL to the reference. docs/method.md gives the formulas."""
 
-    method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "crpo", "ppo"] = "repo"
+    method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "crpo", "ppo", "cdpo", "repo_dpo"] = "repo"
     """repo: bring each response's cost under the limit. ppo_lagrangian: only the mean cost. fixed_penalty: a constant
     lambda on the cost. crpo: reward steps while the batch's mean cost is within the limit, else cost steps. ppo: reward
-    only."""
+    only. cdpo: constrained DPO, on pairs of responses that are not the policy's own. repo_dpo: the same with the cost
+    rectified as in repo."""
     cost_mode: Literal["rectified", "split"] = "rectified"
     """Form of the cost term of method repo. rectified: the exact gradient of E{C-d}+. split: the raw cost, penalised on
     unsafe responses only."""
@@ -55,6 +56,11 @@ class AlgorithmConfig:
     """Average of the losses of tokens over the minibatch. token-mean: over all tokens. seq-mean-token-mean: over the
     tokens of each response, then over responses. seq-mean-token-sum: sum over tokens, mean over responses."""
 
+    @property
+    def on_pairs(self) -> bool:
+        """Tell whether the method learns from pairs of responses that are not the policy's own."""
+        return self.method in ("cdpo", "repo_dpo")
+
 
 @dataclass(frozen=True)
 class PenaltyConfig:
@@ -63,10 +69,10 @@ class PenaltyConfig:
     initial: NonNegativeFloat = 1.0
     """Value of lambda in the first step; its constant value with method fixed_penalty. ppo and crpo have no lambda."""
     lr: NonNegativeFloat = 2.0
-    """Step size eta of lambda's update. The default moves lambda within a short run. Only for methods repo and
-    ppo_lagrangian."""
+    """Step size eta of lambda's update. The default moves lambda within a short run. Only for methods repo,
+    ppo_lagrangian, cdpo and repo_dpo; the last two move lambda every fifth step."""
     max: NonNegativeFloat = 10.0
-    """Upper bound of lambda, with methods repo and ppo_lagrangian."""
+    """Upper bound of lambda, with methods repo, ppo_lagrangian, cdpo and repo_dpo."""
 
 
 @dataclass(frozen=True)
