@@ -40,7 +40,7 @@ def given(tmp_path_factory):
     """A file of six prompts, each with a pair; the first prompt has two pairs."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     questions, texts = [*QUESTIONS, QUESTIONS[0]], [TEXT[i % 5].partition(" ")[2][: 12 + i] for i in range(14)]
-    rows = [{"prompt": q, "response_0": texts[i], "response_1": texts[i + 7]} for i, q in enumerate(questions)]
+    rows = [{"id": i, "prompt": q, "response_0": texts[i], "response_1": texts[i + 7]} for i, q in enumerate(questions)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -108,15 +108,17 @@ def test_pairs_are_sampled_from_the_reference_and_not_from_the_policy(on_pairs, 
     drawn = []
 
     def seen(*arguments):
-        drawn.append(drawing.draw_pairs(*arguments).texts)
-        return drawing.draw_pairs(*arguments)
+        pairs = drawing.draw_pairs(*arguments)
+        drawn.append([(prompt.id, text) for prompt, text in zip(pairs.prompts, pairs.texts, strict=True)])
+        return pairs
 
     monkeypatch.setattr(loop, "draw_pairs", seen)
     for lr in ("1e-3", "1e-5"):
         run(on_pairs, tmp_path / lr, "--algorithm.method=cdpo", "--steps=4", f"--optimizer.lr={lr}")
     assert drawn[:4] == drawn[4:]
-    assert len(set(drawn)) == 4
-    assert all(len(texts) == 4 for texts in drawn)  # two prompts
+    every = [response for responses in drawn[:4] for response in responses]
+    assert len({prompt for prompt, _ in every}) == 4
+    assert len(set(every)) == len(every) == 16  # two epochs of four prompts: new pairs in each
 
 
 def test_given_pairs_are_learned_from_and_nothing_is_sampled_for_them(on_pairs, given, tmp_path, monkeypatch, capsys):
