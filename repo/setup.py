@@ -20,6 +20,7 @@ from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.chat_format import ChatFormat
+from .data.pairs import have_pairs, tokenize_pairs, with_ids_of_pairs
 from .data.prompts import COLUMN, Example, Prompt, batch_at, load_prompts, tokenize_examples, tokenize_prompts
 from .data.token_ids import require_embedded
 from .models.actor import Actor
@@ -34,6 +35,7 @@ from .runs.state_files import restore_weights
 from .scoring.judge import Judge, load_judge
 from .scoring.scorers import EMBEDDED, Scorers, load_scorers, scorer_names
 from .training.cost_gradient import cost_gradient
+from .training.pairs import require_pairs_in_one_pass
 
 CALIBRATION = 32
 """Training prompts whose responses give the gradient of the cost for a patch."""
@@ -125,6 +127,8 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
         policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
     else:
         policy = load_policy(path, device, True, config.model, trust)
+    if config.algorithm.on_pairs:
+        require_pairs_in_one_pass(policy.attention, config.model.path)
     policy = with_fast_layers(policy, config.model.compile, shards > 1)
     if policy.merged:
         adapter = f"model: the adapter {path} is merged into its base {policy.merged}"
@@ -191,7 +195,10 @@ def read_prompts(
     if is_embedded(source) and folder is not None:
         read, column = embedded_file(folder, source, split), COLUMN
     chat = ChatFormat(tokenizer, data.template_arguments, data.date)
-    prompts = tokenize_prompts(load_prompts(read, column, split), tokenizer, data.system_prompt, room, chat)
+    loaded = load_prompts(read, column, split)
+    if split == "train" and config.algorithm.on_pairs and have_pairs(loaded):
+        loaded = with_ids_of_pairs(loaded)
+    prompts = tokenize_prompts(loaded, tokenizer, data.system_prompt, room, chat)
     require_embedded((i for p in prompts.kept for i in p.token_ids), shape.vocab_size, f"{read}: a prompt")
     tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
     line = f"{split} prompts: {len(prompts.kept)} of {read}, mean {tokens:.0f} tokens, {prompts.report()}"
@@ -249,12 +256,21 @@ def load_data(
         console.print(f"train prompts: {len(train) - len(kept)} more dropped: they are held out", style="yellow")
     if not kept:
         raise UserError("data.train: every prompt is also in data.eval; training needs prompts that are not held out")
+    chat = ChatFormat(tokenizer, data.template_arguments, data.date)
+    if config.algorithm.on_pairs and not have_pairs(kept):
+        console.print("pairs: sampled from the reference in each step", highlight=False)
+    elif config.algorithm.on_pairs:
+        limit = config.rollout.max_response_tokens
+        pairs = tokenize_pairs(kept, tokenizer, data.system_prompt, limit, eos_ids, chat)
+        kept = pairs.kept
+        ids = (i for p in kept for e in p.pair for i in (*e.prompt_ids, *e.response_ids))
+        require_embedded(ids, shape.vocab_size, f"{data.train}: a pair")
+        console.print(f"pairs: {len(kept)} of {data.train}, {pairs.report()}", markup=False, highlight=False)
     examples: list[Example] = []
     if config.ptx.data is not None:
         answers = load_prompts(config.ptx.data, data.column)
         auto = config.optimizer.micro_batch_tokens == "auto"
         limit = context if auto else min(context, config.optimizer.budget)
-        chat = ChatFormat(tokenizer, data.template_arguments, data.date)
         supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
         examples = supervised.kept
         ids = (i for e in examples for i in (*e.prompt_ids, *e.response_ids))

@@ -35,6 +35,16 @@ def lagrangian_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float
     return math.exp(min(log_lam + lr * lam * (mean_cost - cost_limit), math.log(maximum)))
 
 
+def projected_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float, maximum: float) -> float:
+    """Move lambda to min([lambda + lr * (mean C - d)]^+, maximum).
+
+    This is the dual step of constrained DPO, arXiv 2403.02475, which has no maximum; give infinity for none.
+
+    lam: lambda of the step. mean_cost: mean of C over responses of the current policy. cost_limit: d.
+    """
+    return min(max(lam + lr * (mean_cost - cost_limit), 0.0), maximum)
+
+
 def adapted_beta(beta: float, kl: float, target: float) -> float:
     """Return beta (1 + 0.1 e), where e = (KL - target) / target is clipped to [-0.2, 0.2].
 

@@ -6,7 +6,7 @@ from datetime import date
 from math import isfinite
 
 from ..common.errors import UserError
-from .schema import AlgorithmConfig, Config, PenaltyConfig
+from .schema import BOUNDED, AlgorithmConfig, Config, PenaltyConfig
 
 LEAST_TEMPERATURE = 0.01  # of vLLM
 
@@ -31,8 +31,12 @@ def check(config: Config) -> Config:
     """
     r, a, o = config.rollout, config.algorithm, config.optimizer
     group = a.advantages == "group"
+    if a.on_pairs:
+        _check_pairs(config)
     why = ">= 2, since the baseline of a response is the mean of the others of its prompt"
-    _require(r.samples_per_prompt >= 2 or not group, "rollout.samples_per_prompt", r.samples_per_prompt, why)
+    _require(
+        r.samples_per_prompt >= 2 or not group or a.on_pairs, "rollout.samples_per_prompt", r.samples_per_prompt, why
+    )
     _require(r.top_p > 0, "rollout.top_p", r.top_p, "> 0")
     _require(
         r.engine != "vllm" or r.temperature >= LEAST_TEMPERATURE,
@@ -68,8 +72,9 @@ def check(config: Config) -> Config:
     _require(matmul != "bfloat16" or dtype == "float32", "model.matmul_dtype", matmul, f"auto with model.dtype {dtype}")
     d = config.data
     _require(d.date is None or _is_day(d.date), "data.date", d.date, "a day as YYYY-MM-DD, or null")
-    batch = r.prompts_per_step * r.samples_per_prompt
-    _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} (responses per step)")
+    batch = r.prompts_per_step * (1 if a.on_pairs else r.samples_per_prompt)
+    what = "pairs" if a.on_pairs else "responses"
+    _require(o.minibatches <= batch, "optimizer.minibatches", o.minibatches, f"in 1..{batch} ({what} per step)")
     return config
 
 
@@ -78,7 +83,7 @@ def _check_penalty(algorithm: AlgorithmConfig, penalty: PenaltyConfig) -> None:
     method, limit = algorithm.method, algorithm.cost_limit
     positive = method in ("ppo_lagrangian", "interior_point")
     _require(penalty.initial > 0 or not positive, "penalty.initial", penalty.initial, f"> 0 with method {method}")
-    bounded = method in ("repo", "ppo_lagrangian", "interior_point")
+    bounded = method in BOUNDED
     _require(
         not bounded or penalty.max >= penalty.initial,
         "penalty.max",
@@ -102,3 +107,27 @@ def _check_penalty(algorithm: AlgorithmConfig, penalty: PenaltyConfig) -> None:
     _require(start is None or schedule != "constant", "penalty.limit_start", start, "null with limit_schedule constant")
     in_range = start is None or (isfinite(start) and start >= limit)
     _require(in_range, "penalty.limit_start", start, f"finite and >= algorithm.cost_limit = {limit}, or null")
+
+
+UNUSED_ON_PAIRS = {
+    "algorithm": (
+        *("cost_mode", "advantages", "crpo_tolerance", "kl_placement", "kl_target", "kl_estimator"),
+        *("kl_importance_weighted", "clip_range", "dual_clip", "entropy_coef", "normalize", "scale_by_std"),
+        "loss_agg_mode",
+    ),
+    "penalty": ("limit_schedule",),
+    "rollout": ("truncated", "engine"),
+    "ptx": ("data",),
+}
+"""Group -> fields that cdpo and repo_dpo do not use."""
+
+
+def _check_pairs(config: Config) -> None:
+    """Raise UserError for a field that has no effect with methods that learn from pairs, and for a beta of 0."""
+    method, plain = config.algorithm.method, Config()
+    for group, names in UNUSED_ON_PAIRS.items():
+        for name in names:
+            value, default = (getattr(getattr(c, group), name) for c in (config, plain))
+            only = "null" if default is None else default
+            _require(value == default, f"{group}.{name}", value, f"{only} with method {method}, which does not use it")
+    _require(config.algorithm.beta > 0, "algorithm.beta", config.algorithm.beta, f"> 0 with method {method}")

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..config.schema import BOUNDED
 from ..scoring.safety import is_safe
 from .held_out import held_out
 from .run_history import History, column
@@ -35,7 +36,6 @@ from .style import (
     window,
 )
 
-BOUNDED = ("repo", "ppo_lagrangian", "interior_point")  # methods whose lambda has a cap
 SCATTERED = 400  # most responses drawn on each side of the scatter plot
 
 
@@ -142,7 +142,7 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
         panels[0].set_title(f"λ used in the step (dotted: its cap {cap:g})")
     panels[0].set_ylim(bottom=0)
     _over_steps(panels[1], history, "safe_rate", BAD, "", scale=-100, offset=100)
-    hinge = algorithm["method"] == "repo" and algorithm.get("cost_mode") != "barrier" and not moves
+    hinge = algorithm["method"] in ("repo", "repo_dpo") and algorithm.get("cost_mode") != "barrier" and not moves
     responses = "rectified" if hinge else "unsafe"
     panels[1].set_title(f"{responses} responses, C > d (%)")
     panels[1].set_ylim(0, 102)

@@ -10,12 +10,26 @@ import math
 from collections import deque
 from typing import Any
 
-from repo_kernels.penalty import adapted_beta, interior_point_lambda, lagrangian_lambda, repo_lambda
+from repo_kernels.penalty import (
+    adapted_beta,
+    interior_point_lambda,
+    lagrangian_lambda,
+    projected_lambda,
+    repo_lambda,
+)
 
 from ..config.schema import AlgorithmConfig, PenaltyConfig
 from .limit import LimitSchedule
 
-__all__ = ["WINDOW", "Multipliers", "adapted_beta", "interior_point_lambda", "lagrangian_lambda", "repo_lambda"]
+__all__ = [
+    "WINDOW",
+    "Multipliers",
+    "adapted_beta",
+    "interior_point_lambda",
+    "lagrangian_lambda",
+    "projected_lambda",
+    "repo_lambda",
+]
 
 WINDOW = 128  # costs in the running mean of ppo_lagrangian
 
@@ -42,12 +56,14 @@ class Multipliers:
         token; beta stays the same if it is not finite or algorithm.kl_target is None.
         """
         algorithm, config, limit = self.algorithm, self.config, self.limits.limit
-        if algorithm.method == "repo":
+        if algorithm.method in ("repo", "repo_dpo"):
             self.lam = repo_lambda(self.lam, rectified_cost, config.lr, config.max)
         elif algorithm.method == "ppo_lagrangian":
             self.window.extend(costs)
             mean = sum(self.window) / len(self.window)
             self.lam = lagrangian_lambda(self.lam, mean, limit, config.lr, config.max)
+        elif algorithm.method == "cdpo":
+            self.lam = projected_lambda(self.lam, sum(costs) / len(costs), limit, config.lr, config.max)
         elif algorithm.method == "interior_point":
             self.weight /= 1 + config.lr
             self.lam = interior_point_lambda(sum(costs) / len(costs), limit, self.weight, config.max)

@@ -119,7 +119,7 @@ def test_an_option_with_hyphens_is_told_the_underscores():
         ("--steps 1.5", "steps must be an integer > 0; got '1.5'"),
         ("--rollout.top_p 2", r"rollout.top_p must be a number in \[0, 1\]; got 2"),
         ("--model.compile maybe", "model.compile must be true or false or auto; got maybe"),
-        ("--algorithm.method foo", "algorithm.method must be one of repo, .*, ppo; got foo"),
+        ("--algorithm.method foo", "algorithm.method must be one of repo, .*, repo_dpo; got foo"),
         ("--algorithm.kl_target x", "algorithm.kl_target must be a number or null; got x"),
         (
             "--algorithm.clip_range 0.2",
