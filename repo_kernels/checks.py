@@ -149,6 +149,19 @@ def check_live_ids(ids: Tensor, vocabulary: int) -> None:
         raise IndexError(f"token_ids of live rows must be in [0, {vocabulary}) or -100; got {worst}")
 
 
+def check_live_temperatures(temperature: Tensor) -> None:
+    """Raise ValueError if one of the temperatures of live rows, (n,), is unusable. Waits for a GPU.
+
+    A temperature of all rows, 0-d, is a scalar, whose value is not looked at.
+    """
+    if not temperature.ndim or not temperature.numel():
+        return
+    usable = (temperature >= FLOAT32_TINY) & (temperature <= FLOAT32_MAX)
+    if not usable.all():
+        worst = temperature[~usable][0].item()
+        raise ValueError(f"temperature of live rows must be > 0 and a normal number in float32; got {worst:g}")
+
+
 def check_mask(mask: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
     """Check that the mask has the leading shape and holds 0 and 1 alone; return it as bool.
 

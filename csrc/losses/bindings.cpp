@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <optional>
+#include <sstream>
 #include <string>
 
 #include "common/tensor_view.h"
@@ -60,6 +61,13 @@ void refuse_bad_id(int64_t bad, int64_t columns) {
     const std::string message = "token_ids of live rows must be in [0, " + std::to_string(columns) +
                                 ") or -100; got " + std::to_string(bad);
     throw nb::index_error(message.c_str());
+}
+
+void refuse_bad_temperature(std::optional<float> bad) {
+    if (!bad) return;
+    std::ostringstream message;
+    message << "temperature of live rows must be > 0 and a normal number in float32; got " << *bad;
+    throw nb::value_error(message.str().c_str());
 }
 
 // A number, or what a 0-d tensor holds; the usual tensor is read without an operator of PyTorch.
@@ -198,6 +206,7 @@ void bind_fused(nb::handle logits, nb::handle ref_logits, nb::handle grad, bool 
                            softcap, with_entropy};
     const Results results = results_of(of, rows, flags);
     refuse_bad_id(find_bad_id(task, of_logits.count, of_logits.columns), of_logits.columns);
+    refuse_bad_temperature(find_bad_temperature(task, of_logits.count));
     {
         nb::gil_scoped_release unlocked;
         fused(tensors.tensors, task, results, threads);
@@ -229,7 +238,7 @@ TensorView by_row_or_one(nb::handle tensor, const char* name, int64_t rows) {
 
 Temperatures temperatures_of(nb::handle tensor, int64_t rows) {
     const TensorView view = by_row_or_one(tensor, "temperature", rows);
-    return {static_cast<const float*>(view.data), view.dimensions ? view.stride[0] : 0};
+    return {static_cast<const float*>(view.data), view.dimensions ? view.stride[0] : 0, view.dimensions > 0};
 }
 
 void bind_statistics(nb::handle logits, nb::handle ids, nb::handle temperature, float softcap, bool with_entropy,
@@ -240,6 +249,7 @@ void bind_statistics(nb::handle logits, nb::handle ids, nb::handle temperature, 
     auto* out = static_cast<float*>(contiguous_data(state, "state", Type::kFloat32, {kStates, rows.count}));
     const Temperatures temperatures = temperatures_of(temperature, rows.count);
     refuse_bad_id(find_bad_id(tokens, rows.count, rows.columns), rows.columns);
+    if (temperatures.by_row) refuse_bad_temperature(find_bad_temperature(temperatures, tokens, rows.count));
     nb::gil_scoped_release unlocked;
     statistics(arguments.tensors, tokens, temperatures, softcap, with_entropy, out, threads);
 }

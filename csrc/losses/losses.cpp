@@ -29,6 +29,8 @@ struct RowState {
     double ref_log2_sum = 0;
 };
 
+bool is_usable(float temperature) { return temperature > 0 && std::isnormal(temperature); }
+
 // What one row does to its logits: the cap and the temperature. One that is not positive and finite becomes NaN, and so
 // does all that follows from it.
 struct Transform {
@@ -193,6 +195,22 @@ int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns) {
     const int64_t* bad =
         std::find_if(ids, ids + rows, [=](int64_t id) { return id != kIgnored && (id < 0 || id >= columns); });
     return bad == ids + rows ? kIgnored : *bad;
+}
+
+std::optional<float> find_bad_temperature(const LossTask& task, int64_t rows) {
+    const Arguments& of = task.arguments;
+    if (!of.temperatures) return {};
+    for (int64_t i = 0; i < rows; ++i) {
+        const Place place = of.place(task.where.row(i));
+        if (of.live(place) && !is_usable(of.temperatures.at(place))) return of.temperatures.at(place);
+    }
+    return {};
+}
+
+std::optional<float> find_bad_temperature(const Temperatures& temperatures, const int64_t* ids, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row)
+        if (ids[row] != kIgnored && !is_usable(temperatures.of(row))) return temperatures.of(row);
+    return {};
 }
 
 void fused(const Tensors& tensors, const LossTask& task, const Results& results, int threads) {

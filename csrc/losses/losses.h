@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "losses/arguments.h"
 #include "losses/rows.h"
@@ -45,10 +46,11 @@ struct Results {
     int32_t* flags;  // (N,)
 };
 
-// The temperatures of rows, `stride` apart: 0 where all rows have the same.
+// The temperatures of rows, `stride` apart, or the one of all rows.
 struct Temperatures {
     const float* data;
     int64_t stride;
+    bool by_row;
 
     float of(int64_t row) const { return data[row * stride]; }
 };
@@ -58,6 +60,12 @@ int64_t find_bad_id(const LossTask& task, int64_t rows, int64_t columns);
 
 // The same of plain ids (N,).
 int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns);
+
+// Returns the first of the live rows' own temperatures that is not a positive normal number, if there is one.
+std::optional<float> find_bad_temperature(const LossTask& task, int64_t rows);
+
+// The same of plain ids (N,).
+std::optional<float> find_bad_temperature(const Temperatures& temperatures, const int64_t* ids, int64_t rows);
 
 // Writes results and the gradient of the rows of the logits; zeros on dead rows. Ids must be valid.
 void fused(const Tensors& tensors, const LossTask& task, const Results& results, int threads);

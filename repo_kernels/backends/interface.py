@@ -2,7 +2,7 @@
 
 The leading dimensions of the logits are flattened to N rows. A row is dead when its token is masked or ignored, or lies
 outside the bounds of `cu_seqlens`: its logits and values are never read, and its outputs and its gradient are 0.
-A row whose temperature is not positive and finite has NaN as its outputs and its gradient.
+A row whose temperature is not positive and finite, and is not refused, has NaN as its outputs and its gradient.
 `backends.eager` defines what each function computes; `backends.cpu` and `backends.triton` compute the same in C++ and
 Triton.
 """
@@ -209,6 +209,7 @@ class Backend(Protocol):
 
         Raises:
             IndexError: a live id is outside [0, V) (cpu and eager; Triton gives NaN in that row).
+            ValueError: a live row's own temperature is not positive and finite (likewise).
         """
 
     def reduce(self, loss: Loss, prepared: Any, results: RowResults) -> tuple[Tensor, Tensor]:

@@ -41,10 +41,10 @@ from ..checks import (
     is_column,
     number,
 )
-from ..tensor_kinds import check_kind
+from ..tensor_kinds import check_kind, check_memory
 from .inputs import LossInputs, TokenValues
 from .options import MODES_WITHOUT_COUNT, SEQUENCE_MODES, LossOptions, TokenOptions
-from .temperature import is_by_row, refuse_gradient, refuse_unusable, temperatures_of_rows
+from .temperature import is_by_row, refuse_gradient
 
 # Looked up once, so that torch.compile sees constants.
 VALUE_NAMES = tuple(field.name for field in fields(TokenValues))
@@ -167,6 +167,7 @@ def _arguments(source: Tensor, inputs: LossInputs, temperature: Any) -> RowArgum
             value = value.squeeze(1) if tuple(value.shape) not in shapes else value
         check_tensor(name, value, shapes, dtypes, source)
         if value.dtype != dtype and (dtype == torch.float32 or value.dtype not in VALUE_DTYPES):
+            check_memory(**{name: value})  # which the conversion reads
             value = value.to(dtype)
         return value.detach() if value.requires_grad else value
 
@@ -178,7 +179,7 @@ def _arguments(source: Tensor, inputs: LossInputs, temperature: Any) -> RowArgum
         limits = values("cost_limit", limit, either)
     else:
         check_scalar("cost_limit", limit, lambda x: True, "finite")
-    arguments = RowArguments(
+    return RowArguments(
         token_ids=ids,
         response_mask=mask,
         cu_seqlens=bounds,
@@ -192,9 +193,6 @@ def _arguments(source: Tensor, inputs: LossInputs, temperature: Any) -> RowArgum
         importance_weights=values("importance_weights", inputs.importance_weights, (leading,)),
         temperatures=values("temperature", temperature, either, LOGITS_DTYPES),
     )
-    if arguments.temperatures is not None:
-        refuse_unusable(arguments.temperatures, lambda: temperatures_of_rows(arguments))
-    return arguments
 
 
 def _scalars(**given: Scalar | None) -> tuple[Scalar, ...]:

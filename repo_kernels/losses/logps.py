@@ -70,7 +70,7 @@ def selective_log_softmax(
     check_bool("return_entropy", return_entropy)
     leading = tuple(logits.shape[:-1])
     ids = check_ids(token_ids, leading, logits).reshape(-1)
-    by = statistics_temperature(temperature, ids, logits)
+    by = statistics_temperature(temperature, logits)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     if kept is not None:
         refuse_with_kept(False, group is not None)
@@ -136,7 +136,7 @@ def linear_selective_log_softmax(
     check_chunk(chunk_tokens, chunk_bytes)
     leading = tuple(hidden.shape[:-1])
     ids = check_ids(token_ids, leading, hidden).reshape(-1)
-    by = statistics_temperature(temperature, ids, hidden)
+    by = statistics_temperature(temperature, hidden)
     if kept is not None:
         refuse_with_kept(False, shard is not None)
         check_memory(token_ids=ids)

@@ -35,6 +35,7 @@ def fused(
 
     Raises:
         IndexError: the id of a live row is outside [0, V). Nothing has been written then.
+        ValueError: the temperature of a live row, its own, is not positive and finite. Nothing has been written then.
     """
     _fused(logits, ref_logits, loss, results, grad, where, upstream, zeroed, None, None)
 

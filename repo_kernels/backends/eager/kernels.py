@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...checks import check_live_ids
+from ...checks import check_live_ids, check_live_temperatures
 from ..codes import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, STATE, Code
 from ..interface import ALL_ROWS, Loss, RowArguments, RowRange, RowResults, at_rows
 from ..memory_layout import gradient_buffer
@@ -90,6 +90,7 @@ def fused(
     results.rows[:, rows], results.flags[rows] = 0.0, 0
     live = (row_ids != IGNORED).nonzero().squeeze(1)
     check_live_ids(row_ids[live], logits.shape[-1])
+    check_live_temperatures(at_rows(prepared.temperature, rows[live]))
     for start, stop in chunks(live.numel(), logits.shape[-1]):
         place = live[start:stop]  # of the logits
         index = rows[place]  # of the loss
@@ -121,6 +122,7 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float,
     state = torch.zeros(len(STATE), ids.numel(), dtype=dtype, device=logits.device)
     live = (ids != IGNORED).nonzero().squeeze(1)
     check_live_ids(ids[live], logits.shape[-1])
+    check_live_temperatures(at_rows(temperature, live))
     for start, stop in chunks(live.numel(), logits.shape[-1]):
         index = live[start:stop]
         probs = distributions(take_rows(logits, index, dtype), at_rows(temperature, index), softcap or None)

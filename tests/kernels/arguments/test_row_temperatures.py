@@ -20,7 +20,7 @@ from repo_kernels import (
     selective_log_softmax,
 )
 from repo_kernels.backends import choice
-from repo_kernels.backends.codes import ENTROPY_GRADIENT, IGNORED, KL_FULL, KL_NONE
+from repo_kernels.backends.codes import ENTROPY_GRADIENT, ENTROPY_NONE, IGNORED, KL_FULL, KL_NONE
 from tests.support.kernels.row_cases import make_case, make_code
 
 V, B, L = 7, 3, 4
@@ -79,11 +79,11 @@ def ones(*shape: int, **values: float) -> Tensor:
         (TypeError, r"^temperature must be a dense tensor; got one of layout sparse_coo", ones(B, L).to_sparse()),
         (ValueError, r"^temperature gets no gradient; .* pass temperature\.detach\(\)$", ones(B).requires_grad_()),
         (ValueError, r"^temperature gets no gradient; got", torch.tensor(1.0).requires_grad_()),
-        (ValueError, r"^temperature of a live row must be > 0 .*; got nan in row 5$", ones(B, L, _1_1=math.nan)),
-        (ValueError, r"^temperature of a live row must be > 0 .*; got 0 in row 0$", ones(B, L, _0_0=0.0)),
-        (ValueError, r"^temperature of a live row must be > 0 .*; got -2 in row 4$", ones(B, _1=-2.0)),
-        (ValueError, r"^temperature of a live row must be > 0 .*; got inf in row 4$", ones(B, 1, _1_0=math.inf)),
-        (ValueError, r"^temperature of a live row must be > 0 .*; got 5.87747e-39 in row 4$", ones(B, _1=2.0**-127)),
+        (ValueError, r"^temperature of live rows must be > 0 .*; got nan$", ones(B, L, _1_1=math.nan)),
+        (ValueError, r"^temperature of live rows must be > 0 .*; got 0$", ones(B, L, _0_0=0.0)),
+        (ValueError, r"^temperature of live rows must be > 0 .*; got -2$", ones(B, _1=-2.0)),
+        (ValueError, r"^temperature of live rows must be > 0 .*; got inf$", ones(B, 1, _1_0=math.inf)),
+        (ValueError, r"^temperature of live rows must be > 0 .*; got 5.87747e-39$", ones(B, _1=2.0**-127)),
         (TypeError, r"^temperature must be a float or a 0-d tensor, > 0; got \[1.0, 1.0, 1.0\] \(list\)", [1.0] * 3),
         (ValueError, r"^temperature must be > 0 and a normal number in float32; got 0.0", 0.0),
     ],
@@ -130,7 +130,7 @@ def test_packed_sequences_give_theirs_to_their_rows() -> None:
         torch.testing.assert_close(each[0].logps[1:6], expected)
     with pytest.raises(ValueError, match=r"must have shape \(7,\) or \(3,\)"):
         repo_loss(logits, ids, None, rewards, temperature=torch.ones(4), **how)
-    with pytest.raises(ValueError, match=r"got 0 in row 3"):
+    with pytest.raises(ValueError, match=r"of live rows must be > 0 .*; got 0$"):
         repo_loss(logits, ids, None, rewards, temperature=torch.tensor([1.0, 1.0, 0.0]), **how)
 
 
@@ -148,9 +148,31 @@ def test_fake_tensors_have_no_values_to_refuse() -> None:
             assert selective_log_softmax(logits, ids, temperature=torch.zeros(shape)).shape == (B, L)
 
 
-@pytest.mark.parametrize("name", ["eager", "cpu", "triton"])
-def test_an_unusable_value_that_nobody_looked_at_makes_its_row_nan_and_no_other(name: str) -> None:
-    kernels = choice.load(name)
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0, math.inf])
+@pytest.mark.parametrize("name", ["eager", "cpu"])
+def test_an_unusable_value_of_a_live_row_is_refused_before_anything_is_written(name: str, bad: float) -> None:
+    kernels, case = choice.load(name), make_case(3, (4,), 7, dead=0)
+    by = torch.tensor([0.5, 1.0, bad, 2.0])
+    grad = torch.full_like(case.logits, 9.0)
+    with pytest.raises(ValueError, match=r"^temperature of live rows must be > 0 .*; got"):
+        case.replace(temperatures=by).into(kernels, case.logits, grad)
+    assert (grad == 9).all()
+    with pytest.raises(ValueError, match=r"^temperature of live rows must be > 0 .*; got"):
+        kernels.statistics(case.logits, case.ids, by, 0.0, ENTROPY_NONE)
+    ids = case.ids.masked_fill(by != 2, IGNORED)
+    case.replace(temperatures=by, token_ids=ids).into(kernels, case.logits, grad)
+    assert kernels.statistics(case.logits, ids, by, 0.0, ENTROPY_NONE).isfinite().all()
+
+
+def test_under_a_transform_it_is_refused_too() -> None:
+    with pytest.raises(ValueError, match="temperature of live rows must be > 0 .*; got -2"):
+        torch.func.grad(lambda z: repo_loss(z, IDS, *TAIL, temperature=ones(B, _1=-2.0)).loss)(LOGITS)
+    with pytest.raises(ValueError, match="temperature of live rows must be > 0 .*; got -2"):
+        torch.func.grad(lambda z: selective_log_softmax(z, IDS, temperature=ones(B, _1=-2.0)).sum())(LOGITS)
+
+
+def test_triton_which_does_not_look_makes_its_row_nan_and_no_other() -> None:
+    kernels = choice.load("triton")
     by = torch.tensor([0.5, math.nan, 0.0, -0.7, math.inf, -math.inf, math.nan, 2.0])
     good, bad, dead = [0, 7], [1, 2, 3, 4, 5], 6
     for vocabulary, kl in ((1, KL_NONE), (37, KL_NONE), (37, KL_FULL)):

@@ -104,6 +104,20 @@ def test_transforms_give_the_gradient_of_the_kernels(name: str) -> None:
         torch.testing.assert_close(slope, (leaf.grad * tangent).sum(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+def test_under_a_transform_dead_rows_do_not_reach_the_gradient_of_a_head(ratio_level: str) -> None:
+    by = BATCH.temperatures(per_sequence=False)
+
+    def both(weight: Tensor) -> Tensor:
+        arguments = ARGUMENTS | {"ratio_level": ratio_level}
+        loss = linear_repo_loss(BATCH.logits, weight, **arguments, temperature=by).loss
+        return loss + linear_selective_log_softmax(BATCH.logits, weight, IDS, temperature=by).sum()
+
+    leaf = WEIGHT.clone().requires_grad_()
+    both(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(both)(WEIGHT), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["loss", "log-probs"])
 def test_vmap_runs_over_temperatures(name: str) -> None:
     many = torch.stack([BATCH.temperatures(per_sequence=True) for _ in range(3)])
