@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ...backends import choice
 from ...backends.codes import ENTROPY_NONE, IGNORED, STATE
-from ...backends.eager.distributions import Distributions, apply_rows
+from ...backends.eager.distributions import Distributions, apply_rows, divisors
+from ...backends.interface import at_rows
 from ..autograd import refuse_second_order
 from ..heads.chunks import Budget
 from ..heads.linear import LinearHead, slope_chunks, statistics_chunks
@@ -82,7 +83,7 @@ class ShardedStatistics(torch.autograd.Function):
             weight, bias: (V_r, H) and (V_r,) or None, the rows of this process.
             lora_a, lora_b, scaling: (r, H), the same in every process, (V_r, r) and 0-d; or None.
             ids: (N,) int64, of the whole vocabulary, IGNORED on dead rows; the same in every process.
-            temperature: 0-d, compute dtype.
+            temperature: 0-d or (N,), compute dtype.
             entropy: ENTROPY_NONE or ENTROPY_VALUE.
             shard, budget, backend: whose rows, the size of a chunk, and what computes one.
         """
@@ -162,7 +163,8 @@ class ShardedLogits(torch.autograd.Function):
         if backend == "eager":
             live = (ids != IGNORED).nonzero().squeeze(1)
             part = padded[live].to(temperature.dtype)
-            apply_given_normaliser(part, ids[live], state[:, live], slopes[:, live], temperature, 0.0, part)
+            by_row = ids[live], state[:, live], slopes[:, live], at_rows(temperature, live)
+            apply_given_normaliser(part, *by_row, 0.0, part)
             grad[live] = part.to(grad.dtype)
         else:
             choice.load(backend).apply(padded, ids, state, slopes, temperature, 0.0, grad)
@@ -174,5 +176,5 @@ def apply_given_normaliser(
 ) -> None:
     """Write dL/dlogits (n, V) of live rows as the eager backend does, but with the normaliser of the state."""
     normaliser = (state[MAX2] + state[LOG2_SUM]) * LN_2
-    rows = Distributions(logits / temperature - normaliser[:, None], None, state[MAX2], state[LOG2_SUM])
+    rows = Distributions(logits / divisors(temperature) - normaliser[:, None], None, state[MAX2], state[LOG2_SUM])
     grad.copy_(apply_rows(rows, ids, temperature, None, slopes, state[ENTROPY], None, None))
