@@ -255,16 +255,16 @@ def statistics_chunks(
     softcap: float,
     entropy: int,
     budget: Budget,
-    backend: str,
+    statistics: Callable[..., Tensor],
 ) -> Tensor:
-    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`."""
-    kernels, result, live = choice.load(backend), temperature.dtype, LiveRows.of(ids != IGNORED)
+    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`, and the `statistics` of a backend."""
+    result, live = temperature.dtype, LiveRows.of(ids != IGNORED)
     size = budget.rows(live.count, head.sizes(result, 1, False, False))
     side, ids = Side.of(hidden, head, live, size, result), live.take(ids)
     state = temperature.new_empty(len(STATE), live.count)
     for start, stop in chunks(live.count, size):
         _, logits = side.chunk(start, stop)
-        state[:, start:stop] = kernels.statistics(logits, ids[start:stop], temperature, softcap, entropy)
+        state[:, start:stop] = statistics(logits, ids[start:stop], temperature, softcap, entropy)
         del logits  # freed before the next chunk's are allocated
     return live.spread(state)
 
