@@ -79,8 +79,8 @@ class Budget:
         tokens: live rows per chunk, or None.
         size: bytes of the logits of a chunk and of their gradient, or None for the default: on a CPU 64 MB, or 48 MB
             with a low-rank part; elsewhere 1 GB or twice dL/dweight, whichever is more, and at least 1024 rows.
-        processes: P, among which the vocabulary is divided. They share the 64 MB, 48 MB or 1 GB: a chunk has the rows
-            that it would have with the whole head.
+        processes: P, among which the vocabulary is divided. They share the default, so that chunks are about as long
+            as those of the whole head.
     """
 
     device: str

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ...backends import choice
 from ...backends.codes import IGNORED, STATE
 from ...backends.memory_layout import gradient_buffer
 from ...tensor_kinds import kept
@@ -105,7 +106,7 @@ def divided_gradient(
 ) -> Tensor:
     """Compute dL/dlogits of this process's columns from STATE (7, N) and SLOPES (3, N); nothing has to be summed."""
     local_ids, _ = VocabularyShard.of(group, part).local_ids(ids)
-    grad = gradient_buffer(logits)
+    grad, _ = choice.load(backend).new_gradient(logits, None)
     part_gradient(logits, local_ids, state, slopes, temperature, softcap, grad, backend=backend)
     return grad
 

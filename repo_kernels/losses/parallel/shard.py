@@ -55,7 +55,8 @@ class VocabularyShard:
     def of(name: str, numbers: Sequence[int]) -> VocabularyShard:
         """Return the shard that an operator was given as `name` and `numbers`."""
         start, rows, total, even = numbers
-        return VocabularyShard(dist.distributed_c10d._resolve_process_group(name), start, rows, total, bool(even))
+        group = dist.distributed_c10d._resolve_process_group(cast(Any, name))
+        return VocabularyShard(group, start, rows, total, bool(even))
 
     @property
     def name(self) -> str:
@@ -128,8 +129,7 @@ def local_head(
     Raises:
         TypeError, ValueError: group is no process group, or not with a DTensor, or the DTensor is cut otherwise.
     """
-    if group is not None:
-        check_group(group)
+    check_group(group)
     kind = _dtensor()
     if kind is None or not isinstance(weight, kind):
         if kind is not None and isinstance(bias, kind):
@@ -151,9 +151,15 @@ def local_head(
 
 
 def check_group(group: object) -> None:
-    """Check that it is a process group or None."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
+    """Check that it is a process group with this process in it, or None."""
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "group must have this process in it; got NON_GROUP_MEMBER, which new_group returns to the processes that "
+            "it leaves out: they have no part of the vocabulary and make no call"
+        )
+    raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
 
 
 def _dtensor() -> type | None:
