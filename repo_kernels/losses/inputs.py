@@ -230,7 +230,7 @@ class RepoLossCall(CallOptions, RepoLossInputs):
             PyTorch for fp64.
         group: the processes among which the vocabulary is divided: logits are (T, V / P) or (B, L, V / P), the columns
             of this process in the order of ranks; token_ids are those of the whole vocabulary. Loss and statistics are
-            the same in every process. Takes no softcap, full KL, inplace or torch.compile. None: logits are whole.
+            the same in every process. Takes no full KL, kept, inplace or torch.func. None: logits are whole.
     """
 
     inplace: bool = False
@@ -246,13 +246,14 @@ class LinearRepoLossCall(CallOptions, LinearRepoLossInputs):
         chunk_tokens: live tokens per chunk, >= 1. None: by chunk_bytes.
         chunk_bytes: bytes that the logits of a chunk may take, with those of the reference and their gradient; chunks
             are equally long. None: 64 MB on the CPU, 48 MB with a `LoraHead`; on a GPU 1 GB or twice the gradient of
-            the weight in fp32, whichever is more, and at least 1024 tokens.
+            the weight in fp32, whichever is more, and at least 1024 tokens; with a divided vocabulary the processes
+            share these bytes.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
         group: the processes among which the vocabulary is divided: weight is (V / P, H) and bias (V / P,), the rows of
             this process in the order of ranks, as are base and lora_B of a `LoraHead`, whose lora_A is whole; token_ids
-            are those of the whole vocabulary. None: weight is whole, or a DTensor sharded on dim 0, which may be cut
-            unevenly.
+            are those of the whole vocabulary. Takes no full KL, kept or torch.func. None: weight is whole, or a DTensor
+            sharded on dim 0, which may be cut unevenly.
     """
 
     chunk_tokens: int | None = None

@@ -119,7 +119,7 @@ def refuse_with_kept(inplace: bool, divided: bool) -> None:
             "inplace=True is for the whole vocabulary: the gradient of kept logits is not as wide; got kept"
         )
     if divided:
-        raise ValueError("kept takes a whole vocabulary; got one divided among processes")
+        raise ValueError("kept takes a whole vocabulary; got one divided among processes: use kept=None, or no group")
 
 
 def _check_values(index: Tensor, outside: Tensor, ids: Tensor, missing: Tensor, vocabulary: int) -> None:

@@ -13,13 +13,12 @@ from ..checks import Scalar, check_bool, check_chunk, check_matrix, check_softca
 from ..tensor_kinds import check_memory, is_transformed, operate
 from .arguments import check_ids
 from .composite import losses as composite
-from .heads.chunks import Budget
 from .heads.lora import HEAD_NAMES, LoraHead, head_tensors
 from .heads.operators import gradients_wanted, linear_statistics
 from .kept import KeptSets, refuse_with_kept
 from .ops import row_statistics
-from .parallel.logps import ShardedLogits, ShardedStatistics
-from .parallel.shard import VocabularyShard, check_group, check_sharded, local_head
+from .parallel.operators import divided_linear_statistics, divided_statistics
+from .parallel.shard import VocabularyShard, check_divided, check_group, local_head
 from .temperature import statistics_temperature
 
 
@@ -65,6 +64,7 @@ def selective_log_softmax(
         RuntimeError: create_graph=True.
     """
     check_matrix("logits", logits)
+    check_group(group)
     backend = choose_backend(backend, logits)
     check_softcap(softcap)
     check_bool("return_entropy", return_entropy)
@@ -77,18 +77,17 @@ def selective_log_softmax(
         check_memory(logits=logits, token_ids=ids)
         sets = KeptSets.of(kept, ids, logits, logits.shape[-1])
         logits, ids, softcap = sets.of_logits(logits, float(softcap or 0.0)), sets.ids, None
-    if group is not None:
-        check_group(group)
-        check_memory(logits=logits, token_ids=ids, temperature=by)
-        check_sharded(softcap)
-        shard = VocabularyShard.equal(group, logits.shape[-1])
-        state = ShardedLogits.apply(logits, ids, by, entropy, shard, backend)
-        return _outputs(state, leading, return_entropy)
     rows: Any = (logits, ids, by, float(softcap or 0.0), entropy)
-    if is_transformed():
+    if is_transformed() and group is None:
         return _outputs(composite.statistics(*rows), leading, return_entropy)
-    check_memory(logits=logits, token_ids=ids, temperature=by)
-    state = operate(row_statistics, {"logits": logits, "token_ids": ids, "temperature": by}, *rows, backend)
+    named = {"logits": logits, "token_ids": ids, "temperature": by}
+    check_memory(**named)
+    if group is None:
+        state = operate(row_statistics, named, *rows, backend)
+    else:
+        check_divided()
+        shard = VocabularyShard.equal(group, logits.shape[-1])
+        state = operate(divided_statistics, named, *rows, shard.name, shard.numbers, backend)
     return _outputs(state, leading, return_entropy)
 
 
@@ -148,14 +147,13 @@ def linear_selective_log_softmax(
         )
     options = by, float(softcap or 0.0), ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     named = {**dict(zip(HEAD_NAMES, head, strict=True)), "token_ids": ids, "temperature": by}
-    if shard is not None:
-        check_memory(**named)
-        check_sharded(softcap)
-        how = shard, Budget(hidden.device.type, chunk_tokens, chunk_bytes), backend
-        return _outputs(ShardedStatistics.apply(*head, ids, by, options[2], *how), leading, return_entropy)
-    if is_transformed():
+    if is_transformed() and shard is None:
         return _outputs(composite.statistics_of_hidden(head, ids, *options), leading, return_entropy)
     check_memory(**named)
-    rows = *head, ids, *options, gradients_wanted(head), chunk_tokens, chunk_bytes, backend
-    state = operate(linear_statistics, named, *rows)
+    rows, how = (*head, ids, *options, gradients_wanted(head)), (chunk_tokens, chunk_bytes, backend)
+    if shard is None:
+        state = operate(linear_statistics, named, *rows, *how)
+    else:
+        check_divided()
+        state = operate(divided_linear_statistics, named, *rows, shard.name, shard.numbers, *how)
     return _outputs(state, leading, return_entropy)

@@ -39,7 +39,10 @@ from .options import LossOptions
 from .output import RepoLossOutput, make_output
 from .parallel.shard import local_head
 
-WHOLE_VOCABULARY = "kl_estimator='full' takes a whole vocabulary; got one divided among processes"
+WHOLE_VOCABULARY = (
+    "kl_estimator='full' takes a whole vocabulary; got one divided among processes: use 'k1', 'k2' or 'k3', which take "
+    "ref_logps"
+)
 HEADS = (*HEAD_NAMES, "ref_hidden", "ref_weight", "ref_bias")
 
 
@@ -87,12 +90,12 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     With `group`, or with a DTensor weight that is sharded on dim 0, every process has a part of the vocabulary and all
     hidden states: its logits are those of its part, two all-reduces of a few numbers per token and one of dL/dhidden
     join them, and loss and statistics are the same in every process. The logits are formed twice then, and there is no
-    softcap, no full KL and no torch.compile.
+    full KL.
 
     Memory: for n live tokens in chunks of c, c (4 V + 4 H) + 4 n H + 4 V H bytes beside the inputs; the last two are
     the gradients of hidden and weight in fp32, where wanted. A `LoraHead` of rank r has 4 r (V + H) for its gradients
     in place of 4 V H, and 8 c r. Add 2 c V for a gradient in bf16 or fp16 on CUDA, and
-    4 c V for the logits of a reference.
+    4 c V for the logits of a reference. With a vocabulary divided among P processes, V is that of the process, V / P.
 
     Returns:
         RepoLossOutput, as `repo_loss`.
@@ -242,7 +245,8 @@ def _logps_first(
     check_bool("inplace", inplace)
     if inplace:
         raise ValueError(
-            "inplace=True is for surrogate='clip', ratio_level='token' and a whole vocabulary: one pass over the logits"
+            "inplace=True is for surrogate='clip', ratio_level='token' and a whole vocabulary, where one pass over the "
+            "logits is enough; use inplace=False"
         )
     check_memory(**loss.named_tensors)
     prepared = prepare(source, loss)

@@ -79,11 +79,14 @@ class Budget:
         tokens: live rows per chunk, or None.
         size: bytes of the logits of a chunk and of their gradient, or None for the default: on a CPU 64 MB, or 48 MB
             with a low-rank part; elsewhere 1 GB or twice dL/dweight, whichever is more, and at least 1024 rows.
+        processes: P, among which the vocabulary is divided. They share the default, so that chunks are about as long
+            as those of the whole head.
     """
 
     device: str
     tokens: int | None = None
     size: int | None = None
+    processes: int = 1
 
     def rows(self, live: int, head: HeadSizes) -> int:
         """Return the rows per chunk, at least 1: as few chunks of `live` rows as the budget allows, equally long."""
@@ -91,8 +94,8 @@ class Budget:
             return max(1, min(self.tokens, live))
         size, least = self.size, 1
         if size is None and self.device == "cpu":
-            size = CPU_LORA_BYTES if head.rank else CPU_BYTES
+            size = (CPU_LORA_BYTES if head.rank else CPU_BYTES) // self.processes
         elif size is None:
-            size, least = max(GPU_BYTES, 2 * head.weight_bytes), GPU_ROWS
+            size, least = max(GPU_BYTES // self.processes, 2 * head.weight_bytes), GPU_ROWS
         most = max(least, size // head.row_bytes)
         return max(1, -(-live // max(1, -(-live // most))))

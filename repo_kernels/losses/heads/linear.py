@@ -255,17 +255,20 @@ def statistics_chunks(
     softcap: float,
     entropy: int,
     budget: Budget,
-    backend: str,
+    statistics: Callable[..., Tensor],
 ) -> Tensor:
-    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`. temperature: 0-d or (N,)."""
-    kernels, result, live = choice.load(backend), temperature.dtype, LiveRows.of(ids != IGNORED)
+    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`, and the `statistics` of a backend.
+
+    temperature: 0-d or (N,).
+    """
+    result, live = temperature.dtype, LiveRows.of(ids != IGNORED)
     size = budget.rows(live.count, head.sizes(result, 1, False, False))
     side, ids, temperature = Side.of(hidden, head, live, size, result), live.take(ids), live.take(temperature)
     state = temperature.new_empty(len(STATE), live.count)
     for start, stop in chunks(live.count, size):
         _, logits = side.chunk(start, stop)
         by = at_rows(temperature, slice(start, stop))
-        state[:, start:stop] = kernels.statistics(logits, ids[start:stop], by, softcap, entropy)
+        state[:, start:stop] = statistics(logits, ids[start:stop], by, softcap, entropy)
         del logits  # freed before the next chunk's are allocated
     return live.spread(state)
 

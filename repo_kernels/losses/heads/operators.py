@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ...backends import choice
 from ...backends.codes import STATE
 from ...backends.interface import Loss, RowArguments
 from ...tensor_kinds import kept, written
@@ -33,7 +34,7 @@ def gradients_wanted(tensors: HeadTensors) -> list[bool]:
     return [recorded and x is not None and x.requires_grad for x in tensors[:LEAVES]]
 
 
-def _precise(hidden: Tensor) -> torch.autocast:
+def precise(hidden: Tensor) -> torch.autocast:
     """Switch autocast off: gemm.py chooses the dtypes."""
     return torch.autocast(hidden.device.type, enabled=False)
 
@@ -44,7 +45,7 @@ def _reference(
     return None if hidden is None or weight is None else (hidden, LinearHead.of(hidden, weight, bias, result=result))
 
 
-def _fake_gradients(leaves: Sequence[Tensor | None], result: torch.dtype, wanted: Sequence[bool]) -> list[Tensor]:
+def fake_gradients(leaves: Sequence[Tensor | None], result: torch.dtype, wanted: Sequence[bool]) -> list[Tensor]:
     like = next(x for x in leaves if x is not None)
     return [
         like.new_empty((0,) if x is None or not want else x.shape, dtype=result)
@@ -52,12 +53,12 @@ def _fake_gradients(leaves: Sequence[Tensor | None], result: torch.dtype, wanted
     ]
 
 
-def _rounded(totals: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
+def rounded(totals: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
     """Cast the sums to the dtypes of the leaves; a dtype of None means that no gradient is wanted."""
     return tuple(None if dtype is None else total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True))
 
 
-def _keep_dtypes(ctx: Any, inputs: tuple, wanted: Sequence[bool]) -> None:
+def keep_dtypes(ctx: Any, inputs: tuple, wanted: Sequence[bool]) -> None:
     ctx.wanted = list(wanted)
     ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs[:LEAVES], wanted, strict=True)]
     ctx.set_materialize_grads(False)
@@ -91,7 +92,7 @@ def linear_loss(
     """
     loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
     now, budget = (False,) * LEAVES if loss.per_token else wanted, Budget(hidden.device.type, chunk_tokens, chunk_bytes)
-    with _precise(hidden):
+    with precise(hidden):
         head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=result)
         reference = _reference(ref_hidden, ref_weight, ref_bias, result)
         value, stats, results, gradients = loss_chunks(hidden, head, reference, loss, now, None, budget, backend)
@@ -104,12 +105,12 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     scalars, code, wanted = rest[HEADS], rest[HEADS + 1], rest[HEADS + 4]
     value, rows, stats, _ = fake_loss(hidden, code)
     now = (False,) * LEAVES if value.ndim else wanted
-    return value, rows, stats, *_fake_gradients((hidden, *rest[: LEAVES - 1]), scalars.dtype, now)
+    return value, rows, stats, *fake_gradients((hidden, *rest[: LEAVES - 1]), scalars.dtype, now)
 
 
 def _keep_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *heads, arguments, scalars, code, softcap, entropy, wanted, chunk_tokens, chunk_bytes, backend = inputs
-    _keep_dtypes(ctx, inputs, wanted)
+    keep_dtypes(ctx, inputs, wanted)
     ctx.per_token = bool(output[0].ndim)
     ctx.rest = (code, softcap, entropy, list(wanted), chunk_tokens, chunk_bytes, backend)
     ctx.save_for_backward(*(map(kept, (*heads, scalars, *arguments)) if ctx.per_token else output[3:]))
@@ -126,7 +127,7 @@ def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     if ctx.per_token:
         *heads, scalars = (None if x is None else x.detach() for x in saved[: HEADS + 1])
         totals = linear_loss_gradient(*heads, list(saved[HEADS + 1 :]), scalars, upstream, *ctx.rest)
-        return *_rounded(totals, ctx.dtypes), *nothing
+        return *rounded(totals, ctx.dtypes), *nothing
     # a graph that is traced or retained may run backward again; otherwise nobody else reads the sums
     if traced or may_run_again() or is_batched(upstream):
         totals = [total.detach() * upstream for total in saved]
@@ -135,7 +136,7 @@ def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
         for total in totals:
             scale_all(total, written(upstream), backend)
             torch.autograd.graph.increment_version(total)
-    return *_rounded(totals, ctx.dtypes), *nothing
+    return *rounded(totals, ctx.dtypes), *nothing
 
 
 linear_loss.register_autograd(_loss_backward, setup_context=_keep_loss)
@@ -166,7 +167,7 @@ def linear_loss_gradient(
     """Compute the gradients of the leaves of losses (N,) with upstream (N,); empty if not wanted."""
     loss, result = Loss(RowArguments.of(arguments), scalars, code, softcap, entropy), scalars.dtype
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
-    with _precise(hidden):
+    with precise(hidden):
         head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=result)
         reference = _reference(ref_hidden, ref_weight, ref_bias, result)
         *_, gradients = loss_chunks(hidden, head, reference, loss, wanted, upstream, budget, backend)
@@ -175,7 +176,7 @@ def linear_loss_gradient(
 
 @linear_loss_gradient.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(_fake_gradients(inputs[:LEAVES], inputs[HEADS + 1].dtype, inputs[HEADS + 6]))
+    return tuple(fake_gradients(inputs[:LEAVES], inputs[HEADS + 1].dtype, inputs[HEADS + 6]))
 
 
 @custom_op("repo_kernels::linear_statistics", mutates_args=())
@@ -200,9 +201,10 @@ def linear_statistics(
     temperature: 0-d or (N,), dtype of the sums, here and in `linear_slopes_gradient`.
     """
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
-    with _precise(hidden):
+    statistics = choice.load(backend).statistics
+    with precise(hidden):
         head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=temperature.dtype)
-        return statistics_chunks(hidden, head, ids, temperature, softcap, entropy, budget, backend)
+        return statistics_chunks(hidden, head, ids, temperature, softcap, entropy, budget, statistics)
 
 
 @linear_statistics.register_fake
@@ -213,7 +215,7 @@ def _(*inputs: Any) -> Tensor:
 
 def _keep_statistics(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, softcap, _, wanted, chunk_tokens, chunk_bytes, backend = inputs
-    _keep_dtypes(ctx, inputs, wanted)
+    keep_dtypes(ctx, inputs, wanted)
     ctx.rest = softcap, list(wanted), chunk_tokens, chunk_bytes, backend
     ctx.save_for_backward(*map(kept, (*tensors, output)))
 
@@ -226,7 +228,7 @@ def _statistics_backward(ctx: Any, upstream: Tensor | None) -> tuple:
         refuse_second_order("linear_selective_log_softmax")
     slopes = torch.cat((upstream[:2], torch.zeros_like(upstream[:1])))  # there is no full KL
     totals = linear_slopes_gradient(*tensors, state, slopes, *ctx.rest)
-    return *_rounded(totals, ctx.dtypes), *(None,) * 9
+    return *rounded(totals, ctx.dtypes), *(None,) * 9
 
 
 linear_statistics.register_autograd(_statistics_backward, setup_context=_keep_statistics)
@@ -252,7 +254,7 @@ def linear_slopes_gradient(
 ) -> Gradients:
     """Compute the gradients of the leaves from STATE (7, N) and SLOPES (3, N); empty if not wanted."""
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
-    with _precise(hidden):
+    with precise(hidden):
         head = LinearHead.of(hidden, weight, bias, lora_a, lora_b, scaling, result=temperature.dtype)
         gradients = slope_chunks(hidden, head, ids, state, slopes, temperature, softcap, wanted, budget, backend)
     return gradients.tensors
@@ -261,4 +263,4 @@ def linear_slopes_gradient(
 @linear_slopes_gradient.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     temperature, wanted = inputs[LEAVES + 2], inputs[LEAVES + 6]
-    return tuple(_fake_gradients(inputs[:LEAVES], temperature.dtype, wanted))
+    return tuple(fake_gradients(inputs[:LEAVES], temperature.dtype, wanted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...backends.codes import IGNORED
-from ...tensor_kinds import has_values, is_traced, is_transformed
+from ...tensor_kinds import is_transformed
 from ..heads.lora import LoraHead
 
 
@@ -35,8 +36,7 @@ class VocabularyShard:
     @staticmethod
     def equal(group: dist.ProcessGroup, rows: int) -> VocabularyShard:
         """Return the shard of this process where every process has as many rows, in the order of its rank."""
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        return VocabularyShard(group, rank * rows, rows, size * rows, even=True)
+        return VocabularyShard(group, group.rank() * rows, rows, group.size() * rows, even=True)
 
     @staticmethod
     def of_dim(group: dist.ProcessGroup, total: int) -> VocabularyShard:
@@ -45,33 +45,60 @@ class VocabularyShard:
         Raises:
             ValueError: in every process, if one of them has no row.
         """
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        size, rank = group.size(), group.rank()
         step = -(-total // size)
         if (size - 1) * step >= total:
             raise ValueError(f"weight must have a row for every process; got {total} rows, {step} each for {size}")
         return VocabularyShard(group, rank * step, min(step, total - rank * step), total)
 
+    @staticmethod
+    def of(name: str, numbers: Sequence[int]) -> VocabularyShard:
+        """Return the shard that an operator was given as `name` and `numbers`."""
+        start, rows, total, even = numbers
+        group = dist.distributed_c10d._resolve_process_group(cast(Any, name))
+        return VocabularyShard(group, start, rows, total, bool(even))
+
+    @property
+    def name(self) -> str:
+        """The name of the group, by which an operator finds it."""
+        return self.group.group_name
+
+    @property
+    def numbers(self) -> list[int]:
+        """start, rows, total and even."""
+        return [self.start, self.rows, self.total, int(self.even)]
+
+    @property
+    def processes(self) -> int:
+        """P."""
+        return self.group.size()
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise IndexError if a live id is outside [0, V); looked at on the CPU alone, where that does not wait."""
+        if ids.device.type == "cpu":
+            wrong = ids[(ids != IGNORED) & self._outside(ids)]
+            if wrong.numel():
+                raise IndexError(f"token_ids must lie in [0, {self.total}); got {wrong[0].item()}")
+
     def local_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids (N,) within the shard, and which are in it, (N,) bool.
 
-        Live ids of other shards become `rows`, one past the last one. Ignored ids stay.
-
-        Raises:
-            IndexError: a live id is outside [0, V); looked at on the CPU alone, where that does not wait.
+        Live ids of other shards become `rows`, one past the last one. Ignored ids stay. An id outside [0, V) becomes
+        -1 and counts as in every shard, so that the NaN that Triton gives it arrives in the sums.
         """
-        live = ids != IGNORED
-        if ids.device.type == "cpu" and has_values(ids):
-            wrong = ids[live & ((ids < 0) | (ids >= self.total))]
-            if wrong.numel():
-                raise IndexError(f"token_ids must lie in [0, {self.total}); got {wrong[0].item()}")
+        live, outside = ids != IGNORED, self._outside(ids)
         owned = live & (ids >= self.start) & (ids < self.start + self.rows)
-        return torch.where(owned, ids - self.start, torch.where(live, self.rows, IGNORED)), owned
+        local = torch.where(owned, ids - self.start, torch.where(live, self.rows, IGNORED))
+        return torch.where(live & outside, -1, local), owned | (live & outside)
+
+    def _outside(self, ids: Tensor) -> Tensor:
+        return (ids < 0) | (ids >= self.total)
 
     def maximum(self, values: Tensor) -> Tensor:
         """Return the largest of the processes' values (N,), elementwise.
 
         Raises:
-            ValueError: in every process, if they have unequal shards though `even`; looked at where `local_ids` looks.
+            ValueError: in every process, if they have unequal shards though `even`; looked at where `check_ids` looks.
         """
         sizes = [values.new_full((1,), rows) for rows in (self.rows, -self.rows)]  # travel along
         largest = torch.cat((values, *sizes))
@@ -83,9 +110,8 @@ class VocabularyShard:
             )
         return largest[:-2]
 
-    def total_of(self, values: Tensor) -> Tensor:
-        """Return the sum of the processes' values, elementwise."""
-        values = values.contiguous().clone()
+    def add_up(self, values: Tensor) -> Tensor:
+        """Replace the processes' values by their sum, elementwise, and return it."""
         dist.all_reduce(values, dist.ReduceOp.SUM, group=self.group)
         return values
 
@@ -103,8 +129,7 @@ def local_head(
     Raises:
         TypeError, ValueError: group is no process group, or not with a DTensor, or the DTensor is cut otherwise.
     """
-    if group is not None:
-        check_group(group)
+    check_group(group)
     kind = _dtensor()
     if kind is None or not isinstance(weight, kind):
         if kind is not None and isinstance(bias, kind):
@@ -126,9 +151,15 @@ def local_head(
 
 
 def check_group(group: object) -> None:
-    """Check that it is a process group or None."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
+    """Check that it is a process group with this process in it, or None."""
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "group must have this process in it; got NON_GROUP_MEMBER, which new_group returns to the processes that "
+            "it leaves out: they have no part of the vocabulary and make no call"
+        )
+    raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
 
 
 def _dtensor() -> type | None:
@@ -141,12 +172,10 @@ def _is_cut_by_rows(value: Any) -> bool:
     return value.device_mesh.ndim == 1 and len(value.placements) == 1 and value.placements[0].is_shard(0)
 
 
-def check_sharded(softcap: float | None) -> None:
-    """Check what a divided vocabulary does not take yet: a softcap, and a call that is traced or transformed."""
-    if softcap:
-        raise ValueError(f"softcap must be None where the vocabulary is divided among processes; got {softcap!r}")
-    if is_traced() or is_transformed():
+def check_divided() -> None:
+    """Raise RuntimeError in a transform, which would have to run the collectives."""
+    if is_transformed():
         raise RuntimeError(
-            "a vocabulary that is divided among processes cannot be traced by torch.compile nor transformed by "
-            "torch.func: the call waits for the other processes"
+            "a vocabulary that is divided among processes cannot be transformed by torch.func nor differentiated in "
+            "forward mode: the call waits for the other processes; use backward, or a whole vocabulary"
         )

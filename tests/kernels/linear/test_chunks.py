@@ -34,6 +34,10 @@ HALF_ROW = 6 * row_stride(V) + 4 * H
         (10, HeadSizes(1, 0, torch.float32, torch.float32), Budget("cuda", tokens=30), 10),
         (10, HeadSizes(1, 4, torch.float32, torch.float32), Budget("cuda", size=5 * (64 + 16)), 5),
         (10, HeadSizes(1, 4, torch.float32, torch.float32), Budget("cpu", size=1), 1),
+        # processes that divide the vocabulary share the default, not what the caller gives to each
+        (1024, HeadSizes(49_136 // 2, 0, torch.float32, torch.float32), Budget("cpu", processes=2), 256),
+        (10, HeadSizes(1, 4, torch.float32, torch.float32), Budget("cpu", size=5 * (64 + 16), processes=2), 5),
+        (8192, HeadSizes(V, 0, torch.float32, torch.float32, with_weight=False), Budget("cuda", processes=8), 1024),
         # on a GPU 1 GB or twice dL/dweight, whichever is more, and at least 1024 rows
         (8192, HALF_HEAD, Budget("cuda"), 8192 // -(-8192 // (2 * 4 * V * H // HALF_ROW))),
         (8192, HeadSizes(V, 64, torch.bfloat16, torch.float32), Budget("cuda"), 1024),

@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from repo_kernels import LoraHead, linear_repo_loss, linear_selective_log_softmax, repo_loss, selective_log_softmax
+from repo_kernels.losses.parallel.shard import VocabularyShard
 
 WORLD, ROWS, WIDTH, VOCABULARY = 4, 13, 8, 24
 
@@ -33,7 +35,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a LoRA head": {"frozen": True, "adapted": True, "ratio_level": "sequence"},
     "one token of probability 0": {"impossible": True},
     "nothing live": {"dead": True},
+    "a softcap": {"softcap": 1.5, "beta": 0.2, "entropy_coef": 0.1, "temperature": 0.7},
+    "a softcap and sequences": {"softcap": 3.0, "ratio_level": "sequence", "loss_agg_mode": "none", "packed": True},
+    "a softcap and a LoRA head": {"softcap": 2.0, "frozen": True, "adapted": True, "surrogate": "cispo"},
+    "a half of probability 0": {"masked": True, "entropy_coef": 0.1, "return_entropy": True},
 }
+TRITON = {
+    2: ("a softcap", "a half of probability 0"),
+    3: ("a softcap",),
+}  # by size of the group: the interpreter is slow
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -57,6 +67,9 @@ def case(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor,
     }
     if options.pop("impossible", False):
         bias[5] = -math.inf
+    if options.pop("masked", False):  # all that one of 2 processes holds, or the last ones of 3 and of 4
+        bias[VOCABULARY // 2 :] = -math.inf
+        ids[1:2], ids[3:] = VOCABULARY // 2 - 1, ids[3:] % (VOCABULARY // 2)
     if options.pop("dead", False):
         ids[:] = -100
     if options.pop("packed", False):
@@ -120,35 +133,69 @@ def compare_dtensor(group: dist.ProcessGroup, rows: int) -> dict[str, float]:
     ids = torch.randint(0, rows, (ROWS,))
     mesh = DeviceMesh.from_group(group, "cpu")
     whole, divided = weight.clone().requires_grad_(), distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    one = linear_selective_log_softmax(hidden, whole, ids, return_entropy=True)
-    two = linear_selective_log_softmax(hidden, divided, ids, return_entropy=True)
+    one = linear_selective_log_softmax(hidden, whole, ids, return_entropy=True, softcap=2.0)
+    two = linear_selective_log_softmax(hidden, divided, ids, return_entropy=True, softcap=2.0)
     for logps, entropy in (one, two):
         (logps.sum() + 0.5 * entropy.sum()).backward()
     errors = {"logps": relative(two[0], one[0]), "entropy": relative(two[1], one[1])}
     return errors | {"dweight": relative(divided.grad.full_tensor(), whole.grad)}
 
 
-def refused(group: dist.ProcessGroup) -> list[str]:
+def compiled(group: dist.ProcessGroup, rank: int) -> dict[str, float]:
+    """Errors of compiled calls beside eager ones, over values of temperature and lam, and the graphs compiled."""
+    hidden, weight, bias, ids, arguments = case("plain", torch.float32)
+    hidden = hidden.nan_to_num(0.0)
+    arguments |= {"cost_advantages": arguments["reward_advantages"].flip(0), "entropy_coef": 0.1}
+    logits = (hidden @ weight.t() + bias).chunk(2, dim=1)[rank]
+    part = weight.chunk(2)[rank].contiguous()
+
+    def step(x: Tensor, w: Tensor, z: Tensor, temperature: float, lam: float) -> Tensor:
+        how: dict[str, Any] = {"temperature": temperature, "group": group}
+        of_hidden = linear_repo_loss(x, w, ids, **arguments, **how, lam=lam, softcap=3.0)
+        return of_hidden.loss + selective_log_softmax(z, ids, **how).mean()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    traced = torch.compile(step, backend=counter, fullgraph=True)
+    errors = {"loss": 0.0, "gradients": 0.0}
+    for values in ((0.7, 1.0), (0.9, 0.5), (1.1, 0.0)):
+        outcomes = []
+        for call in (traced, step):
+            leaves = [x.detach().clone().requires_grad_() for x in (hidden, part, logits)]
+            loss = call(*leaves, *values)
+            outcomes.append((loss.detach(), torch.autograd.grad(loss, leaves)))
+        (got, grads), (expected, expected_grads) = outcomes
+        errors["loss"] = max(errors["loss"], relative(got, expected))
+        worst = max(map(relative, grads, expected_grads))
+        errors["gradients"] = max(errors["gradients"], worst)
+    return errors | {"graphs": counter.frame_count}
+
+
+def refused(group: dist.ProcessGroup) -> dict[str, str]:
     """Messages for what a divided head does not take."""
     hidden, weight, _, ids, arguments = case("plain", torch.float32)
-    calls: list[Callable[[], Any]] = [
-        lambda: linear_repo_loss(hidden, weight, ids, **arguments, group=group, softcap=3.0),
-        lambda: linear_repo_loss(
-            hidden, weight, ids, **arguments, group=group, kl_estimator="full", ref_hidden=hidden, ref_weight=weight
-        ),
-        lambda: linear_repo_loss(hidden, weight, ids.masked_fill(ids == 0, 99), **arguments, group=group),
-        lambda: linear_repo_loss(hidden, weight, ids, **arguments, group="data"),
-        lambda: torch.compile(linear_selective_log_softmax, backend="eager", fullgraph=True)(
-            hidden, weight, ids, group=group
-        ),
-        lambda: second_order(
+    logits, call = hidden @ weight.t(), arguments | {"token_ids": ids, "group": group}
+    full = {"kl_estimator": "full", "ref_hidden": hidden, "ref_weight": weight}
+    sets = {"kept": ids.clamp_min(0)[:, None]}
+    calls: dict[str, Callable[[], Any]] = {
+        "full": lambda: linear_repo_loss(hidden, weight, **call, **full),
+        "full of logits": lambda: repo_loss(logits, **call, kl_estimator="full", ref_logits=logits),
+        "kept": lambda: linear_repo_loss(hidden, weight, **call, **sets),
+        "kept of logits": lambda: repo_loss(logits, **call, **sets),
+        "inplace": lambda: repo_loss(logits, **call, inplace=True),
+        "index": lambda: linear_repo_loss(hidden, weight, **call | {"token_ids": ids.masked_fill(ids == 0, 99)}),
+        "group": lambda: linear_repo_loss(hidden, weight, **call | {"group": "data"}),
+        "group of logits": lambda: selective_log_softmax(logits, ids, group="data"),
+        "another's group": lambda: selective_log_softmax(logits, ids, group=dist.GroupMember.NON_GROUP_MEMBER),
+        "transform": lambda: torch.func.grad(lambda x: linear_repo_loss(x, weight, **call).loss)(hidden),
+        "transform of logits": lambda: torch.func.grad(lambda z: repo_loss(z, **call).loss)(logits),
+        "second order": lambda: second_order(
             linear_selective_log_softmax(given := hidden.clone().requires_grad_(), weight, ids, group=group), given
         ),
-        lambda: second_order(
-            selective_log_softmax(given := (hidden @ weight.t()).requires_grad_(), ids, group=group), given
+        "second order of logits": lambda: second_order(
+            selective_log_softmax(given := logits.clone().requires_grad_(), ids, group=group), given
         ),
-    ]
-    return [message_of(call) for call in calls]
+    }
+    return {name: message_of(call) for name, call in calls.items()}
 
 
 def second_order(logps: Tensor, given: Tensor) -> None:
@@ -192,19 +239,23 @@ def run(rank: int, folder: str) -> None:
         found: list[tuple[str, dict[str, float]]] = []
         if rank < size:
             for backend, dtype in (("eager", torch.float64), ("cpu", torch.float32), ("triton", torch.float32)):
-                for name in OPTIONS if backend != "triton" else ("KL, entropy, temperature",):
+                for name in OPTIONS if backend != "triton" else TRITON.get(size, ()):
                     errors = compare(name, dtype, backend, lambda x, n=size: x.chunk(n)[rank], group)
                     found.append((f"{size} processes, {backend}, {name}", errors))
             if size > 1:
                 found.append((f"{size} processes, DTensor", compare_dtensor(group, 3 * size + 1)))
+            if size == 2:
+                found.append(("compiled", compiled(group, rank)))
         everything: list[Any] = [None] * WORLD
         dist.all_gather_object(everything, found)
         for i, (label, errors) in enumerate(everything[0]):
             worst = {key: max(one[i][1][key] for one in everything[:size]) for key in errors}
             results.append({"case": label, "errors": worst})
+    beyond = VocabularyShard.equal(groups[WORLD], 6).local_ids(torch.tensor([24, -1, -100]))
     few, unequal = too_few_rows(groups[WORLD]), unequal_rows(groups[WORLD], rank)
     if rank == 0:
         told = {"cases": results, "refused": refused(groups[1]), "too few rows": few, "unequal": unequal}
+        told["beyond"] = [x.tolist() for x in beyond]
         Path(folder, "results.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
