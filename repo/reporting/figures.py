@@ -151,7 +151,7 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
         panels[2].plot(*thinned(history.steps, history.series("limit")), color=NOW)
         panels[2].axhline(history.limit, color=INK, lw=1, ls=":")
         panels[2].set_title(f"limit used in the step (dotted: the run's limit d = {history.limit:g})")
-        caption += " λ moves by the limit used in the step, all other figures are of the run's limit."
+        caption += " λ moves by the limit used in the step; all other figures are of the run's limit."
     if known:
         last = panels[-1]
         log_axis(last)
