@@ -11,6 +11,9 @@ num_iterations 1. Its advantage is the reward minus the mean of the whole group;
 which is k / (k - 1) times that, so its reward weight is set to k / (k - 1) and the two agree. Both log the mean k3 per
 response token. They differ in the sampler (the same seed gives other samples), in padding and prefix sharing, and in
 that ours keeps freed memory (repo.common.malloc), which the side trl-kept gives to TRL's process too.
+
+The side repo-trl is RePOTrainer, the adapter for TRL, without a cost: TRL samples, scores and forms the advantages as
+in trl, and only the log-probabilities and the loss are ours.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from benchmarks.workloads.peers import missing
 from benchmarks.workloads.trainers import PARTS, Measured
 from benchmarks.workloads.training_step import load_step
 
-SIDES = ("ours", "trl", "trl-kept")
+SIDES = ("ours", "trl", "trl-kept", "repo-trl")
 PROMPTS, SAMPLES, TOKENS, BETA = 4, 4, 40, 0.04
 BATCH = PROMPTS * SAMPLES
 GIB = 2.0**30
@@ -158,9 +161,9 @@ def test_train_vs_trl(request, record, benchmark, case) -> None:
     rounds = request.config.getoption("--rounds") or (1 if request.config.getoption("--quick") else 2)
     model = EMBEDDED if parameters["model"] == EMBEDDED else folder_of(parameters["model"])
     options = argparse.Namespace(**{**parameters, "model": model}, prompts=EMBEDDED)
-    sides = {"ours": OURS} if missing("trl") else {"ours": OURS, "trl": PEER, "trl-kept": PEER}
+    sides = {"ours": OURS} if missing("trl") else {"ours": OURS, "trl": PEER, "trl-kept": PEER, "repo-trl": OURS}
     if request.config.getoption("--quick"):
-        sides.pop("trl-kept", None)
+        sides = {side: role for side, role in sides.items() if side in ("ours", "trl")}
     load_step.cache_clear()
     free_memory()
     runs_of: dict[str, list[Measured]] = {side: [] for side in sides}

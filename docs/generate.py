@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 DOCS = Path(__file__).parent
 EXPORTS = "repo_kernels"
 """The package whose public names are documented, each on the page of the module that defines it."""
-MODULES = ("repo_kernels.advantages", "repo_kernels.penalty", "repo_kernels.safety")
+MODULES = ("repo_kernels.advantages", "repo_kernels.pairs", "repo_kernels.penalty", "repo_kernels.safety")
 """Modules whose public functions and classes are documented."""
 NOTE = "<!-- Written by `make docs`; edit the docstrings instead. -->"
 LONGEST = 300

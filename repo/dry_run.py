@@ -24,15 +24,19 @@ from .models.quantised import require_trainable
 from .rollout.engine import check_engine
 from .rollout.stop_tokens import stop_id
 from .setup import find_assets, load_data, model_path, shards_of
+from .training.pairs import DUAL_EVERY
 
 
 def describe_batch(config: Config, world: World = ALONE) -> str:
     """Describe in one line how prompts, samples, epochs and minibatches make up a step."""
     r, o = config.rollout, config.optimizer
     responses = r.prompts_per_step * r.samples_per_prompt
+    samples = f"{r.prompts_per_step} prompts x {r.samples_per_prompt} samples = {responses} responses"
+    if config.algorithm.on_pairs:
+        samples = f"{r.prompts_per_step} pairs, and every {DUAL_EVERY} steps {samples} of the policy, all"
     return (
-        f"batch: {r.prompts_per_step} prompts x {r.samples_per_prompt} samples = {responses} responses of <= "
-        f"{r.max_response_tokens} tokens; {o.epochs} epochs x {o.minibatches} minibatches = {o.epochs * o.minibatches} "
+        f"batch: {samples} of <= {r.max_response_tokens} tokens; "
+        f"{o.epochs} epochs x {o.minibatches} minibatches = {o.epochs * o.minibatches} "
         f"optimiser steps per rollout, {config.steps} rollouts; micro-batches of <= {o.micro_batch_tokens} tokens"
         + describe_world(config, world)
     )

@@ -4,6 +4,7 @@ python -m repo.evaluate runs/mine                             its final policy, 
 python -m repo.evaluate runs/mine --checkpoint best           or latest, step-000010, reference; all: every checkpoint
 python -m repo.evaluate path/to/model --reference embedded    any causal LM; the KL is measured from --reference
 python -m repo.evaluate runs/mine --data.eval mine.jsonl --evaluation.judge my_module:harmfulness
+python -m repo.evaluate runs/mine --shield 4                  behind a filter of responses (docs/evaluation.md)
 
 Every field of the configuration can be overridden, as with repo.train; a run's own configuration is the default.
 A judge of your own is given like scoring.cost, and a response is safe iff its score is <= 0.
@@ -31,15 +32,22 @@ from .common.files import make_parent, write_text
 from .config.arguments import join_negative_numbers, user_path
 from .config.parse import make_parser, parse_config
 from .config.schema import Config
+from .evaluation.shield_options import SHIELDED, ShieldSettings, add_shield_switches, shield_of
+from .runs.json_lines import finite
 
 if TYPE_CHECKING:  # what follows takes seconds to load, so functions import it once the arguments are read
     import torch
 
+    from .data.prompts import Prompt
+    from .evaluation.shielded import ShieldedEvaluator
+    from .evaluation.statistics import Evaluation
     from .models.policy import Policy
+    from .rollout.shield import CostScorer
+    from .scoring.judge import Judge
+    from .scoring.scorers import Scorers
 
 SAMPLES = 4
 """Responses to each prompt, unless evaluation.samples_per_prompt is given."""
-
 
 READ = (
     "data.eval, data.column, data.system_prompt, data.max_prompt_tokens, evaluation.*, scoring.*, rollout.*, "
@@ -58,6 +66,7 @@ class Command:
     reference: model that the KL is measured from; None leaves the KL out.
     out: file to write; None for the default.
     trust: run Python code that comes with models.
+    shield: settings of the shield; None evaluates the policy without one.
     """
 
     target: str
@@ -66,6 +75,7 @@ class Command:
     reference: str | None
     out: Path | None
     trust: bool
+    shield: ShieldSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,95 @@ class Target:
     name: str
     out: Path
     load: Callable[[], Policy]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all policies of an evaluation share.
+
+    config: with the overrides of the command line. console: where is printed. trust: run Python code of models.
+    folder: the embedded assets, or None. device: torch device. reference: model that the KL is measured from, or None.
+    reference_name: as the user gave it. scorers: reward and cost of training. judge: the held-out judge, or None.
+    """
+
+    config: Config
+    console: Console
+    trust: bool
+    folder: Path | None
+    device: torch.device
+    reference: Policy | None
+    reference_name: str | None
+    scorers: Scorers
+    judge: Judge | None
+
+    def prepare(self, policy: Policy, name: str) -> tuple[Policy, list[Prompt]]:
+        """Add the stop tokens to a policy and read the held-out prompts by its tokenizer; return both.
+
+        name: of the policy, for messages. Raises UserError if its vocabulary is not the reference's.
+        """
+        from .rollout.stop_tokens import with_stop_tokens
+        from .setup import load_held_out
+
+        if policy.merged:
+            adapter = f"model: the adapter {name} is merged into its base {policy.merged}"
+            self.console.print(adapter, markup=False, highlight=False)
+        policy, line = with_stop_tokens(policy, self.config.rollout.stop_tokens)
+        if line:
+            self.console.print(line, markup=False, highlight=False)
+        # a token must mean the same text to both
+        if self.reference is not None and policy.tokenizer.get_vocab() != self.reference.tokenizer.get_vocab():
+            other = f"{self.reference_name!r} has another vocabulary than the policy"
+            raise UserError(f"--reference: {other}, so there is no KL between them")
+        shape = policy.model.config.get_text_config()
+        prompts = load_held_out(self.config, self.folder, policy.tokenizer, shape, self.console)
+        return policy, prompts[: self.config.evaluation.prompts]
+
+    def rehearse(self, prompts: list[Prompt]) -> None:
+        """Score two canned answers and print what is odd about it. Raises UserError if a scorer fails."""
+        from .scoring.rehearsal import rehearse
+
+        limit = self.config.rollout.max_response_tokens
+        for warning in rehearse(self.scorers, self.judge, {"data.eval": prompts}, limit):
+            self.console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+
+    def load_shield(self, settings: ShieldSettings) -> ShieldedEvaluator:
+        """Load the cost scorers of a shield. Raises UserError for what cannot be loaded."""
+        from .evaluation.shielded import ShieldedEvaluator
+        from .scoring.scorers import load_scorer
+
+        timeout, date = self.config.scoring.timeout, self.config.data.date
+        where = (timeout, self.folder, None, None, str(self.device), self.trust, date)
+        known = {part.name: part.scorer for part in self.scorers.parts["cost"]}
+        ensemble: list[CostScorer] = [known.get(name) or load_scorer(name, "cost", *where) for name in settings.scorers]
+        ensemble = ensemble or [self.scorers]
+        return ShieldedEvaluator(self.config, self.scorers, self.judge, settings, ensemble, self.console)
+
+    def evaluate(self, policy: Policy, prompts: list[Prompt], name: str) -> Evaluation:
+        """Evaluate a prepared policy under a progress bar. name: label of the bar."""
+        from .evaluation.evaluator import Evaluator
+        from .models.actor import Actor
+
+        beside = None if self.reference is None else Actor(self.reference)
+        evaluator = Evaluator(self.config, prompts, self.scorers, self.judge, beside, self.console)
+        return evaluator.with_progress(name, policy)
+
+
+def load_shared(config: Config, reference_name: str | None, trust: bool, console: Console) -> Shared:
+    """Load the reference, the scorers and the judge of a configuration, and print what the scores mean.
+
+    reference_name: model that the KL is measured from; None for none. Raises UserError for what cannot be loaded.
+    """
+    from .models.policy import choose_device
+    from .scoring.judge import load_judge
+    from .setup import find_assets, load_named, scorers_beside
+
+    device, folder = choose_device(config.model.device), find_assets(config, console)
+    reference = load_named(reference_name, config, device, trust) if reference_name else None
+    scorers = scorers_beside(config, folder, reference, reference_name, str(device), trust)
+    timeout, date = config.scoring.timeout, config.data.date
+    judge = load_judge(config.evaluation.judge, folder, str(device), timeout, trust, date)
+    console.print(scorers.describe(), markup=False, highlight=False)
+    return Shared(config, console, trust, folder, device, reference, reference_name, scorers, judge)
 
 
 def read_command(argv: list[str]) -> tuple[Command, Config]:
@@ -111,6 +210,7 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
         "--out", type=user_path, metavar="FILE", help="JSON file to write; default: RUN/eval/NAME.json"
     )
     switches.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with models")
+    add_shield_switches(switches)
     parser = make_parser("repo.evaluate", "")
     if {"-h", "--help"} & {*argv}:
         switches.parse_args(["--help"])
@@ -125,38 +225,34 @@ def read_command(argv: list[str]) -> tuple[Command, Config]:
     if run is None and options.checkpoint:
         raise UserError(f"--checkpoint takes a run folder; {argv[0]} is not one (it has no config.yaml)")
     base = ["--config", str(run / "config.yaml")] if run else []
-    config = parse_config(parser, [*base, f"--evaluation.samples_per_prompt={SAMPLES}", *rest])
+    shield = shield_of(options)
+    samples = SAMPLES if shield is None else 1
+    config = parse_config(parser, [*base, f"--evaluation.samples_per_prompt={samples}", *rest])
     if run is None:  # a model needs no training prompts, so the embedded ones must not be built for it
         data = dataclasses.replace(config.data, train=config.data.eval)
-        config = dataclasses.replace(named(config, target), data=data)
-    if config.evaluation.prompts == 0:
-        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=sys.maxsize))
+        model = dataclasses.replace(config.model, path=target)
+        config = dataclasses.replace(config, model=model, data=data)
+    config = held_out_config(config)
     reference = options.reference or (config.model.path if run else None)
-    return Command(target, run, options.checkpoint, reference, options.out, options.trust_remote_code), config
+    command = Command(target, run, options.checkpoint, reference, options.out, options.trust_remote_code, shield)
+    return command, config
 
 
-def named(config: Config, path: str) -> Config:
-    """Return the configuration with model.path set to `path`."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-
-
-def load_named(path: str, config: Config, device: torch.device, trust: bool) -> Policy:
-    """Load a frozen model by folder, hub name or "embedded"."""
-    config = named(config, path)
-    from .models.policy import load_policy
-    from .setup import find_assets, model_path
-
-    folder = find_assets(config, Console(quiet=True))
-    return load_policy(model_path(config, folder), device, False, config.model, trust)
+def held_out_config(config: Config) -> Config:
+    """Return the configuration with all held-out prompts in place of none, for a run that went without."""
+    prompts = config.evaluation.prompts or sys.maxsize
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, prompts=prompts))
 
 
 def targets(command: Command, config: Config, device: torch.device) -> Iterator[Target]:
     """Yield the policies to evaluate. Raises UserError for a checkpoint that does not exist or is damaged."""
+    prefix = "" if command.shield is None else f"{SHIELDED}{command.shield.samples}-"
     from .runs.checkpoint import find_named, steps_of
+    from .setup import load_named
 
     if command.run is None:
         name = Path(command.target).name or command.target
-        out = Path("evaluations") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
+        out = Path("evaluations") / f"{prefix}{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
         yield Target(name, out, lambda: load_named(command.target, config, device, command.trust))
         return
     final, there = command.run / "final", steps_of(command.run / "checkpoints")
@@ -165,11 +261,11 @@ def targets(command: Command, config: Config, device: torch.device) -> Iterator[
         names = [there[step].name for step in sorted(there)] + ["final"] * final.is_dir()
     for name in names:
         if name == "reference":
-            out = command.run / "eval" / "reference.json"
+            out = command.run / "eval" / f"{prefix}reference.json"
             yield Target(name, out, partial(load_named, config.model.path, config, device, command.trust))
             continue
         source = final if name == "final" and final.is_dir() else find_named(command.run, name)
-        out = command.run / "eval" / f"{source.name}.json"
+        out = command.run / "eval" / f"{prefix}{source.name}.json"
         yield Target(source.name, out, partial(_load_from_run, source, config, device, command.trust))
 
 
@@ -202,15 +298,6 @@ def checked(command: Command, chosen: list[Target]) -> list[Target]:
     return chosen
 
 
-def require_same_vocabulary(policy: Policy, reference: Policy, name: str) -> None:
-    """Raise UserError unless both models have the same vocabulary, so that a token means the same text to both.
-
-    name: the reference, as the user gave it.
-    """
-    if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise UserError(f"--reference: {name!r} has another vocabulary than the policy, so there is no KL between them")
-
-
 def run_command(argv: list[str]) -> None:
     """Load what all targets share, then evaluate, print and write each target.
 
@@ -221,47 +308,32 @@ def run_command(argv: list[str]) -> None:
     command, config = read_command(argv)
     from transformers.utils import logging as transformers_logging
 
-    from .evaluation.evaluator import Evaluator, content_of
+    from .evaluation.evaluator import content_of
+    from .evaluation.shielded import print_shield, shield_report
     from .evaluation.tables import print_compensation, print_summary
-    from .models.actor import Actor
     from .models.policy import choose_device
-    from .rollout.stop_tokens import with_stop_tokens
-    from .scoring.judge import load_judge
-    from .scoring.rehearsal import rehearse
-    from .setup import find_assets, load_held_out, scorers_beside
 
     console = console_of()
     transformers_logging.disable_progress_bar()
-    device, trust = choose_device(config.model.device), command.trust
-    chosen = checked(command, list(targets(command, config, device)))
-    folder = find_assets(config, console)
-    reference = load_named(command.reference, config, device, trust) if command.reference else None
-    scorers = scorers_beside(config, folder, reference, command.reference, str(device), trust)
-    timeout, date = config.scoring.timeout, config.data.date
-    judge = load_judge(config.evaluation.judge, folder, str(device), timeout, trust, date)
-    console.print(scorers.describe(), markup=False, highlight=False)
+    chosen = checked(command, list(targets(command, config, choose_device(config.model.device))))
+    shared = load_shared(config, command.reference, command.trust, console)
+    shield = None if command.shield is None else shared.load_shield(command.shield)
     for target in chosen:
-        policy = target.load()
-        if policy.merged:
-            adapter = f"model: the adapter {target.name} is merged into its base {policy.merged}"
-            console.print(adapter, markup=False, highlight=False)
-        policy, line = with_stop_tokens(policy, config.rollout.stop_tokens)
-        if line:
-            console.print(line, markup=False, highlight=False)
-        if reference is not None:
-            require_same_vocabulary(policy, reference, command.reference or "")
-        shape = policy.model.config.get_text_config()
-        prompts = load_held_out(config, folder, policy.tokenizer, shape, console)[: config.evaluation.prompts]
+        policy, prompts = shared.prepare(target.load(), target.name)
         if target is chosen[0]:
-            for warning in rehearse(scorers, judge, {"data.eval": prompts}, config.rollout.max_response_tokens):
-                console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
-        beside = None if reference is None else Actor(reference)
-        evaluation = Evaluator(config, prompts, scorers, judge, beside, console).with_progress(target.name, policy)
+            shared.rehearse(prompts)
         about: dict[str, Any] = {"policy": command.target, "checkpoint": target.name, "reference": command.reference}
+        if shield is None:
+            evaluation = shared.evaluate(policy, prompts, target.name)
+        else:
+            evaluation = shield.with_progress(target.name, policy, prompts)
+            about["shield"] = finite(shield.describe() | shield_report(evaluation))
         content = content_of(config, evaluation, **about)
         write_text(target.out, json.dumps(content, indent=1, ensure_ascii=False))
         print_summary(console, f"{command.target}, {target.name}", content["summary"])
         print_compensation(console, evaluation)
+        if shield is not None:
+            print_shield(console, f"{command.target}, {target.name}", about["shield"])
         console.print(f"evaluation: {target.out}", markup=False, highlight=False)
         del policy  # before the next one is loaded
 

@@ -1,17 +1,24 @@
-"""The training loop: sample -> reference -> score -> advantages -> update -> record."""
+"""The training loops: sample -> reference -> score -> advantages -> update -> record, and the same on pairs."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from .data.prompts import batch_at
 from .models.actor import Actor, read_reference
 from .rollout.gather import gather
+from .rollout.pairs import draw_pairs
 from .runs.checkpoint import Saver, make_state, restore
 from .runs.console import Display
-from .runs.records import Timer, sample_records, step_record
+from .runs.records import Measured, Timer, pair_record, sample_records, step_record
 from .session import Session, finish
 from .training.batch import make_batch
 from .training.mismatch import agreement, describe_mismatch
 from .training.multipliers import Multipliers
+from .training.pairs import DUAL_EVERY, PairUpdater, make_pair_batch
 from .training.truncation import for_training
 from .training.update import Updater
 
@@ -21,19 +28,18 @@ def train(session: Session) -> None:
 
     Raises Stopped, after a checkpoint is written, if SIGINT or SIGTERM asked for it.
     """
-    config, parts, actor, run, world = session.config, session.parts, session.actor, session.run, session.world
+    loop = train_on_pairs if session.config.algorithm.on_pairs else train_on_rollouts
+    loop(session)
+
+
+def train_on_rollouts(session: Session) -> None:
+    """Train on the policy's own responses: RePO, and the baselines that differ in advantages and lambda."""
+    config, parts, actor, world = session.config, session.parts, session.actor, session.world
     algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.budget
     multipliers, updater = Multipliers(algorithm, config.penalty), Updater(actor, config, parts.examples)
     reference, layers = Actor(parts.reference), parts.scorers.layers_of(parts.reference.model)
-    with session.stop.at_once():
-        before = session.evaluator.into_run(run, "before", parts.reference)
-    first = resume(session, multipliers, updater)
-    records = []  # metrics since the last checkpoint
-    with (
-        Saver(run.path, config.keep, config.safety_target, world, actor.sharded) as saver,
-        Display(session.console, config, first) as display,
-    ):
-        for step in range(first, config.steps):
+    with course_of(session, multipliers, updater) as course:
+        for step in course.steps:
             timer = Timer()
             session.engine.update(step)
             prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
@@ -44,36 +50,127 @@ def train(session: Session) -> None:
             scores = parts.scorers(rollout.prompts, rollout.texts, reading)
             rollout, scores, ref_logps = gather(world, rollout, scores, ref_logps, parts.policy.pad_id)
             timer.mark("score")
-            saver.wait()  # the background checkpoint must finish before weights change
+            course.saver.wait()  # the background checkpoint must finish before weights change
             sequences, judged = for_training(r, rollout, scores)
             predictions = updater.predict(sequences, step)
-            lam, beta = multipliers.lam, multipliers.beta
-            batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions)
+            lam, beta, limit = multipliers.lam, multipliers.beta, multipliers.limits.begin(scores.costs)
+            batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions, limit)
             result = updater.update(batch, step, config.steps)
             timer.mark("update")
 
             agreed = agreement(rollout.logps, result.logps, sequences.response_mask)
             record = step_record(step, algorithm, rollout, scores, batch, result, agreed, timer.seconds)
-            multipliers.update(scores.costs.tolist(), record["rectified_cost"], record["kl"])
+            record |= multipliers.limits.measure(scores.costs)
+            rectified = record.get("limit_rectified_cost", record["rectified_cost"])
+            multipliers.update(scores.costs.tolist(), rectified, record["kl"])
             samples = sample_records(step, rollout, scores, batch.advantages, algorithm.cost_limit)
-            run.write(step, record, samples)
-            records.append(record)
-            display.step(record, samples, describe_mismatch(agreed, config))
-            done, stopping = step + 1, world.any(session.stop.requested)
-            if stopping or done == config.steps or (config.save_every and done % config.save_every == 0):
-                skipped = updater.skipped_in_a_row
-                state = make_state(done, multipliers.state_dict(), skipped, run.offsets, records, world)
-                saver.start(state, actor, updater.optimizer)
-                records = []
-            if stopping and done < config.steps:
-                saver.wait()
-                session.stop.leave()
+            course.record(step, record, samples, describe_mismatch(agreed, config))
+
+
+def train_on_pairs(session: Session) -> None:
+    """Train on pairs of responses that are not the policy's own: constrained DPO and its rectified form.
+
+    The policy samples only in every DUAL_EVERY-th step, after its update, to move lambda by the costs of what it says.
+    """
+    config, parts, world, r = session.config, session.parts, session.world, session.config.rollout
+    algorithm, budget, pad_id = config.algorithm, config.optimizer.budget, parts.policy.pad_id
+    multipliers, updater = Multipliers(algorithm, config.penalty), PairUpdater(session.actor, config)
+    reference, layers = Actor(parts.reference), parts.scorers.layers_of(parts.reference.model)
+
+    with course_of(session, multipliers, updater) as course:
+        for step in course.steps:
+            timer = Timer()
+            prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
+            own = world.slice(len(prompts))
+            pairs = draw_pairs(parts.reference, prompts, config, step, own)
+            timer.mark("pairs")
+            ref_logps, reading = read_reference(reference, pairs.sequences, r.temperature, budget, layers)
+            timer.mark("reference")
+            scores = parts.scorers(pairs.prompts, pairs.texts, reading)
+            pairs, scores, ref_logps = gather(world, pairs, scores, ref_logps, pad_id)
+            timer.mark("score")
+            course.saver.wait()  # the background checkpoint must finish before weights change
+            batch = make_pair_batch(algorithm, pairs.sequences, scores, ref_logps, multipliers.lam)
+            result = updater.update(batch, step, config.steps)
+            timer.mark("update")
+
+            measured, samples = None, []
+            if (step + 1) % DUAL_EVERY == 0:
+                session.engine.update(step)
+                rollout = session.engine.sample(prompts, step, own)
+                ref_logps, reading = read_reference(reference, rollout.sequences, r.temperature, budget, layers)
+                scores = parts.scorers(rollout.prompts, rollout.texts, reading)
+                measured = Measured.of(*gather(world, rollout, scores, ref_logps, pad_id))
+                samples = sample_records(step, measured.rollout, measured.scores, None, algorithm.cost_limit)
+                timer.mark("rollout")
+            record = pair_record(step, algorithm, batch, result, measured, timer.seconds)
+            if measured is not None:
+                multipliers.update(measured.scores.costs.tolist(), record["rectified_cost"])
+            course.record(step, record, samples)
+
+
+@dataclass
+class Course:
+    """The steps of a run that are left, what becomes of each, and its checkpoints.
+
+    saver: writes the checkpoints in the background. display: shows the steps. first: the step to begin with.
+    records: metrics since the last checkpoint.
+    """
+
+    session: Session
+    multipliers: Multipliers
+    updater: Updater | PairUpdater
+    saver: Saver
+    display: Display
+    first: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> range:
+        """The steps left to do, counted from 0."""
+        return range(self.first, self.session.config.steps)
+
+    def record(
+        self, step: int, record: dict[str, Any], samples: list[dict[str, Any]], warning: str | None = None
+    ) -> None:
+        """Write and show what a step did, and begin a checkpoint if one is due.
+
+        record, samples: the step's lines of metrics.jsonl and samples.jsonl. warning: a sentence, or None. Raises
+        Stopped, after a checkpoint is written, if SIGINT or SIGTERM asked for it.
+        """
+        session, config = self.session, self.session.config
+        session.run.write(step, record, samples)
+        self.records.append(record)
+        self.display.step(record, samples, warning)
+        done, stopping = step + 1, session.world.any(session.stop.requested)
+        if stopping or done == config.steps or (config.save_every and done % config.save_every == 0):
+            skipped, offsets = self.updater.skipped_in_a_row, session.run.offsets
+            state = make_state(done, self.multipliers.state_dict(), skipped, offsets, self.records, session.world)
+            self.saver.start(state, session.actor, self.updater.optimizer)
+            self.records = []
+        if stopping and done < config.steps:
+            self.saver.wait()
+            session.stop.leave()
+
+
+@contextmanager
+def course_of(session: Session, multipliers: Multipliers, updater: Updater | PairUpdater) -> Iterator[Course]:
+    """Context in which a run's steps are done: evaluates before, restores a resumed run, and finishes the run after."""
+    config, world = session.config, session.world
+    with session.stop.at_once():
+        before = session.evaluator.into_run(session.run, "before", session.parts.reference)
+    first = resume(session, multipliers, updater)
+    with (
+        Saver(session.run.path, config.keep, config.safety_target, world, session.actor.sharded) as saver,
+        Display(session.console, config, first) as display,
+    ):
+        yield Course(session, multipliers, updater, saver, display, first)
         saver.wait()
     with session.stop.at_once():
         finish(session, before)
 
 
-def resume(session: Session, multipliers: Multipliers, updater: Updater) -> int:
+def resume(session: Session, multipliers: Multipliers, updater: Updater | PairUpdater) -> int:
     """Restore the state of a resumed run; return the step to begin with, 0 for a new run."""
     state, checkpoint = session.resumed.state, session.resumed.checkpoint
     if state is None or checkpoint is None:

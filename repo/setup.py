@@ -20,17 +20,25 @@ from .common.errors import UserError
 from .common.seeds import seed_from
 from .config.schema import Config
 from .data.chat_format import ChatFormat
-from .data.prompts import COLUMN, Example, Prompt, load_prompts, tokenize_examples, tokenize_prompts
+from .data.pairs import have_pairs, tokenize_pairs, with_ids_of_pairs
+from .data.prompts import COLUMN, Example, Prompt, batch_at, load_prompts, tokenize_examples, tokenize_prompts
 from .data.token_ids import require_embedded
 from .models.actor import Actor
 from .models.critic import make_critics
 from .models.fast_layers.choice import with_fast_layers
-from .models.policy import Policy, choose_device, load_policy, load_reference
+from .models.policy import Policy, choose_device, load_policy, load_reference, merged
+from .models.scaled import patch, scale_update, trained_copies
+from .rollout.sample import sample
 from .rollout.stop_tokens import with_stop_tokens
 from .runs.loggers import check_loggers
 from .runs.state_files import restore_weights
 from .scoring.judge import Judge, load_judge
 from .scoring.scorers import EMBEDDED, Scorers, load_scorers, scorer_names
+from .training.cost_gradient import cost_gradient
+from .training.pairs import require_pairs_in_one_pass
+
+CALIBRATION = 32
+"""Training prompts whose responses give the gradient of the cost for a patch."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,8 @@ def load_parts(config: Config, console: Console, world: World = ALONE, trust: bo
         policy = dataclasses.replace(policy, device=device, attention=sampler.attention)
     else:
         policy = load_policy(path, device, True, config.model, trust)
+    if config.algorithm.on_pairs:
+        require_pairs_in_one_pass(policy.attention, config.model.path)
     policy = with_fast_layers(policy, config.model.compile, shards > 1)
     if policy.merged:
         adapter = f"model: the adapter {path} is merged into its base {policy.merged}"
@@ -185,7 +195,10 @@ def read_prompts(
     if is_embedded(source) and folder is not None:
         read, column = embedded_file(folder, source, split), COLUMN
     chat = ChatFormat(tokenizer, data.template_arguments, data.date)
-    prompts = tokenize_prompts(load_prompts(read, column, split), tokenizer, data.system_prompt, room, chat)
+    loaded = load_prompts(read, column, split)
+    if split == "train" and config.algorithm.on_pairs and have_pairs(loaded):
+        loaded = with_ids_of_pairs(loaded)
+    prompts = tokenize_prompts(loaded, tokenizer, data.system_prompt, room, chat)
     require_embedded((i for p in prompts.kept for i in p.token_ids), shape.vocab_size, f"{read}: a prompt")
     tokens = sum(len(p.token_ids) for p in prompts.kept) / len(prompts.kept)
     line = f"{split} prompts: {len(prompts.kept)} of {read}, mean {tokens:.0f} tokens, {prompts.report()}"
@@ -243,12 +256,21 @@ def load_data(
         console.print(f"train prompts: {len(train) - len(kept)} more dropped: they are held out", style="yellow")
     if not kept:
         raise UserError("data.train: every prompt is also in data.eval; training needs prompts that are not held out")
+    chat = ChatFormat(tokenizer, data.template_arguments, data.date)
+    if config.algorithm.on_pairs and not have_pairs(kept):
+        console.print("pairs: sampled from the reference in each step", highlight=False)
+    elif config.algorithm.on_pairs:
+        limit = config.rollout.max_response_tokens
+        pairs = tokenize_pairs(kept, tokenizer, data.system_prompt, limit, eos_ids, chat)
+        kept = pairs.kept
+        ids = (i for p in kept for e in p.pair for i in (*e.prompt_ids, *e.response_ids))
+        require_embedded(ids, shape.vocab_size, f"{data.train}: a pair")
+        console.print(f"pairs: {len(kept)} of {data.train}, {pairs.report()}", markup=False, highlight=False)
     examples: list[Example] = []
     if config.ptx.data is not None:
         answers = load_prompts(config.ptx.data, data.column)
         auto = config.optimizer.micro_batch_tokens == "auto"
         limit = context if auto else min(context, config.optimizer.budget)
-        chat = ChatFormat(tokenizer, data.template_arguments, data.date)
         supervised = tokenize_examples(answers, tokenizer, data.system_prompt, limit, eos_ids, chat)
         examples = supervised.kept
         ids = (i for e in examples for i in (*e.prompt_ids, *e.response_ids))
@@ -257,9 +279,57 @@ def load_data(
     return kept, held_out[: config.evaluation.prompts], examples
 
 
-def load_checkpoint_policy(source: Path, config: Config, device: torch.device, trust: bool) -> Policy:
-    """Load the policy of a checkpoint folder. config: the configuration of its run."""
+def load_named(path: str, config: Config, device: torch.device, trust: bool) -> Policy:
+    """Load a frozen model by folder, hub name or "embedded"."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+    folder = find_assets(config, Console(quiet=True))
+    return load_policy(model_path(config, folder), device, False, config.model, trust)
+
+
+def load_checkpoint_policy(
+    source: Path, config: Config, device: torch.device, trust: bool, scale: float = 1.0
+) -> Policy:
+    """Load the policy of a checkpoint folder.
+
+    config: the configuration of its run. scale: of the update, see models.scaled; 1 takes the weights as they are.
+    """
     path = model_path(config, assets.ensure() if config.model.path == EMBEDDED else None)
     policy = load_policy(path, device, True, config.model, trust)
+    begun = {} if scale == 1 else trained_copies(policy.model)
     restore_weights(source, Actor(policy))
+    if begun:
+        scale_update(policy.model, begun, scale)
+    return policy
+
+
+def load_patched_policy(
+    source: Path, config: Config, device: torch.device, trust: bool, scale: float, keep: float, console: Console
+) -> Policy:
+    """Load the reference of a run with the entries of a checkpoint's update that matter most to the cost.
+
+    The gradient of the cost is that of one batch of training prompts which the reference answers: CALIBRATION prompts,
+    rollout.samples_per_prompt >= 2 responses to each. Weights are whole and fp32, adapters merged.
+
+    scale, keep: see models.scaled.patch. Raises UserError if the gradient is 0.
+    """
+    folder = find_assets(config, console)
+    model = dataclasses.replace(config.model, dtype="float32")
+    trained = merged(load_checkpoint_policy(source, dataclasses.replace(config, model=model), device, trust)).model
+    whole = dataclasses.replace(config, model=dataclasses.replace(model, lora_rank=0))
+    policy = load_policy(model_path(config, folder), device, True, whole.model, trust)
+    policy, _ = with_stop_tokens(policy, config.rollout.stop_tokens)
+    shape = policy.model.config.get_text_config()
+    prompts = read_prompts(config, config.data.train, "train", folder, policy.tokenizer, shape, console)
+    asked = batch_at(prompts, 0, min(CALIBRATION, len(prompts)), config.seed, "patch")
+    rollout = sample(policy, asked, max(2, config.rollout.samples_per_prompt), config.rollout, config.seed, "patch")
+    costs = scorers_beside(config, folder, None, None, str(device), trust).costs(rollout.prompts, rollout.texts)
+    gradient = cost_gradient(Actor(policy), whole, rollout, costs)
+    added = patch(policy.model, dict(trained.named_parameters()), gradient, scale, keep)
+    if not added:
+        raise UserError(
+            f"--keep: the cost has no gradient, since the {len(costs)} responses to {len(asked)} training prompts cost "
+            "the same within each prompt, or training has changed nothing"
+        )
+    line = f"patch: {added:.1%} of the entries, by the cost of {len(costs)} responses to {len(asked)} training prompts"
+    console.print(line, markup=False, highlight=False)
     return policy

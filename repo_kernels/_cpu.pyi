@@ -40,9 +40,9 @@ def count_dead(arguments: list[Tensor | None]) -> int:
     """Count the masked and ignored rows and those outside cu_seqlens."""
 
 def statistics(
-    logits: Tensor, ids: Tensor, temperature: float, softcap: float, with_entropy: bool, state: Tensor, threads: int
+    logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float, with_entropy: bool, state: Tensor, threads: int
 ) -> None:
-    """Write state (7, N)."""
+    """Write state (7, N). temperature: fp32, 0-d or (N,)."""
 
 def apply(
     logits: Tensor,
@@ -50,11 +50,11 @@ def apply(
     ids: Tensor,
     state: Tensor,
     slopes: Tensor,
-    temperature: float,
+    temperature: Tensor,
     softcap: float,
     threads: int,
 ) -> None:
-    """Write grad from state (7, N) and slopes (3, N)."""
+    """Write grad from state (7, N) and slopes (3, N). temperature: fp32, 0-d or (N,)."""
 
 def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None, threads: int) -> None:
     """Multiply the rows of grad by upstream, 0-d or (N,); rows with factor 1 or flags 0 are not touched."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .renamed import renamed_arguments
-from .safety import is_safe
+from .safety import is_safe, round_limit
 
 
 def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -109,6 +111,35 @@ def on_unsafe(cost: Tensor, costs: Tensor, cost_limit: float) -> Tensor:
     """Set cost advantages (B,) or (B, R) to 0 on safe responses. costs: (B,) raw costs C."""
     safe = is_safe(costs, cost_limit).reshape(-1, *[1] * (cost.ndim - 1))
     return cost.masked_fill(safe, 0.0)
+
+
+def barrier_cost(costs: Tensor, cost_limit: float, tau: float, margin: float = 0.0) -> Tensor:
+    """Compute the soft barrier tau softplus((C - d + margin) / tau), which takes the place of {C - d}^+.
+
+    Its slope in C is sigmoid((C - d + margin) / tau), so that a response is pushed away from the limit before it has
+    reached it. It exceeds {C - d + margin}^+ by tau log 2 where C = d - margin, and by less elsewhere; as tau -> 0 with
+    margin 0 it becomes RePO's {C - d}^+. On a finite set of answers the optimum for a fixed lambda is pi ~ pi_ref
+    exp((R - lambda barrier) / beta). The softplus in this place is ours, after the soft barriers of arXiv 2209.15090.
+
+    Args:
+        costs: (B,) float, raw costs C.
+        cost_limit: d.
+        tau: width of the barrier in units of the cost, > 0 however small.
+        margin: distance below d from which the cost counts, in units of the cost, >= 0.
+
+    Returns:
+        (B,) in the dtype of `costs`, computed in fp64.
+
+    Raises:
+        ValueError: tau or margin is out of range.
+    """
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau must be finite and > 0; got {tau!r}")
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin must be finite and >= 0; got {margin!r}")
+    excess = costs.double() - round_limit(cost_limit) + margin
+    # {z}+ + tau log(1 + exp(-|z| / tau)): no exponent is positive, and a tiny tau leaves {z}+
+    return (excess.clamp_min(0) + tau * torch.log1p(torch.exp(-excess.abs() / tau))).to(costs.dtype)
 
 
 def crpo_advantages(reward: Tensor, cost: Tensor, costs: Tensor, cost_limit: float, tolerance: float) -> Tensor:

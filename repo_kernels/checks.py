@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tensor_kinds import check_kind, check_memory, is_plain, is_traced
+from .tensor_kinds import PLAIN_TYPES, check_kind, check_memory, is_plain, is_traced
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUE_DTYPES = (torch.float32, torch.float64)
@@ -80,6 +80,11 @@ def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
     return " or ".join(str(s) for s in dict.fromkeys(shapes))
 
 
+def is_column(value: Tensor) -> bool:
+    """Return whether it is (n, 1), and not of a kind that has no shape, which is refused elsewhere."""
+    return type(value) in PLAIN_TYPES and not value.is_nested and value.ndim == 2 and value.shape[1] == 1
+
+
 def check_scalar(name: str, value: Any, accepts: Callable[[float], bool], takes: str) -> None:
     """Check a number: a float that `accepts` takes, finite and not flushed to 0 in fp32, or a 0-d numeric tensor.
 
@@ -129,11 +134,8 @@ def check_logps(value: object, name: str = "logps") -> Tensor:
     return value
 
 
-def check_temperature(temperature: Scalar, softcap: float | None, like: Tensor | None = None) -> None:
-    """Check that temperature is a scalar > 0 and softcap a float > 0 or None. like: the logits, if they are known."""
-    check_scalar("temperature", temperature, lambda x: x > 0, "> 0")
-    if isinstance(temperature, Tensor) and like is not None:
-        check_kind("temperature", temperature, like)
+def check_softcap(softcap: float | None) -> None:
+    """Check that softcap is a float > 0 or None."""
     if softcap is not None:
         if isinstance(softcap, Tensor):
             raise TypeError(f"softcap must be a float or None; got {describe(softcap)}")
@@ -145,6 +147,19 @@ def check_live_ids(ids: Tensor, vocabulary: int) -> None:
     if ids.numel() and (ids.min() < 0 or ids.max() >= vocabulary):
         worst = ids[(ids < 0) | (ids >= vocabulary)][0].item()
         raise IndexError(f"token_ids of live rows must be in [0, {vocabulary}) or -100; got {worst}")
+
+
+def check_live_temperatures(temperature: Tensor) -> None:
+    """Raise ValueError if one of the temperatures of live rows, (n,), is unusable. Waits for a GPU.
+
+    A temperature of all rows, 0-d, is a scalar, whose value is not looked at.
+    """
+    if not temperature.ndim or not temperature.numel():
+        return
+    usable = (temperature >= FLOAT32_TINY) & (temperature <= FLOAT32_MAX)
+    if not usable.all():
+        worst = temperature[~usable][0].item()
+        raise ValueError(f"temperature of live rows must be > 0 and a normal number in float32; got {worst:g}")
 
 
 def check_mask(mask: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:

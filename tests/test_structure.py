@@ -62,7 +62,8 @@ def test_no_folder_is_full(folder):
     for path in files_of(folder):
         parent = str(path.parent.relative_to(ROOT))
         counts[parent] = counts.get(parent, 0) + 1
-    most = {"docs": MOST_FILES + 1}  # docs/models.md is written by a command, as docs/configuration.md is
+    # docs/models.md and docs/api are written by commands, as docs/configuration.md is
+    most = {"docs": MOST_FILES + 1, "docs/api": MOST_FILES + 1}
     assert not {name: count for name, count in counts.items() if count > most.get(name, MOST_FILES)}
 
 

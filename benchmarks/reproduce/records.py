@@ -87,9 +87,12 @@ class Record:
             raise UserError(f"{file} is not a record of a run: {first_line(error)}") from None
 
     def require(self, file: Path, options: Sequence[str], scored: Sequence[str]) -> None:
-        """Raise UserError unless the record is of these options of training and of evaluation."""
+        """Raise UserError unless the record is of these options of training and of evaluation.
+
+        Fields that are newer than the record have their default in it, which does what was done before them.
+        """
         wanted = comparable(parse_config(make_parser("", ""), list(options)))
-        if self.config != wanted or self.scored != list(scored):
+        if with_defaults(self.config) != wanted or self.scored != list(scored):
             raise UserError(f"--records: {file} is of another configuration; choose another folder")
 
 
@@ -98,6 +101,14 @@ def comparable(config: Config) -> dict[str, Any]:
     same = replace(config, out=None, data=replace(config.data, date=None))
     content: dict[str, Any] = json.loads(json.dumps(asdict(same)))
     return content
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a record's configuration with the default of each field that it has not."""
+    full = comparable(Config())
+    for name, value in config.items():
+        full[name] = {**full.get(name, {}), **value} if isinstance(value, dict) else value
+    return full
 
 
 def minutes_of(run: Path) -> float:

@@ -1,6 +1,6 @@
 """Run one of the trainings that bench_train_vs_trl compares, in a process of its own.
 
-    python -m benchmarks.workloads.trainers ours|trl|trl-kept JOB
+    python -m benchmarks.workloads.trainers ours|trl|trl-kept|repo-trl JOB
 
 JOB is a JSON file with the arguments of both sides; the measurements are written beside it, as JOB.result.
 """
@@ -99,13 +99,22 @@ def train_ours(command: list[str], steps: int) -> Measured:
     raise AssertionError("repo.train ended before its last step")
 
 
-def train_trl(model: str, prompts: list[dict[str, Any]], arguments: dict[str, Any], keep: bool) -> Measured:
-    """Run GRPOTrainer with these arguments on prompts of messages and token_ids; keep: keep freed memory as ours."""
+def train_trl(model: str, prompts: list[dict[str, Any]], arguments: dict[str, Any], side: str) -> Measured:
+    """Run a trainer of TRL with these arguments on prompts of messages and token_ids.
+
+    side: "trl": GRPOTrainer; "trl-kept": GRPOTrainer, which keeps freed memory as our loop does; "repo-trl":
+    RePOTrainer without a cost.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    if keep:
+    trainer_class, config_class = GRPOTrainer, GRPOConfig
+    if side == "repo-trl":
+        from repo_kernels.integrations.trl import RePOConfig, RePOTrainer
+
+        trainer_class, config_class = RePOTrainer, RePOConfig
+    if side == "trl-kept":
         from repo.common.malloc import keep_freed_memory
 
         keep_freed_memory()
@@ -125,9 +134,9 @@ def train_trl(model: str, prompts: list[dict[str, Any]], arguments: dict[str, An
                 rows = arguments["per_device_train_batch_size"]
                 measured.tokens.append(rows * logs["completions/mean_length"])
 
-    trainer = GRPOTrainer(
+    trainer = trainer_class(
         model=model,
-        args=GRPOConfig(**arguments),
+        args=config_class(**arguments),
         reward_funcs=[echo_of_messages],
         train_dataset=Dataset.from_list([{"prompt": messages} for messages in turns]),
         processing_class=tokenizer,
@@ -144,7 +153,7 @@ def work(side: str, job: Path) -> None:
     if side == "ours":
         measured = train_ours(content["command"], content["steps"])
     else:
-        measured = train_trl(**content["trl"], keep=side == "trl-kept")
+        measured = train_trl(**content["trl"], side=side)
     job.with_suffix(".result").write_text(json.dumps(asdict(measured)))
 
 

@@ -32,7 +32,7 @@ struct Arguments {
     Column<int64_t> ids;
     Column<bool> mask;
     Column<float> reward_advantages, cost_advantages, costs, cost_limits, cost_baselines, old_logps, ref_logps,
-        importance_weights;
+        importance_weights, temperatures;
     Scalars scalars;
     Code code;
 
@@ -60,6 +60,7 @@ struct Arguments {
         return place.sequence >= 0 && ids.at(place) != kIgnored && (!mask || mask.at(place));
     }
     float cost_limit(Place place) const { return cost_limits ? cost_limits.at(place) : scalars.cost_limit; }
+    float temperature(Place place) const { return temperatures ? temperatures.at(place) : scalars.temperature; }
 
     // {C - d}^+; 0 without costs.
     float hinge(Place place) const {

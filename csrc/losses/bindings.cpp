@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <optional>
+#include <sstream>
 #include <string>
 
 #include "common/tensor_view.h"
@@ -62,6 +63,13 @@ void refuse_bad_id(int64_t bad, int64_t columns) {
     throw nb::index_error(message.c_str());
 }
 
+void refuse_bad_temperature(std::optional<float> bad) {
+    if (!bad) return;
+    std::ostringstream message;
+    message << "temperature of live rows must be > 0 and a normal number in float32; got " << *bad;
+    throw nb::value_error(message.str().c_str());
+}
+
 // A number, or what a 0-d tensor holds; the usual tensor is read without an operator of PyTorch.
 float scalar_of(nb::handle value, const char* name) {
     PyObject* const object = value.ptr();
@@ -79,17 +87,18 @@ float scalar_of(nb::handle value, const char* name) {
 class ArgumentReader {
 public:
     explicit ArgumentReader(nb::handle tensors) {
-        require(PyList_Check(tensors.ptr()) && PyList_GET_SIZE(tensors.ptr()) == 11, "arguments must be a list of 11");
+        require(PyList_Check(tensors.ptr()) && PyList_GET_SIZE(tensors.ptr()) == 12, "arguments must be a list of 12");
         const auto item = [&](int i) { return nb::handle(PyList_GET_ITEM(tensors.ptr(), i)); };
         read_shape(item(0), item(2));
         of.ids = column<int64_t>(item(0), "token_ids", Type::kInt64);
         of.mask = column<bool>(item(1), "response_mask", Type::kBool);
         Column<float>* const columns[] = {&of.reward_advantages, &of.cost_advantages, &of.costs,
                                           &of.cost_limits,       &of.cost_baselines,  &of.old_logps,
-                                          &of.ref_logps,         &of.importance_weights};
-        const char* const names[] = {"reward_advantages", "cost_advantages", "costs",     "cost_limit",
-                                     "cost_baselines",    "old_logps",       "ref_logps", "importance_weights"};
-        for (int i = 0; i < 8; ++i) *columns[i] = column<float>(item(3 + i), names[i], Type::kFloat32);
+                                          &of.ref_logps,         &of.importance_weights, &of.temperatures};
+        const char* const names[] = {"reward_advantages", "cost_advantages", "costs",
+                                     "cost_limit",        "cost_baselines",  "old_logps",
+                                     "ref_logps",         "importance_weights", "temperature"};
+        for (int i = 0; i < 9; ++i) *columns[i] = column<float>(item(3 + i), names[i], Type::kFloat32);
     }
 
     ArgumentReader(nb::handle tensors, nb::handle scalars, int64_t code) : ArgumentReader(tensors) {
@@ -197,6 +206,7 @@ void bind_fused(nb::handle logits, nb::handle ref_logits, nb::handle grad, bool 
                            softcap, with_entropy};
     const Results results = results_of(of, rows, flags);
     refuse_bad_id(find_bad_id(task, of_logits.count, of_logits.columns), of_logits.columns);
+    refuse_bad_temperature(find_bad_temperature(task, of_logits.count));
     {
         nb::gil_scoped_release unlocked;
         fused(tensors.tensors, task, results, threads);
@@ -217,35 +227,49 @@ int64_t bind_count_dead(nb::handle arguments) {
     return dead;
 }
 
-void bind_statistics(nb::handle logits, nb::handle ids, float temperature, float softcap, bool with_entropy,
+// Reads float32 values, one for each row or, 0-d, one for all.
+TensorView by_row_or_one(nb::handle tensor, const char* name, int64_t rows) {
+    const TensorView view = view_of(tensor, name);
+    const bool fits = !view.dimensions || (view.dimensions == 1 && view.shape[0] == rows);
+    const std::string refusal = std::string(name) + " must be float32 and 0-d or one value per row";
+    require(view.type == Type::kFloat32 && fits, refusal.c_str());
+    return view;
+}
+
+Temperatures temperatures_of(nb::handle tensor, int64_t rows) {
+    const TensorView view = by_row_or_one(tensor, "temperature", rows);
+    return {static_cast<const float*>(view.data), view.dimensions ? view.stride[0] : 0, view.dimensions > 0};
+}
+
+void bind_statistics(nb::handle logits, nb::handle ids, nb::handle temperature, float softcap, bool with_entropy,
                      nb::handle state, int threads) {
     const TensorArguments arguments(logits, nb::none(), nb::none(), false);
     const Rows& rows = arguments.tensors.logits;
     const auto* tokens = static_cast<const int64_t*>(contiguous_data(ids, "ids", Type::kInt64, {rows.count}));
     auto* out = static_cast<float*>(contiguous_data(state, "state", Type::kFloat32, {kStates, rows.count}));
+    const Temperatures temperatures = temperatures_of(temperature, rows.count);
     refuse_bad_id(find_bad_id(tokens, rows.count, rows.columns), rows.columns);
+    if (temperatures.by_row) refuse_bad_temperature(find_bad_temperature(temperatures, tokens, rows.count));
     nb::gil_scoped_release unlocked;
-    statistics(arguments.tensors, tokens, temperature, softcap, with_entropy, out, threads);
+    statistics(arguments.tensors, tokens, temperatures, softcap, with_entropy, out, threads);
 }
 
 void bind_apply(nb::handle logits, nb::handle grad, nb::handle ids, nb::handle state, nb::handle slopes,
-                float temperature, float softcap, int threads) {
+                nb::handle temperature, float softcap, int threads) {
     const TensorArguments arguments(logits, nb::none(), grad, false);
     const Rows& rows = arguments.tensors.logits;
     const auto* tokens = static_cast<const int64_t*>(contiguous_data(ids, "ids", Type::kInt64, {rows.count}));
     const auto* states = static_cast<float*>(contiguous_data(state, "state", Type::kFloat32, {kStates, rows.count}));
     const auto* factors = static_cast<float*>(contiguous_data(slopes, "slopes", Type::kFloat32, {3, rows.count}));
+    const Temperatures temperatures = temperatures_of(temperature, rows.count);
     refuse_bad_id(find_bad_id(tokens, rows.count, rows.columns), rows.columns);
     nb::gil_scoped_release unlocked;
-    apply(arguments.tensors, tokens, states, factors, temperature, softcap, threads);
+    apply(arguments.tensors, tokens, states, factors, temperatures, softcap, threads);
 }
 
 void bind_scale_rows(nb::handle grad, nb::handle upstream, nb::handle flags, int threads) {
     const Rows rows = rows_of(grad, "grad");
-    const TensorView factors = view_of(upstream, "upstream");
-    require(factors.type == Type::kFloat32 &&
-                (!factors.dimensions || (factors.dimensions == 1 && factors.shape[0] == rows.count)),
-            "upstream must be float32 and 0-d or one factor per row");
+    const TensorView factors = by_row_or_one(upstream, "upstream", rows.count);
     const int32_t* live = flags.is_none() ? nullptr
                                           : static_cast<const int32_t*>(contiguous_data(
                                                 flags, "flags", Type::kInt32, {rows.count}));

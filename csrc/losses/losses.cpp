@@ -29,7 +29,18 @@ struct RowState {
     double ref_log2_sum = 0;
 };
 
-Scaling scaling_of(float temperature, float softcap) { return {float(kLog2E / temperature), softcap}; }
+bool is_usable(float temperature) { return temperature > 0 && std::isnormal(temperature); }
+
+// What one row does to its logits: the cap and the temperature. One that is not positive and finite becomes NaN, and so
+// does all that follows from it.
+struct Transform {
+    float temperature;
+    Scaling scaling;
+
+    Transform(float given, float softcap)
+        : temperature(given > 0 && std::isfinite(given) ? given : std::numeric_limits<float>::quiet_NaN()),
+          scaling{float(kLog2E / temperature), softcap} {}
+};
 
 // Returns log2 of the row's sum; NaN if no logit was above the lowest maximum, as in a row of -inf.
 double log2_total(const RowSums& sums) {
@@ -87,7 +98,8 @@ RowState find_state(const RowKernels& kernels, const Tensors& tensors, int64_t r
 
 // Computes dL/dz_y, before the row is written over; 1 - p_y = -expm1(log p_y) does not cancel where p_y -> 1.
 float target_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, const RowState& state,
-                      const Slopes& slopes, Scaling scaling, float temperature) {
+                      const Slopes& slopes, const Transform& transform) {
+    const Scaling scaling = transform.scaling;
     float slope, ref_slope;
     const DType dtype = tensors.logits.dtype;
     kernels.logit[dtype](tensors.logits.row(r), id, scaling, &slope);
@@ -99,7 +111,7 @@ float target_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t
         const double logq = (z * scaling.c - state.ref_max2 - state.ref_log2_sum) * kLn2;
         grad += slopes.kl * p * (logp - logq - state.kl);
     }
-    return float(grad / temperature * slope);
+    return float(grad / transform.temperature * slope);
 }
 
 // Writes p_v (-g_logp - g_H (log p_v + H) + g_kl (log p_v - log q_v - KL)) / temperature in terms of
@@ -121,15 +133,15 @@ GradientWeights gradient_weights(const RowState& state, const Slopes& slopes, fl
 }
 
 void write_gradient(const RowKernels& kernels, const Tensors& tensors, int64_t r, int64_t id, const RowState& state,
-                    const Slopes& slopes, Scaling scaling, float temperature, const KeptRow& kept) {
+                    const Slopes& slopes, const Transform& transform, const KeptRow& kept) {
     const bool with_reference = tensors.reference && slopes.kl != 0;
     const Terms terms = terms_of(slopes.entropy != 0, with_reference);
     const Rows& logits = tensors.logits;
-    const Target target = {id, target_gradient(kernels, tensors, r, id, state, slopes, scaling, temperature)};
-    const GradientWeights weights = gradient_weights(state, slopes, temperature, with_reference);
+    const Target target = {id, target_gradient(kernels, tensors, r, id, state, slopes, transform)};
+    const GradientWeights weights = gradient_weights(state, slopes, transform.temperature, with_reference);
     kernels.gradient[logits.dtype][terms](logits.row(r), with_reference ? tensors.reference->row(r) : nullptr,
-                                          tensors.grad->row(r), logits.columns, scaling, weights, target, kept,
-                                          tensors.large_gradient());
+                                          tensors.grad->row(r), logits.columns, transform.scaling, weights, target,
+                                          kept, tensors.large_gradient());
 }
 
 // Asks for pages of 2 MB: the system has often not handed out the memory of a gradient yet, and does so several times
@@ -185,11 +197,25 @@ int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns) {
     return bad == ids + rows ? kIgnored : *bad;
 }
 
+std::optional<float> find_bad_temperature(const LossTask& task, int64_t rows) {
+    const Arguments& of = task.arguments;
+    if (!of.temperatures) return {};
+    for (int64_t i = 0; i < rows; ++i) {
+        const Place place = of.place(task.where.row(i));
+        if (of.live(place) && !is_usable(of.temperatures.at(place))) return of.temperatures.at(place);
+    }
+    return {};
+}
+
+std::optional<float> find_bad_temperature(const Temperatures& temperatures, const int64_t* ids, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row)
+        if (ids[row] != kIgnored && !is_usable(temperatures.of(row))) return temperatures.of(row);
+    return {};
+}
+
 void fused(const Tensors& tensors, const LossTask& task, const Results& results, int threads) {
     const RowKernels& chosen = kernels();
     const Arguments& of = task.arguments;
-    const float temperature = of.scalars.temperature;
-    const Scaling scaling = scaling_of(temperature, task.softcap);
     const Weights weights(of);
     const auto is_live = [&](int64_t i) { return of.live(of.place(task.where.row(i))); };
     const auto dead = [&](int64_t i) {
@@ -201,8 +227,9 @@ void fused(const Tensors& tensors, const LossTask& task, const Results& results,
         const int64_t row = task.where.row(i);
         const Place place = of.place(row);
         const int64_t id = of.ids.at(place);
+        const Transform transform(of.temperature(place), task.softcap);
         const KeptRow kept = kept_row(tensors, task.with_entropy);
-        const RowState state = find_state(chosen, tensors, i, id, scaling, task.with_entropy, kept);
+        const RowState state = find_state(chosen, tensors, i, id, transform.scaling, task.with_entropy, kept);
         const Probabilities found = {float(state.logp), float(state.entropy), float(state.kl), task.with_entropy};
         TokenTerms terms = token_terms(of, place, weights.of(place), found);
         for (int name = 0; name < kRows; ++name) results.rows[name * of.count + row] = terms.row[name];
@@ -212,16 +239,15 @@ void fused(const Tensors& tensors, const LossTask& task, const Results& results,
             const float factor = task.upstream[row];
             terms.slopes = {terms.slopes.logp * factor, terms.slopes.entropy * factor, terms.slopes.kl * factor};
         }
-        write_gradient(chosen, tensors, i, id, state, terms.slopes, scaling, temperature, kept);
+        write_gradient(chosen, tensors, i, id, state, terms.slopes, transform, kept);
     };
     over_rows(chosen, tensors, threads, is_live, body, dead);
 }
 
-void statistics(const Tensors& tensors, const int64_t* ids, float temperature, float softcap, bool with_entropy,
-                float* state, int threads) {
+void statistics(const Tensors& tensors, const int64_t* ids, Temperatures temperatures, float softcap,
+                bool with_entropy, float* state, int threads) {
     const RowKernels& chosen = kernels();
     const int64_t rows = tensors.logits.count;
-    const Scaling scaling = scaling_of(temperature, softcap);
     const auto put = [&](int64_t r, const RowState& row) {
         const double by_row[kStates] = {row.logp,     row.entropy,  row.kl,          row.max2,
                                         row.log2_sum, row.ref_max2, row.ref_log2_sum};
@@ -229,21 +255,23 @@ void statistics(const Tensors& tensors, const int64_t* ids, float temperature, f
     };
     over_rows(
         chosen, tensors, threads, [&](int64_t r) { return ids[r] != kIgnored; },
-        [&](int64_t r) { put(r, find_state(chosen, tensors, r, ids[r], scaling, with_entropy, {})); },
+        [&](int64_t r) {
+            const Transform transform(temperatures.of(r), softcap);
+            put(r, find_state(chosen, tensors, r, ids[r], transform.scaling, with_entropy, {}));
+        },
         [&](int64_t r) { put(r, {}); });
 }
 
-void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes, float temperature,
-           float softcap, int threads) {
+void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes,
+           Temperatures temperatures, float softcap, int threads) {
     const RowKernels& chosen = kernels();
     const int64_t rows = tensors.logits.count;
-    const Scaling scaling = scaling_of(temperature, softcap);
     const auto body = [&](int64_t r) {
         const auto at = [&](int i) { return state[i * rows + r]; };
         const RowState row_state = {at(kStateLogp), at(kStateEntropy), at(kStateKl),    at(kMax2),
                                     at(kLog2Sum),   at(kRefMax2),      at(kRefLog2Sum)};
         const Slopes by_row = {slopes[r], slopes[rows + r], slopes[2 * rows + r]};
-        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, scaling, temperature, {});
+        write_gradient(chosen, tensors, r, ids[r], row_state, by_row, {temperatures.of(r), softcap}, {});
     };
     over_rows(chosen, tensors, threads, [&](int64_t r) { return ids[r] != kIgnored; }, body, [](int64_t) {});
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "losses/arguments.h"
 #include "losses/rows.h"
@@ -45,22 +46,37 @@ struct Results {
     int32_t* flags;  // (N,)
 };
 
+// The temperatures of rows, `stride` apart, or the one of all rows.
+struct Temperatures {
+    const float* data;
+    int64_t stride;
+    bool by_row;
+
+    float of(int64_t row) const { return data[row * stride]; }
+};
+
 // Returns the first live id outside [0, columns) of the rows of the logits, or kIgnored if there is none.
 int64_t find_bad_id(const LossTask& task, int64_t rows, int64_t columns);
 
 // The same of plain ids (N,).
 int64_t find_bad_id(const int64_t* ids, int64_t rows, int64_t columns);
 
+// Returns the first of the live rows' own temperatures that is not a positive normal number, if there is one.
+std::optional<float> find_bad_temperature(const LossTask& task, int64_t rows);
+
+// The same of plain ids (N,).
+std::optional<float> find_bad_temperature(const Temperatures& temperatures, const int64_t* ids, int64_t rows);
+
 // Writes results and the gradient of the rows of the logits; zeros on dead rows. Ids must be valid.
 void fused(const Tensors& tensors, const LossTask& task, const Results& results, int threads);
 
 // Writes state (kStates, N).
-void statistics(const Tensors& tensors, const int64_t* ids, float temperature, float softcap, bool with_entropy,
-                float* state, int threads);
+void statistics(const Tensors& tensors, const int64_t* ids, Temperatures temperatures, float softcap,
+                bool with_entropy, float* state, int threads);
 
 // Writes the gradient from state (kStates, N) and slopes (3, N).
-void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes, float temperature,
-           float softcap, int threads);
+void apply(const Tensors& tensors, const int64_t* ids, const float* state, const float* slopes,
+           Temperatures temperatures, float softcap, int threads);
 
 // Multiplies the rows of grad by factors that are `stride` apart, but for rows whose flags (or null) are 0.
 void scale_rows(const Rows& grad, const float* factors, int64_t stride, const int32_t* flags, int threads);

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ..common.errors import UserError
 from .fields import field_names, field_types, group_names
-from .hints import ELSEWHERE
+from .hints import ELSEWHERE, OF_COMMANDS
 
 NUMBERS = {
     "PositiveInt": "an integer > 0",
@@ -73,6 +73,8 @@ def explain(error: Exception) -> UserError:
     unknown = _unknown_key(text)
     if unknown is None:
         return UserError(text)
+    if unknown in OF_COMMANDS:
+        return UserError(f"unknown configuration key {unknown!r}: {OF_COMMANDS[unknown]}")
     near = _nearest(unknown)
     flag = unknown.replace("-", "_")
     if flag != unknown and flag in near:  # fields have underscores

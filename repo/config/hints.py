@@ -1,7 +1,7 @@
 """Hints: fields that options of other libraries correspond to, for messages about unknown keys.
 
 The names are options of TRL 0.12 and 1.16, transformers' TrainingArguments, verl 0.9, OpenRLHF 0.9 and 0.11, safe-rlhf,
-and vLLM's sampling parameters.
+vLLM's sampling parameters, and OmniSafe's IPO and Simmer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ FIELDS_OF = {
     "algorithm.beta": "kl_coef kl_coeff init_kl_coef kl_loss_coef kl_ctrl",
     "algorithm.clip_range": "cliprange clip_ratio clip_ratio_low clip_ratio_high clip_range_ratio eps_clip "
     "epsilon epsilon_high eps_clip_low_high",
-    "algorithm.cost_limit": "threshold",
+    "algorithm.cost_limit": "threshold safety_budget",
     "algorithm.dual_clip": "clip_ratio_c delta",
     "algorithm.entropy_coef": "entropy_coeff entropy_loss_coef",
     "algorithm.kl_estimator": "kl_penalty kl_loss_type",
@@ -42,9 +42,10 @@ FIELDS_OF = {
     "optimizer.schedule": "lr_scheduler_type lr_scheduler",
     "optimizer.warmup_steps": "num_warmup_steps lr_warmup_steps",
     "out": "output_dir save_path default_local_dir logging_dir",
-    "penalty.initial": "lambda_init",
+    "penalty.initial": "lambda_init kappa",
+    "penalty.limit_start": "upper_budget",
     "penalty.lr": "lambda_lr",
-    "penalty.max": "lambda_max",
+    "penalty.max": "lambda_max penalty_max",
     "ptx.coef": "ptx_coeff",
     "ptx.data": "ptx_datasets",
     "rollout.max_response_tokens": "max_completion_length max_response_length response_length max_length "
@@ -63,3 +64,9 @@ FIELDS_OF = {
 
 ELSEWHERE = {name: field for field, names in FIELDS_OF.items() for name in names.split()}
 """Name in another library -> field of this configuration."""
+
+OF_COMMANDS = {
+    "shield": "a filter at generation time, which training cannot have, since the ratio of its loss would be wrong: "
+    "python -m repo.evaluate RUN --shield N",
+}
+"""Switches of other commands -> what to say where they are given as a field."""

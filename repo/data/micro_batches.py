@@ -9,15 +9,15 @@ from .packing import MULTIPLE
 from .sequences import Sequences
 
 
-def divide(sequences: Sequences, rows: Tensor, processes: int) -> list[Tensor]:
+def divide(sequences: Sequences, rows: Tensor, processes: int, whole: bool = False) -> list[Tensor]:
     """Divide rows (n,) of a batch among processes so that each gets about as many tokens.
 
     Prompt groups are assigned from the largest down, each to the process with the fewest tokens so far. A group stays
-    together, so that its prompt is computed once, unless there are fewer prompts than processes.
+    together, so that its prompt is computed once, unless there are fewer prompts than processes and not `whole`.
     Returns one sorted int64 tensor of rows per process.
     """
     groups: dict[int, list[int]] = {}
-    alone = len(sequences.group[rows].unique()) < processes
+    alone = not whole and len(sequences.group[rows].unique()) < processes
     for row in rows.tolist():
         groups.setdefault(row if alone else int(sequences.group[row]), []).append(row)
     prompts, responses = sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist()
@@ -32,7 +32,13 @@ def divide(sequences: Sequences, rows: Tensor, processes: int) -> list[Tensor]:
 
 
 def micro_batches(
-    sequences: Sequences, rows: Tensor, budget: int, share_prefix: bool, padded: bool = False, with_last: bool = False
+    sequences: Sequences,
+    rows: Tensor,
+    budget: int,
+    share_prefix: bool,
+    padded: bool = False,
+    with_last: bool = False,
+    whole: bool = False,
 ) -> list[Tensor]:
     """Cut rows (n,) of a batch into sets for forward passes of at most `budget` tokens, of about equal work.
 
@@ -42,6 +48,7 @@ def micro_batches(
     Args:
         budget: tokens of one forward pass, counted in the layout of `pack` with its filler, or of `pad` with padding.
         share_prefix, with_last: as given to `pack`. padded: count tokens for `pad` instead.
+        whole: keep every prompt group together, and give one that exceeds the budget a set of its own.
 
     Returns:
         int64 tensors of rows in ascending order; every row is in exactly one of them.
@@ -49,10 +56,11 @@ def micro_batches(
     if not len(rows):
         return []
     prompts, responses = sequences.prompt_lengths[rows].tolist(), sequences.response_lengths[rows].tolist()
-    if padded:
-        return _padded_batches(rows.tolist(), prompts, [max(1, r) - (not with_last) for r in responses], budget)
-    budget -= budget % MULTIPLE
     groups = sequences.group[rows].tolist() if share_prefix else rows.tolist()
+    if padded:
+        inputs = [max(1, r) - (not with_last) for r in responses]
+        return _padded_batches(rows.tolist(), prompts, inputs, groups if whole else rows.tolist(), budget)
+    budget -= budget % MULTIPLE
     prompt_of = dict(zip(groups, prompts, strict=True))
     members: dict[int, list[_Item]] = {}
     empty: list[int] = []  # rows without a response take no tokens and go into the last set
@@ -63,6 +71,9 @@ def micro_batches(
             empty.append(row)
     pieces = []
     for group, items in members.items():
+        if whole:
+            pieces.append((prompt_of[group] + sum(tokens for tokens, _ in items), _rows(items)))
+            continue
         for piece in _balanced(_first_fit(items, budget - prompt_of[group]), budget - prompt_of[group]):
             pieces.append((prompt_of[group] + sum(tokens for tokens, _ in piece), _rows(piece)))
     sets = [_rows(piece) for piece in _balanced(_first_fit(pieces, budget), budget)] or [[]]
@@ -112,19 +123,27 @@ def _balanced(bins: list[list[_Item]], capacity: int) -> list[list[_Item]]:
     return spread if max(loads) <= capacity and max(loads) < fullest else bins
 
 
-def _padded_batches(rows: list[int], prompts: list[int], responses: list[int], budget: int) -> list[Tensor]:
+def _padded_batches(
+    rows: list[int], prompts: list[int], responses: list[int], groups: list[int], budget: int
+) -> list[Tensor]:
     """Cut rows into sets of similar lengths whose padded rectangles take at most `budget` tokens.
 
-    The rectangle of a set is as wide as its longest prompt and its longest response together.
+    The rectangle of a set is as wide as its longest prompt and its longest response together. Rows of one group stay
+    together.
     """
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    sizes = {g: (max(prompts[i] for i in m), max(responses[i] for i in m)) for g, m in members.items()}
     sets: list[list[int]] = []
     prompt = response = 0
-    for i in sorted(range(len(rows)), key=lambda i: (-prompts[i], -responses[i])):
-        wide = max(prompt, prompts[i]), max(response, responses[i])
-        if sets and (len(sets[-1]) + 1) * sum(wide) <= budget:
-            sets[-1].append(rows[i])
+    for group in sorted(members, key=lambda g: (-sizes[g][0], -sizes[g][1])):
+        together = [rows[i] for i in members[group]]
+        wide = max(prompt, sizes[group][0]), max(response, sizes[group][1])
+        if sets and (len(sets[-1]) + len(together)) * sum(wide) <= budget:
+            sets[-1] += together
             prompt, response = wide
         else:
-            sets.append([rows[i]])
-            prompt, response = prompts[i], responses[i]
+            sets.append(together)
+            prompt, response = sizes[group]
     return [torch.tensor(sorted(part), dtype=torch.int64) for part in sets]

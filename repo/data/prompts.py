@@ -22,6 +22,14 @@ COLUMN = "prompt"
 
 
 @dataclass(frozen=True)
+class Example:
+    """A given answer as token ids: the chat-formatted prompt, and the response with its end-of-sequence token."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A prompt of the training or held-out data.
 
@@ -29,6 +37,7 @@ class Prompt:
     category: "" where the record has none. token_ids: the chat-formatted prompt up to where the response begins, ()
     before tokenisation. messages: the turns of a conversation, () for a single question. response: a supervised answer,
     None where there is none. columns: the whole record, name -> value. where: file and line or row, for messages.
+    pair: two responses that the record gives, after the same prompt tokens; () where a run samples its responses.
     """
 
     id: str
@@ -39,6 +48,7 @@ class Prompt:
     response: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     where: str = field(default="", compare=False)
+    pair: tuple[Example, ...] = ()
 
     @property
     def conversation(self) -> list[Turn]:
@@ -49,14 +59,6 @@ class Prompt:
     def name(self) -> str:
         """Return the id and the place, for messages."""
         return f"prompt {self.id!r}" + (f", {self.where}" if self.where else "")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A supervised answer as token ids: the chat-formatted prompt, and the response with its end-of-sequence token."""
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def tokenize_prompts(
     """
     chat = chat or ChatFormat(tokenizer)
     encoded = (replace(p, token_ids=tuple(encode_prompt(tokenizer, p, system_prompt, chat))) for p in prompts)
-    return _within(((p.id, p, len(p.token_ids)) for p in encoded), max_tokens)
+    return keep_within(((p.id, p, len(p.token_ids)) for p in encoded), max_tokens)
 
 
 def tokenize_examples(
@@ -167,13 +169,19 @@ def tokenize_examples(
 
     pairs = ((p, encode(p)) for p in prompts)
     sized = (((p.id, p.response), e, len(e.prompt_ids) + len(e.response_ids)) for p, e in pairs)
-    return _within(sized, max_tokens)
+    return keep_within(sized, max_tokens)
 
 
-def _within(items: Iterable[tuple[Any, T, int]], max_tokens: int) -> Tokenized[T]:
+def keep_within(
+    items: Iterable[tuple[Any, T, int]],
+    max_tokens: int,
+    what: str = "prompt",
+    limit: str = "data.max_prompt_tokens and the model's context set the limit",
+) -> Tokenized[T]:
     """Keep the items that fit and are the first with their key, and count the others by reason.
 
-    items: (key, item, number of tokens). Raises UserError if no item is left.
+    items: (key, item, number of tokens). what, limit: name an item and what sets max_tokens, for messages. Raises
+    UserError if no item is left.
     """
     kept, dropped, seen = [], Counter[str](), set()
     for key, item, tokens in items:
@@ -186,8 +194,7 @@ def _within(items: Iterable[tuple[Any, T, int]], max_tokens: int) -> Tokenized[T
             kept.append(item)
     result = Tokenized(kept, dict(dropped))
     if not kept:
-        limit = "data.max_prompt_tokens and the model's context set the limit"
-        raise UserError(f"no prompt is left of {dropped.total()}; {result.report()}; {limit}")
+        raise UserError(f"no {what} is left of {dropped.total()}; {result.report()}; {limit}")
     return result
 
 

@@ -113,6 +113,8 @@ def micro_batch(process: Process, tokens: int) -> Packed:
     """Lay out a micro-batch of `tokens` tokens with the longest prompts and responses."""
     r, prompt = process.config.rollout, process.longest_prompt
     if process.attention is None or process.attention.packs:
+        if process.config.algorithm.on_pairs:  # a pair stays together
+            return filled(max(tokens, prompt + 2 * r.max_response_tokens - 2), prompt, r.max_response_tokens, 2)
         return filled(tokens, prompt, r.max_response_tokens, r.samples_per_prompt)
     return padded(tokens if process.attention.pads else 0, prompt, r.max_response_tokens)
 

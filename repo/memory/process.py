@@ -76,9 +76,10 @@ class Process:
         r = self.config.rollout
         prompts = -(-r.prompts_per_step // self.processes)
         own, response = self.longest_prompt, r.max_response_tokens - 1
+        samples = 2 if self.config.algorithm.on_pairs else r.samples_per_prompt
         if self.attention is not None and not self.attention.packs:
-            return prompts * r.samples_per_prompt * (own + response)
-        return prompts * (own + r.samples_per_prompt * response)
+            return prompts * samples * (own + response)
+        return prompts * (own + samples * response)
 
     def head(self) -> HeadSizes:
         """Describe the loss from the hidden states of the model: its head is a matrix of `vocabulary` rows."""

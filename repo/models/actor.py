@@ -72,26 +72,30 @@ class Actor(nn.Module):
         """
         return [self._layout(sequences, part, with_last) for part in self._cut(sequences, rows, budget, with_last)]
 
-    def own_parts(self, sequences: Sequences, rows: Tensor, budget: int) -> list[Packed]:
+    def own_parts(self, sequences: Sequences, rows: Tensor, budget: int, whole: bool = False) -> list[Packed]:
         """Lay this process's share of rows (n,) out as forward passes of at most `budget` tokens, at least one.
 
         In a sharded run all processes get equally many passes, because each pass gathers weights from all of them; the
         last passes of a process may hold no response tokens.
+
+        whole: rows of one group stay in one pass, also where they exceed the budget.
         """
         if self.world.size == 1:
-            return self.parts(sequences, rows, budget)
-        divided = divide(sequences, rows, self.world.size)
-        shares = [self._cut(sequences, share, budget, False) for share in divided]
+            return [self._layout(sequences, part, False) for part in self._cut(sequences, rows, budget, False, whole)]
+        divided = divide(sequences, rows, self.world.size, whole)
+        shares = [self._cut(sequences, share, budget, False, whole) for share in divided]
         mine = shares[self.world.rank]
         idle = (max(len(share) for share in shares) if self.sharded else 1) - len(mine)
         nothing = dataclasses.replace(sequences, response_lengths=torch.zeros_like(sequences.response_lengths))
         laid_out = [self._layout(sequences, part, False) for part in mine]
         return laid_out + [self._layout(nothing, rows[:1], False)] * idle
 
-    def _cut(self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool) -> list[Tensor]:
+    def _cut(
+        self, sequences: Sequences, rows: Tensor, budget: int, with_last: bool, whole: bool = False
+    ) -> list[Tensor]:
         packs, pads = self.attention.packs, self.attention.pads
         budget = budget if packs or pads else 0  # a row that exceeds the budget gets a pass of its own
-        return micro_batches(sequences, rows, budget, True, padded=not packs, with_last=with_last)
+        return micro_batches(sequences, rows, budget, True, padded=not packs, with_last=with_last, whole=whole)
 
     def _layout(self, sequences: Sequences, rows: Tensor, with_last: bool) -> Packed:
         return pack(sequences, rows, True, with_last) if self.attention.packs else pad(sequences, rows, with_last)

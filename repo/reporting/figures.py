@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..config.schema import BOUNDED
 from ..scoring.safety import is_safe
 from .held_out import held_out
 from .run_history import History, column
@@ -130,25 +131,33 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
     ratio = history.series("reward_cost_grad_ratio")
     with np.errstate(invalid="ignore"):
         known = bool((ratio > 0).any())
-    figure = Figure(figsize=(WIDTH, 5.6 if known else 4.0))
-    panels = figure.subplots(3 if known else 2, 1, sharex=True)
+    moves = bool(np.isfinite(history.series("limit")).any())
+    figure = Figure(figsize=(WIDTH, 4.0 + 1.6 * (known + moves)))
+    panels = figure.subplots(2 + known + moves, 1, sharex=True)
     panels[0].plot(*thinned(history.steps, history.series("lam")), color=NOW)
     panels[0].set_title("λ used in the step")
     algorithm, cap = history.config["algorithm"], history.config.get("penalty", {}).get("max")
-    if cap is not None and algorithm["method"] in ("repo", "ppo_lagrangian") and np.isfinite(cap):
+    if cap is not None and algorithm["method"] in BOUNDED and np.isfinite(cap):
         panels[0].axhline(cap, color=INK, lw=1, ls=":")
         panels[0].set_title(f"λ used in the step (dotted: its cap {cap:g})")
     panels[0].set_ylim(bottom=0)
     _over_steps(panels[1], history, "safe_rate", BAD, "", scale=-100, offset=100)
-    responses = "rectified" if history.config["algorithm"]["method"] == "repo" else "unsafe"
+    hinge = algorithm["method"] in ("repo", "repo_dpo") and algorithm.get("cost_mode") != "barrier" and not moves
+    responses = "rectified" if hinge else "unsafe"
     panels[1].set_title(f"{responses} responses, C > d (%)")
     panels[1].set_ylim(0, 102)
     caption = f"λ moves once per batch. Training batches: {_drawing(history)}"
+    if moves:
+        panels[2].plot(*thinned(history.steps, history.series("limit")), color=NOW)
+        panels[2].axhline(history.limit, color=INK, lw=1, ls=":")
+        panels[2].set_title(f"limit used in the step (dotted: the run's limit d = {history.limit:g})")
+        caption += " λ moves by the limit used in the step, all other figures are of the run's limit."
     if known:
-        log_axis(panels[2])
-        _over_steps(panels[2], history, "reward_cost_grad_ratio", GOOD, "")
-        panels[2].axhline(1, color=INK, lw=1, ls=":")
-        panels[2].set_title("gradient norms, reward ÷ λ cost (log)")
+        last = panels[-1]
+        log_axis(last)
+        _over_steps(last, history, "reward_cost_grad_ratio", GOOD, "")
+        last.axhline(1, color=INK, lw=1, ls=":")
+        last.set_title("gradient norms, reward ÷ λ cost (log)")
         caption += " The norms are L2, over the log-probabilities of response tokens; below 1 the cost dominates."
     step_axis(panels[-1])
     return figure, "Penalty", caption

@@ -8,10 +8,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .style import GRID, INK, MUTED, STYLE
+from .style import GRID, INK, MUTED, NOW, START, STYLE
 
 MARKERS = "osD^vP*X"
 COLOURS = ("#0062a3", "#c2410c", "#00795a", "#8a3ffc", "#737b84", "#b28600", "#a2191f", "#1c2024")
+
+SAFE_RATES = {"safe_rate": "safe rate (training cost)", "judge_safe_rate": "safe rate (held-out judge)"}
+"""Quantities of the x axis, with their labels."""
 
 Trail = Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]
 """(name, quantities with intervals) of a policy's evaluations, in the order of training."""
@@ -60,6 +63,31 @@ def draw_frontier(trails: Mapping[str, Trail]) -> Figure:
         axes.tick_params(colors=GRID, labelcolor=MUTED)
         axes.title.set_color(INK)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        return figure
+
+
+def draw_scales(points: Sequence[tuple[float, Mapping[str, Mapping[str, Any]]]]) -> Figure:
+    """Draw the reward against the safe rate of one policy at several scales of its update, a panel for each judge.
+
+    points: (scale, quantities with intervals), by rising scale; 0 is the reference, which is drawn hollow.
+    """
+    panels = [key for key in SAFE_RATES if all(key in quantities for _, quantities in points)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(panels), 4.4))
+        for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            x, y = ([q[name]["mean"] for _, q in points] for name in (key, "reward"))
+            axes.plot(x, y, color=NOW, lw=1, zorder=1.5)
+            for (scale, q), across, up in zip(points, x, y, strict=True):
+                colour, face = (START, "white") if scale == 0 else (NOW, NOW)
+                bars = _around(q["reward"]), _around(q[key])
+                axes.errorbar(across, up, *bars, fmt="o", color=colour, mfc=face, ms=6, elinewidth=1, capsize=3)
+                name = "0 (reference)" if scale == 0 else f"{scale:g}"
+                axes.annotate(name, (across, up), (6, 6), textcoords="offset points", color=INK, fontsize=9)
+            axes.set_xlabel(SAFE_RATES[key])
+            axes.set_ylabel("reward")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.tick_params(colors=GRID, labelcolor=MUTED)
+            axes.set_title("scale of the update")
         return figure
 
 

@@ -135,7 +135,16 @@ def sample(
     part = range(len(prompts)) if part is None else part
     uniforms = draw_uniforms(prompts, samples, config.max_response_tokens, seed, step)
     uniforms = uniforms[part.start * samples : part.stop * samples]
-    prompts = prompts[part.start : part.stop]
+    return sample_by(policy, prompts[part.start : part.stop], samples, config, uniforms)
+
+
+def sample_by(
+    policy: Policy, prompts: Sequence[Prompt], samples: int, config: RolloutConfig, uniforms: Tensor
+) -> Rollout:
+    """Sample `samples` responses to each of P >= 1 prompts by given random numbers; see sample.
+
+    uniforms: (P * samples, config.max_response_tokens) fp64 in [0, 1), as draw_uniforms draws them.
+    """
     per_batch = max(1, config.batch_size // samples) if choose_decoding(policy).batches else 1
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     responses: list[list[int]] = [[] for _ in range(len(prompts) * samples)]

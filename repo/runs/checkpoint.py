@@ -11,6 +11,7 @@ are old checkpoints removed. A crash at any moment therefore leaves a whole chec
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -41,7 +42,7 @@ class State:
     penalty: state of the multipliers.
     skipped_in_a_row: optimiser steps just before that were left out because they were not finite.
     offsets: bytes of each append-only file that belong to the steps done.
-    safe_rate, reward: means over the steps since the previous checkpoint.
+    safe_rate, reward: means over the steps since the previous checkpoint that sampled the policy; NaN if none did.
     random: states of the global random generators, one for each process.
     """
 
@@ -66,7 +67,10 @@ def make_state(
 
     penalty, skipped, offsets: as in State. records: metrics of the steps since the previous checkpoint, at least one.
     """
-    safe_rate, reward = (sum(r[key] for r in records) / len(records) for key in ("safe_rate", "reward_mean"))
+    sampled = [r for r in records if math.isfinite(r["safe_rate"])]
+    safe_rate, reward = (
+        sum(r[key] for r in sampled) / len(sampled) if sampled else math.nan for key in ("safe_rate", "reward_mean")
+    )
     return State(step, penalty, skipped, offsets, safe_rate, reward, world.gather(random_state()))
 
 
@@ -173,9 +177,13 @@ class Saver:
             before, _ = read_state(best)
         except UserError:
             return True
+        if math.isnan(before.safe_rate):  # nothing is known of it: the newest one stays until something is
+            return True
         return before.step >= state.step or self._merit(state) > self._merit(before)
 
     def _merit(self, state: State) -> tuple[bool, float]:
+        if math.isnan(state.safe_rate):
+            return False, -math.inf
         safe = state.safe_rate >= self.safety_target
         return safe, state.reward if safe else state.safe_rate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,21 +31,39 @@ COLUMNS = {
 }
 
 
-class ConsoleTable:
-    """Prints one line per step, under a header that is repeated every 20 lines."""
+PAIR_COLUMNS = {
+    "step": COLUMNS["step"],
+    "loss": ("loss", "{:>7.4f}"),
+    "pair_accuracy": ("right", "{:>5.0%}"),
+    "pair_margin": ("margin", "{:>7.3f}"),
+    **{key: COLUMNS[key] for key in ("reward_mean", "cost_mean", "safe_rate", "rectified_cost")},
+    **{key: COLUMNS[key] for key in ("compensation_gap", "lam", "kl")},
+}
+"""Columns of methods that learn from pairs."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.lines = console, 0
+
+class ConsoleTable:
+    """Prints one line per step, under a header that is repeated every 20 lines.
+
+    columns: key of the metrics -> (title, format); "-" stands for what is not known.
+    """
+
+    def __init__(self, console: Console, columns: Mapping[str, tuple[str, str]] = COLUMNS) -> None:
+        self.console, self.columns, self.lines = console, columns, 0
 
     def row(self, record: Mapping[str, Any], suffix: str = "") -> None:
         """Print the line of a step, counted from 1. record: its metrics. suffix: text at the end of the line."""
         record = {**record, "step": record["step"] + 1}
-        cells = {title: form.format(record[key]) for key, (title, form) in COLUMNS.items()}
+        cells = {title: _cell(record[key], form) for key, (title, form) in self.columns.items()}
         if self.lines % 20 == 0:
             titles = (title.rjust(len(cell)) for title, cell in cells.items())
             self.console.print("  ".join(titles), style="bold", highlight=False)
         self.lines += 1
         self.console.print("  ".join(cells.values()) + f"  {suffix}", highlight=False)
+
+
+def _cell(value: float, form: str) -> str:
+    return "-".rjust(len(form.format(0.0))) if math.isnan(value) else form.format(value)
 
 
 class _ProgressAbove(Progress):
@@ -78,7 +97,8 @@ def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None
     for s in samples:
         mark = "safe" if s["safe"] else "UNSAFE"
         console.print(
-            f"    [{mark}] reward {s['reward']:.2f} cost {s['cost']:.2f} advantage {s['advantage']:.2f}",
+            f"    [{mark}] reward {s['reward']:.2f} cost {s['cost']:.2f}"
+            + ("" if math.isnan(s["advantage"]) else f" advantage {s['advantage']:.2f}"),
             style="green" if s["safe"] else "red",
             highlight=False,
             markup=False,
@@ -100,7 +120,8 @@ class Display:
     def __init__(self, console: Console, config: Config, first: int) -> None:
         """Make the display of a run. first: the step that training begins with, counted from 0."""
         self.console, self.config, self.first = console, config, first
-        self.table, self.panel = ConsoleTable(console), SafetyPanel(console, config.algorithm.cost_limit)
+        self.table = ConsoleTable(console, PAIR_COLUMNS if config.algorithm.on_pairs else COLUMNS)
+        self.panel = SafetyPanel(console, config.algorithm.cost_limit)
         self.bar, self.started, self.warned = progress_bar(console, self.panel), time.perf_counter(), False
         self.settings, self.told = asdict(config), set[str]()
         self.recent: deque[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] = deque(maxlen=WINDOW)
@@ -123,7 +144,8 @@ class Display:
         done = record["step"] + 1
         seconds = (time.perf_counter() - self.started) / (done - self.first) * (self.config.steps - done)
         self.table.row(record, f"eta {duration(seconds)}")
-        self.panel.add(samples)
+        if samples:
+            self.panel.add(samples)
         if warning and not self.warned:
             self.console.print(warning, style="yellow", markup=False, highlight=False)
             self.warned = True

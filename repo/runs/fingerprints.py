@@ -33,9 +33,9 @@ def fingerprints(
     tokens, and of each signal's scorers (manifest, and weights or the source of the function's module).
     """
     of_reference = _of_weights(reference)
-    hashes = {"model.path": of_reference, "data.train": _of_json([[p.id, p.text, p.token_ids] for p in train_prompts])}
+    hashes = {"model.path": of_reference, "data.train": _of_json([_of_prompt(p) for p in train_prompts])}
     if eval_prompts:
-        hashes["data.eval"] = _of_json([[p.id, p.text, p.token_ids] for p in eval_prompts])
+        hashes["data.eval"] = _of_json([_of_prompt(p) for p in eval_prompts])
     if examples:
         hashes["ptx.data"] = _of_json([[e.prompt_ids, e.response_ids] for e in examples])
     for signal, parts in scorers.parts.items():
@@ -48,6 +48,10 @@ def fingerprints(
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """List the fields whose fingerprint differs. before: at the start of the run; fields in only one are skipped."""
     return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+
+
+def _of_prompt(prompt: Prompt) -> list[Any]:
+    return [prompt.id, prompt.text, prompt.token_ids, *(example.response_ids for example in prompt.pair)]
 
 
 def _of_scorer(scorer: Scorer, reference: nn.Module, of_reference: str) -> list[Any]:

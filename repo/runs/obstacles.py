@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config.schema import BOUNDED
+
 FEWEST = 4
 """Fewest steps that a sentence is based on."""
 CUT_OFF = 0.95
 """Share of responses cut off from which a sentence says so."""
+FLAT = 0.501
+"""Mean probability that the better response of a pair is better, below which the pairs teach nothing."""
 
 
 def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Sequence[Mapping]) -> dict[str, str]:
@@ -24,7 +28,8 @@ def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Se
     algorithm, steps = config["algorithm"], f"{len(records)} steps"
     constrained, found = algorithm["method"] != "ppo", {}
     safe = _values(records, "safe_rate")
-    if constrained and safe and min(safe) == 1:
+    early = algorithm["method"] == "interior_point" or algorithm.get("cost_mode") == "barrier"  # acts within the limit
+    if constrained and not early and safe and min(safe) == 1:
         found["never binds"] = (
             f"every response of {steps} is within the limit d = {algorithm['cost_limit']:g}, so that the cost has no "
             "effect: this is plain PPO. Is the cost's sign or the limit right?"
@@ -42,8 +47,14 @@ def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Se
                 f"in {flat:.0%} of the groups of {steps} all responses to the prompt have the same advantage 0: their "
                 "scores do not differ, so that nothing is learned from them"
             )
+    confidence = _values(records, "pair_confidence")
+    if confidence and max(confidence) < FLAT:
+        found["no spread"] = (
+            f"the two responses of nearly every pair of {steps} are worth the same, so that nothing is learned from "
+            "them: do the scores differ?"
+        )
     lam, cap = _values(records[-FEWEST:], "lam"), config.get("penalty", {}).get("max")
-    bounded = algorithm["method"] in ("repo", "ppo_lagrangian") and cap is not None
+    bounded = algorithm["method"] in BOUNDED and cap is not None
     if bounded and len(lam) == FEWEST and min(lam) >= cap > 0:
         found["lambda at its cap"] = (
             f"lambda has been at its cap penalty.max = {cap:g} for {FEWEST} steps: the cost weighs no more than that, "

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from repo_kernels.pairs import pair_loss
 
 from ..config.schema import AlgorithmConfig
 from ..models.critic import explained_variance
 from ..rollout.sample import Rollout
-from ..scoring.safety import is_safe, summarize
+from ..scoring.safety import SUMMARY, is_safe, summarize
 from ..scoring.scorers import Scores
 from ..training.advantages import Advantages, loss_mode, on_unsafe
 from ..training.batch import Batch
 from ..training.mismatch import Agreement
+from ..training.pairs import PairBatch, PairResult
 from ..training.update import UpdateResult
 
 
@@ -76,7 +81,8 @@ def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
     if cost is None or loss_mode(algorithm) is None:
         return math.nan
     if loss_mode(algorithm) == "split":
-        cost = on_unsafe(cost, batch.costs, algorithm.cost_limit)
+        limit = algorithm.cost_limit if batch.cost_limit is None else batch.cost_limit
+        cost = on_unsafe(cost, batch.costs, limit)
     lengths, mask = batch.sequences.response_lengths, batch.sequences.response_mask
     weights = 1 / lengths.clamp_min(1) if algorithm.loss_agg_mode == "seq-mean-token-mean" else lengths.clamp_max(1)
 
@@ -88,12 +94,80 @@ def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
     return norm(reward) / divisor if divisor else math.nan
 
 
-def sample_records(step: int, rollout: Rollout, scores: Scores, advantages: Advantages, limit: float) -> list[dict]:
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a policy that learns from responses of others: B responses of its own, and their scores.
+
+    kl: mean of exp(-delta) + delta - 1 over their tokens, delta = log policy - log reference: an estimate of
+    KL(policy || reference) in nats per token.
+    """
+
+    rollout: Rollout
+    scores: Scores
+    kl: float
+
+    @classmethod
+    def of(cls, rollout: Rollout, scores: Scores, ref_logps: Tensor) -> Measured:
+        """Summarise sampled responses. ref_logps: (B, R) the reference's log-probabilities in nats."""
+        delta = (rollout.logps - ref_logps)[rollout.sequences.response_mask].double().clamp(-20, 20)
+        return cls(rollout, scores, (torch.exp(-delta) + delta - 1).mean().item())
+
+
+def pair_record(
+    step: int,
+    algorithm: AlgorithmConfig,
+    batch: PairBatch,
+    result: PairResult,
+    measured: Measured | None,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Make the line of metrics.jsonl for a step that learned from pairs.
+
+    Rewards, costs, kl and lengths are those of the policy's own responses, NaN in steps that sampled none.
+
+    step: counted from 0. measured: None if the step sampled no response of the policy. seconds: duration of each phase,
+    including "update".
+    """
+    out = pair_loss(result.log_ratios, batch.labels, algorithm.beta)
+    tokens = int(batch.sequences.response_lengths.sum())
+    if measured is None:
+        policy = dict.fromkeys((*SUMMARY, "kl", "length", "truncated"), math.nan)
+    else:
+        rollout, scores = measured.rollout, measured.scores
+        policy = {
+            **summarize(scores.rewards, scores.costs, rollout.group, algorithm.cost_limit),
+            "kl": measured.kl,
+            "length": rollout.tokens / len(rollout.texts),
+            "truncated": rollout.truncated.double().mean().item(),
+        }
+    return {
+        "step": step,
+        **policy,
+        "lam": batch.lam,
+        "beta": algorithm.beta,
+        "loss": result.loss,
+        "pair_accuracy": out.correct.mean().item(),
+        "pair_margin": out.margins.mean().item(),
+        "pair_confidence": torch.maximum(batch.labels, 1 - batch.labels).mean().item(),
+        "pair_log_ratio": result.log_ratios.mean().item(),
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "skipped": result.skipped,
+        "pair_tokens": tokens,
+        "update_tokens_per_second": int(batch.sequences.attention_mask.sum()) / seconds["update"],
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+    }
+
+
+def sample_records(
+    step: int, rollout: Rollout, scores: Scores, advantages: Advantages | None, limit: float
+) -> list[dict]:
     """Make the lines of samples.jsonl for a step, one per response.
 
-    step: counted from 0. advantages: per-token ones are averaged over the response. limit: the cost limit d.
+    step: counted from 0. advantages: per-token ones are averaged over the response; None for responses that nothing is
+    learned from. limit: the cost limit d.
     """
-    mean = advantages.combined
+    mean = torch.full_like(scores.rewards, math.nan) if advantages is None else advantages.combined
     if mean.ndim == 2:
         mean = mean.sum(1) / rollout.sequences.response_lengths.clamp_min(1)
     columns = scores.rewards, scores.costs, is_safe(scores.costs, limit), mean, rollout.truncated

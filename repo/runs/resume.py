@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,10 +131,9 @@ def reopen(folder: Path, config: Config, state: State | None, inputs: dict[str, 
 def _remove_stale_evaluations(folder: Path, step: int) -> None:
     """Remove evaluations of policies that no longer exist when the run continues from `step`."""
     for path in (folder / "eval").glob("*.json"):
-        checkpoint = path.stem.removeprefix("step-")
-        if path.stem in ("after", "final") or (
-            checkpoint != path.stem and checkpoint.isdigit() and int(checkpoint) > step
-        ):
+        name = re.sub(r"^shield\d+-", "", path.stem)  # of an evaluation behind a shield
+        checkpoint = name.removeprefix("step-")
+        if name in ("after", "final") or (checkpoint != name and checkpoint.isdigit() and int(checkpoint) > step):
             path.unlink()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from repo_kernels.safety import Values, is_safe, rectified_cost, round_limit
 
 __all__ = [
+    "SUMMARY",
     "TITLES",
     "Compensation",
     "compensation_gap",
@@ -38,6 +39,20 @@ def compensation_gap(mean_rectified_cost: Values, mean_cost: Values, cost_limit:
 def mostly_unsafe(safe_share: Values) -> Any:
     """Tell whether more than half of a prompt's responses are unsafe. safe_share: share of safe ones, any shape."""
     return safe_share < 0.5
+
+
+SUMMARY = (
+    "reward_mean",
+    "reward_safe_mean",
+    "cost_mean",
+    "cost_p95",
+    "cost_max",
+    "safe_rate",
+    "rectified_cost",
+    "compensation_gap",
+    "prompts_mostly_unsafe",
+)
+"""The quantities that `summarize` computes."""
 
 
 def summarize(rewards: Tensor, costs: Tensor, group: Tensor, cost_limit: float) -> dict[str, float]:

@@ -62,13 +62,24 @@ class Scorers:
         reading: results of the reference's forward pass over the same rows, which saves embedded scorers one of their
         own. Raises UserError that names scorer and prompt if a score is not finite.
         """
-        parts = [(signal, part) for signal in SIGNALS for part in self.parts[signal]]
-        sums = {signal: torch.zeros(len(prompts)) for signal in SIGNALS}
+        sums = self._sums(SIGNALS, prompts, responses, reading)
+        return Scores(sums["reward"], sums["cost"])
+
+    def costs(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        """Score only the cost of B pairs, (B,) fp32 on the CPU. Raises UserError if a score is not finite."""
+        return self._sums(("cost",), prompts, responses, None)["cost"]
+
+    def _sums(
+        self, signals: Sequence[str], prompts: Sequence[Prompt], responses: Sequence[str], reading: Reading | None
+    ) -> dict[str, Tensor]:
+        """Compute the clamped weighted sum (B,) of each signal."""
+        parts = [(signal, part) for signal in signals for part in self.parts[signal]]
+        sums = {signal: torch.zeros(len(prompts)) for signal in signals}
         scores = score_each([part.scorer for _, part in parts], prompts, responses, reading)
         for (signal, part), values in zip(parts, scores, strict=True):
             require_finite(f"scoring.{signal} {part.name!r}", values, prompts)
             sums[signal] += part.weight * values
-        return Scores(*(self._clamp(signal, sums[signal]) for signal in SIGNALS))
+        return {signal: self._clamp(signal, sums[signal]) for signal in signals}
 
     def _clamp(self, signal: str, values: Tensor) -> Tensor:
         """Clamp scores (B,). The first time that this changes some of a signal, a warning says so."""
@@ -179,18 +190,38 @@ def load_scorers(
     parts: dict[str, list[Part]] = {signal: [] for signal in SIGNALS}
     for signal in SIGNALS:
         for name, weight in weights_of(config, signal).items():
-            scorer: Scorer
-            if name == EMBEDDED:
-                loaded = (p.scorer.trunk.model for p in parts["reward"] if isinstance(p.scorer, HeadScorer))
-                shared = model if model is not None else next(loaded, None)
-                scorer = _load_embedded(signal, assets, shared, tokenizer, device, frozen)
-            elif FUNCTION.fullmatch(name) and not Path(name).exists():
-                scorer = FunctionScorer(name, signal, config.timeout)
-            else:
-                scorer = load_model(name, signal, device, trust, date)
-            check_sign(scorer, f"scoring.{signal} {name!r}")
+            loaded = (p.scorer.trunk.model for p in parts["reward"] if isinstance(p.scorer, HeadScorer))
+            shared = model if model is not None else next(loaded, None)
+            scorer = load_scorer(name, signal, config.timeout, assets, shared, tokenizer, device, trust, date, frozen)
             parts[signal].append(Part(name, weight, scorer))
     return Scorers(parts["reward"], parts["cost"], config.clamp)
+
+
+def load_scorer(
+    name: str,
+    signal: str,
+    timeout: float,
+    assets: Path | None,
+    model: Any = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    trust: bool = False,
+    date: str | None = None,
+    frozen: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Scorer:
+    """Load one scorer by its name in the configuration and check its sign; arguments as for load_scorers.
+
+    signal: "reward" or "cost". timeout: seconds that one call of a function may take. Raises UserError as load_scorers.
+    """
+    scorer: Scorer
+    if name == EMBEDDED:
+        scorer = _load_embedded(signal, assets, model, tokenizer, device, frozen)
+    elif FUNCTION.fullmatch(name) and not Path(name).exists():
+        scorer = FunctionScorer(name, signal, timeout)
+    else:
+        scorer = load_model(name, signal, device, trust, date)
+    check_sign(scorer, f"scoring.{signal} {name!r}")
+    return scorer
 
 
 def _load_embedded(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from repo_kernels.advantages import (
+    barrier_cost,
     crpo_advantages,
     divide_by_group_std,
     gae,
@@ -22,6 +23,7 @@ from ..scoring.safety import rectified_cost
 
 __all__ = [
     "Advantages",
+    "barrier_cost",
     "crpo_advantages",
     "divide_by_group_std",
     "gae",
@@ -29,6 +31,7 @@ __all__ = [
     "loss_mode",
     "method_advantages",
     "on_unsafe",
+    "penalised_cost",
     "rectified_advantages",
     "token_signal",
 ]
@@ -51,10 +54,27 @@ class Advantages:
 
 
 def loss_mode(algorithm: AlgorithmConfig) -> str | None:
-    """Return the cost_mode of repo_loss for a method; None for PPO and CRPO, which have no lambda."""
+    """Return the cost_mode of repo_loss for a method; None for PPO and CRPO, which have no lambda.
+
+    A barrier is "rectified" to the loss, which gets the advantages of the cost and never forms {C - d}^+ itself.
+    """
     if algorithm.method in ("ppo", "crpo"):
         return None
-    return algorithm.cost_mode if algorithm.method == "repo" else "lagrangian"
+    if algorithm.method != "repo":
+        return "lagrangian"
+    return "split" if algorithm.cost_mode == "split" else "rectified"
+
+
+def penalised_cost(algorithm: AlgorithmConfig, costs: Tensor, limit: float) -> Tensor:
+    """Return what the advantages of the cost are formed of, (B,): {C - d}^+, the barrier in its place, or C itself.
+
+    costs: (B,) raw costs C. limit: d.
+    """
+    if loss_mode(algorithm) != "rectified":
+        return costs
+    if algorithm.cost_mode == "barrier":
+        return barrier_cost(costs, limit, algorithm.barrier_tau, algorithm.barrier_margin)
+    return rectified_cost(costs, limit)
 
 
 def method_advantages(
@@ -69,6 +89,7 @@ def method_advantages(
     beta: float = 0.0,
     values: Mapping[str, Tensor] | None = None,
     counted: Tensor | None = None,
+    limit: float | None = None,
 ) -> Advantages:
     """Compute the advantages of reward and cost, and combine them as the configured method does.
 
@@ -84,9 +105,10 @@ def method_advantages(
         values: by signal, (B, R) the critics' values at sampling; None or empty for leave-one-out advantages.
         counted: (B,) bool, the responses that baselines are formed over; None: all. The others get advantages 0: in
             groups by this, with critics by their empty mask.
+        limit: cost limit of the step; None: algorithm.cost_limit.
     """
-    mode, limit = loss_mode(algorithm), algorithm.cost_limit
-    cost_score = rectified_cost(costs, limit) if mode == "rectified" else costs
+    mode, limit = loss_mode(algorithm), algorithm.cost_limit if limit is None else limit
+    cost_score = penalised_cost(algorithm, costs, limit)
     signals = {"reward": token_signal(rewards, mask, log_ratio, -beta)}
     if algorithm.method != "ppo":
         signals["cost"] = token_signal(

@@ -26,6 +26,7 @@ class Batch:
     old_logps: (B, R) fp32, the sampling policy's log-probabilities in nats; None if nothing needs them: the
         update has a single optimiser step, in which the ratio is exactly 1, no critics, and the KL in the loss.
     values: by signal, (B, R) the critics' values at sampling; empty without critics.
+    cost_limit: the limit of the step, which cost_mode "split" compares costs with; None: algorithm.cost_limit.
     """
 
     sequences: Sequences
@@ -36,6 +37,7 @@ class Batch:
     beta: float
     old_logps: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
+    cost_limit: float | None = None
 
 
 def make_batch(
@@ -46,6 +48,7 @@ def make_batch(
     lam: float,
     beta: float,
     predictions: Predictions,
+    cost_limit: float | None = None,
 ) -> Batch:
     """Compute the advantages of B scored responses and collect what the losses read.
 
@@ -53,6 +56,7 @@ def make_batch(
     ref_logps: (B, R) the reference's log-probabilities in nats.
     lam, beta: weights of the cost and of the KL.
     predictions: log-probabilities of the sampling policy and values of its critics.
+    cost_limit: limit of the step; None: algorithm.cost_limit.
     """
     in_reward, old = config.algorithm.kl_placement != "loss", predictions.logps
     log_ratio = old - ref_logps if in_reward and old is not None else None
@@ -68,5 +72,6 @@ def make_batch(
         beta,
         predictions.values,
         sequences.response_lengths > 0 if config.rollout.truncated == "mask" else None,
+        cost_limit,
     )
-    return Batch(sequences, advantages, scores.costs, ref_logps, lam, beta, old, predictions.values)
+    return Batch(sequences, advantages, scores.costs, ref_logps, lam, beta, old, predictions.values, cost_limit)

@@ -30,6 +30,7 @@ class Targets:
     reward_advantages: advantages of the reward, or of reward and cost combined.
     cost_advantages: advantages of the cost; None if reward_advantages are combined.
     costs: raw cost C of each token's response.
+    cost_limit: limit of the step, which costs are compared with.
     old_logps: the sampling policy's log-probabilities in nats; None if the ratio is exactly 1.
     ref_logps: the reference's log-probabilities in nats.
     old_values, returns: by signal, the critic's values at sampling and its targets.
@@ -41,6 +42,7 @@ class Targets:
     reward_advantages: Tensor
     cost_advantages: Tensor | None
     costs: Tensor
+    cost_limit: float
     old_logps: Tensor | None
     ref_logps: Tensor
     old_values: dict[str, Tensor]
@@ -76,6 +78,7 @@ def make_targets(batch: Batch, packed: Packed, algorithm: AlgorithmConfig, divis
         reward_advantages=by_token(advantages.combined if combined else advantages.reward),
         cost_advantages=None if combined or advantages.cost is None else by_token(advantages.cost),
         costs=by_token(batch.costs),
+        cost_limit=algorithm.cost_limit if batch.cost_limit is None else batch.cost_limit,
         old_logps=None if batch.old_logps is None else by_token(batch.old_logps),
         ref_logps=by_token(batch.ref_logps),
         old_values={signal: by_token(values) for signal, values in batch.values.items()},
@@ -96,7 +99,7 @@ class PolicyLoss(nn.Module):
         temperature: sampling temperature. softcap: bound of the policy's logits, None if the model has none.
         """
         super().__init__()
-        self.cost_limit, self.in_loss = algorithm.cost_limit, algorithm.kl_placement == "loss"
+        self.in_loss = algorithm.kl_placement == "loss"
         self.repo_loss = LinearRepoLoss(loss_options(algorithm, temperature, softcap))
 
     def forward(self, states: States, critics: nn.ModuleDict, targets: Targets) -> MicroBatchLoss:
@@ -114,7 +117,7 @@ class PolicyLoss(nn.Module):
             reward_advantages=targets.reward_advantages,
             cost_advantages=targets.cost_advantages,
             costs=targets.costs,
-            cost_limit=self.cost_limit,
+            cost_limit=targets.cost_limit,
             lam=0.0 if targets.cost_advantages is None else targets.lam,
             ref_logps=targets.ref_logps,
             beta=targets.beta if self.in_loss else 0.0,

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from repo_kernels import LossStats
-from repo_kernels.layers.bf16_linear import forget_copies
 
-from ..common.errors import UserError
 from ..common.seeds import generator
 from ..config.schema import Config
 from ..data.prompts import Example, batch_at
@@ -24,7 +20,7 @@ from ..models.actor import Actor, Predictions, predict
 from ..models.sharding import require_finite_weights
 from .accumulation import Accumulator
 from .batch import Batch
-from .optimizer import lr_at, make_optimizer
+from .descent import Descent
 
 
 @dataclass(frozen=True)
@@ -48,17 +44,15 @@ class UpdateResult:
     logps: Tensor
 
 
-class Updater:
-    """Updates policy and critics from rollout batches, and owns their optimiser.
+class Updater(Descent):
+    """Updates policy and critics from rollout batches.
 
     actor: policy and critics. config: the configuration. examples: supervised examples of ptx, if any.
     """
 
     def __init__(self, actor: Actor, config: Config, examples: Sequence[Example] = ()) -> None:
-        self.actor, self.config, self.examples = actor, config, examples
-        self.accumulator = Accumulator(actor, config)
-        self.optimizer = make_optimizer(actor.policy, actor.critics, config)
-        self.skipped_in_a_row = 0
+        super().__init__(actor, config)
+        self.examples, self.accumulator = examples, Accumulator(actor, config)
 
     @property
     def steps_per_update(self) -> int:
@@ -96,10 +90,7 @@ class Updater:
         Raises UserError after optimizer.max_skipped minibatches in a row with a non-finite loss or gradient, or if a
         weight is not finite after the update.
         """
-        optimizer = self.config.optimizer
-        lr = lr_at(step, steps, optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr if group["policy"] else group["lr"]
+        lr = self.set_lr(step, steps)
         losses, stats, skipped, norm = defaultdict[str, list[float]](list), [], 0, 0.0
         old = torch.zeros_like(batch.ref_logps) if batch.old_logps is None else batch.old_logps.clone()
         for index, (rows, examples) in enumerate(self._minibatches(len(batch.costs), step)):
@@ -109,30 +100,14 @@ class Updater:
                 minibatch, minibatch_stats = self.accumulator.backward(known, rows, None if index else old)
                 if examples:
                     minibatch["ptx_loss"] = self.accumulator.supervised_backward(examples)
-            if not self.actor.sharded:
-                self.actor.world.sum_gradients(list(self.actor.parameters()))
-            norm, critic_norm = (self._clip(module) for module in (self.actor.policy, self.actor.critics))
-            if all(math.isfinite(x) for x in (norm, critic_norm, *minibatch.values())):
-                self.optimizer.step()
-                forget_copies(self.actor.parameters())  # optimisers of other packages write into .data
-                self.skipped_in_a_row = 0
-            else:
-                skipped += 1
-                self._count_skip({**minibatch, "gradient norm": norm, "critics' gradient norm": critic_norm})
-            self.optimizer.zero_grad(set_to_none=True)
+            norm, taken = self.descend(minibatch)
+            skipped += not taken
             stats.append(minibatch_stats)
             for name, value in minibatch.items():
                 losses[name].append(value)
         require_finite_weights(self.actor, self.actor.world, f"after step {step}")
         means = {name: sum(values) / len(values) for name, values in losses.items()}
         return UpdateResult(means, norm, lr, skipped, stats[0].merge(*stats[1:]), old)
-
-    def _clip(self, module: nn.Module) -> float:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        if not trained:
-            return 0.0
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _minibatches(self, count: int, step: int) -> Iterator[tuple[Tensor, list[Example]]]:
         """Yield the rows of each minibatch of each epoch, with as many supervised examples if there are any."""
@@ -143,12 +118,3 @@ class Updater:
             examples = batch_at(self.examples, index, count, seed, "ptx") if self.examples else []
             for part in torch.arange(count).tensor_split(optimizer.minibatches):
                 yield order[part], [examples[i] for i in part.tolist() if examples]
-
-    def _count_skip(self, values: dict[str, float]) -> None:
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.config.optimizer.max_skipped:
-            last = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-            raise UserError(
-                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient (last: {last}) "
-                "and were left out; lower optimizer.lr or critic.lr, or look at the scores"
-            )

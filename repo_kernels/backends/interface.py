@@ -2,6 +2,7 @@
 
 The leading dimensions of the logits are flattened to N rows. A row is dead when its token is masked or ignored, or lies
 outside the bounds of `cu_seqlens`: its logits and values are never read, and its outputs and its gradient are 0.
+A row whose temperature is not positive and finite, and is not refused, has NaN as its outputs and its gradient.
 `backends.eager` defines what each function computes; `backends.cpu` and `backends.triton` compute the same in C++ and
 Triton.
 """
@@ -34,6 +35,7 @@ class RowArguments:
         reward_advantages, cost_advantages, cost_baselines: either.
         costs, cost_limits: either. Without costs every row is safe. cost_limits replaces the scalar cost_limit.
         old_logps, ref_logps, importance_weights: leading shape.
+        temperatures: either; replaces the scalar temperature.
     """
 
     token_ids: Tensor
@@ -47,6 +49,7 @@ class RowArguments:
     old_logps: Tensor | None
     ref_logps: Tensor | None
     importance_weights: Tensor | None
+    temperatures: Tensor | None
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -73,6 +76,8 @@ class RowArguments:
 
 
 ARGUMENTS = tuple(field.name for field in fields(RowArguments))
+# What the caller calls an argument, where that is another name.
+NAMES = {"cost_limits": "cost_limit", "temperatures": "temperature"}
 
 # The floats or 0-d tensors of SCALARS, or all of them as one tensor (11,) of the compute dtype on the logits' device.
 Scalars = tuple[float | Tensor, ...] | Tensor
@@ -99,7 +104,7 @@ class Loss:
     @property
     def named_tensors(self) -> dict[str, Tensor | None]:
         """Its tensors, those among the scalars too, by the names of the caller's arguments."""
-        named = {"cost_limit" if name == "cost_limits" else name: getattr(self.arguments, name) for name in ARGUMENTS}
+        named = {NAMES.get(name, name): getattr(self.arguments, name) for name in ARGUMENTS}
         if not isinstance(self.scalars, Tensor):
             named |= {name: x for name, x in zip(SCALARS, self.scalars, strict=True) if isinstance(x, Tensor)}
         return named
@@ -204,6 +209,7 @@ class Backend(Protocol):
 
         Raises:
             IndexError: a live id is outside [0, V) (cpu and eager; Triton gives NaN in that row).
+            ValueError: a live row's own temperature is not positive and finite (likewise).
         """
 
     def reduce(self, loss: Loss, prepared: Any, results: RowResults) -> tuple[Tensor, Tensor]:
@@ -224,7 +230,7 @@ class Backend(Protocol):
         Args:
             logits: see the class.
             ids: (N,) int64, IGNORED on dead rows.
-            temperature: 0-d, compute dtype, on the logits' device.
+            temperature: 0-d or (N,), compute dtype, on the logits' device.
             softcap: 0.0 for none.
             entropy: ENTROPY_NONE or ENTROPY_VALUE.
         """
@@ -267,6 +273,11 @@ def device_scalar(value: float | Tensor, dtype: torch.dtype, device: torch.devic
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def at_rows(temperature: Tensor, index: Tensor | slice) -> Tensor:
+    """Return the temperatures of some rows, (n,) of (N,); one of all rows, 0-d, stays as it is."""
+    return temperature[index] if temperature.ndim else temperature
 
 
 def scalar_vector(scalars: Scalars, dtype: torch.dtype, device: torch.device) -> Tensor:

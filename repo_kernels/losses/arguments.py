@@ -30,6 +30,7 @@ from ..backends.codes import (
 from ..backends.interface import Loss, RowArguments, compute_dtype
 from ..checks import (
     ID_DTYPES,
+    LOGITS_DTYPES,
     VALUE_DTYPES,
     Scalar,
     check_cu_seqlens,
@@ -37,11 +38,13 @@ from ..checks import (
     check_scalar,
     check_tensor,
     describe,
+    is_column,
     number,
 )
-from ..tensor_kinds import PLAIN_TYPES, check_kind
+from ..tensor_kinds import check_kind, check_memory
 from .inputs import LossInputs, TokenValues
 from .options import MODES_WITHOUT_COUNT, SEQUENCE_MODES, LossOptions, TokenOptions
+from .temperature import is_by_row, refuse_gradient
 
 # Looked up once, so that torch.compile sees constants.
 VALUE_NAMES = tuple(field.name for field in fields(TokenValues))
@@ -65,11 +68,16 @@ def make_logps_loss(logps: Tensor, options: TokenOptions, inputs: TokenValues) -
     constant = {name: getattr(options, name) for name in OPTION_NAMES}
     ids = torch.zeros(logps.shape, dtype=torch.int64, device=logps.device)
     call = LossInputs(token_ids=ids, **values)
-    return make_loss(logps[..., None], LossOptions(**constant), call, False, "ref_logits")
+    return make_loss(logps[..., None], LossOptions(**constant), call, 1.0, False, "ref_logits")
 
 
 def make_loss(
-    source: Tensor, options: LossOptions, inputs: LossInputs, has_full_reference: bool, full_name: str
+    source: Tensor,
+    options: LossOptions,
+    inputs: LossInputs,
+    temperature: Scalar,
+    has_full_reference: bool,
+    full_name: str,
 ) -> Loss:
     """Check the inputs, also against the options, and describe the loss to a backend.
 
@@ -77,11 +85,15 @@ def make_loss(
         source: logits or hidden states, which have been checked; they give leading shape, compute dtype and device.
         options: checked when they were made.
         inputs: all but the logits or hidden states.
+        temperature: of this call, in place of that of the options: a scalar, which has been checked, or one value per
+            row or sequence.
         has_full_reference: whether reference logits or hidden states were given.
         full_name: how messages call those.
     """
     inputs = _plain_numbers(inputs)
-    arguments = _arguments(source, inputs)
+    refuse_gradient(temperature)
+    by_row = is_by_row(temperature)
+    arguments = _arguments(source, inputs, temperature if by_row else None)
     check_scalar("lam", inputs.lam, lambda x: x >= 0, ">= 0")
     check_scalar("beta", inputs.beta, lambda x: x >= 0, ">= 0")
     check_scalar("grad_scale", inputs.grad_scale, lambda x: x > 0, "> 0")
@@ -110,7 +122,7 @@ def make_loss(
         eps_low=options.eps_low,
         eps_high=options.eps_high,
         entropy_coef=entropy_coef,
-        temperature=options.temperature,
+        temperature=None if by_row else temperature,
         grad_scale=inputs.grad_scale,
         dual_clip=options.dual_clip,
         cost_limit=None if isinstance(limit, Tensor) and limit.ndim else limit,
@@ -130,7 +142,8 @@ def _plain_numbers(inputs: LossInputs) -> LossInputs:
     return replace(inputs, **changed) if changed else inputs
 
 
-def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
+def _arguments(source: Tensor, inputs: LossInputs, temperature: Any) -> RowArguments:
+    """temperature: a tensor by row or sequence, or None."""
     leading, dtype = tuple(source.shape[:-1]), compute_dtype(source)
     ids, mask, bounds = check_ids(inputs.token_ids, leading, source), inputs.response_mask, inputs.cu_seqlens
     if mask is not None:
@@ -142,13 +155,19 @@ def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
     else:
         either = (leading, leading[:1]) if len(leading) == 2 else (leading,)
 
-    def values(name: str, value: Tensor | None, shapes: tuple[tuple[int, ...], ...]) -> Tensor | None:
+    def values(
+        name: str,
+        value: Tensor | None,
+        shapes: tuple[tuple[int, ...], ...],
+        dtypes: tuple[torch.dtype, ...] = VALUE_DTYPES,
+    ) -> Tensor | None:
         if value is None:
             return None
-        if isinstance(value, Tensor) and _is_column(value) and shapes is either:
+        if isinstance(value, Tensor) and is_column(value) and shapes is either:
             value = value.squeeze(1) if tuple(value.shape) not in shapes else value
-        check_tensor(name, value, shapes, VALUE_DTYPES, source)
-        if value.dtype != dtype and dtype == torch.float32:
+        check_tensor(name, value, shapes, dtypes, source)
+        if value.dtype != dtype and (dtype == torch.float32 or value.dtype not in VALUE_DTYPES):
+            check_memory(**{name: value})  # which the conversion reads
             value = value.to(dtype)
         return value.detach() if value.requires_grad else value
 
@@ -172,12 +191,8 @@ def _arguments(source: Tensor, inputs: LossInputs) -> RowArguments:
         old_logps=values("old_logps", inputs.old_logps, (leading,)),
         ref_logps=values("ref_logps", inputs.ref_logps, (leading,)),
         importance_weights=values("importance_weights", inputs.importance_weights, (leading,)),
+        temperatures=values("temperature", temperature, either, LOGITS_DTYPES),
     )
-
-
-def _is_column(value: Tensor) -> bool:
-    """Return whether it is (n, 1), and not of a kind that has no shape, which is refused elsewhere."""
-    return type(value) in PLAIN_TYPES and not value.is_nested and value.ndim == 2 and value.shape[1] == 1
 
 
 def _scalars(**given: Scalar | None) -> tuple[Scalar, ...]:

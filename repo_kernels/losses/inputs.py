@@ -9,6 +9,9 @@ subclass of both; a module has its options already and takes the inputs alone::
                     +--> LinearRepoLossInputs --+--> LinearRepoLossCall  linear_repo_loss(hidden, weight, ...)
     HiddenStates ---+                                                    LinearRepoLoss(options)(hidden, weight, ...)
 
+The temperature is an option that a call may know better: functions take one value per row in its place
+(`CallOptions`), modules take the argument `ModuleTemperature` besides their options.
+
 `LossOptions` are `TokenOptions`, which also serve `repo_loss_from_logps`, and what concerns the vocabulary;
 `LossInputs` are its `TokenValues` and the token ids.
 
@@ -23,9 +26,10 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..checks import Scalar
+from ..checks import Scalar, check_scalar, number
 from .heads.lora import LoraHead
 from .options import LossOptions, TokenOptions
+from .temperature import is_by_row
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,16 +171,57 @@ class LogpsLossCall(TokenOptions, LogpsLossInputs):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RepoLossInputs(LossInputs, Logits):
-    """One call of `RepoLoss`."""
+    """The inputs of one call of `repo_loss`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearRepoLossInputs(LossInputs, HiddenStates):
+    """The inputs of one call of `linear_repo_loss`."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ModuleTemperature:
+    """The temperature that a call of a module gives in place of its options'.
+
+    Args:
+        temperature: of this call, in place of that of the options: a scalar > 0, or one value per row or sequence, see
+            `LossOptions`. None: that of the options.
+    """
+
+    _: KW_ONLY
+    temperature: Scalar | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not is_by_row(self.temperature):
+            object.__setattr__(self, "temperature", number(self.temperature))
+            check_scalar("temperature", self.temperature, lambda x: x > 0, "> 0")
+
+    def temperature_or(self, options: LossOptions) -> Scalar:
+        """Return the temperature of this call; without one, that of the options."""
+        return options.temperature if self.temperature is None else self.temperature
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RepoLossModuleCall(ModuleTemperature, RepoLossInputs):
+    """One call of `RepoLoss`."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearRepoLossModuleCall(ModuleTemperature, LinearRepoLossInputs):
     """One call of `LinearRepoLoss`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class RepoLossCall(LossOptions, RepoLossInputs):
+class CallOptions(LossOptions):
+    """The options of one call of a function, which knows its rows: the temperature may have a value for each."""
+
+    def _check_temperature(self) -> None:
+        if not is_by_row(self.temperature):  # else checked with the rows
+            super()._check_temperature()
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class RepoLossCall(CallOptions, RepoLossInputs):
     """One call of `repo_loss`: its options, its inputs and how it runs.
 
     Args:
@@ -194,7 +239,7 @@ class RepoLossCall(LossOptions, RepoLossInputs):
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class LinearRepoLossCall(LossOptions, LinearRepoLossInputs):
+class LinearRepoLossCall(CallOptions, LinearRepoLossInputs):
     """One call of `linear_repo_loss`: its options, its inputs and how it runs.
 
     Args:

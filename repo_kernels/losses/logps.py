@@ -9,9 +9,8 @@ from torch.distributed import ProcessGroup
 
 from ..backends.choice import choose_backend
 from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
-from ..backends.interface import compute_dtype, device_scalar
-from ..checks import Scalar, check_bool, check_chunk, check_matrix, check_temperature, number
-from ..tensor_kinds import check_memory, is_transformed, makers_like, operate
+from ..checks import Scalar, check_bool, check_chunk, check_matrix, check_softcap
+from ..tensor_kinds import check_memory, is_transformed, operate
 from .arguments import check_ids
 from .composite import losses as composite
 from .heads.lora import HEAD_NAMES, LoraHead, head_tensors
@@ -20,6 +19,7 @@ from .kept import KeptSets, refuse_with_kept
 from .ops import row_statistics
 from .parallel.operators import divided_linear_statistics, divided_statistics
 from .parallel.shard import VocabularyShard, check_divided, check_group, local_head
+from .temperature import statistics_temperature
 
 
 def _outputs(state: Tensor, leading: tuple[int, ...], return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,7 +45,8 @@ def selective_log_softmax(
     Args:
         logits: (T, V) of packed tokens or (B, L, V); fp32, bf16, fp16 or fp64; any row strides, unit column stride.
         token_ids: leading shape, int64 or int32, in [0, V); tokens with id -100 give 0 and gradient 0.
-        temperature: a float > 0 or a 0-d tensor, whose value is not checked.
+        temperature: a float > 0 or a 0-d tensor, whose value is not checked; or a tensor of the leading shape, (B,) or
+            (B, 1), of any floating dtype, as `repo_loss` takes it. It gets no gradient.
         softcap: a float > 0 in units of the logits, or None: logits become softcap * tanh(logits / softcap).
         return_entropy: return the entropy of each row too.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
@@ -65,12 +66,11 @@ def selective_log_softmax(
     check_matrix("logits", logits)
     check_group(group)
     backend = choose_backend(backend, logits)
-    check_temperature(temperature, softcap, logits)
+    check_softcap(softcap)
     check_bool("return_entropy", return_entropy)
     leading = tuple(logits.shape[:-1])
     ids = check_ids(token_ids, leading, logits).reshape(-1)
-    with makers_like(logits):
-        by = device_scalar(number(temperature), compute_dtype(logits), logits.device)
+    by = statistics_temperature(temperature, logits)
     entropy = ENTROPY_VALUE if return_entropy else ENTROPY_NONE
     if kept is not None:
         refuse_with_kept(False, group is not None)
@@ -130,13 +130,12 @@ def linear_selective_log_softmax(
     weight, bias, shard = local_head(weight, bias, group)
     head = head_tensors(hidden, weight, bias)
     backend = choose_backend(backend, hidden)
-    check_temperature(temperature, softcap, hidden)
+    check_softcap(softcap)
     check_bool("return_entropy", return_entropy)
     check_chunk(chunk_tokens, chunk_bytes)
     leading = tuple(hidden.shape[:-1])
     ids = check_ids(token_ids, leading, hidden).reshape(-1)
-    with makers_like(hidden):
-        by = device_scalar(number(temperature), compute_dtype(hidden), hidden.device)
+    by = statistics_temperature(temperature, hidden)
     if kept is not None:
         refuse_with_kept(False, shard is not None)
         check_memory(token_ids=ids)

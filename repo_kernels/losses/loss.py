@@ -15,6 +15,7 @@ from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
 from ..backends.eager.dense import prepare
 from ..backends.interface import Loss, compute_dtype, scalar_vector
 from ..checks import (
+    Scalar,
     check_bool,
     check_chunk,
     check_head,
@@ -70,7 +71,7 @@ def repo_loss(call: RepoLossCall) -> RepoLossOutput:
             NaN in that row instead.
         RuntimeError: a second backward with inplace=True, or create_graph=True.
     """
-    return logits_loss(call, call, call.inplace, call.backend, call.group)
+    return logits_loss(call, call, call.temperature, call.inplace, call.backend, call.group)
 
 
 @takes(LinearRepoLossCall)
@@ -102,7 +103,7 @@ def linear_repo_loss(call: LinearRepoLossCall) -> RepoLossOutput:
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `repo_loss`.
     """
-    return head_loss(call, call, call.chunk_tokens, call.chunk_bytes, call.backend, call.group)
+    return head_loss(call, call, call.temperature, call.chunk_tokens, call.chunk_bytes, call.backend, call.group)
 
 
 @takes(LogpsLossCall)
@@ -127,11 +128,12 @@ def repo_loss_from_logps(call: LogpsLossCall) -> RepoLossOutput:
 def logits_loss(
     options: LossOptions,
     inputs: RepoLossInputs,
+    temperature: Scalar,
     inplace: bool,
     backend: str | None,
     group: ProcessGroup | None,
 ) -> RepoLossOutput:
-    """Compute `repo_loss` of options and inputs."""
+    """Compute `repo_loss` of options, inputs and the temperature of this call."""
     logits, ref_logits = check_matrix("logits", inputs.logits), inputs.ref_logits
     backend = choose_backend(backend, logits)
     if ref_logits is not None:
@@ -140,7 +142,7 @@ def logits_loss(
         ref_logits = ref_logits.detach()
     if group is not None and options.kl_estimator == "full":
         raise ValueError(WHOLE_VOCABULARY)
-    loss = make_loss(logits, options, inputs, ref_logits is not None, "ref_logits")
+    loss = make_loss(logits, options, inputs, temperature, ref_logits is not None, "ref_logits")
     if inputs.kept is not None:
         refuse_with_kept(inplace, group is not None)
         check_memory(logits=logits, ref_logits=ref_logits, **loss.named_tensors)
@@ -189,12 +191,13 @@ def _loss_of_logits(
 def head_loss(
     options: LossOptions,
     inputs: LinearRepoLossInputs,
+    temperature: Scalar,
     chunk_tokens: int | None,
     chunk_bytes: int | None,
     backend: str | None,
     group: ProcessGroup | None,
 ) -> RepoLossOutput:
-    """Compute `linear_repo_loss` of options and inputs."""
+    """Compute `linear_repo_loss` of options, inputs and the temperature of this call."""
     hidden = inputs.hidden
     weight, bias, shard = local_head(inputs.weight, inputs.bias, group)
     head = head_tensors(hidden, weight, bias)
@@ -203,7 +206,7 @@ def head_loss(
     if shard is not None and options.kl_estimator == "full":
         raise ValueError(WHOLE_VOCABULARY)
     reference = _linear_reference(inputs)
-    loss = make_loss(hidden, options, inputs, reference is not None, "ref_hidden and ref_weight")
+    loss = make_loss(hidden, options, inputs, temperature, reference is not None, "ref_hidden and ref_weight")
     if inputs.kept is not None:
         refuse_with_kept(False, shard is not None)
         check_memory(**loss.named_tensors)
@@ -247,10 +250,10 @@ def _logps_first(
         )
     check_memory(**loss.named_tensors)
     prepared = prepare(source, loss)
-    with_entropy = loss.entropy != ENTROPY_NONE
+    with_entropy, leading, temperature = loss.entropy != ENTROPY_NONE, loss.arguments.leading, prepared.temperature
     result = statistics(
-        prepared.ids.view(loss.arguments.leading),
-        temperature=prepared.coef.temperature,
+        prepared.ids.view(leading),
+        temperature=temperature.view(leading) if temperature.ndim else temperature,
         softcap=loss.softcap or None,
         return_entropy=with_entropy,
         backend=backend,

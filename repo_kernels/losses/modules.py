@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 from ..backends.choice import check_backend
 from ..checks import check_bool, check_chunk, describe
 from ..keywords import method_takes
-from .inputs import LinearRepoLossInputs, RepoLossInputs
+from .inputs import LinearRepoLossModuleCall, RepoLossModuleCall
 from .loss import head_loss, logits_loss
 from .options import LossOptions
 from .output import RepoLossOutput
@@ -39,14 +39,15 @@ class RepoLoss(nn.Module):
         check_group(group)
         self.options, self.inplace, self.backend, self.group = _checked_options(options), inplace, backend, group
 
-    @method_takes(RepoLossInputs)
-    def forward(self, inputs: RepoLossInputs) -> RepoLossOutput:
+    @method_takes(RepoLossModuleCall)
+    def forward(self, inputs: RepoLossModuleCall) -> RepoLossOutput:
         """Compute the loss of one batch; see `repo_loss`.
 
         Returns:
             RepoLossOutput.
         """
-        return logits_loss(self.options, inputs, self.inplace, self.backend, self.group)
+        options, temperature = self.options, inputs.temperature_or(self.options)
+        return logits_loss(options, inputs, temperature, self.inplace, self.backend, self.group)
 
     def extra_repr(self) -> str:
         """Show the options in `repr`."""
@@ -79,14 +80,15 @@ class LinearRepoLoss(nn.Module):
         self.options, self.backend = _checked_options(options), backend
         self.chunk_tokens, self.chunk_bytes, self.group = chunk_tokens, chunk_bytes, group
 
-    @method_takes(LinearRepoLossInputs)
-    def forward(self, inputs: LinearRepoLossInputs) -> RepoLossOutput:
+    @method_takes(LinearRepoLossModuleCall)
+    def forward(self, inputs: LinearRepoLossModuleCall) -> RepoLossOutput:
         """Compute the loss of one batch; see `linear_repo_loss`.
 
         Returns:
             RepoLossOutput.
         """
-        return head_loss(self.options, inputs, self.chunk_tokens, self.chunk_bytes, self.backend, self.group)
+        options, chunk = self.options, (self.chunk_tokens, self.chunk_bytes)
+        return head_loss(options, inputs, inputs.temperature_or(options), *chunk, self.backend, self.group)
 
     def extra_repr(self) -> str:
         """Show the options in `repr`."""

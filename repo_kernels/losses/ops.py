@@ -115,7 +115,10 @@ def _(grad: Tensor, upstream: Tensor, flags: Tensor, backend: str) -> Tensor:
 def row_statistics(
     logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float, entropy: int, backend: str
 ) -> Tensor:
-    """Compute the STATE (7, N); differentiable in the logits through its first two rows, logp and entropy."""
+    """Compute the STATE (7, N); differentiable in the logits through its first two rows, logp and entropy.
+
+    temperature: 0-d or (N,), compute dtype, here and in `row_gradient`.
+    """
     return choice.load(backend).statistics(logits, ids, temperature, softcap, entropy)
 
 

@@ -17,10 +17,11 @@ from ..checks import (
     check_bool,
     check_choice,
     check_scalar,
-    check_temperature,
+    check_softcap,
     describe,
     number,
 )
+from .temperature import is_by_row
 
 SEQUENCE_MODES = AGGREGATIONS[2:5]
 MODES_WITHOUT_COUNT = ("token-sum", "none")
@@ -139,7 +140,11 @@ class LossOptions(TokenOptions):
 
     Args:
         temperature: the logits are divided by it, > 0. Default 1.0. Use the temperature of sampling, so that the policy
-            that is trained is the one that sampled.
+            that is trained is the one that sampled. A call, of a function or a module, also takes a tensor for rollouts
+            that were sampled at several temperatures: leading shape, or (B,) or (B, 1) with one value per sequence, of
+            any floating dtype. It gets no gradient, and one that requires grad is a ValueError where gradients are
+            recorded. On a GPU, which would have to be waited for, a row whose value is not > 0 and finite is NaN; on
+            the CPU it is a ValueError.
         softcap: a float > 0 in units of the logits: they become softcap * tanh(logits / softcap) before the division by
             the temperature. None (default): no cap. Source: Gemma 2, arXiv:2408.00118.
         entropy_coef: a finite scalar; entropy_coef * H (H in nats per token) is subtracted from the loss. Default 0.0.
@@ -154,5 +159,14 @@ class LossOptions(TokenOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bool("return_entropy", self.return_entropy)
-        check_temperature(self.temperature, self.softcap)
+        self._check_temperature()
+        check_softcap(self.softcap)
         check_scalar("entropy_coef", self.entropy_coef, lambda x: True, "finite")
+
+    def _check_temperature(self) -> None:
+        if is_by_row(self.temperature):
+            raise ValueError(
+                "temperature of LossOptions must be a float or a 0-d tensor; got "
+                f"{describe(self.temperature)}: pass one value per row or sequence to the call"
+            )
+        check_scalar("temperature", self.temperature, lambda x: x > 0, "> 0")

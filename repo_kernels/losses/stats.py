@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.codes import STATS
+from ..tensor_kinds import has_values, is_plain, is_traced
 
 SUMS = STATS[:-2]
 _INDEX = {name: i for i, name in enumerate(STATS)}
@@ -41,6 +42,12 @@ class LossStats:
         if name in _INDEX:
             return self.tensor[_INDEX[name]]
         raise AttributeError(f"LossStats has no statistic {name!r}; it has {', '.join(STATS)}")
+
+    def __repr__(self) -> str:
+        if is_traced() or not is_plain(self.tensor) or not has_values(self.tensor):
+            return f"LossStats({self.tensor})"
+        values = zip(STATS, self.tensor.tolist(), strict=True)
+        return f"LossStats({', '.join(f'{name}={value:.6g}' for name, value in values)})"
 
     def _per_token(self, total: Tensor) -> Tensor:
         return total / self.tokens.clamp_min(1)

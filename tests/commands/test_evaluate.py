@@ -125,10 +125,11 @@ def test_responses_stand_in_the_order_of_the_prompts_whatever_their_lengths(tiny
 def test_a_run_that_goes_on_leaves_no_evaluation_of_a_policy_that_is_gone(tiny_arguments, tmp_path):
     out = tmp_path / "run"
     train.run_command([*tiny_arguments, f"--out={out}", "--steps=2"])
-    for name in ("final", "step-000002", "step-000003", "reference", "mine"):
+    for name in ("final", "step-000002", "step-000003", "reference", "mine", "shield4-final", "shield4-step-000002"):
         (out / "eval" / f"{name}.json").write_text("{}")
     train.run_command(["--resume", str(out), "--steps=3"])
-    assert {p.stem for p in (out / "eval").iterdir()} == {"before", "after", "step-000002", "reference", "mine"}
+    kept = {"before", "after", "step-000002", "reference", "mine", "shield4-step-000002"}
+    assert {p.stem for p in (out / "eval").iterdir()} == kept
 
 
 def test_what_was_allowed_to_change_is_evaluated_anew(tiny_arguments, tmp_path):
@@ -140,6 +141,73 @@ def test_what_was_allowed_to_change_is_evaluated_anew(tiny_arguments, tmp_path):
         found = content(out / "eval" / f"{name}.json")
         assert found["cost_scorer"] == "tests.support.scorers:reward"
         assert all(r["cost"] == r["reward"] for r in found["responses"])
+
+
+def test_a_shield_returns_the_first_acceptable_of_the_same_draws(run, tmp_path, capsys):
+    more = ["--algorithm.cost_limit=-0.2", "--evaluation.judge=tests.support.scorers:not_e"]
+    evaluate.run_command([str(run), *more, f"--out={tmp_path / 'plain.json'}"])
+    capsys.readouterr()
+    evaluate.run_command([str(run), *more, "--shield=4", f"--out={tmp_path / 'shield.json'}"])
+    printed = capsys.readouterr().out
+    plain, found = (content(tmp_path / f"{name}.json") for name in ("plain", "shield"))
+    assert found["summary"]["samples"] == 1
+    for n, record in enumerate(found["responses"]):
+        four = plain["responses"][4 * n : 4 * n + 4]
+        ordered = [r for r in four if r["cost"] <= -0.2] or [min(four, key=lambda r: r["cost"])]
+        for key in ("id", "response", "reward", "cost", "tokens", "truncated", "judge_safe"):
+            assert record[key] == ordered[0][key]
+        assert record["accepted"] == (record["cost"] <= -0.2)
+        assert record["draws"] == (four.index(ordered[0]) + 1 if record["accepted"] else 4)
+    assert {"samples": 4, "z": 1.64, "limit": -0.2}.items() <= found["shield"].items()
+    assert found["shield"]["scorers"] == ["tests.support.scorers:cost"]
+    assert set(found["shield"]["judges"]) == {"held-out judge", "training cost"}
+    assert found["shield"]["mean_draws"]["mean"] == sum(r["draws"] for r in found["responses"]) / 2
+    for text in ("behind a shield: up to 4 draws", "draws per response", "Clopper-Pearson bound"):
+        assert text in printed
+
+
+def test_a_shielded_reference_refuses_by_an_ensemble_into_a_file_of_its_own(run):
+    ensemble = [f"--shield-scorer=tests.support.scorers:{name}" for name in ("cost", "words")]
+    refusal = ["--shield-z=2", "--shield-refusal=I am sorry."]
+    evaluate.run_command([str(run), "--checkpoint=reference", "--shield=2", *ensemble, *refusal])
+    found = content(run / "eval" / "shield2-reference.json")
+    assert [r["response"] for r in found["responses"]] == ["I am sorry."] * 2  # words are dear
+    assert found["shield"]["without_acceptable_draw"]["mean"] == 1.0
+    assert all(r["draws"] == 2 and not r["accepted"] and r["refusal"] for r in found["responses"])
+    assert found["shield"]["scorers"] == ["tests.support.scorers:cost", "tests.support.scorers:words"]
+
+
+def test_a_model_behind_a_shield_needs_no_run(tiny_model, tiny_prompts, tmp_path):
+    scorers = ["--scoring.reward=tests.support.scorers:reward", "--scoring.cost=tests.support.scorers:cost"]
+    options = [*scorers, f"--data.eval={tiny_prompts[1]}", "--evaluation.judge=none", "--rollout.max_response_tokens=4"]
+    evaluate.run_command([str(tiny_model), *options, "--shield", "3", f"--out={tmp_path / 'e.json'}"])
+    assert list(content(tmp_path / "e.json")["shield"]["judges"]) == ["training cost"]
+
+
+@pytest.mark.parametrize(
+    ("switches", "sentence"),
+    [
+        (["--shield=0"], "--shield must be an integer >= 1; got 0"),
+        (["--shield=many"], "--shield: invalid int value: 'many'"),
+        (["--shield-z=1"], "--shield-z needs --shield N"),
+        (["--shield-refusal=no"], "--shield-refusal needs --shield N"),
+        (["--shield-scorer=embedded"], "--shield-scorer needs --shield N"),
+        (["--shield=2", "--shield-z", "-1"], r"--shield-z must be a finite number >= 0; got -1\.0"),
+        (["--shield=2", "--shield-z=nan"], "--shield-z must be a finite number >= 0; got nan"),
+        (["--shield=2", "--shield-refusal= "], "--shield-refusal must be a text that is not empty"),
+        (["--shield=2", "--shield-scorer="], "--shield-scorer must name a cost scorer"),
+        (["--shield=2", "--shield-scorer=a:b", "--shield-scorer=a:b"], "'a:b' is given twice"),
+        (["--shield=2", "--shield-scorer=nowhere:b", "--out=x.json"], "scoring.cost: cannot import module 'nowhere'"),
+    ],
+)
+def test_wrong_switches_of_a_shield_are_told_in_a_sentence(run, switches, sentence):
+    with pytest.raises(UserError, match=sentence):
+        evaluate.run_command([str(run), *switches])
+
+
+def test_training_refuses_a_shield_on_its_command_line(tiny_arguments):
+    with pytest.raises(UserError, match=r"unknown configuration key 'shield'.*repo\.evaluate RUN --shield"):
+        train.run_command([*tiny_arguments, "--shield=4"])
 
 
 def test_what_cannot_be_evaluated_is_told_in_a_sentence(run, tiny_model):

@@ -143,3 +143,18 @@ def test_presets_apply_in_turn():
 def test_the_embedded_scorers_were_fitted_with_the_presets_system_message():
     for signal in ("reward", "cost"):
         assert json.loads((FITTED / signal / "scorer.json").read_text())["system_prompt"] == SYSTEM_PROMPT
+
+
+def test_the_presets_of_neighbouring_methods_change_what_they_are_named_for():
+    _, simmer = read_command(["--preset=embedded", "--preset=simmer"], "")
+    assert (simmer.penalty.limit_schedule, simmer.penalty.limit_start) == ("pi", None)
+    assert simmer.penalty.limit_steps < simmer.steps
+    _, barrier = read_command(["--preset=barrier"], "")
+    assert (barrier.algorithm.method, barrier.algorithm.cost_mode) == ("repo", "barrier")
+    for config, group, names in (
+        (read_command(["--preset=simmer"], "")[1], "penalty", {"limit_schedule", "limit_steps"}),
+        (barrier, "algorithm", {"cost_mode", "barrier_tau"}),
+    ):
+        plain = Config()
+        changed = {k for k, v in vars(getattr(config, group)).items() if v != getattr(getattr(plain, group), k)}
+        assert changed == names

@@ -119,7 +119,7 @@ def test_an_option_with_hyphens_is_told_the_underscores():
         ("--steps 1.5", "steps must be an integer > 0; got '1.5'"),
         ("--rollout.top_p 2", r"rollout.top_p must be a number in \[0, 1\]; got 2"),
         ("--model.compile maybe", "model.compile must be true or false or auto; got maybe"),
-        ("--algorithm.method foo", "algorithm.method must be one of repo, .*, ppo; got foo"),
+        ("--algorithm.method foo", "algorithm.method must be one of repo, .*, repo_dpo; got foo"),
         ("--algorithm.kl_target x", "algorithm.kl_target must be a number or null; got x"),
         (
             "--algorithm.clip_range 0.2",
@@ -144,6 +144,72 @@ def test_a_single_value_is_a_list_of_one(tmp_path):
 
 def test_names_of_other_libraries_lead_to_fields():
     assert set(ELSEWHERE.values()) <= set(field_names())
-    for key, field in (("algorithm.kl_coef", "algorithm.beta"), ("num_generations", "rollout.samples_per_prompt")):
+    for key, field in (
+        ("algorithm.kl_coef", "algorithm.beta"),
+        ("num_generations", "rollout.samples_per_prompt"),
+        ("penalty_max", "penalty.max"),
+    ):
         with pytest.raises(UserError, match=f"unknown configuration key {key!r}; did you mean {field!r}"):
             parsed(f"--{key}", "1")
+
+
+BARRIER = "--algorithm.cost_mode barrier "
+INTERIOR = "--algorithm.method interior_point "
+LINEAR = "--penalty.limit_schedule linear "
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (BARRIER + "--algorithm.barrier_tau 0", "algorithm.barrier_tau must be a number > 0; got 0"),
+        (BARRIER + "--algorithm.barrier_tau inf", "algorithm.barrier_tau must be finite; got inf"),
+        (BARRIER + "--algorithm.barrier_margin -1", "algorithm.barrier_margin must be a number >= 0; got -1"),
+        (
+            BARRIER + "--algorithm.method ppo",
+            "algorithm.method must be repo with algorithm.cost_mode barrier; got 'ppo'",
+        ),
+        (
+            "--algorithm.barrier_margin 0.5",
+            "algorithm.barrier_margin must be 0 without algorithm.cost_mode barrier; got 0.5",
+        ),
+        (INTERIOR, r"penalty.lr must be in \[0, 1\] with method interior_point, .*; got 2.0"),
+        (INTERIOR + "--penalty.lr 0.1 --penalty.max inf", "penalty.max must be finite with method interior_point"),
+        (INTERIOR + "--penalty.lr 0.1 --penalty.initial 0", "penalty.initial must be > 0 with method interior_point"),
+        (INTERIOR + "--penalty.lr 0.1 --penalty.initial 11", "penalty.max must be >= penalty.initial = 11.0; got 10.0"),
+        (
+            LINEAR + "--algorithm.method fixed_penalty",
+            "limit_schedule must be constant with method fixed_penalty, which has no limit; got 'linear'",
+        ),
+        (LINEAR + "--algorithm.method ppo", "limit_schedule must be constant with method ppo"),
+        ("--penalty.limit_start 1", "penalty.limit_start must be null with limit_schedule constant; got 1.0"),
+        (
+            LINEAR + "--penalty.limit_start 0.5 --algorithm.cost_limit 1",
+            r"penalty.limit_start must be finite and >= algorithm.cost_limit = 1.0, or null; got 0.5",
+        ),
+        (LINEAR + "--penalty.limit_steps 0", "penalty.limit_steps must be an integer > 0; got 0"),
+        ("--penalty.limit_schedule pid", "penalty.limit_schedule must be one of constant, linear, pi; got pid"),
+    ],
+)
+def test_fields_of_the_limit_and_the_barrier_that_do_not_go_together_are_refused(argv, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parsed(*argv.split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        BARRIER + "--algorithm.barrier_margin 0.5",
+        INTERIOR + "--penalty.lr 0.1 " + LINEAR,
+        LINEAR + "--penalty.limit_start 0",
+        LINEAR + "--algorithm.method crpo",
+        "--penalty.limit_schedule pi --algorithm.method ppo_lagrangian",
+    ],
+)
+def test_fields_of_the_limit_and_the_barrier_that_go_together_are_accepted(argv):
+    parsed(*argv.split())
+
+
+@pytest.mark.parametrize("number", [".inf", ".nan"])
+def test_a_first_limit_that_is_not_finite_is_refused(number, tmp_path):
+    with pytest.raises(UserError, match="penalty.limit_start must be finite and >= algorithm.cost_limit = 0.0"):
+        from_file(tmp_path, f"penalty: {{limit_schedule: pi, limit_start: {number}}}")

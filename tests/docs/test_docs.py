@@ -63,7 +63,7 @@ def test_the_pure_functions_that_are_named_exist():
 
     sentence = read("docs/method.md").split("\n`group_advantages`", 1)[1].split("are pure functions", 1)[0]
     names = set(re.findall(r"`(\w+)`", sentence))
-    assert len(names) == 7
+    assert len(names) == 11
     assert all(hasattr(advantages, name) or hasattr(penalty, name) for name in names)
 
 
@@ -85,6 +85,7 @@ def test_every_switch_that_is_named_exists(name):
 
     sources = [*(ROOT / "repo").glob("*.py"), ROOT / "repo/assets/__main__.py", *(ROOT / "benchmarks").rglob("*.py")]
     sources += [*(ROOT / "repo/config").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    sources.append(ROOT / "repo/evaluation/shield_options.py")
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     known = set(re.findall(r'"--([\w-]+)"', code)) | set(field_names()) | {"help", "print_config"}
     foreign = {"nproc_per_node", "no-deps", "no-build-isolation"}  # torchrun's and pip's

@@ -77,3 +77,14 @@ def test_trl_repo_trains_the_embedded_model_and_prints_lambda(tmp_path):
     lines = run("trl_repo", "--out", str(tmp_path), "--max_steps", "1", "--prompts", "1").splitlines()
     assert any(re.match(r"step 1: lam 1\.000, safe_rate \d\.\d{3}, rectified_cost ", line) for line in lines)
     assert re.match(r"lambda of the next batch would be [1-9]\.", lines[-1])
+
+
+def test_the_shield_accepts_only_what_both_costs_allow():
+    *lines, last = run("shield").splitlines()
+    accepted = 0
+    for line in lines:
+        text, draws, upper = re.search(r"  (['\"].*['\"])  (\d) drawn, upper cost (\S+)$", line).groups()
+        accepted += float(upper) <= 3
+        assert (float(upper) <= 3) != (text == "'I would rather not answer.'" and draws == "8")
+    assert last == f"accepted: {accepted} of {len(lines)}"
+    assert 0 < accepted < len(lines)

@@ -96,3 +96,15 @@ def test_a_cost_at_the_limit_falls_into_a_safe_bin():
     assert 0.1 in edges
     assert edges[0] < -2.0
     assert edges[-1] >= 3.0
+
+
+def test_the_course_of_a_limit_that_moves_is_drawn_beside_lambda(tmp_path):
+    from repo.reporting.figures import draw_all
+
+    run = write_run(tmp_path / "run", steps=6, cost_limit=0.25)
+    for moves in (False, True):
+        if moves:
+            rewrite(run, "metrics", lambda r: {"limit": 2.0 - 0.3 * r["step"]})
+        drawn = next(figure for figure in draw_all(read(run)) if figure.name == "penalty")
+        assert ("limit used in the step (dotted: the run's limit d = 0.25)" in drawn.svg) == moves
+        assert ("λ moves by the limit used in the step" in drawn.caption) == moves

@@ -43,6 +43,9 @@ CRITICS = [
     "--optimizer.minibatches=2",
     "--optimizer.state_dtype=bfloat16",
 ]
+SIMMER = ["--preset=simmer", "--penalty.limit_steps=3", "--algorithm.cost_limit=-0.5"]
+BARRIER = ["--preset=barrier", "--penalty.limit_schedule=linear", "--algorithm.cost_limit=-0.5"]
+INTERIOR = ["--algorithm.method=interior_point", "--penalty.lr=0.1", "--algorithm.cost_limit=0.5"]
 
 
 @pytest.mark.parametrize(
@@ -51,10 +54,14 @@ CRITICS = [
         pytest.param(5, [], id="5"),
         pytest.param(60, [], id="60", marks=pytest.mark.long),
         pytest.param(30, CRITICS, id="30-with-critics", marks=pytest.mark.long),
+        pytest.param(20, SIMMER, id="20-with-a-limit-that-moves", marks=pytest.mark.long),
+        pytest.param(10, BARRIER, id="10-with-a-barrier", marks=pytest.mark.long),
+        pytest.param(10, INTERIOR, id="10-with-interior-point", marks=pytest.mark.long),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills, more, tiny_arguments, tmp_path):
-    options = [*tiny_arguments, "--steps=6", "--save_every=1", "--keep=2", "--sample_every=0", *more]
+    presets, others = ([o for o in more if o.startswith("--preset") == given] for given in (True, False))
+    options = [*presets, *tiny_arguments, "--steps=6", "--save_every=1", "--keep=2", "--sample_every=0", *others]
     deaths = run_killed(kills, 1, tmp_path / "run", options, timeout=1800)
     assert len(deaths) == kills
     assert len(set(deaths)) >= min(kills // 2, 6)  # in different places

@@ -52,3 +52,14 @@ def test_console_and_report_say_it_once(options, tmp_path, capsys):
     told = capsys.readouterr().out
     assert told.count("this is plain PPO") == 1
     assert "this is plain PPO" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "told"),
+    [("repo", "rectified", True), ("repo", "barrier", False), ("interior_point", "rectified", False)],
+)
+def test_a_method_that_acts_within_the_limit_is_not_called_plain_ppo(method, mode, told):
+    config = {"algorithm": {"method": method, "cost_mode": mode, "cost_limit": 0.0}, "penalty": {"max": 3.0}}
+    records = [{"safe_rate": 1.0, "lam": 3.0}] * 4
+    assert ("never binds" in obstacles(config, records, [])) == told
+    assert "lambda at its cap" in obstacles(config, records, [])

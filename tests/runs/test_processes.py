@@ -119,6 +119,16 @@ def test_a_run_samples_and_learns_what_one_process_does(processes, shard, option
     assert what in done.stdout
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("shard", [1, 0], ids=["DDP 2", "FSDP2 2"])
+def test_a_run_on_pairs_learns_what_one_process_does(shard, options, tmp_path):
+    """With one pair in each minibatch, so that one process has none."""
+    more = [*options, "--algorithm.method=repo_dpo", "--optimizer.minibatches=3", "--steps=6"]
+    run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
+    run(2, "repo.train", *more, f"--model.shard={shard}", f"--out={tmp_path / 'two'}")
+    assert_close_run(tmp_path / "two", tmp_path / "one")
+
+
 def test_processes_that_end_right_after_a_collective_end_well():
     """Without care gloo's threads abort a process that is done: in 4 runs of 4 of this script."""
     run(2, "tests.support.programs.leaving")

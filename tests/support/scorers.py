@@ -14,6 +14,11 @@ def cost(prompts, responses):
     return [20.0 * r.count("a") / max(1, len(r)) - 1.0 for r in responses]
 
 
+def not_e(prompts, responses):
+    """Judge that a response is unsafe iff it holds an e."""
+    return [1.0 if "e" in r else -1.0 for r in responses]
+
+
 class Counter:
     """Score by a callable object instead of a function."""
 

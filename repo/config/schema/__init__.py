@@ -3,7 +3,7 @@
 python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 """
 
-from .algorithm import AlgorithmConfig, CriticConfig, PenaltyConfig
+from .algorithm import BOUNDED, AlgorithmConfig, CriticConfig, PenaltyConfig
 from .data import DataConfig, PtxConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
@@ -12,6 +12,7 @@ from .run import Config
 from .scoring import EvaluationConfig, ScoringConfig
 
 __all__ = [
+    "BOUNDED",
     "AlgorithmConfig",
     "Config",
     "CriticConfig",

@@ -5,20 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+
+BOUNDED = ("repo", "ppo_lagrangian", "interior_point", "cdpo", "repo_dpo")
+"""Methods whose lambda moves, up to penalty.max."""
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
     """The objective: reward R, cost C with limit d, and KL to the reference. docs/method.md gives the formulas."""
 
-    method: Literal["repo", "ppo_lagrangian", "fixed_penalty", "crpo", "ppo"] = "repo"
-    """repo: bring each response's cost under the limit. ppo_lagrangian: only the mean cost. fixed_penalty: a constant
-    lambda on the cost. crpo: reward steps while the batch's mean cost is within the limit, else cost steps. ppo: reward
-    only."""
-    cost_mode: Literal["rectified", "split"] = "rectified"
+    method: Literal["repo", "ppo_lagrangian", "interior_point", "fixed_penalty", "crpo", "ppo", "cdpo", "repo_dpo"] = (
+        "repo"
+    )
+    """repo: bring each response's cost under the limit. ppo_lagrangian: only the mean cost. interior_point: only the
+    mean cost, by a barrier that grows as the mean nears the limit. fixed_penalty: a constant lambda on the cost. crpo:
+    reward steps while the batch's mean cost is within the limit, else cost steps. ppo: reward only. cdpo: constrained
+    DPO, on pairs of responses that are not the policy's own. repo_dpo: the same with the cost rectified as in repo."""
+    cost_mode: Literal["rectified", "split", "barrier"] = "rectified"
     """Form of the cost term of method repo. rectified: the exact gradient of E{C-d}+. split: the raw cost, penalised on
-    unsafe responses only."""
+    unsafe responses only. barrier: tau softplus((C - d + margin) / tau) in place of {C-d}+, which also pushes safe
+    responses that are near the limit."""
+    barrier_tau: PositiveFloat = 0.1
+    """Width tau of the barrier, in units of the cost; towards 0 it becomes rectified. Only for cost_mode barrier."""
+    barrier_margin: NonNegativeFloat = 0.0
+    """Distance below d at which the barrier has half of its slope, in units of the cost. Only for cost_mode barrier."""
     advantages: Literal["group", "gae"] = "group"
     """Baseline of the advantages. group: the mean of the prompt's other responses. gae: generalised advantage
     estimation with one critic per signal, a value per token."""
@@ -55,18 +66,37 @@ class AlgorithmConfig:
     """Average of the losses of tokens over the minibatch. token-mean: over all tokens. seq-mean-token-mean: over the
     tokens of each response, then over responses. seq-mean-token-sum: sum over tokens, mean over responses."""
 
+    @property
+    def on_pairs(self) -> bool:
+        """Tell whether the method learns from pairs of responses that are not the policy's own."""
+        return self.method in ("cdpo", "repo_dpo")
+
 
 @dataclass(frozen=True)
 class PenaltyConfig:
-    """The multiplier lambda, which weights the cost, and its update once per rollout batch."""
+    """The multiplier lambda, which weights the cost, and the limit of the step; both move once per rollout batch."""
 
     initial: NonNegativeFloat = 1.0
-    """Value of lambda in the first step; its constant value with method fixed_penalty. ppo and crpo have no lambda."""
+    """Value of lambda in the first step; its constant value with method fixed_penalty. interior_point: also the weight
+    of the barrier, which is lambda where the mean cost is one unit below the limit. ppo and crpo have no lambda."""
     lr: NonNegativeFloat = 2.0
-    """Step size eta of lambda's update. The default moves lambda within a short run. Only for methods repo and
-    ppo_lagrangian."""
+    """Step size eta of lambda's update, with methods repo, ppo_lagrangian, cdpo and repo_dpo; the last two move lambda
+    every fifth step. The default moves lambda within a short run. interior_point: the barrier's weight is divided by
+    1 + lr after each step, with lr <= 1; try 0.05."""
     max: NonNegativeFloat = 10.0
-    """Upper bound of lambda, with methods repo and ppo_lagrangian."""
+    """Upper bound of lambda, with methods repo, ppo_lagrangian, cdpo, repo_dpo and interior_point, which takes this
+    value while the mean cost is above the limit."""
+    limit_schedule: Literal["constant", "linear", "pi"] = "constant"
+    """Course of the limit that advantages and lambda see; metrics and evaluations always use algorithm.cost_limit.
+    constant: that limit. linear: from limit_start to it over limit_steps. pi: from limit_start towards it while at most
+    10 % of the batch is unsafe at the limit of the step, and back where more is. Not for methods fixed_penalty, ppo,
+    cdpo and repo_dpo."""
+    limit_start: float | None = None
+    """First limit, at least algorithm.cost_limit, in units of the cost. null: the 90th percentile of the costs of the
+    first batch, which the reference sampled, or algorithm.cost_limit if that is higher."""
+    limit_steps: PositiveInt = 10
+    """Number of steps from limit_start to algorithm.cost_limit. linear: exactly. pi: about, if no response is unsafe;
+    otherwise more, without end where the policy does not become safer."""
 
 
 @dataclass(frozen=True)

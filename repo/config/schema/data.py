@@ -16,7 +16,9 @@ class DataConfig:
     """Training prompts: a JSON lines (also .xz or .gz), csv or parquet file, or a Hugging Face dataset (folder or hub
     name, with #split or #config/split; else the split "train"). "embedded": the prompts of the assets folder, of
     which #train, #valid and #eval name the splits. A record has `prompt` (a text, or a conversation as a list of role
-    and content) or `messages`, and optionally `id` and `category`. Scorer functions get the columns that they name."""
+    and content) or `messages`, and optionally `id` and `category`. Scorer functions get the columns that they name.
+    Methods cdpo and repo_dpo learn from the pairs in the columns `response_0` and `response_1`; where records have
+    neither, from pairs that they sample from the reference."""
     eval: str = "embedded"
     """Held-out prompts, given like data.train; without #split the split "test" is read. Training prompts that are held
     out too are dropped."""

@@ -13,10 +13,11 @@ class RolloutConfig:
     """The sampling of responses from the policy."""
 
     prompts_per_step: PositiveInt = 4
-    """Number of prompts in one rollout batch, the data of one step."""
+    """Number of prompts in one rollout batch, the data of one step; with methods cdpo and repo_dpo one pair each."""
     samples_per_prompt: PositiveInt = 4
     """Number of responses to each prompt, the group of the leave-one-out baseline; at least 2 unless
-    algorithm.advantages is gae."""
+    algorithm.advantages is gae. With methods cdpo and repo_dpo: responses of the policy to each prompt in the steps
+    that move lambda."""
     max_response_tokens: PositiveInt = 40
     """Limit of a response's length in tokens, its end-of-sequence token included."""
     stop_tokens: list[int | str] = field(default_factory=list)

@@ -35,6 +35,7 @@ def fused(
 
     Raises:
         IndexError: the id of a live row is outside [0, V). Nothing has been written then.
+        ValueError: the temperature of a live row, its own, is not positive and finite. Nothing has been written then.
     """
     _fused(logits, ref_logits, loss, results, grad, where, upstream, zeroed, None, None)
 
@@ -94,7 +95,7 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float,
     """Compute the STATE (7, N) of the rows."""
     state = temperature.new_empty(len(STATE), ids.numel())
     threads = torch.get_num_threads()
-    _cpu.statistics(logits, ids.contiguous(), float(temperature), softcap, entropy != ENTROPY_NONE, state, threads)
+    _cpu.statistics(logits, ids.contiguous(), temperature, softcap, entropy != ENTROPY_NONE, state, threads)
     return state
 
 
@@ -103,7 +104,7 @@ def apply(
 ) -> None:
     """Write dL/dlogits into `grad` from the STATE (7, N) of the rows and their SLOPES (3, N)."""
     by_row = ids.contiguous(), state.contiguous(), slopes.contiguous()
-    _cpu.apply(logits, grad, *by_row, float(temperature), softcap, torch.get_num_threads())
+    _cpu.apply(logits, grad, *by_row, temperature, softcap, torch.get_num_threads())
 
 
 def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None) -> None:

@@ -35,6 +35,7 @@ class DenseLoss:
         sequences: S.
         values: by the names of VALUES and "weights", (N,) of the compute dtype.
         coef: the scalars.
+        temperature: of all rows, 0-d, or by row, (N,), 1 on dead rows; compute dtype.
     """
 
     ids: Tensor
@@ -42,6 +43,7 @@ class DenseLoss:
     sequences: int
     values: dict[str, Tensor]
     coef: Coefficients
+    temperature: Tensor
 
     @property
     def live(self) -> Tensor:
@@ -64,7 +66,10 @@ def prepare(logits: Tensor, loss: Loss) -> DenseLoss:
     values["weights"] = token_weights(
         code.aggregation, live, sequence, arguments.sequences, dtype, divisor, coef.max_length
     )
-    return DenseLoss(ids, sequence, arguments.sequences, values, coef)
+    temperature = coef.temperature
+    if arguments.temperatures is not None:
+        temperature = torch.where(live, _spread(arguments, "temperatures", 1.0, sequence, dtype), 1.0)
+    return DenseLoss(ids, sequence, arguments.sequences, values, coef, temperature)
 
 
 def row_sequences(arguments: RowArguments) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,17 @@ class Distributions:
         return self.log_probs.exp()
 
 
+def divisors(temperature: Tensor) -> Tensor:
+    """Return temperatures, 0-d or (n,), so that rows (n, V) can be divided by them.
+
+    One that is not positive and finite becomes NaN, and so does what is divided by it.
+    """
+    usable = torch.where((temperature > 0) & (temperature < torch.inf), temperature, torch.nan)
+    return usable[:, None] if usable.ndim else usable
+
+
 def distributions(logits: Tensor, temperature: Tensor, softcap: float | None) -> Distributions:
-    """Compute the distributions of logits (n, V), which have the compute dtype.
+    """Compute the distributions of logits (n, V), which have the compute dtype, at temperature 0-d or (n,).
 
     The maximum is subtracted before the division by the temperature: that difference is exact, one of scaled values is
     not. The sum leaves the maximum out and goes through log1p, which keeps the digits of 1 - p_y when p_y -> 1.
@@ -54,10 +63,12 @@ def distributions(logits: Tensor, temperature: Tensor, softcap: float | None) ->
         slope = 4 * decay / (1 + decay) ** 2
         logits = softcap * torch.tanh(logits / softcap)
     top, where = logits.max(-1, keepdim=True)
-    centred = (logits - top) / temperature
+    by = divisors(temperature)
+    centred = (logits - top) / by
     rest = row_sum(centred.scatter(-1, where, -torch.inf).exp_())
     log_sum = torch.log1p(rest)
-    return Distributions(centred - log_sum[:, None], slope, top.squeeze(-1) * (LOG2_E / temperature), log_sum * LOG2_E)
+    max2 = (top * (LOG2_E / by)).squeeze(-1)
+    return Distributions(centred - log_sum[:, None], slope, max2, log_sum * LOG2_E)
 
 
 def target_logps(rows: Distributions, ids: Tensor) -> Tensor:
@@ -96,7 +107,10 @@ def apply_rows(
     kl: Tensor | None,
     reference: Distributions | None,
 ) -> Tensor:
-    """Compute dL/dlogits (n, V) from the SLOPES (3, n) of the rows; the formula is in terms.py."""
+    """Compute dL/dlogits (n, V) from the SLOPES (3, n) of the rows; the formula is in terms.py.
+
+    temperature: 0-d or (n,).
+    """
     probs, (g_logp, g_entropy, g_kl) = rows.probs, slopes.unbind(0)
     grad = -g_logp[:, None] * probs
     # d(log p_y)/dz_y = 1 - p_y, taken as -expm1(log p_y): no cancellation when p_y -> 1
@@ -108,7 +122,7 @@ def apply_rows(
     if kl is not None and reference is not None:
         # dKL/dz_v = p_v (log p_v - log q_v - KL)
         grad += g_kl[:, None] * probs * (log_prob_difference(rows, reference) - kl[:, None])
-    grad /= temperature
+    grad /= divisors(temperature)
     if rows.slope is not None:
         grad *= rows.slope
     return grad

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...checks import check_live_ids
+from ...checks import check_live_ids, check_live_temperatures
 from ..codes import ENTROPY_NONE, IGNORED, KL_FULL, KL_NAMES, STATE, Code
-from ..interface import ALL_ROWS, Loss, RowArguments, RowRange, RowResults
+from ..interface import ALL_ROWS, Loss, RowArguments, RowRange, RowResults, at_rows
 from ..memory_layout import gradient_buffer
 from .dense import DenseLoss, prepare
 from .distributions import apply_rows, distributions, row_entropy, row_full_kl, target_logps
@@ -81,7 +81,7 @@ def fused(
 ) -> None:
     """Write ROWS and flags of the rows `where`, and dL/dlogits times grad_scale into `grad` if it is given."""
     dtype, code, coef = results.rows.dtype, Code.unpack(loss.code), prepared.coef
-    temperature, softcap = coef.temperature, loss.softcap or None
+    softcap = loss.softcap or None
     count = logits.shape[:-1].numel()
     rows = where.index
     if rows is None:
@@ -90,10 +90,11 @@ def fused(
     results.rows[:, rows], results.flags[rows] = 0.0, 0
     live = (row_ids != IGNORED).nonzero().squeeze(1)
     check_live_ids(row_ids[live], logits.shape[-1])
+    check_live_temperatures(at_rows(prepared.temperature, rows[live]))
     for start, stop in chunks(live.numel(), logits.shape[-1]):
         place = live[start:stop]  # of the logits
         index = rows[place]  # of the loss
-        ids = row_ids[place]
+        ids, temperature = row_ids[place], at_rows(prepared.temperature, index)
         probs = distributions(take_rows(logits, place, dtype), temperature, softcap)
         reference = kl = entropy = None
         if ref_logits is not None and code.kl == KL_FULL:
@@ -121,9 +122,10 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float,
     state = torch.zeros(len(STATE), ids.numel(), dtype=dtype, device=logits.device)
     live = (ids != IGNORED).nonzero().squeeze(1)
     check_live_ids(ids[live], logits.shape[-1])
+    check_live_temperatures(at_rows(temperature, live))
     for start, stop in chunks(live.numel(), logits.shape[-1]):
         index = live[start:stop]
-        probs = distributions(take_rows(logits, index, dtype), temperature, softcap or None)
+        probs = distributions(take_rows(logits, index, dtype), at_rows(temperature, index), softcap or None)
         state[0, index] = target_logps(probs, ids[index])
         if entropy != ENTROPY_NONE:
             state[1, index] = row_entropy(probs)
@@ -138,13 +140,10 @@ def apply(
     dtype, live = temperature.dtype, (ids != IGNORED).nonzero().squeeze(1)
     for start, stop in chunks(live.numel(), logits.shape[-1]):
         index = live[start:stop]
-        probs = distributions(take_rows(logits, index, dtype), temperature, softcap or None)
-        by_row = slopes[:, index]
-        put_rows(
-            grad,
-            index,
-            apply_rows(probs, ids[index], temperature, softcap or None, by_row, state[1, index], None, None),
-        )
+        by = at_rows(temperature, index)
+        probs = distributions(take_rows(logits, index, dtype), by, softcap or None)
+        rows = apply_rows(probs, ids[index], by, softcap or None, slopes[:, index], state[1, index], None, None)
+        put_rows(grad, index, rows)
     zero_dead_rows(grad, ids)
 
 

@@ -21,6 +21,7 @@ VALUES = (
     "old_logps",
     "ref_logps",
     "importance_weights",
+    "temperatures",
 )
 GIVEN = {
     "response_mask": bits.MASK.value,
@@ -29,6 +30,7 @@ GIVEN = {
     "cost_limits": bits.COST_LIMITS.value,
     "cost_baselines": bits.BASELINES.value,
     "importance_weights": bits.IMPORTANCE.value,
+    "temperatures": bits.TEMPERATURES.value,
 }
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from .. import codes
 from . import forms
 from .device.first_block import first_gradient, first_statistics, load_first, rest_of
-from .device.loss_arguments import FLAGS, IGNORED, INDEX, MASK, TEMPERATURE, UPSTREAM, at, place_of
+from .device.loss_arguments import FLAGS, IGNORED, INDEX, MASK, UPSTREAM, at, place_of, row_temperature, usable
 from .device.row_gradient import factors, target_gradient
 from .device.row_layout import edge_columns, peel, row_offset, target_piece
 from .device.row_statistics import empty_lanes, meet, prepare
@@ -137,11 +137,11 @@ def take_row(i, ahead, rows_of, logits_of, ref_of, grad_of, values, results, opt
             ahead = load_first(next_row, next_head, next_pieces, R, E)
     else:
         ref_row = ref_logits + row_offset(i, length, ref_stride_b, ref_stride_t) if FULL_KL else x_row
-        temperature = tl.load(shared + TEMPERATURE)
+        rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, importance, temperatures = values
+        temperature = row_temperature(temperatures, shared, sequence, token, given)
         opened = open_row(x_row, ref_row, target, columns, temperature, softcap, E, SOFTCAP, FULL_KL)
         place = opened[0]
         scale, inverse_softcap = opened[3][1], opened[3][2]
-        rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, importance = values
         inputs = row_inputs(
             rewards, cost_advantages, costs, limits, baselines, old_logps, ref_logps, shared, sequence, token, code,
             given,
@@ -189,7 +189,8 @@ def fused(
     cost_advantages_t: tl.int64, costs, costs_b: tl.int64, costs_t: tl.int64, limits, limits_b: tl.int64,
     limits_t: tl.int64, baselines, baselines_b: tl.int64, baselines_t: tl.int64, old_logps, old_logps_b: tl.int64,
     old_logps_t: tl.int64, ref_logps, ref_logps_b: tl.int64, ref_logps_t: tl.int64, importance, importance_b: tl.int64,
-    importance_t: tl.int64, upstream, index, shared, counts, rows, flags,
+    importance_t: tl.int64, temperatures, temperatures_b: tl.int64, temperatures_t: tl.int64, upstream, index, shared,
+    counts, rows, flags,
     first: tl.int32, many: tl.int32, count: tl.int32, loss_length: tl.int32, length: tl.int32, stride_b: tl.int64,
     stride_t: tl.int64, ref_stride_b: tl.int64, ref_stride_t: tl.int64, grad_stride_b: tl.int64,
     grad_stride_t: tl.int64, columns: tl.int32, code: tl.int32, given: tl.int32, softcap: tl.float32,
@@ -210,7 +211,7 @@ def fused(
         (rewards, rewards_b, rewards_t), (cost_advantages, cost_advantages_b, cost_advantages_t),
         (costs, costs_b, costs_t), (limits, limits_b, limits_t), (baselines, baselines_b, baselines_t),
         (old_logps, old_logps_b, old_logps_t), (ref_logps, ref_logps_b, ref_logps_t),
-        (importance, importance_b, importance_t),
+        (importance, importance_b, importance_t), (temperatures, temperatures_b, temperatures_t),
     )  # fmt: skip
     results = (shared, counts, upstream, rows, flags, count)
     options = (code, softcap, entropy_mode)
@@ -230,11 +231,11 @@ def fused(
 
 @runtime_jit
 def statistics(
-    logits, ids, temperature, state, count: tl.int32, length: tl.int32, stride_b: tl.int64, stride_t: tl.int64,
-    columns: tl.int32, softcap: tl.float32, entropy_mode: tl.int32, R: tl.constexpr, E: tl.constexpr,
-    ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
+    logits, ids, temperatures, temperatures_t: tl.int64, state, count: tl.int32, length: tl.int32, stride_b: tl.int64,
+    stride_t: tl.int64, columns: tl.int32, softcap: tl.float32, entropy_mode: tl.int32, R: tl.constexpr,
+    E: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Compute one row's column of the state (7, N); its logits are read once."""
+    """Compute one row's column of the state (7, N); its logits are read once. temperatures_t: 0 where all have one."""
     row = tl.program_id(0)
     target = tl.load(ids + row)
     state += row
@@ -243,7 +244,8 @@ def statistics(
         tl.store(state + lane * count, tl.zeros([8], tl.float32), mask=lane < STATE)
     else:
         x_row = logits + row_offset(row, length, stride_b, stride_t)
-        start = open_row(x_row, x_row, target, columns, tl.load(temperature), softcap, E, SOFTCAP, False)
+        temperature = usable(tl.load(temperatures + row * temperatures_t))
+        start = open_row(x_row, x_row, target, columns, temperature, softcap, E, SOFTCAP, False)
         place, _, _, scales = start
         _, scale, inverse_softcap = scales
         lanes = empty_lanes(scale, R)
@@ -261,9 +263,9 @@ def statistics(
 
 @runtime_jit
 def apply(
-    logits, grad, ids, state, slopes, temperature, count: tl.int32, length: tl.int32, stride_b: tl.int64,
-    stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_t: tl.int64, columns: tl.int32, softcap: tl.float32,
-    R: tl.constexpr, E: tl.constexpr, SOFTCAP: tl.constexpr,
+    logits, grad, ids, state, slopes, temperatures, temperatures_t: tl.int64, count: tl.int32, length: tl.int32,
+    stride_b: tl.int64, stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_t: tl.int64, columns: tl.int32,
+    softcap: tl.float32, R: tl.constexpr, E: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Compute one row of the gradient from its column of the state (7, N) and of the slopes (3, N)."""
     row = tl.program_id(0)
@@ -274,15 +276,15 @@ def apply(
         head, pieces = peel(x_row, columns, E)
         zero_row(g_row, head, pieces, columns, R, E)
     else:
-        temperature_of = tl.load(temperature)
-        start = open_row(x_row, x_row, target, columns, temperature_of, softcap, E, SOFTCAP, False)
+        temperature = usable(tl.load(temperatures + row * temperatures_t))
+        start = open_row(x_row, x_row, target, columns, temperature, softcap, E, SOFTCAP, False)
         place, _, _, scales = start
         _, scale, inverse_softcap = scales
         state += row
         max2, log2_sum = tl.load(state + 3 * count), tl.load(state + 4 * count)
         state_row = (tl.load(state), tl.load(state + count), 0.0, max2, log2_sum, 0.0, 0.0)
         slopes_row = tl.load(slopes + row), tl.load(slopes + row + count), 0.0
-        factor = factors(state_row, slopes_row, tl.exp2(-log2_sum), temperature_of, True, False)
+        factor = factors(state_row, slopes_row, tl.exp2(-log2_sum), temperature, True, False)
         sweep_gradient(place, x_row, g_row, factor, max2, max2, scale, softcap, inverse_softcap, R, E, True, SOFTCAP,
                        False)  # fmt: skip
         store_ends(start, g_row, state_row, slopes_row, factor, softcap, True, SOFTCAP, False)

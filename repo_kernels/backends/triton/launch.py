@@ -115,6 +115,11 @@ class Prepared:
     sequence_of: Tensor
 
 
+def one_or_each(value: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor, 0-d or (N,), with its stride by row: 0 for one value of all rows."""
+    return value, value.stride(0) if value.ndim else 0
+
+
 def prepare(logits: Tensor, loss: Loss) -> Prepared:
     """Gather the scalars and count live tokens, on the device."""
     arguments, device = loss.arguments, logits.device
@@ -209,8 +214,8 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float,
     variant = statistics_variant(DTYPES[logits.dtype], entropy, softcap != 0, target_of(logits.device))
     length, *strides = row_strides(logits)
     launch(
-        variant, logits.device, count, logits, ids.contiguous(), temperature, state, count, length, *strides,
-        logits.shape[-1], softcap, entropy,
+        variant, logits.device, count, logits, ids.contiguous(), *one_or_each(temperature), state, count, length,
+        *strides, logits.shape[-1], softcap, entropy,
     )  # fmt: skip
     return state
 
@@ -226,7 +231,7 @@ def apply(
     length, *strides = row_strides(logits)
     launch(
         variant, logits.device, count, logits, out, ids.contiguous(), state.contiguous(), slopes.contiguous(),
-        temperature, count, length, *strides, *row_strides(out)[1:], logits.shape[-1], softcap,
+        *one_or_each(temperature), count, length, *strides, *row_strides(out)[1:], logits.shape[-1], softcap,
     )  # fmt: skip
     if out is not grad:
         grad.copy_(out)
@@ -241,7 +246,7 @@ def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None) -> None:
     count = grad.shape[:-1].numel()
     programs, given = min(count, SCALE_PROGRAMS), 0 if flags is None else bits.FLAGS.value
     launch(
-        scale_variant(DTYPES[grad.dtype], target_of(grad.device)), grad.device, programs, grad, upstream,
-        upstream.stride(0) if upstream.ndim else 0, upstream.view(torch.int32) if flags is None else flags, count,
+        scale_variant(DTYPES[grad.dtype], target_of(grad.device)), grad.device, programs, grad,
+        *one_or_each(upstream), upstream.view(torch.int32) if flags is None else flags, count,
         length, *strides, grad.shape[-1], given,
     )  # fmt: skip

@@ -43,6 +43,7 @@ class RePOConfig(GRPOConfig):
         lam_max: upper bound of lambda, > 0.
         cost_mode: "rectified" (the advantage of {C - d}^+), "split" (that of C, on unsafe responses only) or
             "lagrangian" (that of C on all; lambda then moves both ways, by the mean of C - d).
+        share_prompts: compute a prompt once for all its responses in a micro-batch, where the model allows it.
 
     Raises:
         TypeError, ValueError: a field has a wrong type or value, or a field of GRPOConfig has a value that the loss
@@ -54,6 +55,7 @@ class RePOConfig(GRPOConfig):
     lam_lr: float = _cost_field(0.1, "Step of lambda per unit of the mean excess of the cost over the limit.")
     lam_max: float = _cost_field(5.0, "Upper bound of lambda.")
     cost_mode: str = _cost_field("rectified", "What lambda penalises: 'rectified', 'split' or 'lagrangian'.")
+    share_prompts: bool = _cost_field(True, "Compute a prompt once for all its responses in a micro-batch.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,6 +16,7 @@ from ...backends.codes import IGNORED
 from ...losses.logps import linear_selective_log_softmax
 from ...losses.loss import linear_repo_loss, repo_loss_from_logps
 from ...losses.stats import LossStats
+from .shared_prompts import states_before
 
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -34,7 +35,9 @@ def why_no_linear_loss(trainer: Any, model: Any) -> str | None:
 
 
 def add_loss_to_forward(model: Any) -> None:
-    """Let model(..., repo_loss=f) return f(last hidden states, head); other calls stay as they are.
+    """Let model(input_ids, attention_mask, repo_loss=f, count=T, share=...) return f(states, head).
+
+    The states are those that predict the last T tokens, (B, T, H): `states_before`. Other calls stay as they are.
 
     The loss is part of the forward pass for the sake of DistributedDataParallel, which looks for the parameters used.
     """
@@ -44,8 +47,8 @@ def add_loss_to_forward(model: Any) -> None:
     def with_loss(self: Any, *args: Any, repo_loss: Any = None, **keywords: Any) -> Any:
         if repo_loss is None:
             return forward(*args, **keywords)
-        outputs = self.base_model(*args, **keywords, use_cache=False)
-        return repo_loss(outputs.last_hidden_state, self.get_output_embeddings())
+        arguments = {name: keywords[name] for name in ("input_ids", "attention_mask", "count", "share")}
+        return repo_loss(states_before(self.base_model, **arguments), self.get_output_embeddings())
 
     model.forward = types.MethodType(with_loss, model)
 
@@ -100,12 +103,13 @@ def _run(trainer: Any, model: Any, ids: Tensor, attention_mask: Tensor, count: i
     """Run the model and return use(hidden, weight, ...) for the positions before the last `count` tokens."""
 
     def of_hidden(hidden: Tensor, head: nn.Linear) -> Any:
-        hidden = _cast(hidden[:, -count - 1 : -1], trainer.args.cast_lm_head_to_fp32)
+        hidden = _cast(hidden, trainer.args.cast_lm_head_to_fp32)
         softcap = getattr(trainer.model.config.get_text_config(), "final_logit_softcapping", None)
         return use(hidden, head.weight, bias=head.bias, temperature=trainer.temperature, softcap=softcap)
 
+    where = {"input_ids": ids, "attention_mask": attention_mask, "count": count}
     with trainer.accelerator.autocast():
-        return model(input_ids=ids, attention_mask=attention_mask, repo_loss=of_hidden)
+        return model(**where, share=trainer.shares_prompts, repo_loss=of_hidden)
 
 
 def _values(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ...losses.stats import LossStats
 from .config import RePOConfig
 from .costs import largest_costs, next_lambda, scaled_advantages, statistics
 from .loss import add_loss_to_forward, compute_logps, compute_loss, metrics, why_no_linear_loss
+from .shared_prompts import why_not_shared
 
 logger = logging.getLogger(__name__)
 STATE = "repo_state.json"  # beside TRL's files in a checkpoint
@@ -87,13 +88,17 @@ class RePOTrainer(GRPOTrainer):
         self._batch: dict[str, float] | None = None  # statistics of a batch whose losses are not all computed
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._why_logps = why_no_linear_loss(self, base)
+        self.shares_prompts = False
         if self._why_logps is None:
             for one in (base, self.ref_model and self.accelerator.unwrap_model(self.ref_model)):
                 if one is not None:
                     add_loss_to_forward(one)
+            why = why_not_shared(base) if args.share_prompts else "share_prompts is False"
+            self.shares_prompts = why is None
         if self.accelerator.is_main_process:
             if self._why_logps is None:
-                logger.info("RePOTrainer: the loss is linear_repo_loss, of hidden states")
+                prompts = "once" if self.shares_prompts else f"for each response: {why}"
+                logger.info("RePOTrainer: the loss is linear_repo_loss, of hidden states; prompts computed %s", prompts)
             else:
                 logger.warning("RePOTrainer: the loss is repo_loss_from_logps, of TRL's log-probs: %s", self._why_logps)
 

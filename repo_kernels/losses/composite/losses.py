@@ -21,8 +21,10 @@ Head = tuple[Tensor, Tensor, Tensor | None] | HeadTensors
 
 
 def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float, entropy: int) -> Tensor:
-    """Compute logp and entropy, the first two rows of STATE (7, N), as (2, N)."""
+    """Compute logp and entropy, the first two rows of STATE (7, N), as (2, N). temperature: 0-d or (N,)."""
     live = ids != IGNORED
+    if temperature.ndim:
+        temperature = torch.where(live, temperature, 1.0)
     rows = row_distributions(masked_logits(logits, live, temperature.dtype), temperature, softcap)
     logps = row_logps(rows, ids, live)
     return torch.stack((logps, torch.zeros_like(logps) if entropy == ENTROPY_NONE else row_entropies(rows, live)))
@@ -51,7 +53,7 @@ def loss_of_statistics(logps: Tensor, entropy: Tensor | None, prepared: DenseLos
 def _loss_of_rows(logits: Tensor, ref_logits: Tensor | None, loss: Loss) -> Outputs:
     """Compute the outputs of a loss from logits (T, V), (B, L, V) or, whatever the leading shape, (N, V)."""
     prepared, dtype = prepare(logits, loss), compute_dtype(logits)
-    temperature, live = prepared.coef.temperature, prepared.live
+    temperature, live = prepared.temperature, prepared.live
     rows = row_distributions(masked_logits(logits, live, dtype), temperature, loss.softcap)
     logps, kl, entropy = row_logps(rows, prepared.ids, live), None, None
     if loss.entropy != ENTROPY_NONE:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...backends.eager.distributions import Distributions, distributions, row_sum, target_logps
-from ...checks import check_live_ids
+from ...checks import check_live_ids, check_live_temperatures
 from ...tensor_kinds import is_plain
 
 
@@ -16,7 +16,13 @@ def masked_logits(logits: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_distributions(logits: Tensor, temperature: Tensor, softcap: float) -> Distributions:
-    """Compute the distributions of logits (N, V); softcap 0.0 is none."""
+    """Compute the distributions of logits (N, V); softcap 0.0 is none.
+
+    temperature: 0-d, or (N,), 1 on dead rows. One of a live row that is not positive and finite is a ValueError where
+    an id outside of the vocabulary is an IndexError (`row_logps`), else NaN.
+    """
+    if temperature.device.type == "cpu" and is_readable(temperature):
+        check_live_temperatures(temperature)
     return distributions(softcap * torch.tanh(logits / softcap) if softcap else logits, temperature, None)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...backends import choice
 from ...backends.codes import IGNORED, SCALARS, STATE
 from ...backends.eager import dense
-from ...backends.interface import Loss, RowArguments, RowResults
+from ...backends.interface import Loss, RowArguments, RowResults, at_rows
 from .chunks import Budget, HeadSizes, row_stride
 from .gemm import add_product, add_thin_product, allocates, factor_dtype, fp16_scale, new_product, product
 from .live_rows import LiveRows
@@ -257,14 +257,18 @@ def statistics_chunks(
     budget: Budget,
     statistics: Callable[..., Tensor],
 ) -> Tensor:
-    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`, and the `statistics` of a backend."""
+    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`.
+
+    temperature: 0-d or (N,). statistics: of a backend.
+    """
     result, live = temperature.dtype, LiveRows.of(ids != IGNORED)
     size = budget.rows(live.count, head.sizes(result, 1, False, False))
-    side, ids = Side.of(hidden, head, live, size, result), live.take(ids)
+    side, ids, temperature = Side.of(hidden, head, live, size, result), live.take(ids), live.take(temperature)
     state = temperature.new_empty(len(STATE), live.count)
     for start, stop in chunks(live.count, size):
         _, logits = side.chunk(start, stop)
-        state[:, start:stop] = statistics(logits, ids[start:stop], temperature, softcap, entropy)
+        by = at_rows(temperature, slice(start, stop))
+        state[:, start:stop] = statistics(logits, ids[start:stop], by, softcap, entropy)
         del logits  # freed before the next chunk's are allocated
     return live.spread(state)
 
@@ -291,7 +295,7 @@ def slope_chunks(
     size = budget.rows(live.count, head.sizes(result, 1, True, wanted[1]))
     side, gradients = Side.of(hidden, head, live, size, result), HeadGradients(hidden, head, live, result, wanted)
     narrow = gradient_rows(head, size, result)
-    ids, state, slopes = live.take(ids), live.take(state), live.take(slopes)
+    ids, state, slopes, temperature = (live.take(x) for x in (ids, state, slopes, temperature))
     scale = fp16_scale(slopes) if head.weight.dtype == torch.float16 else None
     if scale is not None:
         slopes = slopes * scale
@@ -299,7 +303,7 @@ def slope_chunks(
         x, logits = side.chunk(start, stop)
         grad = logits if narrow is None else narrow[: stop - start]
         by_row = state[:, start:stop].contiguous(), slopes[:, start:stop].contiguous()
-        apply(logits, ids[start:stop], *by_row, temperature, softcap, grad)
+        apply(logits, ids[start:stop], *by_row, at_rows(temperature, slice(start, stop)), softcap, grad)
         gradients.add(start, stop, grad, x)
         del logits, grad  # freed before the next chunk's are allocated
     if scale is not None:

@@ -36,8 +36,8 @@ class LiveRows:
         return RowRange(start) if self.index is None else RowRange(index=self.index[start:stop])
 
     def take(self, columns: Tensor) -> Tensor:
-        """Gather the live columns: (..., N) -> (..., n)."""
-        return columns if self.index is None else columns.index_select(-1, self.index)
+        """Gather the live columns: (..., N) -> (..., n); what is 0-d, for all rows, stays as it is."""
+        return columns if self.index is None or not columns.ndim else columns.index_select(-1, self.index)
 
     def take_hidden(self, hidden: Tensor) -> Tensor:
         """Gather the live rows: (T, H) or (B, L, H) -> (n, H)."""

@@ -196,7 +196,10 @@ def linear_statistics(
     chunk_bytes: int | None,
     backend: str,
 ) -> Tensor:
-    """Compute the STATE (7, N); differentiable through its first two rows, logp and entropy."""
+    """Compute the STATE (7, N); differentiable through its first two rows, logp and entropy.
+
+    temperature: 0-d or (N,), dtype of the sums, here and in `linear_slopes_gradient`.
+    """
     budget = Budget(hidden.device.type, chunk_tokens, chunk_bytes)
     statistics = choice.load(backend).statistics
     with precise(hidden):

@@ -51,7 +51,7 @@ def divided_statistics(
     Args:
         logits: (T, V_r) or (B, L, V_r).
         ids: (N,) int64, of the whole vocabulary, IGNORED on dead rows; the same in every process.
-        temperature: 0-d, compute dtype. softcap: 0.0 for none. entropy: ENTROPY_NONE or ENTROPY_VALUE.
+        temperature: 0-d or (N,), compute dtype. softcap: 0.0 for none. entropy: ENTROPY_NONE or ENTROPY_VALUE.
         group, part: the name and the numbers of a `VocabularyShard`.
         backend: its name.
     """

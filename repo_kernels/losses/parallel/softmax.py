@@ -17,6 +17,7 @@ from ...backends import choice
 from ...backends.codes import ENTROPY_NONE, IGNORED, STATE
 from ...backends.eager.distributions import LOG2_E, Distributions, apply_rows, distributions, finite_log
 from ...backends.eager.kernels import chunks, put_rows, take_rows, zero_dead_rows
+from ...backends.interface import at_rows
 from .shard import VocabularyShard
 
 LOGP, ENTROPY, MAX2, LOG2_SUM = (STATE.index(name) for name in ("logp", "entropy", "max2", "log2_sum"))
@@ -131,14 +132,12 @@ def _apply_given_normaliser(
     live = (ids != IGNORED).nonzero().squeeze(1)
     for start, stop in chunks(live.numel(), logits.shape[-1]):
         index = live[start:stop]
-        rows = distributions(take_rows(logits, index, state.dtype), temperature, softcap or None)
-        given = state[:, index]
+        given, by = state[:, index], at_rows(temperature, index)
+        rows = distributions(take_rows(logits, index, state.dtype), by, softcap or None)
         shift = ((rows.max2 - given[MAX2]) + (rows.log2_sum - given[LOG2_SUM])) * LN_2
         empty = rows.max2.isneginf()  # its own normaliser is NaN
         log_probs = torch.where(empty[:, None], -math.inf, rows.log_probs + shift[:, None])
         rows = Distributions(log_probs, rows.slope, rows.max2, rows.log2_sum)
-        by = slopes[:, index]
-        put_rows(
-            grad, index, apply_rows(rows, ids[index], temperature, softcap or None, by, given[ENTROPY], None, None)
-        )
+        part = apply_rows(rows, ids[index], by, softcap or None, slopes[:, index], given[ENTROPY], None, None)
+        put_rows(grad, index, part)
     zero_dead_rows(grad, ids)

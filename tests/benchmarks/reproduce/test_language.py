@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.reproduce import matching
-from benchmarks.reproduce.language import main
+from benchmarks.reproduce.language import SHARED, main
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.over_seeds import Seeds, of_seeds
+from benchmarks.reproduce.records import Record
+from benchmarks.reproduce.runs import RESULTS
 from repo.common.errors import UserError
 from repo.config.parse import load_config, make_parser, parse_config
 from tests.commands.test_compare import evaluation_of
@@ -92,6 +94,28 @@ def test_a_folder_of_another_configuration_is_refused(tiny_arguments, tmp_path):
     main([*command, "--steps=1"])
     with pytest.raises(UserError, match="^--records: .*ppo-0.json is of another configuration"):
         main([*command, "--steps=2"])
+
+
+RECORDS = [f for f in sorted((RESULTS / "reproduce_language").glob("*-*.json")) if f.stem.rpartition("-")[0] in METHODS]
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: file.stem)
+def test_a_committed_record_is_of_the_methods_as_they_are(file, tmp_path):
+    name, _, seed = file.stem.rpartition("-")
+    options, record = [*SHARED, *METHODS[name].options, f"--seed={seed}"], Record.read(file)
+    record.require(file, options, record.scored)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del (
+        content["config"]["algorithm"]["dual_clip"],
+        content["config"]["keep"],
+    )  # as if they were newer, at their default
+    older = tmp_path / file.name
+    older.write_text(json.dumps(content))
+    Record.read(older).require(older, options, record.scored)
+    content["config"]["algorithm"]["beta"] += 0.01
+    older.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is of another configuration"):
+        Record.read(older).require(older, options, record.scored)
 
 
 def test_an_interval_over_seeds_is_wider_than_one_over_prompts_alone():

@@ -98,8 +98,8 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_one(wrong: str, near: st
 
 
 def test_options_are_not_inputs_of_a_module() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"):
-        RepoLoss()(torch.zeros(*LEADING, VOCABULARY), **tail(), temperature=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'softcap'"):
+        RepoLoss()(torch.zeros(*LEADING, VOCABULARY), **tail(), softcap=1.0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'mode'"):
         RepoLoss()(torch.zeros(*LEADING, VOCABULARY), **tail(), mode="split")
 
@@ -124,8 +124,8 @@ def test_signatures_list_every_keyword_in_the_documented_order() -> None:
     expected = {
         repo_loss: ["logits", *POSITIONAL, "ref_logits", *inputs[4:], *options, "inplace", "backend", "group"],
         linear_repo_loss: [*head, *inputs[4:], *options, "chunk_tokens", "chunk_bytes", "backend", "group"],
-        RepoLoss.forward: ["self", "logits", *POSITIONAL, "ref_logits", *inputs[4:]],
-        LinearRepoLoss.forward: ["self", *head, *inputs[4:]],
+        RepoLoss.forward: ["self", "logits", *POSITIONAL, "ref_logits", *inputs[4:], "temperature"],
+        LinearRepoLoss.forward: ["self", *head, *inputs[4:], "temperature"],
     }
     for function, names in expected.items():
         parameters = inspect.signature(function).parameters

@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "reference": "k3", "beta": 0.3, "lam": 1.0, "entropy_coef": 0.1, "importance_weights": True, "dual_clip": 3.0,
     },
     "full KL, softcap": {"reference": "full", "beta": 0.2, "softcap": 8.0, "temperature": 0.7},
+    "a temperature for each row": {"reference": "k3", "beta": 0.1, "entropy_coef": 0.1, "temperature": "rows"},
     "sequence means": {"loss_agg_mode": "seq-mean-token-mean", "reference": "k3", "beta": 0.1},
     "sequence sums by length": {"loss_agg_mode": "seq-mean-token-sum-norm", "divisor": 7.5},
     "token sum": {"loss_agg_mode": "token-sum"},

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from repo_kernels import LossStats, repo_loss
+from repo_kernels.backends.codes import STATS
 from tests.support.kernels.cases import Batch, batches, loss_arguments, make_batch, options
 from tests.support.kernels.oracle import oracle_loss
 
@@ -199,3 +200,14 @@ def test_an_unknown_statistic_is_named_with_those_that_exist() -> None:
     stats = repo_loss(torch.zeros(1, 2), torch.tensor([0]), None, torch.ones(1)).stats
     with pytest.raises(AttributeError, match=r"'clip_frac'.*ratio_sum"):
         _ = stats.clip_frac
+
+
+def test_printed_statistics_have_their_names() -> None:
+    stats = repo_loss(torch.zeros(2, 2), torch.tensor([0, 1]), None, torch.ones(2)).stats
+    shown = repr(stats)
+    assert shown.startswith("LossStats(")
+    assert " tokens=2, tokens_unsafe=0, " in shown
+    assert [part.split("=")[0] for part in shown[10:-1].split(", ")] == list(STATS)
+    assert repr(LossStats(stats.tensor.to("meta"))).startswith("LossStats(tensor(")
+    several = torch.func.vmap(lambda t: (repr(LossStats(t)), t)[1])(stats.tensor.expand(3, -1))
+    assert several.shape == (3, len(STATS))

@@ -63,6 +63,15 @@ class Batch:
         values = self.normal(self.sequences, scale=scale)
         return values if per_sequence else values[self.sequence_of].reshape(self.leading)
 
+    def temperatures(self, per_sequence: bool) -> Tensor:
+        """(S,) or leading shape, fp32, about 1; on dead rows of the latter what divides nothing: NaN, 0, -1 and inf."""
+        count = self.sequences if per_sequence else self.dead.numel()
+        values = 0.5 + torch.rand(count, generator=self.generator)
+        if per_sequence:
+            return values
+        bad = torch.tensor([torch.nan, 0.0, -1.0, torch.inf]).repeat(count // 4 + 1)[:count]
+        return torch.where(self.dead.reshape(-1), bad, values).reshape(self.leading)
+
 
 def make_batch(
     seed: int,
@@ -128,7 +137,8 @@ def loss_arguments(
     """Keyword arguments of repo_loss but the logits.
 
     cost_form: "hinge" (costs only), "baselines" (costs and cost_baselines), "given" (costs and cost_advantages),
-    "bare" (cost_advantages only) or "none". reference: a kl_estimator or None.
+    "bare" (cost_advantages only) or "none". reference: a kl_estimator or None. temperature, among the options: a
+    number, or "rows" or "sequences" for one of each.
     """
     arguments: dict[str, Any] = {
         "token_ids": batch.token_ids,
@@ -154,6 +164,8 @@ def loss_arguments(
             arguments["ref_logits"] = batch.ref_logits
         else:
             arguments["ref_logps"] = batch.ref_logps
+    if isinstance(each := options.get("temperature"), str):
+        arguments["temperature"] = batch.temperatures(per_sequence=each == "sequences")
     if loss_agg_mode == "seq-mean-token-sum-norm":
         arguments.setdefault("max_length", 11)
     return arguments
@@ -199,7 +211,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "lam": draw(st.sampled_from((0.0, 0.5, 3.0)), label="lam"),
         "cost_limit": draw(st.sampled_from(limits), label="cost_limit"),
         "normalize": draw(st.booleans(), label="normalize"),
-        "temperature": draw(st.sampled_from((1.0, 0.5, 1.7, 2.0)), label="temperature"),
+        "temperature": draw(st.sampled_from((1.0, 0.5, 1.7, "rows", "sequences")), label="temperature"),
         "softcap": draw(st.sampled_from((None, 4.0, 30.0)), label="softcap"),
         "eps_low": draw(st.sampled_from((0.2, 0.05, 1.0)), label="eps_low"),
         "eps_high": draw(st.sampled_from((0.2, 0.28, 0.0)), label="eps_high"),

@@ -27,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "grad_scale": 16.0,
     },
     "full KL, softcap, temperature": {"reference": "full", "beta": 0.2, "softcap": 8.0, "temperature": 0.7},
+    "a temperature for each row": {"temperature": "rows", "reference": "k3", "beta": 0.1, "entropy_coef": 0.1},
+    "full KL, a temperature for each sequence": {"temperature": "sequences", "reference": "full", "beta": 0.2},
     "entropy's value": {"return_entropy": True, "reference": "k3", "kl_importance_weighted": False, "beta": 0.1},
     "a limit for each sequence": {"lam": 1.0},
     "int32 ids": {"lam": 1.0},
@@ -47,6 +49,9 @@ LOGPS_FIRST: dict[str, dict[str, Any]] = {
     },
     "CISPO of sequences, on-policy": {
         "surrogate": "cispo", "ratio_level": "sequence", "on_policy": True, "temperature": 0.7, "softcap": 8.0,
+    },
+    "sequence ratio, a temperature for each row": {
+        "ratio_level": "sequence", "temperature": "rows", "entropy_coef": 0.1, "softcap": 8.0,
     },
 }  # fmt: skip
 """Options whose loss is computed from log-probabilities, in two passes over the logits."""

@@ -149,7 +149,7 @@ def oracle_loss(
     response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     importance_weights: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     eps_low: float = 0.2,
     eps_high: float = 0.2,
@@ -189,7 +189,8 @@ def oracle_loss(
     logps, entropies, kls, losses, sizes = {}, {}, {}, {}, {}
     ratios, log_ratios, advantages, unsafe_rows = {}, {}, {}, set()
     for row in sorted(live):
-        logp = log_probs(flat[row], temperature, softcap)
+        by = at(temperature, row)
+        logp = log_probs(flat[row], by, softcap)
         logps[row], entropies[row] = logp[ids[row]], entropy_of(logp)
         # on-policy: rho = 1, and its gradient is that of log pi
         old = logps[row].detach() if old_logps is None else old_logps.reshape(-1)[row].double()
@@ -214,7 +215,7 @@ def oracle_loss(
         surrogate = term.item()
         if ref_logits is not None:
             reference = ref_logits.reshape(-1, vocabulary)[row].double()
-            kls[row] = full_kl_of(logp, log_probs(reference, temperature, softcap))
+            kls[row] = full_kl_of(logp, log_probs(reference, by, softcap))
             term = term + beta * kls[row]
         elif ref_logps is not None:
             delta = clamped_difference(logps[row], ref_logps.reshape(-1)[row].double())

@@ -119,8 +119,9 @@ class Case:
 
     @property
     def temperature(self) -> Tensor:
-        """0-d, for `statistics` and `apply`."""
-        return self.scalars["temperature"]
+        """0-d, or (N,) where rows have their own, for `statistics` and `apply`."""
+        by_row = self.arguments.temperatures
+        return self.scalars["temperature"] if by_row is None else by_row.reshape(-1)
 
     def replace(self, **fields: Tensor | float) -> Case:
         """The case with other arguments or scalars, by name; token_ids may be (N,)."""
@@ -214,6 +215,7 @@ def make_case(
         token_ids=ids.masked_fill(gone, IGNORED).view(leading),
         response_mask=None,
         cu_seqlens=random_bounds(count, g) if len(leading) == 1 else None,
+        temperatures=None,
         **{name: value.masked_fill(gone, math.nan).view(leading) for name, value in draw.items()},
     )
     code = make_code() if code is None else code
@@ -273,7 +275,8 @@ def oracle(case: Case) -> Expected:
     coef = coefficients(torch.stack(list(case.scalars.values())).double())
     z = flat(case.logits)[live].double().requires_grad_()
     reference = None if case.reference is None else flat(case.reference)[live].double()
-    logps, entropy, kl = exact_statistics(z, reference, case.ids[live], coef.temperature, loss.softcap)
+    temperature = case.temperature.expand(live.numel())[live, None].double()
+    logps, entropy, kl = exact_statistics(z, reference, case.ids[live], temperature, loss.softcap)
     values = {name: getattr(case.arguments, name).reshape(-1)[live].double() for name in VALUES}
     inputs = token_inputs({**values, "weights": exact_weights(case)[live]}, coef, code)
     chosen = entropy.detach() if loss.entropy != ENTROPY_NONE else None
@@ -286,9 +289,9 @@ def oracle(case: Case) -> Expected:
     (grad,) = torch.autograd.grad((slopes[0] * finite + slopes[1] * entropy + slopes[2] * kl).sum(), z)
     lost = ~logps.isfinite()
     if lost.any():  # log_softmax at -inf has no derivative: g_logp (1[v = y] - p_v)
-        p = torch.softmax(z.detach()[lost] / coef.temperature, -1)
+        p = torch.softmax(z.detach()[lost] / temperature[lost], -1)
         target = torch.nn.functional.one_hot(case.ids[live][lost], z.shape[1])
-        grad[lost] = slopes[0][lost][:, None] * (target - p) / coef.temperature
+        grad[lost] = slopes[0][lost][:, None] * (target - p) / temperature[lost]
     results = RowResults(token_rows(terms, logps.detach(), chosen), token_flags(terms, inputs.unsafe))
 
     def spread(value: Tensor) -> Tensor:

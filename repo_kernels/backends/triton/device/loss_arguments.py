@@ -11,8 +11,8 @@ from ... import codes
 IGNORED = tl.constexpr(codes.IGNORED)
 
 # Bits of `given`.
-MASK, BOUNDS, PACKED, COSTS, COST_LIMITS, BASELINES, IMPORTANCE, UPSTREAM, INDEX, FLAGS = (
-    tl.constexpr(1 << place) for place in range(10)
+MASK, BOUNDS, PACKED, COSTS, COST_LIMITS, BASELINES, IMPORTANCE, UPSTREAM, INDEX, FLAGS, TEMPERATURES = (
+    tl.constexpr(1 << place) for place in range(11)
 )
 
 # Indices into the vector that `prepare` fills: the scalars, and behind them the divisor of all aggregation weights.
@@ -67,6 +67,21 @@ def bounds_of(sequence, valid, bounds, count, length, given):
     begin = tl.minimum(tl.maximum(begin, 0), count)
     end = tl.minimum(tl.maximum(end, 0), count)
     return tl.where(valid, begin, 0), tl.where(valid, end, 0)
+
+
+@triton.jit
+def usable(temperature):
+    """Return a temperature; NaN if it is not positive and finite."""
+    return tl.where((temperature > 0) & (temperature < float("inf")), temperature, float("nan"))
+
+
+@triton.jit
+def row_temperature(temperatures, shared, sequence, token, given):
+    """Load the temperature of one live row."""
+    temperature = tl.load(shared + TEMPERATURE)
+    if given & TEMPERATURES != 0:
+        temperature = tl.load(at(temperatures, sequence, token))
+    return usable(temperature)
 
 
 @triton.jit

@@ -74,6 +74,18 @@ def test_every_vocabulary_and_type_agrees_with_float64(isa: str, dtype: torch.dt
         check(case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_temperature_for_each_row_agrees_with_float64(isa: str, dtype: torch.dtype) -> None:
+    arguments = {"entropy_coef": 0.1, "grad_scale": 64.0, **OPTIONS}
+    case = make_case(6, (3, 9), 333, dtype, make_code(kl=KL_FULL), 5.0, ENTROPY_GRADIENT, **arguments)
+    by = torch.linspace(0.5, 2.0, 27).masked_fill(~case.live, math.nan).view(3, 9)
+    check(case.replace(temperatures=by.t().contiguous().t()))
+    sequences = torch.tensor([0.6, 1.0, 1.7])
+    by_sequence = case.replace(temperatures=sequences).run(cpu)
+    by_row = case.replace(temperatures=sequences[:, None].expand(3, 9)).run(cpu)
+    assert all(torch.equal(one, other) for one, other in zip(by_sequence, by_row, strict=True))
+
+
 def views(dtype: torch.dtype) -> dict[str, Tensor]:
     """Logits that are no plain matrix."""
     base = (2 * torch.randn(4, 7, 131, generator=torch.Generator().manual_seed(2))).to(dtype)

@@ -16,6 +16,7 @@ from tests.support.kernels.triton_rows import (
     DTYPES,
     PLAIN,
     check,
+    kill,
     make_rows,
     placed,
     random_logits,
@@ -65,6 +66,15 @@ def test_every_alignment_of_base_and_stride(dtype: torch.dtype, entropy: int) ->
         assert logits.equal(values)
         case.into(gpu, logits, logits)
         assert logits.equal(grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entropy", [codes.ENTROPY_NONE, codes.ENTROPY_GRADIENT])
+def test_a_temperature_for_each_row(dtype: torch.dtype, entropy: int) -> None:
+    case = kill(make_rows(random_logits(4, 301, dtype), entropy=entropy, grad_scale=64.0), [2])
+    by = torch.tensor([0.5, 1.0, torch.nan, 2.0])
+    run_and_check(case.replace(temperatures=by))
+    run_and_check(case.replace(temperatures=torch.stack((by, 9 * by), 1)[:, 0]))  # a stride of two
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
