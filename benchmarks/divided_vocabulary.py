@@ -13,6 +13,7 @@ the whole head.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=49_152)
     parser.add_argument("--rounds", type=int, default=5, help="timed calls, of which the median is printed")
     options = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # for the processes: what a tensor leaves is not kept in a heap
     for processes in options.processes:
         for form in ("head", "logits"):
             for way in ("divided", *(("whole",) if processes == 1 else ())):

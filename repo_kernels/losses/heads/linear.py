@@ -257,9 +257,9 @@ def statistics_chunks(
     budget: Budget,
     statistics: Callable[..., Tensor],
 ) -> Tensor:
-    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`, and the `statistics` of a backend.
+    """Compute the STATE (7, N) of the rows; arguments as in `loss_chunks`.
 
-    temperature: 0-d or (N,).
+    temperature: 0-d or (N,). statistics: of a backend.
     """
     result, live = temperature.dtype, LiveRows.of(ids != IGNORED)
     size = budget.rows(live.count, head.sizes(result, 1, False, False))

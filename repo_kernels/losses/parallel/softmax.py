@@ -132,13 +132,12 @@ def _apply_given_normaliser(
     live = (ids != IGNORED).nonzero().squeeze(1)
     for start, stop in chunks(live.numel(), logits.shape[-1]):
         index = live[start:stop]
-        by = at_rows(temperature, index)
+        given, by = state[:, index], at_rows(temperature, index)
         rows = distributions(take_rows(logits, index, state.dtype), by, softcap or None)
-        given = state[:, index]
         shift = ((rows.max2 - given[MAX2]) + (rows.log2_sum - given[LOG2_SUM])) * LN_2
         empty = rows.max2.isneginf()  # its own normaliser is NaN
         log_probs = torch.where(empty[:, None], -math.inf, rows.log_probs + shift[:, None])
         rows = Distributions(log_probs, rows.slope, rows.max2, rows.log2_sum)
-        chosen = ids[index], by, softcap or None, slopes[:, index]
-        put_rows(grad, index, apply_rows(rows, *chosen, given[ENTROPY], None, None))
+        part = apply_rows(rows, ids[index], by, softcap or None, slopes[:, index], given[ENTROPY], None, None)
+        put_rows(grad, index, part)
     zero_dead_rows(grad, ids)

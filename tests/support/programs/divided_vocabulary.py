@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one token of probability 0": {"impossible": True},
     "nothing live": {"dead": True},
     "a softcap": {"softcap": 1.5, "beta": 0.2, "entropy_coef": 0.1, "temperature": 0.7},
-    "a softcap and sequences": {"softcap": 3.0, "ratio_level": "sequence", "loss_agg_mode": "none", "packed": True},
+    "a softcap and sequences": {"softcap": 3.0, "ratio_level": "sequence", "packed": True, "temperatures": True},
     "a softcap and a LoRA head": {"softcap": 2.0, "frozen": True, "adapted": True, "surrogate": "cispo"},
     "a half of probability 0": {"masked": True, "entropy_coef": 0.1, "return_entropy": True},
 }
@@ -72,6 +72,8 @@ def case(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor,
         ids[1:2], ids[3:] = VOCABULARY // 2 - 1, ids[3:] % (VOCABULARY // 2)
     if options.pop("dead", False):
         ids[:] = -100
+    if options.pop("temperatures", False):
+        arguments["temperature"] = 0.5 + torch.rand(ROWS, dtype=dtype)
     if options.pop("packed", False):
         arguments["cu_seqlens"] = torch.tensor([0, 6, ROWS], dtype=torch.int32)
     if options.get("beta"):
