@@ -91,7 +91,7 @@ def test_a_report_joins_the_steps_that_sampled(finished, monkeypatch):
     monkeypatch.setattr(figures, "trend", lambda axes, at, *more: steps.append(at.tolist()) or trend(axes, at, *more))
     assert {"reward", "safe_rate", "penalty", "training"} <= {figure.name for figure in figures.draw_all(history)}
     assert [DUAL_EVERY, 2 * DUAL_EVERY] in steps
-    assert list(range(1, STEPS + 1)) in steps  # the gradient norm, known in each
+    assert steps.count(list(range(1, STEPS + 1))) == 1  # the gradient norm, known in each
     assert len({tuple(at) for at in steps}) == 2
 
 
