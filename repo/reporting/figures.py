@@ -284,7 +284,8 @@ def _small(history: History, panels: Sequence[tuple[str, str, float]], title: st
     grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
     for axes, (key, name, scale) in zip(grid.flat, known, strict=False):
         values = scale * _metric(history, key)
-        trend(axes, history.steps, values, NOW, "")
+        known = np.isfinite(values) | _sampled(history)
+        trend(axes, history.steps[known], values[known], NOW, "")
         cap = _cap(history, key)
         if cap is not None:
             axes.axhline(cap, color=INK, lw=1, ls=":")
@@ -331,10 +332,18 @@ def _over_steps(
     scale: float = 1,
     offset: float = 0,
 ) -> None:
-    trend(axes, history.steps, offset + scale * history.series(key), colour, label, line, points)
+    values = history.series(key)
+    known = np.isfinite(values) | _sampled(history)
+    trend(axes, history.steps[known], offset + scale * values[known], colour, label, line, points)
+
+
+def _sampled(history: History) -> np.ndarray:
+    """Tell which steps have sampled the policy, (S,) bool: with methods that learn from pairs not all."""
+    safe_rate = np.isfinite(history.series("safe_rate"))
+    return safe_rate if safe_rate.any() else np.ones_like(safe_rate)
 
 
 def _drawing(history: History) -> str:
-    steps = len(history.steps)
+    steps = int(_sampled(history).sum())
     points = "points are steps" if steps <= POINTS else f"points are {POINTS} of {steps} steps"
     return f"{points}, lines the mean of the last {window(steps)}." if window(steps) > 1 else f"{points}."

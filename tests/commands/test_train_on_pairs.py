@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from repo import loop, train
 from repo.common.errors import UserError
 from repo.config.parse import PRESETS
+from repo.reporting import figures, run_history
 from repo.rollout import pairs as drawing
 from repo.training.pairs import DUAL_EVERY
 from tests.support.run_folders import lines, run, without_times
@@ -83,6 +84,17 @@ def test_every_step_has_its_metrics(finished):
     assert lines(finished)[-1]["pair_margin"] != 0
 
 
+def test_a_report_joins_the_steps_that_sampled(finished, monkeypatch):
+    history = run_history.read(finished)
+    assert history.sampled == [DUAL_EVERY - 1, 2 * DUAL_EVERY - 1]
+    trend, steps = figures.trend, []
+    monkeypatch.setattr(figures, "trend", lambda axes, at, *more: steps.append(at.tolist()) or trend(axes, at, *more))
+    assert {"reward", "safe_rate", "penalty", "training"} <= {figure.name for figure in figures.draw_all(history)}
+    assert [DUAL_EVERY, 2 * DUAL_EVERY] in steps
+    assert steps.count(list(range(1, STEPS + 1))) == 1  # the gradient norm, known in each
+    assert len({tuple(at) for at in steps}) == 2
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, on_pairs, tmp_path, monkeypatch):
     method = yaml.safe_load((finished / "config.yaml").read_text())["algorithm"]["method"]
     out, start = tmp_path / "run", loop.Course.record
@@ -134,7 +146,7 @@ def test_given_pairs_are_learned_from_and_nothing_is_sampled_for_them(on_pairs, 
     assert records[-1]["pair_accuracy"] > 0.8
     (tmp_path / "run" / "final").rename(tmp_path / "away")
     given_rows = given.read_text()
-    given.write_text(given_rows.replace("river", "brook"))
+    given.write_text(given_rows.replace("sorry", "happy"))
     with pytest.raises(UserError, match="the input named by data.train has changed"):
         train.run_command(["--resume", str(folder), f"--steps={STEPS + 1}"])
     given.write_text(given_rows)
