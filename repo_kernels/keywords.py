@@ -14,6 +14,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -45,16 +46,21 @@ def takes(call: Callable[P, Call]) -> Callable[[Callable[[Call], Result]], Calla
 
 
 def method_takes(
-    call: Callable[P, Call],
+    call: Callable[P, Call], options: type | None = None
 ) -> Callable[[Callable[[Owner, Call], Result]], Callable[Concatenate[Owner, P], Result]]:
-    """Make a method of one dataclass into a method of its fields."""
+    """Make a method of one dataclass into a method of its fields.
+
+    options: dataclass of what the object was made with, whose fields a call may mistake for its own; None: nothing.
+    """
+    given_before = {} if options is None else dict.fromkeys(inspect.signature(options).parameters, options.__name__)
 
     def decorate(run: Callable[[Owner, Call], Result]) -> Callable[Concatenate[Owner, P], Result]:
         names = _describe(run, call)
 
         @functools.wraps(run)
         def method(self: Owner, *args: P.args, **keywords: P.kwargs) -> Result:
-            return run(self, call(*args, **_known(run.__qualname__, names, keywords, {})))  # type: ignore[arg-type]
+            known = _known(run.__qualname__, names, keywords, {}, given_before)
+            return run(self, call(*args, **known))  # type: ignore[arg-type]
 
         _sign(method, call, run, inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD))
         return method
@@ -63,24 +69,34 @@ def method_takes(
 
 
 def _known(
-    function: str, names: frozenset[str], keywords: Mapping[str, Any], renamed: Mapping[str, str]
+    function: str,
+    names: frozenset[str],
+    keywords: Mapping[str, Any],
+    renamed: Mapping[str, str],
+    given_before: Mapping[str, str] = MappingProxyType({}),
 ) -> Mapping[str, Any]:
-    """Return the keywords under their present names, or raise TypeError for one that does not exist."""
+    """Return the keywords under their present names, or raise TypeError for one that does not exist.
+
+    given_before: options that are no arguments, with the class that takes them.
+    """
     for name in keywords:
         if name not in names:
-            return _renamed(function, names, keywords, renamed)
+            return _renamed(function, names, keywords, renamed, given_before)
     return keywords
 
 
 def _renamed(
-    function: str, names: frozenset[str], keywords: Mapping[str, Any], renamed: Mapping[str, str]
+    function: str,
+    names: frozenset[str],
+    keywords: Mapping[str, Any],
+    renamed: Mapping[str, str],
+    given_before: Mapping[str, str],
 ) -> Mapping[str, Any]:
     present = {}
     for name, value in keywords.items():
         new = renamed.get(name, name)
         if new not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-            hint = f": did you mean {near[0]!r}?" if near else ""
+            hint = _hint(name, names, given_before)
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
         if new != name:
             if new in keywords:
@@ -88,6 +104,16 @@ def _renamed(
             _warn_renamed(function, name, new)
         present[new] = value
     return present
+
+
+def _hint(name: str, names: frozenset[str], given_before: Mapping[str, str]) -> str:
+    """Return what the caller of a name that does not exist may have meant."""
+    near = difflib.get_close_matches(name, sorted(names | given_before.keys()), n=1, cutoff=0.5)
+    if not near:
+        return ""
+    if near[0] in names:
+        return f": did you mean {near[0]!r}?"
+    return f": {near[0]!r} is an option, which is given once, in {given_before[near[0]]}({near[0]}=...)"
 
 
 def _warn_renamed(function: str, old: str, new: str) -> None:

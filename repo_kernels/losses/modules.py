@@ -39,7 +39,7 @@ class RepoLoss(nn.Module):
         check_group(group)
         self.options, self.inplace, self.backend, self.group = _checked_options(options), inplace, backend, group
 
-    @method_takes(RepoLossModuleCall)
+    @method_takes(RepoLossModuleCall, LossOptions)
     def forward(self, inputs: RepoLossModuleCall) -> RepoLossOutput:
         """Compute the loss of one batch; see `repo_loss`.
 
@@ -80,7 +80,7 @@ class LinearRepoLoss(nn.Module):
         self.options, self.backend = _checked_options(options), backend
         self.chunk_tokens, self.chunk_bytes, self.group = chunk_tokens, chunk_bytes, group
 
-    @method_takes(LinearRepoLossModuleCall)
+    @method_takes(LinearRepoLossModuleCall, LossOptions)
     def forward(self, inputs: LinearRepoLossModuleCall) -> RepoLossOutput:
         """Compute the loss of one batch; see `linear_repo_loss`.
 

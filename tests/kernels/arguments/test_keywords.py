@@ -98,8 +98,10 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_one(wrong: str, near: st
 
 
 def test_options_are_not_inputs_of_a_module() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'softcap'"):
-        RepoLoss()(torch.zeros(*LEADING, VOCABULARY), **tail(), softcap=1.0)
+    for name, option in (("softcap", "softcap"), ("dual_clp", "dual_clip"), ("cost_mod", "cost_mode")):
+        told = rf"'{name}': '{option}' is an option, which is given once, in LossOptions\({option}=\.\.\.\)$"
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {told}"):
+            RepoLoss()(torch.zeros(*LEADING, VOCABULARY), **tail(), **{name: 1.0})
     with pytest.raises(TypeError, match="unexpected keyword argument 'mode'"):
         RepoLoss()(torch.zeros(*LEADING, VOCABULARY), **tail(), mode="split")
 
