@@ -25,13 +25,13 @@ from repo.evaluation import statistics
 from repo.models import actor
 from repo.rollout import sample
 from repo.runs import checkpoint, state_files
-from repo.training import update
+from repo.training import descent
 
 # place -> (module, function): a child is killed at one of the calls of the function, or shortly after it
 PLACES = {
     "rollout": (sample, "decode"),
     "reference": (loop, "read_reference"),
-    "update": (update, "lr_at"),
+    "update": (descent, "lr_at"),
     "weights": (files, "_write_all"),
     "fsync": (files, "fsync_path"),
     "publish": (checkpoint, "write_text"),
