@@ -47,6 +47,8 @@ SIMMER = ["--preset=simmer", "--penalty.limit_steps=3", "--algorithm.cost_limit=
 BARRIER = ["--preset=barrier", "--penalty.limit_schedule=linear", "--algorithm.cost_limit=-0.5"]
 INTERIOR = ["--algorithm.method=interior_point", "--penalty.lr=0.1", "--algorithm.cost_limit=0.5"]
 
+PAIRS = ["--preset=repo-dpo", "--algorithm.beta=0.2"]
+
 
 @pytest.mark.parametrize(
     ("kills", "more"),
@@ -57,6 +59,7 @@ INTERIOR = ["--algorithm.method=interior_point", "--penalty.lr=0.1", "--algorith
         pytest.param(20, SIMMER, id="20-with-a-limit-that-moves", marks=pytest.mark.long),
         pytest.param(10, BARRIER, id="10-with-a-barrier", marks=pytest.mark.long),
         pytest.param(10, INTERIOR, id="10-with-interior-point", marks=pytest.mark.long),
+        pytest.param(10, PAIRS, id="10-on-pairs", marks=pytest.mark.long),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills, more, tiny_arguments, tmp_path):
