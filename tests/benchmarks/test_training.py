@@ -43,7 +43,7 @@ def test_trl_given_our_samples_trains_as_we_do(
         return [response for _, response in step], None
 
     with patch.object(trl.GRPOTrainer, "_generate_single_turn", replayed):
-        theirs = train_trl(**trl_job(command), keep=False)
+        theirs = train_trl(**trl_job(command), side="trl")
     assert theirs.reward == pytest.approx(ours.reward, rel=1e-5)
     assert theirs.tokens == ours.tokens
     assert ours.kl[-1] > 1e-3  # there is something to compare

@@ -278,6 +278,8 @@ def check(example: Example) -> str:
     names = list(given) if argument == "all" else [argument]
     try:
         changed = {**given, **{name: KINDS[kind](given[name]) for name in names}}
+        if kind == "parameter" and "temperature" in names:
+            changed["temperature"].requires_grad_(False)  # it gets no gradient, and one that asks for it is refused
     except (KeyError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return "there is no such tensor"
     before = {name: x.clone() for name, x in given.items()}
