@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..runs.json_lines import finite
 from ..scoring.judge import Judge
 from ..scoring.scorers import Scorers
 from .kinds import measured_by_kind
-from .reward_hacking import is_refusal, repetition
+from .responses import columns_of, records_of
 from .statistics import RENAMED, Evaluation
 
 
@@ -74,7 +74,7 @@ class Evaluator:
         config, r = self.config, self.config.rollout
         rollout = sample(policy, prompts, config.evaluation.samples_per_prompt, r, config.seed, "evaluation")
         texts, reading = list(rollout.texts), None
-        columns: dict[str, list[Any]] = {
+        columns: dict[str, Sequence[Any]] = {
             "tokens": rollout.sequences.response_lengths.tolist(),
             "surprise": (-rollout.logps.double().sum(1)).tolist(),
             "truncated": rollout.truncated.tolist(),
@@ -86,18 +86,8 @@ class Evaluator:
             columns["ref_logp"] = torch.stack(list(reading.logps)).double().sum(1).tolist()
             columns["kl"] = (rollout.logps.double() - ref_logps.double()).sum(1).tolist()
         scores = self.scorers(rollout.prompts, texts, reading)
-        columns |= {"reward": scores.rewards.tolist(), "cost": scores.costs.tolist()}
-        columns |= {"refusal": [is_refusal(t) for t in texts], "repetition": [repetition(t) for t in texts]}
-        if self.judge is not None:
-            verdicts = self.judge(rollout.prompts, texts)
-            columns["judge_safe"] = verdicts.safe.tolist()
-            if verdicts.topicality is not None and verdicts.topical is not None:
-                columns |= {"topicality": verdicts.topicality.tolist(), "topical": verdicts.topical.tolist()}
-        return [
-            {"id": p.id, "category": p.category, "prompt": p.text, "response": text}
-            | {key: values[row] for key, values in columns.items()}
-            for row, (p, text) in enumerate(zip(rollout.prompts, texts, strict=True))
-        ]
+        columns |= columns_of(rollout.prompts, texts, scores, self.judge)
+        return records_of(rollout.prompts, texts, columns)
 
     def with_progress(self, title: str, policy: Policy) -> Evaluation:
         """Evaluate a policy under a progress bar, and print how long it took. title: label of the bar."""

@@ -26,7 +26,7 @@ from ..scoring.scorers import Scorers
 from .binomial import clopper_pearson_upper
 from .outcome import COLUMNS as SAFE_COLUMNS
 from .outcome import SAFE_RATES, scorers_of
-from .reward_hacking import is_refusal, repetition
+from .responses import columns_of, records_of
 from .shield_options import ShieldSettings
 from .statistics import LEVEL, Evaluation, draws_of, few, interval_of, measured
 from .tables import show
@@ -84,24 +84,12 @@ class ShieldedEvaluator:
         columns: dict[str, Sequence[Any]] = {
             "tokens": answers.tokens.tolist(),
             "truncated": answers.truncated.tolist(),
-            "reward": scores.rewards.tolist(),
-            "cost": scores.costs.tolist(),
-            "refusal": [is_refusal(text) for text in texts],
-            "repetition": [repetition(text) for text in texts],
+            **columns_of(prompts, texts, scores, self.judge),
             "draws": answers.draws.tolist(),
             "accepted": answers.accepted.tolist(),
             "upper_cost": answers.upper.tolist(),
         }
-        if self.judge is not None:
-            verdicts = self.judge(prompts, texts)
-            columns["judge_safe"] = verdicts.safe.tolist()
-            if verdicts.topicality is not None and verdicts.topical is not None:
-                columns |= {"topicality": verdicts.topicality.tolist(), "topical": verdicts.topical.tolist()}
-        return [
-            {"id": p.id, "category": p.category, "prompt": p.text, "response": text}
-            | {key: values[row] for key, values in columns.items()}
-            for row, (p, text) in enumerate(zip(prompts, texts, strict=True))
-        ]
+        return records_of(prompts, texts, columns)
 
     def with_progress(self, title: str, policy: Policy, prompts: Sequence[Prompt]) -> Evaluation:
         """Evaluate a policy under a progress bar. title: label of the bar."""
