@@ -75,7 +75,8 @@ def trl_job(command: list[str]) -> dict[str, Any]:
 
     from repo.command import read_command
     from repo.data.prompts import batch_at
-    from repo.setup import find_assets, load_data, model_path
+    from repo.data.sources import load_data
+    from repo.setup import find_assets, model_path
 
     config = read_command(command, "")[1]
     rollout, algorithm, optimizer, console = config.rollout, config.algorithm, config.optimizer, Console(quiet=True)

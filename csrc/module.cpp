@@ -14,6 +14,7 @@
 #include "kernels/dispatch.h"
 #include "layers/attention.h"
 #include "layers/layers.h"
+#include "layers/thin.h"
 #include "losses/bindings.h"
 #include "layers/transpose.h"
 
@@ -27,6 +28,7 @@ using ConstVector = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu>;
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using ConstRows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using MutableRows = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
 using Flat = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstFlat = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 template <class T>
@@ -55,6 +57,31 @@ void bind_transpose(const ConstRows& from, const Matrix& to, int threads) {
     require_shape(to, columns, rows, "the transposed matrix must be (columns, rows)");
     nb::gil_scoped_release unlocked;
     transpose(from.data(), rows, columns, from.stride(0), to.data(), threads);
+}
+
+template <class T, class M>
+Rows<T> rows_of(const M& matrix) {
+    require(matrix.stride(1) == 1 || matrix.shape(1) <= 1, "the columns of a row must be consecutive");
+    require(matrix.stride(0) >= int64_t(matrix.shape(1)) || matrix.shape(0) <= 1, "rows must not overlap");
+    return {matrix.data(), int64_t(matrix.shape(0)), int64_t(matrix.shape(1)), matrix.stride(0)};
+}
+
+void bind_add_outer(const MutableRows& out, const ConstMatrix& z, const ConstMatrix& b, int threads) {
+    const Rows<float> to = rows_of<float>(out);
+    const int64_t rank = z.shape(1);
+    require_shape(z, to.rows, rank, "z must have a row for each row of out");
+    require_shape(b, to.columns, rank, "b must have a row for each column of out, and as many columns as z");
+    nb::gil_scoped_release unlocked;
+    add_outer(to, z.data(), b.data(), rank, threads);
+}
+
+void bind_add_inner(const ConstRows& d, const ConstMatrix& z, const Matrix& out, int threads) {
+    const Rows<const float> from = rows_of<const float>(d);
+    const int64_t rank = z.shape(1);
+    require_shape(z, from.rows, rank, "z must have a row for each row of d");
+    require_shape(out, from.columns, rank, "out must have a row for each column of d, and as many columns as z");
+    nb::gil_scoped_release unlocked;
+    add_inner(from, z.data(), rank, out.data(), threads);
 }
 
 void bind_rms_norm(const ConstMatrix& x, const ConstVector& weight, const Matrix& y, const Vector& inverse,
@@ -199,6 +226,8 @@ NB_MODULE(_cpu, m) {
     bind_losses(m);
     bind_decoding(m);
     m.def("transpose", bind_transpose, exact("source"), exact("to"), "threads"_a);
+    m.def("add_outer", bind_add_outer, exact("out"), exact("z"), exact("b"), "threads"_a);
+    m.def("add_inner", bind_add_inner, exact("d"), exact("z"), exact("out"), "threads"_a);
     m.def("rms_norm", bind_rms_norm, exact("x"), exact("weight"), exact("y"), exact("inverse"), "epsilon"_a,
           "threads"_a);
     m.def("rms_norm_gradient", bind_rms_norm_gradient, exact("x"), exact("weight"), exact("inverse"), exact("dy"),

@@ -14,6 +14,7 @@ from .common.distributed import ALONE, World
 from .common.errors import UserError, first_line
 from .common.hub import require_model
 from .config.schema import Config
+from .data.sources import load_data
 from .memory.budget import free_bytes, pick, with_micro_batches
 from .memory.description import describe_memory
 from .memory.process import Process
@@ -23,7 +24,7 @@ from .models.policy import choose_device
 from .models.quantised import require_trainable
 from .rollout.engine import check_engine
 from .rollout.stop_tokens import stop_id
-from .setup import find_assets, load_data, model_path, shards_of
+from .setup import find_assets, model_path, shards_of
 from .training.pairs import DUAL_EVERY
 
 

@@ -116,8 +116,8 @@ class Shared:
 
         name: of the policy, for messages. Raises UserError if its vocabulary is not the reference's.
         """
+        from .data.sources import load_held_out
         from .rollout.stop_tokens import with_stop_tokens
-        from .setup import load_held_out
 
         if policy.merged:
             adapter = f"model: the adapter {name} is merged into its base {policy.merged}"

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-
+from .course import course_of
 from .data.prompts import batch_at
 from .models.actor import Actor, read_reference
 from .rollout.gather import gather
 from .rollout.pairs import draw_pairs
-from .runs.checkpoint import Saver, make_state, restore
-from .runs.console import Display
 from .runs.records import Measured, Timer, pair_record, sample_records, step_record
-from .session import Session, finish
+from .session import Session
 from .training.batch import make_batch
 from .training.mismatch import agreement, describe_mismatch
 from .training.multipliers import Multipliers
@@ -107,75 +101,3 @@ def train_on_pairs(session: Session) -> None:
             if measured is not None:
                 multipliers.update(measured.scores.costs.tolist(), record["rectified_cost"])
             course.record(step, record, samples)
-
-
-@dataclass
-class Course:
-    """The steps of a run that are left, what becomes of each, and its checkpoints.
-
-    saver: writes the checkpoints in the background. display: shows the steps. first: the step to begin with.
-    records: metrics since the last checkpoint.
-    """
-
-    session: Session
-    multipliers: Multipliers
-    updater: Updater | PairUpdater
-    saver: Saver
-    display: Display
-    first: int
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def steps(self) -> range:
-        """The steps left to do, counted from 0."""
-        return range(self.first, self.session.config.steps)
-
-    def record(
-        self, step: int, record: dict[str, Any], samples: list[dict[str, Any]], warning: str | None = None
-    ) -> None:
-        """Write and show what a step did, and begin a checkpoint if one is due.
-
-        record, samples: the step's lines of metrics.jsonl and samples.jsonl. warning: a sentence, or None. Raises
-        Stopped, after a checkpoint is written, if SIGINT or SIGTERM asked for it.
-        """
-        session, config = self.session, self.session.config
-        session.run.write(step, record, samples)
-        self.records.append(record)
-        self.display.step(record, samples, warning)
-        done, stopping = step + 1, session.world.any(session.stop.requested)
-        if stopping or done == config.steps or (config.save_every and done % config.save_every == 0):
-            skipped, offsets = self.updater.skipped_in_a_row, session.run.offsets
-            state = make_state(done, self.multipliers.state_dict(), skipped, offsets, self.records, session.world)
-            self.saver.start(state, session.actor, self.updater.optimizer)
-            self.records = []
-        if stopping and done < config.steps:
-            self.saver.wait()
-            session.stop.leave()
-
-
-@contextmanager
-def course_of(session: Session, multipliers: Multipliers, updater: Updater | PairUpdater) -> Iterator[Course]:
-    """Context in which a run's steps are done: evaluates before, restores a resumed run, and finishes the run after."""
-    config, world = session.config, session.world
-    with session.stop.at_once():
-        before = session.evaluator.into_run(session.run, "before", session.parts.reference)
-    first = resume(session, multipliers, updater)
-    with (
-        Saver(session.run.path, config.keep, config.safety_target, world, session.actor.sharded) as saver,
-        Display(session.console, config, first) as display,
-    ):
-        yield Course(session, multipliers, updater, saver, display, first)
-        saver.wait()
-    with session.stop.at_once():
-        finish(session, before)
-
-
-def resume(session: Session, multipliers: Multipliers, updater: Updater | PairUpdater) -> int:
-    """Restore the state of a resumed run; return the step to begin with, 0 for a new run."""
-    state, checkpoint = session.resumed.state, session.resumed.checkpoint
-    if state is None or checkpoint is None:
-        return 0
-    updater.skipped_in_a_row = state.skipped_in_a_row
-    multipliers.load_state_dict(state.penalty)
-    restore(checkpoint, session.actor, updater.optimizer, session.world)
-    return state.step

@@ -62,6 +62,12 @@ def scale_rows(grad: Tensor, upstream: Tensor, flags: Tensor | None, threads: in
 def transpose(source: Tensor, to: Tensor, threads: int) -> None:
     """Write the transpose of source (r, c) into `to` (c, r), contiguous; fp32."""
 
+def add_outer(out: Tensor, z: Tensor, b: Tensor, threads: int) -> None:
+    """Add z (n, rank) @ b (m, rank)^T to out (n, m), whose columns are consecutive; fp32."""
+
+def add_inner(d: Tensor, z: Tensor, out: Tensor, threads: int) -> None:
+    """Add d (n, m)^T @ z (n, rank) to out (m, rank); the columns of d are consecutive; fp32."""
+
 def rms_norm(x: Tensor, weight: Tensor, y: Tensor, inverse: Tensor, epsilon: float, threads: int) -> None:
     """Write y (r, c) and inverse (r,); contiguous fp32, as the arguments of the next three."""
 

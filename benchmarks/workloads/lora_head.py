@@ -6,10 +6,10 @@ Forward and backward of linear_repo_loss, fp32, the ways of bench_linear.py in t
 same round. Predicted for N = 1024, V = 49 152, H = 576, r = 16:
 
 - Operations: a trained head takes three GEMMs, 6 N H V = 174 GFLOP; a LoRA head takes two and three thin ones,
-  4 N H V + 6 N r V = 121 GFLOP, 0.69 of it. The thin ones pass over the logits and are bound by memory: three reads and
-  a write of 4 N V bytes, 0.8 GB, or 0.05 of the time at 16 GB/s. The kernel's share is the same. Together 0.74.
+  4 N H V + 6 N r V = 121 GFLOP, 0.69 of it. The thin ones pass over the logits: two reads of 4 N V bytes, 0.4 GB, since
+  the third meets a block of logits in the caches; that is 0.02 of the time at 16 GB/s. Together 0.71 to 0.72.
 - Memory: a chunk of 256 rows of logits is 50 MB; a trained head adds dL/dweight, 4 H V = 113 MB, a LoRA head
-  dL/dB, 4 r V = 3 MB; both add dL/dhidden, 2 MB. That is 56 of 166 MB, 0.34.
+  dL/dB, 4 r V = 3 MB; both add dL/dhidden, 2 MB, and what MKL copies, 1 to 2 MB. That is 57 of 167 MB, 0.34.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 #include "kernels/layer_rows.h"
 #include "kernels/row_gradient.h"
 #include "kernels/row_sums.h"
+#include "layers/thin_rows.h"
 
 namespace repo {
 namespace REPO_ISA {
@@ -91,6 +92,8 @@ const RowKernels REPO_TABLE(REPO_ISA) = {
     swiglu_row,
     swiglu_gradient_row,
     rotate_row,
+    add_outer,
+    add_inner,
     attend,
     attend_gradient,
     multiply_panel,

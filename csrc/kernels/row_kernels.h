@@ -95,6 +95,11 @@ struct RowKernels {
     void (*swiglu_gradient)(const float* gate, const float* up, const float* grad, float* of_gate, float* of_up,
                             int64_t columns);
     void (*rotate)(const float* x, const float* cos, const float* sin, float* y, int64_t half, bool back);
+    // see layers/thin_rows.h
+    void (*add_outer)(float* out, int64_t rows, int64_t columns, int64_t stride, const float* z, const float* b,
+                      int64_t rank);
+    void (*add_inner)(const float* d, int64_t rows, int64_t columns, int64_t stride, const float* z, int64_t rank,
+                      float* out);
     // see attention_rows.h
     void (*attend)(const AttentionTask&, float* scratch);
     void (*attend_gradient)(const AttentionTask&, float* scratch);

@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class State:
     offsets: bytes of each append-only file that belong to the steps done.
     safe_rate, reward: means over the steps since the previous checkpoint that sampled the policy; NaN if none did.
     random: states of the global random generators, one for each process.
+    gate: state of the gate; {} without one.
     """
 
     step: int
@@ -53,6 +54,7 @@ class State:
     safe_rate: float
     reward: float
     random: list[dict[str, Any]]
+    gate: dict[str, Any] = field(default_factory=dict)  # which checkpoints of earlier versions do not have
 
 
 def make_state(
@@ -62,16 +64,17 @@ def make_state(
     offsets: dict[str, int],
     records: Sequence[dict[str, Any]],
     world: World = ALONE,
+    gate: dict[str, Any] | None = None,
 ) -> State:
     """Make the state after `step` steps; all processes must call it together.
 
-    penalty, skipped, offsets: as in State. records: metrics of the steps since the previous checkpoint, at least one.
+    penalty, skipped, offsets, gate: as in State. records: metrics of the steps since the previous checkpoint.
     """
     sampled = [r for r in records if math.isfinite(r["safe_rate"])]
     safe_rate, reward = (
         sum(r[key] for r in sampled) / len(sampled) if sampled else math.nan for key in ("safe_rate", "reward_mean")
     )
-    return State(step, penalty, skipped, offsets, safe_rate, reward, world.gather(random_state()))
+    return State(step, penalty, skipped, offsets, safe_rate, reward, world.gather(random_state()), gate or {})
 
 
 class Saver:
@@ -188,13 +191,15 @@ class Saver:
         return safe, state.reward if safe else state.safe_rate
 
     def _prune(self, step: int) -> None:
-        """Remove all checkpoints but the newest `keep` and the best.
+        """Remove all checkpoints but the newest `keep`, the best, and those that the gate of a kept one may go back to.
 
         Checkpoints of later steps go too: the run continued from an earlier one, so they are not part of it any more.
         """
         folders = steps_of(self.root)
         kept = [s for s in sorted(folders) if s <= step][-self.keep :]
         best = pointed(self.root / "best")
+        whole = [*(folders[s] for s in kept), *([best] if best else [])]
+        kept += [s for s in map(accepted_in, whole) if s is not None]
         stale = [folder for number, folder in folders.items() if number not in kept and folder != best]
         for left_over in (*stale, *self.root.glob(".*")):  # hidden files are left by a save that was interrupted
             if left_over.is_dir():
@@ -280,6 +285,13 @@ def read_state(folder: Path) -> tuple[State, state_files.Numbers]:
         raise UserError(f"{folder / STATE} is not a state that this version can read: {first_line(error)}") from None
 
 
+def accepted_in(folder: Path) -> int | None:
+    """Return the step that the gate of a checkpoint would go back to; None without a gate, or if it cannot be read."""
+    with suppress(UserError):
+        return read_state(folder)[0].gate.get("accepted")
+    return None
+
+
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> None:
     """Load weights, optimiser state and random state of a checkpoint into the model, optimiser and generators.
 
@@ -289,6 +301,19 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wo
     state, numbers = read_state(folder)
     state_files.restore(folder, numbers, model, optimizer)
     set_random_state(state.random[world.rank if len(state.random) == world.size else 0])
+
+
+def find_step(run: Path, step: int) -> Path:
+    """Find the checkpoint after `step` steps, to which a gate goes back.
+
+    Raises UserError if it is missing or damaged.
+    """
+    folder = run / "checkpoints" / _name(step)
+    if not folder.is_dir():
+        raise UserError(f"gate: {folder}, the last accepted policy, is missing, so that the run cannot go back to it")
+    if fault := fault_of(folder):
+        raise UserError(f"gate: {folder}, the last accepted policy, is not intact: {fault}")
+    return folder
 
 
 def find_named(run: Path, name: str) -> Path:

@@ -26,11 +26,11 @@ class Descent:
     def __init__(self, actor: Actor, config: Config) -> None:
         self.actor, self.config = actor, config
         self.optimizer = make_optimizer(actor.policy, actor.critics, config)
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.lr_scale = 0, 1.0
 
     def set_lr(self, step: int, steps: int) -> float:
-        """Set the policy's learning rate to that of a step, and return it. steps: of the whole run."""
-        lr = lr_at(step, steps, self.config.optimizer)
+        """Set the policy's learning rate to that of a step, times lr_scale, and return it. steps: of the whole run."""
+        lr = lr_at(step, steps, self.config.optimizer) * self.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr if group["policy"] else group["lr"]
         return lr
@@ -48,12 +48,16 @@ class Descent:
         taken = all(math.isfinite(x) for x in (norm, critic_norm, *losses.values()))
         if taken:
             self.optimizer.step()
-            forget_copies(self.actor.parameters())  # optimisers of other packages write into .data
+            self.weights_changed()
             self.skipped_in_a_row = 0
         else:
             self._count_skip({**losses, "gradient norm": norm, "critics' gradient norm": critic_norm})
         self.optimizer.zero_grad(set_to_none=True)
         return norm, taken
+
+    def weights_changed(self) -> None:
+        """Forget copies made of the weights: optimisers of other packages, and checkpoints, write into .data."""
+        forget_copies(self.actor.parameters())
 
     def _clip(self, module: nn.Module) -> float:
         trained = [p for p in module.parameters() if p.requires_grad]

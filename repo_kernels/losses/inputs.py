@@ -245,9 +245,8 @@ class LinearRepoLossCall(CallOptions, LinearRepoLossInputs):
     Args:
         chunk_tokens: live tokens per chunk, >= 1. None: by chunk_bytes.
         chunk_bytes: bytes that the logits of a chunk may take, with those of the reference and their gradient; chunks
-            are equally long. None: 64 MB on the CPU, 48 MB with a `LoraHead`; on a GPU 1 GB or twice the gradient of
-            the weight in fp32, whichever is more, and at least 1024 tokens; with a divided vocabulary the processes
-            share these bytes.
+            are equally long. None: 64 MB on the CPU; on a GPU 1 GB or twice the gradient of the weight in fp32,
+            whichever is more, and at least 1024 tokens; with a divided vocabulary the processes share these bytes.
         backend: "triton", "cpu", "eager", or None to choose by device and dtype: Triton on a GPU, C++ on the CPU,
             PyTorch for fp64.
         group: the processes among which the vocabulary is divided: weight is (V / P, H) and bias (V / P,), the rows of

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from repo import launch, loop, train
+from repo import course, launch, train
 from repo.common.errors import UserError
 from repo.reporting import after_run
 from repo.reporting.after_run import draw_report
@@ -98,7 +98,7 @@ def test_a_run_that_stopped_before_its_final_evaluation_is_finished(finished, ti
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "finish", out_of_memory)
+        patch.setattr(course, "finish", out_of_memory)
         with pytest.raises(MemoryError):
             run(tiny_arguments, tmp_path / "run")
     assert not (tmp_path / "run" / "final").exists()
@@ -112,7 +112,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(finished, tiny_
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Saver, "start", died)
+        patch.setattr(course.Saver, "start", died)
         with pytest.raises(MemoryError):
             run(tiny_arguments, tmp_path / "run")
     train.run_command(["--resume", str(tmp_path / "run")])

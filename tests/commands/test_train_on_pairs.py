@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from repo import loop, train
+from repo import course, loop, train
 from repo.common.errors import UserError
 from repo.config.parse import PRESETS
 from repo.reporting import figures, run_history
@@ -97,7 +97,7 @@ def test_a_report_joins_the_steps_that_sampled(finished, monkeypatch):
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, on_pairs, tmp_path, monkeypatch):
     method = yaml.safe_load((finished / "config.yaml").read_text())["algorithm"]["method"]
-    out, start = tmp_path / "run", loop.Course.record
+    out, start = tmp_path / "run", course.Course.record
 
     def killed(course, step, *more):
         if step == DUAL_EVERY + 1:  # a step after the first that sampled; the checkpoint before it is of step 6
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, on_pairs, tmp
         start(course, step, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Course, "record", killed)
+        patch.setattr(course.Course, "record", killed)
         with pytest.raises(MemoryError):
             run([f"--preset={method.replace('_', '-')}", *on_pairs], out)
     assert len(lines(out)) == DUAL_EVERY + 1

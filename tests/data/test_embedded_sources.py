@@ -3,7 +3,7 @@
 import pytest
 
 from repo.common.errors import UserError
-from repo.setup import embedded_file, is_embedded
+from repo.data.sources import embedded_file, is_embedded
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ BARRIER = ["--preset=barrier", "--penalty.limit_schedule=linear", "--algorithm.c
 INTERIOR = ["--algorithm.method=interior_point", "--penalty.lr=0.1", "--algorithm.cost_limit=0.5"]
 
 PAIRS = ["--preset=repo-dpo", "--algorithm.beta=0.2"]
+# accepts some policies and takes others back
+GATE = ["--gate.every=1", "--gate.tolerance=0.15", "--algorithm.cost_limit=-0.5", "--evaluation.samples_per_prompt=2"]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,17 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills, more, tiny_
     assert len(deaths) == kills
     assert len(set(deaths)) >= min(kills // 2, 6)  # in different places
     assert_same_run(tmp_path / "run", tmp_path / "run-whole")
+
+
+@pytest.mark.long
+def test_a_run_whose_policies_are_taken_back_survives_kills(tiny_arguments, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Tell me number {i}."}) + "\n" for i in range(40)))
+    steps = ["--steps=6", "--save_every=1", "--keep=2", "--sample_every=0"]
+    deaths = run_killed(20, 3, tmp_path / "run", [*tiny_arguments, f"--data.train={path}", *steps, *GATE], timeout=1800)
+    assert len(deaths) == 20
+    assert_same_run(tmp_path / "run", tmp_path / "run-whole")
+    assert {r["gate_accepted"] for r in map(json.loads, metrics(tmp_path / "run"))} == {0.0, 1.0}
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 
 from .algorithm import BOUNDED, AlgorithmConfig, CriticConfig, PenaltyConfig
 from .data import DataConfig, PtxConfig
+from .gate import GateConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
 from .rollout import RolloutConfig
@@ -18,6 +19,7 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "EvaluationConfig",
+    "GateConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PenaltyConfig",

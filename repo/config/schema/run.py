@@ -9,6 +9,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from .algorithm import AlgorithmConfig, CriticConfig, PenaltyConfig
 from .data import DataConfig, PtxConfig
+from .gate import GateConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
 from .rollout import RolloutConfig
@@ -44,6 +45,7 @@ class Config:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ptx: PtxConfig = field(default_factory=PtxConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -15,6 +15,8 @@ from torch import Tensor
 from .extension import _cpu, available
 
 __all__ = [
+    "add_inner",
+    "add_outer",
     "attention",
     "attention_gradient",
     "available",
@@ -39,6 +41,16 @@ def transposed(matrix: Tensor) -> Tensor:
     out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
     _run(_cpu.transpose, matrix.detach(), out, torch.get_num_threads())
     return out
+
+
+def add_outer(z: Tensor, b: Tensor, out: Tensor) -> None:
+    """Compute out += z @ b^T in fp32. z (n, r), b (m, r): contiguous; out: (n, m), unit column stride."""
+    _run(_cpu.add_outer, out.detach(), z.detach(), b.detach(), torch.get_num_threads())
+
+
+def add_inner(d: Tensor, z: Tensor, out: Tensor) -> None:
+    """Compute out += d^T @ z in fp32. d: (n, m), unit column stride; z (n, r), out (m, r): contiguous."""
+    _run(_cpu.add_inner, d.detach(), z.detach(), out.detach(), torch.get_num_threads())
 
 
 def unit_columns(x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 # On a CPU, logits that stay near the caches. On a GPU, what long GEMMs need: short chunks are bound by launches and by
 # dL/dweight, which every chunk reads and writes.
 CPU_BYTES = 64_000_000
-CPU_LORA_BYTES = 48_000_000  # there is no dL/dweight, beside which a chunk would be small
 GPU_BYTES = 1_000_000_000
 GPU_ROWS = 1024
 # The row stride of a chunk is an odd multiple of this many elements: rows are aligned for any V, and do not all fall
@@ -77,8 +76,8 @@ class Budget:
     Args:
         device: "cpu", "cuda", ...
         tokens: live rows per chunk, or None.
-        size: bytes of the logits of a chunk and of their gradient, or None for the default: on a CPU 64 MB, or 48 MB
-            with a low-rank part; elsewhere 1 GB or twice dL/dweight, whichever is more, and at least 1024 rows.
+        size: bytes of the logits of a chunk and of their gradient, or None for the default: on a CPU 64 MB; elsewhere
+            1 GB or twice dL/dweight, whichever is more, and at least 1024 rows.
         processes: P, among which the vocabulary is divided. They share the default, so that chunks are about as long
             as those of the whole head.
     """
@@ -94,7 +93,7 @@ class Budget:
             return max(1, min(self.tokens, live))
         size, least = self.size, 1
         if size is None and self.device == "cpu":
-            size = (CPU_LORA_BYTES if head.rank else CPU_BYTES) // self.processes
+            size = CPU_BYTES // self.processes
         elif size is None:
             size, least = max(GPU_BYTES // self.processes, 2 * head.weight_bytes), GPU_ROWS
         most = max(least, size // head.row_bytes)

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...backends.cpu import layers as cpu
 from ...layers import onednn_linear
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK_ROWS = 2048  # rows per call of oneDNN, whose copies and result then stay in the caches
+BLOCK_COLUMNS = 512  # logits per thread and call of MKL, whose copy of the weight then stays small and in the caches
+THIN_RANK = 48  # largest rank for which the C++ backend passes over the logits faster than a GEMM
 
 
 def factor_dtype(source: torch.dtype, device: torch.device, result: torch.dtype) -> torch.dtype:
@@ -52,6 +55,14 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(torch.mm(a, b))
 
 
+def column_blocks(device: torch.device, factors: torch.dtype, columns: int) -> Iterator[slice]:
+    """Yield the blocks of columns in which `product` forms a wide result fastest; where it can be whole, one block."""
+    blocked = device.type == "cpu" and not onednn_linear.multiplies(device, factors)
+    width = BLOCK_COLUMNS * torch.get_num_threads() if blocked else max(columns, 1)
+    for start in range(0, columns, width):
+        yield slice(start, min(start + width, columns))
+
+
 def allocates(device: torch.device, factors: torch.dtype) -> bool:
     """Return whether the fastest product allocates its result; use `new_product` then."""
     return onednn_linear.multiplies(device, factors)
@@ -83,6 +94,28 @@ def add_thin_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b)
+
+
+def add_outer(z: Tensor, b: Tensor, out: Tensor) -> None:
+    """Compute out += z @ b^T over the large out (c, V). z: (c, r); b: (V, r); dtypes as in `product`."""
+    if _passes(z, b) and out.stride(1) == 1:
+        cpu.add_outer(z.contiguous(), b.contiguous(), out)
+    else:
+        add_thin_product(z, b.t(), out)
+
+
+def add_inner(d: Tensor, z: Tensor, out: Tensor) -> None:
+    """Compute out += d^T @ z over the large d (c, V). z: (c, r); out: (V, r), contiguous; dtypes as in `product`."""
+    if _passes(z, out) and d.stride(1) == 1:
+        cpu.add_inner(d, z.contiguous(), out)
+    else:
+        add_thin_product(d.t(), z, out)
+
+
+def _passes(z: Tensor, other: Tensor) -> bool:
+    """Tell whether the C++ backend multiplies by z (c, r)."""
+    fp32 = z.dtype == other.dtype == torch.float32
+    return fp32 and z.device.type == "cpu" and 0 < z.shape[1] <= THIN_RANK and z.shape[0] > 0 and cpu.available()
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:

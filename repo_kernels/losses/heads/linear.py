@@ -17,7 +17,17 @@ from ...backends.codes import IGNORED, SCALARS, STATE
 from ...backends.eager import dense
 from ...backends.interface import Loss, RowArguments, RowResults, at_rows
 from .chunks import Budget, HeadSizes, row_stride
-from .gemm import add_product, add_thin_product, allocates, factor_dtype, fp16_scale, new_product, product
+from .gemm import (
+    add_outer,
+    add_product,
+    add_thin_product,
+    allocates,
+    column_blocks,
+    factor_dtype,
+    fp16_scale,
+    new_product,
+    product,
+)
 from .live_rows import LiveRows
 from .low_rank import LowRank, LowRankGradients
 
@@ -56,15 +66,21 @@ class LinearHead:
 
     def logits(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Compute the logits (n, V) of x (n, H), which has the factors' dtype, in `out` or in new memory."""
+        z = None if self.low_rank is None else self.low_rank.inner(x)
         if out is None:
             out = new_product(x, self.weight.t())
+            self._add_low_rank(z, out, slice(None))
         else:
-            product(x, self.weight.t(), out)
-        if self.low_rank is not None:
-            self.low_rank.add_logits(x, out)
+            for block in column_blocks(x.device, x.dtype, out.shape[1]):
+                product(x, self.weight[block].t(), out[:, block])
+                self._add_low_rank(z, out, block)  # while the block is in the caches
         if self.bias is not None:
             out += self.bias
         return out
+
+    def _add_low_rank(self, z: Tensor | None, out: Tensor, block: slice) -> None:
+        if z is not None and self.low_rank is not None:
+            add_outer(z, self.low_rank.b[block], out[:, block])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gemm import add_thin_product, product
+from .gemm import add_inner, add_thin_product, product
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,6 @@ class LowRank:
         product(x.to(self.a.dtype), self.a.t(), z)
         return z.mul_(self.scaling).to(self.b.dtype)
 
-    def add_logits(self, x: Tensor, out: Tensor) -> None:
-        """Add the logits of x (c, H) to out (c, V)."""
-        add_thin_product(self.inner(x), self.b.t(), out)
-
     def inner_gradient(self, grad: Tensor) -> Tensor:
         """Compute E = s D B, (c, r), dtype of the sums, from D (c, V)."""
         e = self.a.new_empty(grad.shape[0], self.rank)
@@ -85,7 +81,7 @@ class LowRankGradients:
     def add(self, grad: Tensor, x: Tensor, wants_inner: bool) -> Tensor | None:
         """Add a chunk, and return E if the caller wants it. grad: D (c, V); x: (c, H); dtype of the factors."""
         if self.b is not None:
-            add_thin_product(grad.t(), self.of.inner(x), self.b)
+            add_inner(grad, self.of.inner(x), self.b)
         if self.a is None and not wants_inner:
             return None
         inner = self.of.inner_gradient(grad)
