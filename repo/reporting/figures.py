@@ -111,8 +111,10 @@ def _safe_rate(history: History) -> tuple[Figure, str, str]:
     if history.samples_per_prompt > 1:
         _over_steps(axes, history, "prompts_mostly_unsafe", BAD, "prompts mostly unsafe", "--", points=False, scale=100)
         caption += " Mostly unsafe: more than half of the responses."
-    axes.set_ylim(0, 102)
-    axes.set_ylabel("%")
+    for value, marker, label in ((1, "o", "gate, validation prompts: accepted"), (0, "x", "gate: taken back")):
+        if (at := history.series("gate_accepted") == value).any():
+            axes.plot(history.steps[at], 100 * history.series("gate_safe_rate")[at], marker, color=INK, label=label)
+    axes.set(ylim=(0, 102), ylabel="%")
     legend(axes)
     return figure, "Safe rate", caption
 
@@ -120,8 +122,7 @@ def _safe_rate(history: History) -> tuple[Figure, str, str]:
 def _compensation(history: History) -> tuple[Figure, str, str]:
     figure, axes = panel()
     _over_steps(axes, history, "compensation_gap", NOW, "E{C−d}⁺ − {E[C]−d}⁺")
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("compensation gap")
+    axes.set(ylim=(0, None), ylabel="compensation gap")
     legend(axes)
     words = "What the mean hides: it is 0 only if no safe response pays for an unsafe one."
     return figure, "Compensation gap", f"{words} Training batches: {_drawing(history)}"

@@ -108,3 +108,18 @@ def test_the_course_of_a_limit_that_moves_is_drawn_beside_lambda(tmp_path):
         drawn = next(figure for figure in draw_all(read(run)) if figure.name == "penalty")
         assert ("limit used in the step (dotted: the run's limit d = 0.25)" in drawn.svg) == moves
         assert ("λ moves by the limit used in the step" in drawn.caption) == moves
+
+
+def test_the_decisions_of_a_gate_are_drawn_with_the_safe_rate(tmp_path):
+    run = write_run(tmp_path / "run", steps=8)
+    assert "gate" not in Page(write_report(run).read_text()).text
+
+    def decided(record):
+        if record["step"] % 2 == 0:
+            return {}
+        return {"gate_accepted": float(record["step"] != 3), "gate_safe_rate": 0.5}
+
+    rewrite(run, "metrics", decided)
+    text = Page(write_report(run).read_text()).text
+    assert "gate, validation prompts: accepted" in text
+    assert "gate: taken back" in text
