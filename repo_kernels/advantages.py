@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import as_mask
 from .renamed import renamed_arguments
 from .safety import is_safe, round_limit
 
@@ -19,8 +20,9 @@ def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = Non
     Args:
         values: (B,) float, the score u of each response.
         group: (B,) int64 or int32, the prompt of each response, in any numbers.
-        counted: (B,) bool; responses where it is false enter no mean and get 0, and so does a response that is the only
-            counted one of its prompt. None: all count, and each prompt needs two.
+        counted: (B,) bool, or 0 and 1 in any integer or floating dtype; responses where it is false enter no mean and
+            get 0, and so does a response that is the only counted one of its prompt. None: all count, and each prompt
+            needs two.
 
     Returns:
         (B,) in the dtype of `values`.
@@ -29,6 +31,7 @@ def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = Non
         ValueError: a group has a single response, which leaves no baseline, and `counted` is None; or a shape is wrong.
     """
     if counted is not None:
+        counted = as_mask("counted", counted, values.shape)
         index, counts, totals = _group_sums(values, group, counted)
         others = (totals[index] - values) / (counts[index] - 1).clamp_min(1)
         return torch.where(counted & (counts[index] > 1), values - others, 0.0)
@@ -47,11 +50,12 @@ def divide_by_group_std(advantages: Tensor, group: Tensor, counted: Tensor | Non
     Args:
         advantages: (B,) combined advantages.
         group: (B,) int64, the prompt of each response.
-        counted: (B,) bool, the responses that the deviation is over; None: all.
+        counted: (B,), a mask as in `group_advantages`: the responses that the deviation is over; None: all.
 
     Returns:
         (B,) in the dtype of `advantages`.
     """
+    counted = None if counted is None else as_mask("counted", counted, advantages.shape)
     index, counts, totals = _group_sums(advantages, group, counted)
     counts = counts.clamp_min(1)
     deviation = advantages - (totals / counts)[index]
@@ -164,13 +168,15 @@ def token_signal(scores: Tensor, mask: Tensor, log_ratio: Tensor | None = None, 
 
     Args:
         scores: (B,) score of each response.
-        mask: (B, R) bool, true on the tokens of each response, which begin in column 0.
+        mask: (B, R) bool, or 0 and 1 in any integer or floating dtype: true on the tokens of each response, which begin
+            in column 0.
         log_ratio: (B, R) k_t in nats; None leaves the KL out.
         weight: -beta places the KL in the reward, +beta in the cost.
 
     Returns:
         (B, R) fp32, 0 where the mask is false.
     """
+    mask = as_mask("mask", mask)
     last = (mask.sum(1) - 1).clamp_min(0)
     signal = torch.zeros(mask.shape, dtype=torch.float32, device=scores.device)
     signal[torch.arange(len(scores)), last] = scores.float()
@@ -190,13 +196,14 @@ def gae(
     Args:
         signals: (B, R) reward or cost u_t of each token.
         values: (B, R) V_t, the critic's value before token t.
-        mask: (B, R) bool, true on the tokens of each response, which begin in column 0.
+        mask: (B, R), as in `token_signal`.
         gamma: discount factor in [0, 1].
         gae_lambda: decay of the trace in [0, 1]; 0 uses the next value only, 1 the whole rest of the response.
 
     Returns:
         (advantages A, returns G), both (B, R) fp32, 0 where the mask is false.
     """
+    mask = as_mask("mask", mask, signals.shape)
     u, v = (torch.where(mask, x.float(), 0.0) for x in (signals, values))
     advantages = torch.zeros_like(u)
     following = following_value = torch.zeros_like(u[:, 0])

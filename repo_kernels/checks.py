@@ -5,7 +5,7 @@ Values of floats are checked. Values of tensors are not, since reading one makes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,14 +168,25 @@ def check_mask(mask: Tensor, leading: tuple[int, ...], like: Tensor) -> Tensor:
     The values are checked where those of cu_seqlens are. Elsewhere any value but 0 counts as 1.
     """
     check_tensor("response_mask", mask, (leading,), MASK_DTYPES, like)
+    return as_mask("response_mask", mask)
+
+
+def as_mask(name: str, mask: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return a mask of any dtype as bool.
+
+    name: of the argument. shape: that it must have; None: any. Raises ValueError for another shape and, where the
+    values are at hand, for one that is neither 0 nor 1.
+    """
+    if shape is not None and tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}; got {tuple(mask.shape)}")
     if mask.dtype == torch.bool:
         return mask
     live = mask != 0
     if is_at_hand(mask):
-        check_memory(response_mask=mask)
+        check_memory(**{name: mask})
         wrong = mask[live & (mask != 1)]
         if wrong.numel():
-            raise ValueError(f"response_mask must hold 0 and 1 alone; got {wrong[0].item()}")
+            raise ValueError(f"{name} must hold 0 and 1 alone; got {wrong[0].item()}")
     return live
 
 

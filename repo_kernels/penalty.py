@@ -16,11 +16,13 @@ def repo_lambda(lam: float, rectified_cost: float, lr: float, maximum: float) ->
 
     lam: lambda of the step. rectified_cost: mean of {C - d}^+ over the rollout batch of all processes, one number.
 
-    Raises ValueError if rectified_cost is not reduced to one number.
+    Raises ValueError if rectified_cost is not one finite number >= 0.
     """
     if getattr(rectified_cost, "ndim", 0):
         shape = tuple(rectified_cost.shape)  # type: ignore[attr-defined]  # an array or tensor
         raise ValueError(f"rectified_cost must be one number, the mean over the batch; got shape {shape}")
+    if not 0 <= float(rectified_cost) < math.inf:
+        raise ValueError(f"rectified_cost must be finite and >= 0, the mean of {{C - d}}^+; got {rectified_cost!r}")
     return min(lam + lr * float(rectified_cost), maximum)
 
 

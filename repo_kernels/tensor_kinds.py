@@ -133,7 +133,7 @@ def check_memory(**values: Tensor | None) -> None:
     if is_traced():
         return
     for name, value in values.items():
-        if value is not None and is_plain(value) and value.numel() and not _has_memory(value):
+        if value is not None and is_plain(value) and has_values(value) and value.numel() and not _has_memory(value):
             raise ValueError(
                 f"{name} must be a tensor with memory; got one of shape {tuple(value.shape)} whose storage was freed "
                 "or shrunk"

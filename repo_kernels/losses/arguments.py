@@ -163,8 +163,10 @@ def _arguments(source: Tensor, inputs: LossInputs, temperature: Any) -> RowArgum
     ) -> Tensor | None:
         if value is None:
             return None
-        if isinstance(value, Tensor) and is_column(value) and shapes is either:
-            value = value.squeeze(1) if tuple(value.shape) not in shapes else value
+        if isinstance(value, Tensor) and is_column(value) and shapes is either and tuple(value.shape) not in shapes:
+            value = value.squeeze(1)
+            if bounds is not None and either[0] == either[1] == tuple(value.shape):  # (B,) would be read by token
+                value = of_sequences(value, bounds)
         check_tensor(name, value, shapes, dtypes, source)
         if value.dtype != dtype and (dtype == torch.float32 or value.dtype not in VALUE_DTYPES):
             check_memory(**{name: value})  # which the conversion reads
@@ -193,6 +195,13 @@ def _arguments(source: Tensor, inputs: LossInputs, temperature: Any) -> RowArgum
         importance_weights=values("importance_weights", inputs.importance_weights, (leading,)),
         temperatures=values("temperature", temperature, either, LOGITS_DTYPES),
     )
+
+
+def of_sequences(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Repeat values (B,) over the tokens of each sequence of packed rows, (T,), where T = B; any value on dead rows."""
+    rows = torch.arange(values.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    index = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    return values[index.clamp_max(values.shape[0] - 1)]
 
 
 def _scalars(**given: Scalar | None) -> tuple[Scalar, ...]:

@@ -20,6 +20,7 @@ from ..tensor_kinds import has_values, written
 
 # A loss, 0-d or (N,) without aggregation, ROWS (5, N) and STATS (18,).
 Outputs = tuple[Tensor, Tensor, Tensor]
+HELD_BY_AUTOGRAD = 3  # in PyTorch 2.13; a PyTorch that holds more makes backward copy, which a test would show
 
 
 def refuse_second_order(name: str) -> None:
@@ -37,6 +38,15 @@ def may_run_again() -> bool:
     """Return whether the backward that runs now may run again, because its graph is retained."""
     keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()
     return keep
+
+
+def held_by_a_caller(result: Tensor) -> bool:
+    """Return whether something besides autograd holds a result that an operator has saved, whose backward runs now.
+
+    Such a result must stay as it is. Autograd and this backward hold HELD_BY_AUTOGRAD references to its memory.
+    """
+    references: int = torch._C._storage_Use_Count(result.untyped_storage()._cdata)
+    return references > HELD_BY_AUTOGRAD
 
 
 def is_batched(upstream: Tensor) -> bool:

@@ -81,7 +81,8 @@ class TokenValues:
     Args:
         old_logps: leading shape, fp32 or fp64: log-probabilities in nats under the policy that sampled, at the
             temperature of log pi. None: that policy is the current one, rho is 1 and has the gradient of log pi.
-        reward_advantages: A_R; leading shape, or (B,) or (B, 1) with one value per sequence; fp32 or fp64.
+        reward_advantages: A_R; leading shape, or (B,) or (B, 1) with one value per sequence; fp32 or fp64. With
+            cu_seqlens of as many sequences as rows (B,) is the leading shape; (B, 1) never is.
         cost_advantages: A_C; like reward_advantages, or None.
         costs: C of each sequence, (B,), (B, 1) or leading shape, fp32 or fp64; a sequence is unsafe if C > d. They
             always enter the statistics.

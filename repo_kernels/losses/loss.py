@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..backends.choice import choose_backend
-from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE
+from ..backends.codes import ENTROPY_NONE, ENTROPY_VALUE, SCALARS
 from ..backends.eager.dense import prepare
 from ..backends.interface import Loss, compute_dtype, scalar_vector
 from ..checks import (
@@ -253,7 +253,8 @@ def _logps_first(
     with_entropy, leading, temperature = loss.entropy != ENTROPY_NONE, loss.arguments.leading, prepared.temperature
     result = statistics(
         prepared.ids.view(leading),
-        temperature=temperature.view(leading) if temperature.ndim else temperature,
+        # as it was given: on the meta device a scalar tensor has no value to check
+        temperature=temperature.view(leading) if temperature.ndim else loss.scalars[SCALARS.index("temperature")],
         softcap=loss.softcap or None,
         return_entropy=with_entropy,
         backend=backend,

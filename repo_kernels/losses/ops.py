@@ -18,7 +18,7 @@ from ..backends.codes import NO_AGGREGATION, ROWS, STATE, STATS
 from ..backends.interface import Loss, RowArguments, compute_dtype
 from ..backends.memory_layout import gradient_buffer
 from ..tensor_kinds import kept, written
-from .autograd import is_batched, may_run_again, refuse_second_order, scaled_by_any
+from .autograd import is_batched, refuse_second_order, scaled_by_any
 
 
 @custom_op("repo_kernels::fused_loss", mutates_args=())
@@ -81,18 +81,13 @@ def _scale_gradient(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
     if upstream is None:
         return None, *nothing
     grad, flags = ctx.saved_tensors
-    traced = type(grad) is not Tensor
-    if not traced:
+    if type(grad) is Tensor:  # not traced
         refuse_second_order("repo_loss")
     grad = grad.detach()
     if is_batched(upstream):
         return scaled_by_any(grad, upstream, flags), *nothing
-    # a graph that is traced or retained may run backward again; otherwise nobody else reads the buffer
-    if traced or may_run_again():
-        return scaled_rows(grad, upstream, flags, ctx.backend), *nothing
-    choice.load(ctx.backend).scale_rows(grad, written(upstream), flags)
-    torch.autograd.graph.increment_version(grad)
-    return grad, *nothing
+    # a copy: the gradient is a result of the operator, which its caller may still hold
+    return scaled_rows(grad, written(upstream), flags, ctx.backend), *nothing
 
 
 fused_loss.register_autograd(_scale_gradient, setup_context=_keep_gradient)

@@ -136,6 +136,34 @@ def test_repo_lambda_rises_by_the_rectified_cost_and_is_capped():
     assert repo_lambda(1.0, 0.0, 0.1, 5.0) == 1.0
 
 
+@pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])
+def test_repo_lambda_refuses_what_is_no_mean_of_a_hinge(cost):
+    with pytest.raises(ValueError, match=r"rectified_cost must be finite and >= 0, the mean of \{C - d\}\^\+; got"):
+        repo_lambda(1.0, cost, 0.1, 5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_masks_are_of_any_dtype(dtype):
+    signals, values = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]]), torch.zeros(2, 3)
+    mask, scores = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([1.0, 2.0])
+    expected = gae(signals, values, mask.bool()), token_signal(scores, mask.bool(), signals, -0.5)
+    found = gae(signals, values, mask.to(dtype)), token_signal(scores, mask.to(dtype), signals, -0.5)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+    assert torch.equal(found[1], expected[1])
+    u, counted = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([1, 1, 0, 1, 1])
+    for function in (group_advantages, divide_by_group_std):
+        assert torch.equal(function(u, GROUP, counted.to(dtype)), function(u, GROUP, counted.bool()))
+
+
+def test_a_mask_of_other_values_or_another_shape_is_named():
+    with pytest.raises(ValueError, match="mask must hold 0 and 1 alone; got 2"):
+        gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match=r"mask must have shape \(1, 2\); got \(2,\)"):
+        gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="counted must hold 0 and 1 alone; got 0.5"):
+        group_advantages(torch.zeros(5), GROUP, torch.tensor([1, 1, 0.5, 1, 1]))
+
+
 def test_lagrangian_lambda_falls_when_the_mean_is_met():
     assert lagrangian_lambda(1.0, -1.0, 0.0, 0.1, 5.0) == pytest.approx(math.exp(-0.1))
     assert lagrangian_lambda(2.0, 3.0, 1.0, 0.1, 50.0) == pytest.approx(math.exp(math.log(2) + 0.1 * 2 * 2))

@@ -17,7 +17,7 @@ from ...backends import choice
 from ...backends.codes import STATE
 from ...backends.interface import Loss, RowArguments
 from ...tensor_kinds import kept, written
-from ..autograd import is_batched, may_run_again, refuse_second_order
+from ..autograd import held_by_a_caller, is_batched, may_run_again, refuse_second_order
 from ..ops import fake_loss
 from .chunks import Budget
 from .linear import LinearHead, loss_chunks, scale_all, slope_chunks, statistics_chunks
@@ -128,8 +128,8 @@ def _loss_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:
         *heads, scalars = (None if x is None else x.detach() for x in saved[: HEADS + 1])
         totals = linear_loss_gradient(*heads, list(saved[HEADS + 1 :]), scalars, upstream, *ctx.rest)
         return *rounded(totals, ctx.dtypes), *nothing
-    # a graph that is traced or retained may run backward again; otherwise nobody else reads the sums
-    if traced or may_run_again() or is_batched(upstream):
+    # a graph that is traced or retained may run backward again, and a caller of the operator may hold the sums
+    if traced or may_run_again() or is_batched(upstream) or any(map(held_by_a_caller, saved)):
         totals = [total.detach() * upstream for total in saved]
     else:
         totals = [total.detach() for total in saved]

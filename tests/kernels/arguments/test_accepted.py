@@ -134,3 +134,25 @@ def test_messages_say_what_to_pass_instead() -> None:
     with pytest.raises(TypeError) as caught:
         repo_loss(hidden, ids, None, list(range(10_000)))
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("bounds", [[0, 0, 3, 3], [0, 1, 2, 3], [0, 1, 1, 2], [1, 1, 1, 3], [0, 0, 0, 0]])
+def test_a_column_is_one_value_per_sequence_where_there_are_as_many_as_rows(bounds: list[int]) -> None:
+    torch.manual_seed(0)
+    logits, ids, old, cu_seqlens = torch.randn(3, 5), torch.arange(3), torch.full((3,), -1.5), torch.tensor(bounds)
+    per_sequence = {
+        "reward_advantages": torch.tensor([10.0, 3.0, -2.0]),
+        "costs": torch.tensor([1.0, -1.0, 2.0]),
+        "cost_limit": torch.tensor([0.5, 0.0, 3.0]),
+        "cost_advantages": torch.tensor([1.0, 2.0, 4.0]),
+        "temperature": torch.tensor([0.7, 1.0, 1.4]),
+    }
+    counts = cu_seqlens.diff()
+    inside = {name: x.repeat_interleave(counts) for name, x in per_sequence.items()}
+    by_token = {name: torch.ones(3) for name in per_sequence}
+    for name, values in inside.items():
+        by_token[name][bounds[0] : bounds[-1]] = values
+    rest = {"token_ids": ids, "old_logps": old, "lam": 0.5, "cu_seqlens": cu_seqlens.int()}
+    column = {name: x[:, None] for name, x in per_sequence.items()}
+    assert_same(gradients(logits, **rest, **column), gradients(logits, **rest, **by_token))

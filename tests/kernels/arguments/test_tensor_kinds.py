@@ -8,15 +8,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from repo_kernels import linear_repo_loss, repo_loss
+from repo_kernels import (
+    LoraHead,
+    linear_repo_loss,
+    linear_selective_log_softmax,
+    repo_loss,
+    repo_loss_from_logps,
+    selective_log_softmax,
+)
 from tests.support.kernels.tensor_kinds import EQUAL, KINDS, Example, examples
 
 ROOT = Path(__file__).parents[3]
@@ -103,6 +111,45 @@ def test_meta_logits_give_shapes(inplace: bool) -> None:
     out.loss.backward()
     assert (out.loss.shape, out.logps.shape, logits.grad.shape) == ((), (2, 3), (2, 3, 7))
     assert (out.loss.device.type, logits.grad.dtype) == ("meta", torch.bfloat16)
+
+
+def on_meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.empty(*shape, device="meta", dtype=dtype, requires_grad=grad)
+
+
+HIDDEN, IDS = {"grad": True}, {"dtype": torch.int64}
+META = {
+    "linear": lambda: (
+        linear_repo_loss(on_meta(5, 4, **HIDDEN), on_meta(9, 4), on_meta(5, **IDS), on_meta(5), on_meta(5)).logps
+    ),
+    "LoRA": lambda: (
+        linear_repo_loss(
+            on_meta(5, 4, **HIDDEN),
+            LoraHead(on_meta(9, 4), on_meta(2, 4, **HIDDEN), on_meta(9, 2, **HIDDEN), 0.5),
+            on_meta(5, **IDS),
+            None,
+            on_meta(5),
+        ).logps
+    ),
+    "linear logps": lambda: linear_selective_log_softmax(on_meta(5, 4, **HIDDEN), on_meta(9, 4), on_meta(5, **IDS)),
+    "logps": lambda: selective_log_softmax(on_meta(5, 9, **HIDDEN), on_meta(5, **IDS)),
+    "from logps": lambda: repo_loss_from_logps(on_meta(5, **HIDDEN), on_meta(5), on_meta(5)).logps,
+    "sequence ratio": lambda: (
+        repo_loss(on_meta(5, 9, **HIDDEN), on_meta(5, **IDS), on_meta(5), on_meta(5), ratio_level="sequence").logps
+    ),
+    "per row temperature": lambda: (
+        repo_loss(on_meta(5, 9, **HIDDEN), on_meta(5, **IDS), on_meta(5), on_meta(5), temperature=on_meta(5)).logps
+    ),
+    "kept": lambda: (
+        repo_loss(on_meta(5, 9, **HIDDEN), on_meta(5, **IDS), on_meta(5), on_meta(5), kept=on_meta(5, 2, **IDS)).logps
+    ),
+}
+
+
+@pytest.mark.parametrize("call", META.values(), ids=META)
+def test_every_form_gives_shapes_on_the_meta_device(call: Callable[[], Tensor]) -> None:
+    logps = call()
+    assert (logps.device.type, logps.shape) == ("meta", (5,))
 
 
 @pytest.mark.parametrize("size", [0, 7 * 4 * 4 - 1])

@@ -108,18 +108,20 @@ def test_case_11_other_lengths_and_other_scalars_on_the_device_do_not_recompile(
     assert counter.frame_count == 1
 
 
-def operator_arguments(form: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    """What repo_loss hands to its operator."""
+def operator_arguments(form: dict[str, Any], dtype: torch.dtype, advantage: float) -> tuple[Any, ...]:
+    """What repo_loss hands to its operator. advantage: added to those of the reward, which gives the loss its sign."""
     batch = make_batch(42, (3, 5), 11, dtype=dtype)
     arguments = loss_arguments(batch, **form)
+    arguments["reward_advantages"] = arguments["reward_advantages"] + advantage
     with Operations() as operations:
         repo_loss(batch.logits.clone().requires_grad_(), **arguments)
     return operations.arguments_of(torch.ops.repo_kernels.fused_loss.default)
 
 
+@pytest.mark.parametrize("advantage", [-9.0, 9.0])  # the checker's upstream gradient has the sign of the loss
 @pytest.mark.parametrize("form", FORMS)
-def test_case_12_operator_checks_of_the_loss(form: str) -> None:
-    logits, *rest = operator_arguments(FORMS[form], torch.float32)
+def test_case_12_operator_checks_of_the_loss(form: str, advantage: float) -> None:
+    logits, *rest = operator_arguments(FORMS[form], torch.float32, advantage)
     sample = logits.detach().nan_to_num(0.0).requires_grad_()
     torch.library.opcheck(fused_loss, (sample, *rest))
 

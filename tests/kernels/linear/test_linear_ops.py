@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from repo_kernels import linear_repo_loss, linear_selective_log_softmax
+from repo_kernels.losses.heads import operators
 from repo_kernels.losses.heads.operators import linear_loss_gradient, linear_slopes_gradient, linear_statistics
 from tests.support.kernels.cases import loss_arguments, make_batch
 from tests.support.kernels.operations import Operations
@@ -58,13 +59,14 @@ def test_other_lengths_do_not_recompile() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("advantage", [-9.0, 9.0])
 @pytest.mark.parametrize("form", ["full KL", "per token"])
-def test_operator_checks(form: str) -> None:
+def test_operator_checks(form: str, advantage: float) -> None:
     batch = make_batch(66, (3, 4), VOCABULARY, dtype=torch.float32)
     leaves = [x.detach().nan_to_num(0.0).requires_grad_() for x in make_head(batch)]
     mine, _ = make_arguments(batch, **FORMS[form])
-    # the checker reads the buffers after a backward with the sign of the loss, which must leave them as they are
-    mine["reward_advantages"] = torch.full_like(mine["reward_advantages"], -9.0)
+    # the checker reads the sums after a backward with the sign of the loss
+    mine["reward_advantages"] = torch.full_like(mine["reward_advantages"], advantage)
     with Operations() as operations:
         linear_repo_loss(*leaves[:2], bias=leaves[2], **mine, chunk_tokens=5)
     operator = torch.ops.repo_kernels.linear_loss.default
@@ -108,3 +110,22 @@ def test_autocast_changes_nothing_for_a_half_trunk_with_an_fp32_head() -> None:
     for plain, cast in zip(*results, strict=True):
         assert plain.dtype == cast.dtype
         assert torch.equal(plain, cast)
+
+
+def test_backward_scales_the_sums_in_place_unless_somebody_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled: list[Tensor] = []
+    scale = operators.scale_all
+    monkeypatch.setattr(operators, "scale_all", lambda total, *rest: (scaled.append(total), scale(total, *rest)))
+    hidden, weight = torch.randn(6, WIDTH, requires_grad=True), torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    ids, ones = torch.randint(0, VOCABULARY, (6,)), torch.ones(6)
+    with Operations() as operations:
+        (-2.0 * linear_repo_loss(hidden, weight, ids, None, ones).loss).backward()
+    assert len(scaled) == 5  # no copy of dL/dweight
+    operator = torch.ops.repo_kernels.linear_loss.default
+    found = operator(hidden, weight, *operations.arguments_of(operator)[2:])
+    before, plain = [x.clone() for x in found[3:]], weight.grad.clone()
+    weight.grad = None
+    (-2.0 * found[0]).backward()
+    assert len(scaled) == 5
+    assert all(torch.equal(x, y) for x, y in zip(found[3:], before, strict=True))
+    assert torch.equal(weight.grad, plain)

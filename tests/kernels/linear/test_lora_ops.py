@@ -76,14 +76,15 @@ def test_other_weights_of_the_adapter_compile_no_graph() -> None:
     assert count_graphs(step, calls) == 1
 
 
+@pytest.mark.parametrize("advantage", [-9.0, 9.0])
 @pytest.mark.parametrize("form", ["full KL", "per token"])
-def test_operator_checks(form: str) -> None:
+def test_operator_checks(form: str, advantage: float) -> None:
     batch = make_batch(83, (3, 4), VOCABULARY, dtype=torch.float32)
     base, leaves = make_leaves(batch)
     leaves = [x.detach().nan_to_num(0.0).requires_grad_() for x in leaves]
     mine, _ = make_arguments(batch, **FORMS[form])
-    # the checker reads the buffers after a backward with the sign of the loss, which must leave them as they are
-    mine["reward_advantages"] = torch.full_like(mine["reward_advantages"], -9.0)
+    # the checker reads the sums after a backward with the sign of the loss
+    mine["reward_advantages"] = torch.full_like(mine["reward_advantages"], advantage)
     hidden, bias, a, b = leaves
     with Operations() as operations:
         linear_repo_loss(hidden, LoraHead(base, a, b, SCALING), bias=bias, **mine, chunk_tokens=5)
