@@ -70,7 +70,7 @@ def _group_sums(values: Tensor, group: Tensor, counted: Tensor | None = None) ->
     """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,)) of counted values."""
     if values.ndim != 1 or group.shape != values.shape:
         shapes = f"{tuple(values.shape)} and {tuple(group.shape)}"
-        raise ValueError(f"scores and group must have shape (B,), one of each for a response; got {shapes}")
+        raise ValueError(f"values and group must have shape (B,), one of each for a response; got {shapes}")
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
     zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)

@@ -253,6 +253,9 @@ def check_head(
                 f"{name} must have shape (V, {hidden.shape[-1]}) with V >= 1; got {describe(weight)}: gather a "
                 "parameter that is partitioned (ZeRO-3) before the call"
             )
+        if weight.ndim == 2 and weight.shape[1] != hidden.shape[-1]:
+            turned = ": pass its transpose" if weight.shape[0] == hidden.shape[-1] else ""
+            raise ValueError(f"{name} must have shape (V, {hidden.shape[-1]}); got {describe(weight)}{turned}")
     shapes = ((weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 0, hidden.shape[-1]),)
     check_tensor(name, weight, shapes, dtypes, hidden)
     if bias is not None:

@@ -14,7 +14,8 @@ def repo_lambda(lam: float, rectified_cost: float, lr: float, maximum: float) ->
     Call it once a rollout batch, after the losses of the batch have used lambda: a lambda that moves before them weighs
     the batch by what it has just learnt from it.
 
-    lam: lambda of the step. rectified_cost: mean of {C - d}^+ over the rollout batch of all processes, one number.
+    lam: lambda of the step. rectified_cost: mean of {C - d}^+ over the rollout batch of all processes, one number. lr:
+    step size, >= 0. maximum: upper bound of lambda.
 
     Raises ValueError if rectified_cost is not one finite number >= 0.
     """
@@ -31,7 +32,8 @@ def lagrangian_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float
 
     This is the dual step of Safe RLHF, arXiv 2310.12773.
 
-    lam: lambda of the step. mean_cost: running mean of C. cost_limit: d.
+    lam: lambda of the step. mean_cost: running mean of C. cost_limit: d. lr: step size, >= 0. maximum: upper bound of
+    lambda, > 0.
     """
     log_lam = math.log(max(lam, sys.float_info.min))  # a huge negative step may have brought lambda to 0
     return math.exp(min(log_lam + lr * lam * (mean_cost - cost_limit), math.log(maximum)))
@@ -42,7 +44,8 @@ def projected_lambda(lam: float, mean_cost: float, cost_limit: float, lr: float,
 
     This is the dual step of constrained DPO, arXiv 2403.02475, which has no maximum; give infinity for none.
 
-    lam: lambda of the step. mean_cost: mean of C over responses of the current policy. cost_limit: d.
+    lam: lambda of the step. mean_cost: mean of C over responses of the current policy. cost_limit: d. lr: step size,
+    >= 0. maximum: upper bound of lambda.
     """
     return min(max(lam + lr * (mean_cost - cost_limit), 0.0), maximum)
 

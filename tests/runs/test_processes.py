@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from repo.common.distributed import World
-from tests.runs.test_kills import assert_same_run, metrics
+from tests.runs.test_kills import GATE, assert_same_run, metrics
 from tests.support.programs.processes import config_of, gradient
 
 ALONE = {"OMP_NUM_THREADS": "1"}
@@ -126,6 +126,18 @@ def test_a_run_on_pairs_learns_what_one_process_does(shard, options, tmp_path):
     more = [*options, "--algorithm.method=repo_dpo", "--optimizer.minibatches=3", "--steps=6"]
     run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
     run(2, "repo.train", *more, f"--model.shard={shard}", f"--out={tmp_path / 'two'}")
+    assert_close_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shard", [1, 0], ids=["DDP 2", "FSDP2 2"])
+def test_a_gate_decides_what_it_does_in_one_process(shard, options, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"Tell me number {i}."}) + "\n" for i in range(40)))
+    more = [*options, f"--data.train={path}", *GATE, "--steps=6"]
+    run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
+    run(2, "repo.train", *more, f"--model.shard={shard}", f"--out={tmp_path / 'two'}")
+    assert {json.loads(line)["gate_accepted"] for line in metrics(tmp_path / "one")} == {0.0, 1.0}
     assert_close_run(tmp_path / "two", tmp_path / "one")
 
 
