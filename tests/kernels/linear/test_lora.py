@@ -253,7 +253,7 @@ def make_head(**changed: Any) -> LoraHead:
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"base": [1.0]}, TypeError, r"weight\.base must be a tensor of float32, shape \(0, 4\); got \[1.0\]"),
     ({"base": torch.nn.Linear(4, 5)}, TypeError, r"weight\.base must be a tensor; got a module, Linear"),
-    ({"base": torch.zeros(5, 3)}, ValueError, r"weight\.base must have shape \(5, 4\)"),
+    ({"base": torch.zeros(5, 3)}, ValueError, r"weight\.base must have shape \(V, 4\)"),
     ({"base": torch.zeros(0, 4)}, ValueError, r"weight\.base must have shape \(V, 4\) with V >= 1"),
     ({"base": torch.zeros(5, 4).bfloat16()}, TypeError, r"weight\.base must be a tensor of float32"),
     ({"base": torch.zeros(5, 4, requires_grad=True)}, ValueError, r"weight\.base must be frozen.*base\.detach\(\)"),

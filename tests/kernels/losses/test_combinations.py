@@ -73,7 +73,7 @@ def test_reference_head() -> None:
         ref_hidden=HEAD["ref_hidden"].to("meta"),
         ref_weight=HEAD["ref_weight"].to("meta"),
     )
-    refuses(ValueError, call, "ref_weight", "(5, 3)", "(5, 4)", ref_weight=torch.zeros(5, 3))
+    refuses(ValueError, call, "ref_weight", "(5, 3)", "(V, 4)", ref_weight=torch.zeros(5, 3))
     refuses(ValueError, call, "ref_weight", "(6, 4)", "V = 5", ref_weight=torch.zeros(6, 4))
     refuses(TypeError, call, "ref_weight", "float64", "float32", ref_weight=HEAD["ref_weight"].double())
     refuses(ValueError, call, "ref_bias", "(4,)", "(5,)", ref_bias=torch.zeros(4))
