@@ -1,4 +1,4 @@
-"""One thread for small tensors, Triton's interpreter as the hardware rounds, and every backend in turn."""
+"""One thread for small tensors, Triton with the roundings of hardware, every backend and instruction set in turn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from repo_kernels.backends.cpu.extension import _cpu
 from tests.support.kernels.backends import served_by
 from tests.support.kernels.interpreter import patch_language_once, round_as_hardware
 
@@ -40,3 +41,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend in turn."""
     with served_by(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["none"] if _cpu is None else _cpu._isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this machine in turn, in the C++ backend."""
+    before = _cpu.isa()
+    _cpu._set_isa(request.param)
+    yield request.param
+    _cpu._set_isa(before)

@@ -193,6 +193,15 @@ def test_the_exported_model_is_the_accepted_one(options, harmful, tmp_path):
     assert all(torch.equal(value, accepted[f"model.policy.{name}"]) for name, value in final.items())
 
 
+def test_the_accepted_checkpoint_outlives_newer_ones(options, harmful, tmp_path):
+    """The first one, of the reference, with three more before the decision of which only the newest is kept."""
+    more = ["--gate.every=4", "--gate.tolerance=0.3", "--steps=4", "--save_every=1", "--keep=1"]
+    train.run_command([*options, *more, f"--out={tmp_path / 'run'}"])
+    assert lines(tmp_path / "run")[-1]["gate_accepted"] == 0.0
+    accepted, restored = (checkpoint(tmp_path / "run", step)[0] for step in (0, 4))
+    assert all(torch.equal(value, restored[name]) for name, value in accepted.items())
+
+
 STRICT = ["--optimizer.lr=1e-2", "--penalty.lr=0.5"]  # noise alone makes a strict gate reject
 
 

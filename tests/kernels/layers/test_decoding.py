@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,17 +9,12 @@ from torch import Tensor
 from repo_kernels.backends.cpu import decoding, extension
 from repo_kernels.layers.decoding import Cache, DecoderStack, LayerWeights
 
-pytestmark = pytest.mark.skipif(not extension.available(), reason="the C++ backend was not built")
+pytestmark = [
+    pytest.mark.skipif(not extension.available(), reason="the C++ backend was not built"),
+    pytest.mark.usefixtures("isa"),
+]
 HIDDEN, HEADS, KEY_HEADS, COLUMNS, INNER, VOCABULARY = 64, 6, 2, 16, 48, 133
 EPSILON, SCALE = 1e-5, 0.3
-
-
-@pytest.fixture(params=extension._cpu._isas() if extension.available() else [], autouse=True)
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = extension._cpu.isa()
-    extension._cpu._set_isa(request.param)
-    yield
-    extension._cpu._set_isa(before)
 
 
 HALF = torch.bfloat16

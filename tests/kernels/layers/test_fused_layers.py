@@ -23,7 +23,10 @@ from repo_kernels.backends.cpu import layers as cpu
 from repo_kernels.layers import fused_layers
 from repo_kernels.layers.fused_layers import RmsNorm, Rotary, SwiGlu
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built"),
+    pytest.mark.usefixtures("isa"),
+]
 SIZES = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 257]))
 SMALL = {
     "hidden_size": 48,
@@ -44,14 +47,6 @@ MODELS = {
     "gemma2": (Gemma2Config, {"head_dim": 8}, {"forward"}),
     "gemma3": (Gemma3TextConfig, {"head_dim": 8}, {"forward"}),
 }
-
-
-@pytest.fixture(params=cpu._cpu._isas() if cpu.available() else [], autouse=True)
-def _isa(request):
-    before = cpu._cpu.isa()
-    cpu._cpu._set_isa(request.param)
-    yield
-    cpu._cpu._set_isa(before)
 
 
 def rms_norm(x, weight):

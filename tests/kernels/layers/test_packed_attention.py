@@ -8,16 +8,11 @@ from hypothesis import strategies as st
 from repo_kernels.backends.cpu import extension as cpu
 from repo_kernels.layers.packed_attention import attention, available
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built"),
+    pytest.mark.usefixtures("isa"),
+]
 LENGTHS = st.tuples(st.integers(1, 70), st.sampled_from([0, 0, 1, 15, 40]))  # queries, and keys before them
-
-
-@pytest.fixture(params=cpu._cpu._isas() if cpu.available() else [], autouse=True)
-def _isa(request):
-    before = cpu._cpu.isa()
-    cpu._cpu._set_isa(request.param)
-    yield
-    cpu._cpu._set_isa(before)
 
 
 def bounds(lengths):

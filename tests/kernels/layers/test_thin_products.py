@@ -8,18 +8,13 @@ from hypothesis import strategies as st
 from repo_kernels.backends.cpu import layers as cpu
 from repo_kernels.losses.heads import gemm
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason="the C++ backend was not built"),
+    pytest.mark.usefixtures("isa"),
+]
 ROWS = st.one_of(st.integers(0, 20), st.sampled_from([31, 64, 129]))
 COLUMNS = st.one_of(st.integers(0, 140), st.sampled_from([255, 256, 257, 512, 1031]))
 RANKS = st.one_of(st.integers(0, 9), st.sampled_from([16, 17, 33, 64, 65, 131]))
-
-
-@pytest.fixture(params=cpu._cpu._isas() if cpu.available() else [], autouse=True)
-def _isa(request):
-    before = cpu._cpu.isa()
-    cpu._cpu._set_isa(request.param)
-    yield
-    cpu._cpu._set_isa(before)
 
 
 def in_threads(threads, call):
