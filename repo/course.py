@@ -66,7 +66,7 @@ class Course:
         session, skipped, offsets = self.session, self.updater.skipped_in_a_row, self.session.run.offsets
         penalty, gate = self.multipliers.state_dict(), self.gate.state_dict()
         state = make_state(done, penalty, skipped, offsets, self.records, session.world, gate)
-        self.saver.start(state, session.actor, self.updater.optimizer)
+        self.saver.start(state, session.actor, self.updater.optimizer, self.updater.credit)
         self.records = []
 
     def _judge(self, done: int) -> dict[str, float]:
@@ -81,12 +81,12 @@ class Course:
         return decision.metrics()
 
     def _go_back(self) -> None:
-        """Restore weights, optimiser, lambda and limit of the last accepted policy, and lower the learning rate."""
+        """Restore the last accepted policy with optimiser, credit, lambda and limit, and lower the learning rate."""
         assert self.gate.accepted is not None
         self.saver.wait()  # it may still be writing that very checkpoint
         folder = find_step(self.session.run.path, self.gate.accepted)
         state, _ = read_state(folder)
-        restore(folder, self.session.actor, self.updater.optimizer, self.session.world)
+        restore(folder, self.session.actor, self.updater.optimizer, self.session.world, self.updater.credit)
         self.updater.weights_changed()
         self.multipliers.load_state_dict(state.penalty)
         self.updater.skipped_in_a_row, self.updater.lr_scale = state.skipped_in_a_row, self.gate.lr_scale
@@ -124,7 +124,7 @@ def resume(session: Session, multipliers: Multipliers, updater: Descent, gate: G
     multipliers.load_state_dict(state.penalty)
     gate.load_state_dict(state.gate)
     updater.lr_scale = gate.lr_scale
-    restore(checkpoint, session.actor, updater.optimizer, session.world)
+    restore(checkpoint, session.actor, updater.optimizer, session.world, updater.credit)
     return state.step
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .course import course_of
 from .data.prompts import batch_at
 from .models.actor import Actor, read_reference
+from .models.credit import costliest, make_credit
 from .rollout.gather import gather
 from .rollout.pairs import draw_pairs
 from .runs.records import Measured, Timer, pair_record, sample_records, step_record
@@ -30,14 +31,17 @@ def train_on_rollouts(session: Session) -> None:
     """Train on the policy's own responses: RePO, and the baselines that differ in advantages and lambda."""
     config, parts, actor, world = session.config, session.parts, session.actor, session.world
     algorithm, r, budget = config.algorithm, config.rollout, config.optimizer.budget
-    multipliers, updater = Multipliers(algorithm, config.penalty), Updater(actor, config, parts.examples)
+    credit = make_credit(algorithm, parts.reference, world)
+    multipliers, updater = Multipliers(algorithm, config.penalty), Updater(actor, config, parts.examples, credit)
     reference, layers = Actor(parts.reference), parts.scorers.layers_of(parts.reference.model)
+    layers = sorted({*layers, *(credit.layers if credit else ())})
     with course_of(session, multipliers, updater) as course:
         for step in course.steps:
             timer = Timer()
             session.engine.update(step)
             prompts = batch_at(parts.train_prompts, step, r.prompts_per_step, config.seed)
-            rollout = session.engine.sample(prompts, step, world.slice(len(prompts)))
+            own = world.slice(len(prompts))
+            rollout = session.engine.sample(prompts, step, own)
             timer.mark("rollout")
             ref_logps, reading = read_reference(reference, rollout.sequences, r.temperature, budget, layers)
             timer.mark("reference")
@@ -48,7 +52,9 @@ def train_on_rollouts(session: Session) -> None:
             sequences, judged = for_training(r, rollout, scores)
             predictions = updater.predict(sequences, step)
             lam, beta, limit = multipliers.lam, multipliers.beta, multipliers.limits.begin(scores.costs)
-            batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions, limit)
+            rows = range(own.start * r.samples_per_prompt, own.stop * r.samples_per_prompt)
+            shares = updater.shares(reading, rows, sequences, judged.costs, limit)
+            batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions, limit, shares)
             result = updater.update(batch, step, config.steps)
             timer.mark("update")
 
@@ -57,7 +63,8 @@ def train_on_rollouts(session: Session) -> None:
             record |= multipliers.limits.measure(scores.costs)
             rectified = record.get("limit_rectified_cost", record["rectified_cost"])
             multipliers.update(scores.costs.tolist(), rectified, record["kl"])
-            samples = sample_records(step, rollout, scores, batch.advantages, algorithm.cost_limit)
+            named = [] if shares is None else costliest(shares, sequences, parts.policy.tokenizer.decode)
+            samples = sample_records(step, rollout, scores, batch.advantages, algorithm.cost_limit, named)
             course.record(step, record, samples, describe_mismatch(agreed, config))
 
 

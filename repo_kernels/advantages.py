@@ -18,21 +18,23 @@ def group_advantages(values: Tensor, group: Tensor, counted: Tensor | None = Non
     This is the baseline of RLOO, arXiv 2402.14740.
 
     Args:
-        values: (B,) float, the score u of each response.
+        values: (B,) float, the score u of each response; or (B, R), one for each of its tokens, whose baseline is the
+            mean over the other responses in the same column.
         group: (B,) int64 or int32, the prompt of each response, in any numbers.
         counted: (B,) bool, or 0 and 1 in any integer or floating dtype; responses where it is false enter no mean and
             get 0, and so does a response that is the only counted one of its prompt. None: all count, and each prompt
             needs two.
 
     Returns:
-        (B,) in the dtype of `values`.
+        Advantages in the shape and dtype of `values`.
 
     Raises:
         ValueError: a group has a single response, which leaves no baseline, and `counted` is None; or a shape is wrong.
     """
     if counted is not None:
-        counted = as_mask("counted", counted, values.shape)
+        counted = as_mask("counted", counted, group.shape)
         index, counts, totals = _group_sums(values, group, counted)
+        counted = counted.reshape(counts[index].shape)
         others = (totals[index] - values) / (counts[index] - 1).clamp_min(1)
         return torch.where(counted & (counts[index] > 1), values - others, 0.0)
     index, counts, totals = _group_sums(values, group)
@@ -55,6 +57,8 @@ def divide_by_group_std(advantages: Tensor, group: Tensor, counted: Tensor | Non
     Returns:
         (B,) in the dtype of `advantages`.
     """
+    if advantages.ndim != 1:
+        raise ValueError(f"advantages must have shape (B,), one of each response; got {tuple(advantages.shape)}")
     counted = None if counted is None else as_mask("counted", counted, advantages.shape)
     index, counts, totals = _group_sums(advantages, group, counted)
     counts = counts.clamp_min(1)
@@ -67,16 +71,22 @@ def divide_by_group_std(advantages: Tensor, group: Tensor, counted: Tensor | Non
 
 
 def _group_sums(values: Tensor, group: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (index of each value's group (B,), size of each group (G,), sum of each group (G,)) of counted values."""
-    if values.ndim != 1 or group.shape != values.shape:
+    """Return the index of each value's group (B,), and the size and the sum of each group, of counted values.
+
+    Size and sum are (G,), or for values (B, R) of tokens (G, 1) and (G, R).
+    """
+    if values.ndim not in (1, 2) or group.shape != values.shape[:1]:
         shapes = f"{tuple(values.shape)} and {tuple(group.shape)}"
-        raise ValueError(f"values and group must have shape (B,), one of each for a response; got {shapes}")
+        raise ValueError(f"values must have shape (B,) or (B, R) and group shape (B,), for B responses; got {shapes}")
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
-    zeros = torch.zeros(groups, dtype=values.dtype, device=values.device)
-    ones = torch.ones_like(values) if counted is None else counted.to(values.dtype)
+    each = values[:, :1] if values.ndim == 2 else values  # one number for each response
+    if counted is not None:
+        counted = counted.reshape(each.shape)
+    ones = torch.ones_like(each) if counted is None else counted.to(values.dtype)
     summed = values if counted is None else torch.where(counted, values, 0.0)
-    return index, zeros.index_add(0, index, ones), zeros.index_add(0, index, summed)
+    sizes, sums = (x.new_zeros(groups, *x.shape[1:]).index_add(0, index, x) for x in (ones, summed))
+    return index, sizes, sums
 
 
 @renamed_arguments(mode="cost_mode")
@@ -181,6 +191,31 @@ def token_signal(scores: Tensor, mask: Tensor, log_ratio: Tensor | None = None, 
     signal = torch.zeros(mask.shape, dtype=torch.float32, device=scores.device)
     signal[torch.arange(len(scores)), last] = scores.float()
     return signal if log_ratio is None else signal + weight * torch.where(mask, log_ratio, 0.0)
+
+
+def cost_to_go(costs: Tensor, shares: Tensor) -> Tensor:
+    """Subtract from the cost of a response, at each token, what the tokens before it have already caused:
+
+        u_t = C - sum_{s < t} g_s
+
+    It takes the place of C where each token is to answer only for what follows it. The part of C that no token has a
+    share of stays with all of them. g_s must not depend on tokens after s; then the sum is a baseline, and the policy
+    gradient of u_t is that of C, whatever the shares are.
+
+    Args:
+        costs: (B,) float, C of each response.
+        shares: (B, R), g of each token, 0 after the end of each response.
+
+    Returns:
+        (B, R) in the dtype of `shares`; after a response's end what no token has a share of.
+
+    Raises:
+        ValueError: a shape is wrong.
+    """
+    if shares.ndim != 2 or costs.shape != shares.shape[:1]:
+        shapes = f"{tuple(costs.shape)} and {tuple(shares.shape)}"
+        raise ValueError(f"costs must have shape (B,) and shares shape (B, R), for B responses; got {shapes}")
+    return costs.to(shares.dtype)[:, None] - (shares.cumsum(1) - shares)
 
 
 @renamed_arguments(discount="gamma", trace="gae_lambda")

@@ -44,6 +44,14 @@ def check(config: Config) -> Config:
         r.temperature,
         f">= {LEAST_TEMPERATURE} with rollout.engine vllm, which raises lower ones to it",
     )
+    redistributed = a.credit == "redistributed"
+    _require(a.method != "ppo" or not redistributed, "algorithm.credit", a.credit, "terminal with method ppo")
+    _require(
+        not (redistributed and a.scale_by_std),
+        "algorithm.scale_by_std",
+        True,
+        "false with algorithm.credit redistributed, whose advantages are of tokens",
+    )
     _require(group or not a.scale_by_std, "algorithm.scale_by_std", True, "false with advantages gae")
     in_cost = a.kl_placement == "reward-and-cost"
     _require(
@@ -111,7 +119,7 @@ def _check_penalty(algorithm: AlgorithmConfig, penalty: PenaltyConfig) -> None:
 
 UNUSED_ON_PAIRS = {
     "algorithm": (
-        *("cost_mode", "advantages", "crpo_tolerance", "kl_placement", "kl_target", "kl_estimator"),
+        *("cost_mode", "advantages", "credit", "crpo_tolerance", "kl_placement", "kl_target", "kl_estimator"),
         *("kl_importance_weighted", "clip_range", "dual_clip", "entropy_coef", "normalize", "scale_by_std"),
         "loss_agg_mode",
     ),

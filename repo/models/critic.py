@@ -87,7 +87,7 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float, diviso
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """Compute 1 - Var(G - V) / Var(G) over response tokens: 1 for perfect values, 0 for constant ones.
 
-    values, returns: (B, R). mask: (B, R) bool, true on response tokens. Returns NaN if G is constant.
+    values, returns, mask: of one shape; the mask is true on the entries that count. Returns NaN if G is constant.
     """
     returns, error = returns[mask].double(), (returns - values)[mask].double()
     return (1 - error.var(correction=0) / returns.var(correction=0)).item() if bool(returns.var() > 0) else float("nan")

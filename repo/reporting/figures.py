@@ -264,6 +264,7 @@ TRAINING = (
     ("tokens_per_second", "sampling, tokens/s", 1),
     ("reward_explained_variance", "reward critic, expl. var.", 1),
     ("cost_explained_variance", "cost critic, expl. var.", 1),
+    ("credit_explained_variance", "credit of tokens, expl. var.", 1),
 )
 
 
@@ -285,10 +286,9 @@ def _small(history: History, panels: Sequence[tuple[str, str, float]], title: st
     grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
     for axes, (key, name, scale) in zip(grid.flat, known, strict=False):
         values = scale * _metric(history, key)
-        known = np.isfinite(values) | _sampled(history)
-        trend(axes, history.steps[known], values[known], NOW, "")
-        cap = _cap(history, key)
-        if cap is not None:
+        drawn = np.isfinite(values) | _sampled(history)
+        trend(axes, history.steps[drawn], values[drawn], NOW, "")
+        if (cap := _cap(history, key)) is not None:
             axes.axhline(cap, color=INK, lw=1, ls=":")
             name = f"{name} (of {cap:g})"
         if np.nanmin(values) >= 0:

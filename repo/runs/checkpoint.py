@@ -28,6 +28,7 @@ from ..common.distributed import ALONE, World
 from ..common.errors import UserError, first_line
 from ..common.files import checksum_of, partial_of, write_folder, write_text
 from ..common.seeds import random_state, set_random_state
+from ..models.credit import Credit
 from . import state_files
 
 NAME = re.compile(r"step-\d{6,}")  # names that `latest` and `best` may hold: no path out of the folder
@@ -105,13 +106,15 @@ class Saver:
         if self.thread is not None and (kind is None or issubclass(kind, Exception)):
             self.thread.join()
 
-    def start(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Begin to write a checkpoint; all processes must call it together.
+    def start(
+        self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, credit: Credit | None = None
+    ) -> None:
+        """Begin to write a checkpoint; all processes must call it together. credit: its head, if the run learns one.
 
         A sharded run writes in the foreground, each process its own part.
         """
         self.wait()
-        tensors, numbers = state_files.collect(model, optimizer)
+        tensors, numbers = state_files.collect(model, optimizer, credit)
         if self.sharded:
             self._write_shards(state, tensors, numbers)
         elif self.world.first:
@@ -292,14 +295,20 @@ def accepted_in(folder: Path) -> int | None:
     return None
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> None:
-    """Load weights, optimiser state and random state of a checkpoint into the model, optimiser and generators.
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World = ALONE,
+    credit: Credit | None = None,
+) -> None:
+    """Load a checkpoint's weights, optimiser state, learned credit and random state into what holds them.
 
     Every process takes the random state of the first if the number of processes has changed.
     Raises UserError if the checkpoint cannot be read or belongs to another model.
     """
     state, numbers = read_state(folder)
-    state_files.restore(folder, numbers, model, optimizer)
+    state_files.restore(folder, numbers, model, optimizer, credit)
     set_random_state(state.random[world.rank if len(state.random) == world.size else 0])
 
 

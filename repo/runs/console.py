@@ -103,6 +103,9 @@ def show_samples(console: Console, samples: Sequence[Mapping[str, Any]]) -> None
             highlight=False,
             markup=False,
         )
+        if tokens := s.get("costliest"):
+            listed = ", ".join(f"{text!r} {share:.2f}" for text, share in tokens)
+            console.print(f"      cost by token: {listed}", style="dim", highlight=False, markup=False)
         prompt, response = (" ".join(s[k].split())[:160] for k in ("prompt", "response"))
         console.print(f"      > {prompt}\n      < {response}", style="dim", highlight=False, markup=False)
 

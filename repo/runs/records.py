@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..models.critic import explained_variance
 from ..rollout.sample import Rollout
 from ..scoring.safety import SUMMARY, is_safe, summarize
 from ..scoring.scorers import Scores
-from ..training.advantages import Advantages, loss_mode, on_unsafe
+from ..training.advantages import Advantages, loss_mode, on_unsafe, penalised_cost
 from ..training.batch import Batch
 from ..training.mismatch import Agreement
 from ..training.pairs import PairBatch, PairResult
@@ -58,6 +59,7 @@ def step_record(
         "rollout_ess": agreed.ess,
         **result.losses,
         **{f"{s}_explained_variance": explained_variance(v, returns[s], mask) for s, v in batch.values.items()},
+        **credit_record(algorithm, batch),
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "skipped": result.skipped,
@@ -68,6 +70,18 @@ def step_record(
         "update_tokens_per_second": int((rollout.sequences.attention_mask).sum()) / seconds["update"],
         **{f"seconds_{name}": value for name, value in seconds.items()},
     }
+
+
+def credit_record(algorithm: AlgorithmConfig, batch: Batch) -> dict[str, float]:
+    """Return `credit_explained_variance`: the part of the penalised cost's variance that the tokens' shares explain.
+
+    1: the shares of each response add up to its cost, but for a constant. {} without learned credit.
+    """
+    if batch.shares is None:
+        return {}
+    limit = algorithm.cost_limit if batch.cost_limit is None else batch.cost_limit
+    penalised, counted = penalised_cost(algorithm, batch.costs, limit), batch.sequences.response_lengths > 0
+    return {"credit_explained_variance": explained_variance(batch.shares.sum(1), penalised, counted)}
 
 
 def reward_cost_grad_ratio(algorithm: AlgorithmConfig, batch: Batch) -> float:
@@ -160,18 +174,25 @@ def pair_record(
 
 
 def sample_records(
-    step: int, rollout: Rollout, scores: Scores, advantages: Advantages | None, limit: float
+    step: int,
+    rollout: Rollout,
+    scores: Scores,
+    advantages: Advantages | None,
+    limit: float,
+    costliest: Sequence[list[Any]] = (),
 ) -> list[dict]:
     """Make the lines of samples.jsonl for a step, one per response.
 
     step: counted from 0. advantages: per-token ones are averaged over the response; None for responses that nothing is
-    learned from. limit: the cost limit d.
+    learned from. limit: the cost limit d. costliest: for each response the tokens with the largest shares of its cost,
+    if credit is learned.
     """
     mean = torch.full_like(scores.rewards, math.nan) if advantages is None else advantages.combined
     if mean.ndim == 2:
         mean = mean.sum(1) / rollout.sequences.response_lengths.clamp_min(1)
     columns = scores.rewards, scores.costs, is_safe(scores.costs, limit), mean, rollout.truncated
     rows = zip(rollout.prompts, rollout.texts, *(c.tolist() for c in columns), strict=True)
+    lists = [{"costliest": tokens} for tokens in costliest] or [{}] * len(rollout.texts)
     return [
         {
             "step": step,
@@ -184,8 +205,9 @@ def sample_records(
             "safe": safe,
             "advantage": advantage,
             "truncated": truncated,
+            **listed,
         }
-        for prompt, text, reward, cost, safe, advantage, truncated in rows
+        for (prompt, text, reward, cost, safe, advantage, truncated), listed in zip(rows, lists, strict=True)
     ]
 
 

@@ -21,10 +21,11 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 
 from ..common.errors import UserError, first_line
 from ..common.files import write_past_cache
+from ..models.credit import Credit
 from ..models.sharding import is_sharded
 
 Numbers = dict[str, float | int]
-MODEL, OPTIMIZER, FILE = "model.", "optimizer.", "state.safetensors"
+MODEL, OPTIMIZER, CREDIT, FILE = "model.", "optimizer.", "credit.", "state.safetensors"
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -41,10 +42,12 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Numbers]:
-    """Collect the trained weights and the optimiser's state: (tensors, which are not copied, and plain numbers).
+def collect(
+    model: nn.Module, optimizer: torch.optim.Optimizer, credit: Credit | None = None
+) -> tuple[dict[str, Tensor], Numbers]:
+    """Collect the trained weights and the states of optimiser and credit: (tensors, not copied, and plain numbers).
 
-    Names are `model.<parameter>` and `optimizer.<state>.<parameter>`.
+    Names are `model.<parameter>`, `optimizer.<state>.<parameter>` and `credit.<state>`.
     """
     parameters, numbers = trained_parameters(model), Numbers()
     tensors = {MODEL + name: p.detach() for name, p in parameters.items()}
@@ -54,7 +57,11 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
                 tensors[f"{OPTIMIZER}{key}.{name}"] = value.detach()
             else:
                 numbers[f"{OPTIMIZER}{key}.{name}"] = value
-    return tensors, numbers
+    return tensors | _of_credit(credit), numbers
+
+
+def _of_credit(credit: Credit | None) -> dict[str, Tensor]:
+    return {} if credit is None else {CREDIT + name: tensor for name, tensor in credit.tensors().items()}
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -86,8 +93,14 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"cannot write {folder}: {_cause(error)}; the checkpoint before is intact") from error
 
 
-def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the tensors of a checkpoint, written by any number of processes, into the model and the optimiser.
+def restore(
+    folder: Path,
+    numbers: Numbers,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    credit: Credit | None = None,
+) -> None:
+    """Load the tensors of a checkpoint, written by any number of processes, into model, optimiser and credit.
 
     numbers: the optimiser's plain numbers, as `collect` returned them. Raises UserError if the checkpoint belongs to
     other parameters or cannot be read.
@@ -95,7 +108,10 @@ def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.o
     parameters, saved = trained_parameters(model), _shapes(folder)
     if {name.removeprefix(MODEL) for name in saved if name.startswith(MODEL)} != parameters.keys():
         raise UserError(f"{folder} belongs to another model: its parameters have other names")
-    targets: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in parameters.items()}
+    learned = _of_credit(credit)
+    if wrong := [name for name, t in learned.items() if saved.get(name, (None,))[0] != tuple(t.shape)]:
+        raise UserError(f"{folder} belongs to another run: it has no {wrong[0]} of the shape that this one has")
+    targets = {MODEL + name: p.detach() for name, p in parameters.items()} | learned
     state: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for name, (shape, dtype) in saved.items():
         if name.startswith(OPTIMIZER):
@@ -104,7 +120,7 @@ def restore(folder: Path, numbers: Numbers, model: nn.Module, optimizer: torch.o
             same = tuple(like.shape) == shape
             target = torch.zeros_like(like, dtype=dtype) if same else torch.zeros(shape, dtype=dtype)
             targets[name] = state[parameter][key] = target.detach()
-        elif targets[name].shape != shape:
+        elif name.startswith(MODEL) and targets[name].shape != shape:
             raise UserError(f"{folder} belongs to another model: {name} has shape {shape}")
     for name, number in numbers.items():
         key, parameter = _split(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repo_kernels.advantages import (
     barrier_cost,
+    cost_to_go,
     crpo_advantages,
     divide_by_group_std,
     gae,
@@ -24,6 +25,7 @@ from ..scoring.safety import rectified_cost
 __all__ = [
     "Advantages",
     "barrier_cost",
+    "cost_to_go",
     "crpo_advantages",
     "divide_by_group_std",
     "gae",
@@ -39,7 +41,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Advantages:
-    """Advantages of B responses: fp32, (B,) from groups or (B, R) from critics, 0 after the end of each response.
+    """Advantages of B responses: fp32, (B,) from groups or (B, R) of tokens, 0 after the end of each response.
+
+    They are of tokens from critics, and those of the cost, and with them the combined ones, from learned credit.
 
     reward: advantages of the reward.
     cost: advantages of the cost; None if the method has no separate cost term.
@@ -90,6 +94,7 @@ def method_advantages(
     values: Mapping[str, Tensor] | None = None,
     counted: Tensor | None = None,
     limit: float | None = None,
+    shares: Tensor | None = None,
 ) -> Advantages:
     """Compute the advantages of reward and cost, and combine them as the configured method does.
 
@@ -106,19 +111,22 @@ def method_advantages(
         counted: (B,) bool, the responses that baselines are formed over; None: all. The others get advantages 0: in
             groups by this, with critics by their empty mask.
         limit: cost limit of the step; None: algorithm.cost_limit.
+        shares: (B, R) what each token has of `penalised_cost`, by learned credit; None: the last token has all of it.
     """
     mode, limit = loss_mode(algorithm), algorithm.cost_limit if limit is None else limit
     cost_score = penalised_cost(algorithm, costs, limit)
     signals = {"reward": token_signal(rewards, mask, log_ratio, -beta)}
     if algorithm.method != "ppo":
-        signals["cost"] = token_signal(
-            cost_score, mask, log_ratio, beta if algorithm.kl_placement == "reward-and-cost" else 0.0
-        )
+        rest = cost_score if shares is None else cost_score - shares.sum(1)
+        weight = beta if algorithm.kl_placement == "reward-and-cost" else 0.0
+        signals["cost"] = token_signal(rest, mask, log_ratio, weight) + (0.0 if shares is None else shares)
     returns: dict[str, Tensor] = {}
     separate: dict[str, Tensor] = {}
     for name, signal in signals.items():
         if values:
             separate[name], returns[name] = gae(signal, values[name], mask, critic.gamma, critic.gae_lambda)
+        elif name == "cost" and shares is not None:
+            separate[name] = group_advantages(cost_to_go(signal.sum(1), shares), group, counted) * mask
         else:
             separate[name] = group_advantages(signal.sum(1), group, counted)
     reward, cost = separate["reward"], separate.get("cost")
@@ -126,7 +134,8 @@ def method_advantages(
         assert cost is not None
         combined = crpo_advantages(reward, cost, costs, limit, algorithm.crpo_tolerance)
         return Advantages(reward, None, _scaled(algorithm, combined, group, counted), returns)
-    combined = rectified_advantages(reward, cost, costs, lam, mode or "", limit, algorithm.normalize)
+    by_token = reward[:, None] * mask if cost is not None and cost.ndim > reward.ndim else reward
+    combined = rectified_advantages(by_token, cost, costs, lam, mode or "", limit, algorithm.normalize)
     return Advantages(reward, cost, _scaled(algorithm, combined, group, counted), returns)
 
 

@@ -27,6 +27,7 @@ class Batch:
         update has a single optimiser step, in which the ratio is exactly 1, no critics, and the KL in the loss.
     values: by signal, (B, R) the critics' values at sampling; empty without critics.
     cost_limit: the limit of the step, which cost_mode "split" compares costs with; None: algorithm.cost_limit.
+    shares: (B, R) what each token has of the penalised cost, by learned credit; None without it.
     """
 
     sequences: Sequences
@@ -38,6 +39,7 @@ class Batch:
     old_logps: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
     cost_limit: float | None = None
+    shares: Tensor | None = None
 
 
 def make_batch(
@@ -49,6 +51,7 @@ def make_batch(
     beta: float,
     predictions: Predictions,
     cost_limit: float | None = None,
+    shares: Tensor | None = None,
 ) -> Batch:
     """Compute the advantages of B scored responses and collect what the losses read.
 
@@ -57,6 +60,7 @@ def make_batch(
     lam, beta: weights of the cost and of the KL.
     predictions: log-probabilities of the sampling policy and values of its critics.
     cost_limit: limit of the step; None: algorithm.cost_limit.
+    shares: (B, R) of learned credit, or None.
     """
     in_reward, old = config.algorithm.kl_placement != "loss", predictions.logps
     log_ratio = old - ref_logps if in_reward and old is not None else None
@@ -73,5 +77,6 @@ def make_batch(
         predictions.values,
         sequences.response_lengths > 0 if config.rollout.truncated == "mask" else None,
         cost_limit,
+        shares,
     )
-    return Batch(sequences, advantages, scores.costs, ref_logps, lam, beta, old, predictions.values, cost_limit)
+    return Batch(sequences, advantages, scores.costs, ref_logps, lam, beta, old, predictions.values, cost_limit, shares)

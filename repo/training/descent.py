@@ -14,14 +14,17 @@ from repo_kernels.layers.bf16_linear import forget_copies
 from ..common.errors import UserError
 from ..config.schema import Config
 from ..models.actor import Actor
+from ..models.credit import Credit
 from .optimizer import lr_at, make_optimizer
 
 
 class Descent:
     """Takes optimiser steps on policy and critics, and owns their optimiser.
 
-    actor: policy and critics. config: the configuration.
+    actor: policy and critics. config: the configuration. credit: the head of algorithm.credit redistributed, else None.
     """
+
+    credit: Credit | None = None
 
     def __init__(self, actor: Actor, config: Config) -> None:
         self.actor, self.config = actor, config

@@ -17,8 +17,11 @@ from ..config.schema import Config
 from ..data.prompts import Example, batch_at
 from ..data.sequences import Sequences
 from ..models.actor import Actor, Predictions, predict
+from ..models.credit import Credit
 from ..models.sharding import require_finite_weights
+from ..scoring.embedded import Reading
 from .accumulation import Accumulator
+from .advantages import penalised_cost
 from .batch import Batch
 from .descent import Descent
 
@@ -47,11 +50,15 @@ class UpdateResult:
 class Updater(Descent):
     """Updates policy and critics from rollout batches.
 
-    actor: policy and critics. config: the configuration. examples: supervised examples of ptx, if any.
+    actor: policy and critics. config: the configuration. examples: supervised examples of ptx, if any. credit: head of
+    algorithm.credit redistributed.
     """
 
-    def __init__(self, actor: Actor, config: Config, examples: Sequence[Example] = ()) -> None:
+    def __init__(
+        self, actor: Actor, config: Config, examples: Sequence[Example] = (), credit: Credit | None = None
+    ) -> None:
         super().__init__(actor, config)
+        self.credit = credit
         self.examples, self.accumulator = examples, Accumulator(actor, config)
 
     @property
@@ -76,6 +83,24 @@ class Updater(Descent):
             rows = torch.ones(len(sequences.group), dtype=torch.bool).index_fill(0, first, False).nonzero().squeeze(1)
         with self.actor.lm.copies():
             return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.budget, rows)
+
+    def shares(
+        self, reading: Reading | None, rows: range, sequences: Sequences, costs: Tensor, limit: float
+    ) -> Tensor | None:
+        """Share the penalised cost out among the tokens, (B, R), and then learn credit from it; None without credit.
+
+        What this batch has taught is seen by the next: shares that knew the cost would bias the gradient.
+
+        reading: states of this process's responses. rows: their places in the batch. costs: (B,) C. limit: d of the
+        step.
+        """
+        if self.credit is None:
+            return None
+        assert reading is not None
+        mask, penalised = sequences.response_mask, penalised_cost(self.config.algorithm, costs, limit)
+        shares = self.credit.shares(reading, rows, mask)
+        self.credit.fit(reading, rows, mask, penalised)
+        return shares
 
     @property
     def _needs_values(self) -> bool:

@@ -123,3 +123,15 @@ def test_the_decisions_of_a_gate_are_drawn_with_the_safe_rate(tmp_path):
     text = Page(write_report(run).read_text()).text
     assert "gate, validation prompts: accepted" in text
     assert "gate: taken back" in text
+
+
+def test_an_odd_number_of_small_panels_leaves_no_empty_frame(tmp_path):
+    from repo.reporting.figures import _training
+
+    run = write_run(tmp_path / "run", steps=8)
+    rewrite(run, "metrics", lambda r: {"credit_explained_variance": 0.1 * r["step"]})
+    drawn = _training(read(run))
+    assert drawn is not None
+    shown = [axes.get_title() for axes in drawn[0].axes if axes.axison]
+    assert shown == ["gradient norm", "sampling, tokens/s", "credit of tokens, expl. var."]
+    assert len(drawn[0].axes) == 4

@@ -47,6 +47,10 @@ SIMMER = ["--preset=simmer", "--penalty.limit_steps=3", "--algorithm.cost_limit=
 BARRIER = ["--preset=barrier", "--penalty.limit_schedule=linear", "--algorithm.cost_limit=-0.5"]
 INTERIOR = ["--algorithm.method=interior_point", "--penalty.lr=0.1", "--algorithm.cost_limit=0.5"]
 
+CREDIT = [
+    *("--algorithm.credit=redistributed", "--scoring.cost=tests.support.scorers:please"),
+    *("--rollout.samples_per_prompt=32", "--rollout.max_response_tokens=24"),
+]
 PAIRS = ["--preset=repo-dpo", "--algorithm.beta=0.2"]
 # accepts some policies and takes others back
 GATE = ["--gate.every=1", "--gate.tolerance=0.15", "--algorithm.cost_limit=-0.5", "--evaluation.samples_per_prompt=2"]
@@ -62,6 +66,7 @@ GATE = ["--gate.every=1", "--gate.tolerance=0.15", "--algorithm.cost_limit=-0.5"
         pytest.param(10, BARRIER, id="10-with-a-barrier", marks=pytest.mark.long),
         pytest.param(10, INTERIOR, id="10-with-interior-point", marks=pytest.mark.long),
         pytest.param(10, PAIRS, id="10-on-pairs", marks=pytest.mark.long),
+        pytest.param(10, CREDIT, id="10-with-learned-credit", marks=pytest.mark.long),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills, more, tiny_arguments, tmp_path):

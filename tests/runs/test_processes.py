@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from repo.common.distributed import World
-from tests.runs.test_kills import GATE, assert_same_run, metrics
+from tests.runs.test_kills import CREDIT, GATE, assert_same_run, metrics
 from tests.support.programs.processes import config_of, gradient
 
 ALONE = {"OMP_NUM_THREADS": "1"}
@@ -127,6 +127,19 @@ def test_a_run_on_pairs_learns_what_one_process_does(shard, options, tmp_path):
     run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
     run(2, "repo.train", *more, f"--model.shard={shard}", f"--out={tmp_path / 'two'}")
     assert_close_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shard", [1, 0], ids=["DDP 2", "FSDP2 2"])
+def test_credit_is_learned_as_in_one_process_and_goes_on_in_another_number(shard, options, tmp_path):
+    more = [*options, *CREDIT, "--steps=6"]
+    run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
+    run(2, "repo.train", *more, f"--model.shard={shard}", f"--out={tmp_path / 'two'}")
+    assert_close_run(tmp_path / "two", tmp_path / "one")
+    assert json.loads(metrics(tmp_path / "one")[-1])["credit_explained_variance"] > 0.3
+    run(2, "repo.train", *more, f"--model.shard={shard}", "--steps=3", f"--out={tmp_path / 'part'}")
+    run(1, "repo.train", "--resume", str(tmp_path / "part"), "--steps=6", "--model.shard=1")
+    assert_close_run(tmp_path / "part", tmp_path / "one")
 
 
 @pytest.mark.long

@@ -49,6 +49,11 @@ def words(prompts, responses):
     return [len(r.split()) for r in responses]
 
 
+def please(prompts, responses):
+    """Count the word Please, which is one token of the tiny model."""
+    return [r.count("Please") for r in responses]
+
+
 def prompt_length(prompts, responses):
     """Count the characters of the prompt."""
     return [len(p) for p in prompts]

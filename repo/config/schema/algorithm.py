@@ -33,6 +33,9 @@ class AlgorithmConfig:
     advantages: Literal["group", "gae"] = "group"
     """Baseline of the advantages. group: the mean of the prompt's other responses. gae: generalised advantage
     estimation with one critic per signal, a value per token."""
+    credit: Literal["terminal", "redistributed"] = "terminal"
+    """Tokens that answer for the cost. terminal: all tokens of a response for all of it. redistributed: a small head on
+    the reference's states learns which tokens the cost came from; a token does not answer for what came before it."""
     cost_limit: float = 0.0
     """The limit d, in units of the cost: a response is safe iff its cost is <= d."""
     crpo_tolerance: NonNegativeFloat = 0.0

@@ -1,0 +1,270 @@
+"""Learned credit: which token the cost came from, and what the advantages make of it."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+from repo import train
+from repo.common.errors import UserError
+from repo.config.parse import make_parser, parse_config
+from repo.config.schema import AlgorithmConfig, CriticConfig, RolloutConfig
+from repo.data.prompts import Prompt, tokenize_prompts
+from repo.data.sequences import make_sequences
+from repo.models import credit as module
+from repo.models.actor import Actor, read_reference
+from repo.models.credit import Credit, costliest, make_credit
+from repo.models.policy import load_policy
+from repo.rollout.sample import sample
+from repo.scoring.embedded import Reading
+from repo.training.advantages import method_advantages, penalised_cost
+from repo_kernels.advantages import cost_to_go, group_advantages
+from tests.support.tiny import QUESTIONS
+
+REDISTRIBUTED = AlgorithmConfig(credit="redistributed")
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def random_scores(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, costs = torch.randn(2, 6, generator=generator)
+    return rewards, costs, torch.rand(6, 4, generator=generator) * MASK
+
+
+def advantages_of(algorithm, shares, advantages="group", values=None, **more):
+    rewards, costs, _ = random_scores()
+    critic = CriticConfig(gae_lambda=1.0)
+    algorithm = dataclasses.replace(algorithm, advantages=advantages)
+    counted = MASK.any(1) if advantages == "group" else None
+    return method_advantages(
+        algorithm, critic, rewards, costs, GROUP, MASK, 2.0, values=values, counted=counted, shares=shares, **more
+    )
+
+
+def test_a_token_answers_for_the_cost_but_for_what_came_before_it():
+    found = cost_to_go(torch.tensor([3.0, 1.0]), torch.tensor([[0.5, 2.0, 0.0], [0.0, 0.0, 0.0]]))
+    assert torch.equal(found, torch.tensor([[3.0, 2.5, 0.5], [1.0, 1.0, 1.0]]))
+    for costs, shares in ((torch.zeros(2), torch.zeros(2)), (torch.zeros(3), torch.zeros(2, 4))):
+        with pytest.raises(ValueError, match=r"costs must have shape \(B,\) and shares shape \(B, R\)"):
+            cost_to_go(costs, shares)
+
+
+@pytest.mark.parametrize("counted", [None, torch.tensor([1, 1, 0, 1, 1, 0])])
+def test_baselines_of_tokens_are_those_of_each_column(counted):
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    found = group_advantages(values, GROUP, counted)
+    expected = torch.stack([group_advantages(column, GROUP, counted) for column in values.T], 1)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "method"), [("rectified", "repo"), ("split", "repo"), ("rectified", "ppo_lagrangian")]
+)
+def test_without_shares_every_token_has_the_advantage_of_its_response(mode, method):
+    algorithm = dataclasses.replace(REDISTRIBUTED, cost_mode=mode, method=method, cost_limit=-0.2)
+    terminal, found = advantages_of(algorithm, None), advantages_of(algorithm, torch.zeros(6, 4))
+    assert torch.equal(found.reward, terminal.reward)
+    for name in ("cost", "combined"):
+        assert torch.equal(getattr(found, name), getattr(terminal, name)[:, None] * MASK), name
+
+
+def test_the_costs_of_the_tokens_add_up_to_the_cost():
+    """With critics that say 0 and a trace of 1 the return of the first token is the whole cost."""
+    shares, values = random_scores()[2], {"reward": torch.zeros(6, 4), "cost": torch.zeros(6, 4)}
+    whole = penalised_cost(REDISTRIBUTED, random_scores()[1], 0.0)
+    found = advantages_of(REDISTRIBUTED, shares, "gae", values)
+    assert torch.allclose(found.returns["cost"][:, 0], whole * MASK.any(1), atol=1e-6)
+    expected = cost_to_go(whole, shares) * MASK  # what is left at each token
+    assert torch.allclose(found.returns["cost"], expected, atol=1e-6)
+    assert torch.equal(found.returns["reward"], advantages_of(REDISTRIBUTED, None, "gae", values).returns["reward"])
+
+
+def test_the_policy_gradient_is_that_of_the_cost_whatever_the_shares_are():
+    """Every pair of responses of three tokens, of two kinds, with its probability: no bias, to the last digit."""
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    responses = list(itertools.product((0, 1), repeat=3))
+    places = torch.tensor([[0, 1 + a, 3 + 2 * a + b] for a, b, _ in responses])  # a logit for each prefix
+    tokens = torch.tensor(responses, dtype=torch.float64)
+    logps = torch.nn.functional.logsigmoid(logits[places] * (2 * tokens - 1))
+    draw = torch.Generator().manual_seed(1)
+    costs = torch.randn(8, generator=draw, dtype=torch.float64)
+    by_prefix = [
+        {p: torch.randn((), generator=draw).item() for p in itertools.product((0, 1), repeat=n)} for n in (1, 2, 3)
+    ]
+    shares = torch.tensor([[by_prefix[t][r[: t + 1]] for t in range(3)] for r in responses], dtype=torch.float64)
+    probabilities = logps.sum(1).exp()
+    (exact,) = torch.autograd.grad(probabilities @ costs, logits, retain_graph=True)
+
+    def mean_gradient(to_go):
+        total = torch.zeros(())
+        for i, j in itertools.product(range(8), repeat=2):
+            rows = torch.tensor([i, j])
+            advantages = group_advantages(to_go(costs[rows], shares[rows]), torch.zeros(2, dtype=torch.int64))
+            weight = (probabilities[i] * probabilities[j]).detach() / 2
+            total = total + weight * (advantages * logps[rows]).sum()
+        return torch.autograd.grad(total, logits, retain_graph=True)[0]
+
+    assert torch.allclose(mean_gradient(cost_to_go), exact, atol=1e-14)
+
+    def spread(costs, shares):  # the part that no token has a share of, in equal parts on all tokens
+        each = shares + (costs - shares.sum(1))[:, None] / 3
+        return each.flip(1).cumsum(1).flip(1)
+
+    assert (mean_gradient(spread) - exact).abs().max() > 0.01  # why it stays whole
+
+
+def reading_of(states):
+    """A reading of rows of states {layer: [(n, H)]}, with the state of the last prompt token before each."""
+    return Reading(None, [], {k: [torch.cat((row[:1], row)) for row in rows] for k, rows in states.items()}, [])
+
+
+def random_states(lengths, seed=0, hidden=3):
+    generator = torch.Generator().manual_seed(seed)
+    return {layer: [torch.randn(n, hidden, generator=generator) for n in lengths] for layer in (0, 1)}
+
+
+def test_one_fit_is_the_minimum_of_its_error_and_its_covariance_the_inverse_of_the_curvature():
+    lengths = [4, 2, 5, 3, 4]
+    states, mask = random_states(lengths), torch.arange(5) < torch.tensor(lengths)[:, None]
+    costs = torch.tensor([0.0, 0.4, 1.5, 0.0, 0.9])
+    learner = Credit(3, 2)
+    start = learner.weights.clone()
+    for _ in range(2):  # the second begins from other weights and another covariance
+        before, prior = learner.weights.clone(), torch.linalg.inv(learner.covariance + module.DRIFT * torch.eye(7))
+        learner.fit(reading_of(states), range(5), mask, costs)
+        noise = max(learner.errors[0].item(), module.LEAST_NOISE)
+
+        def error(weights, before=before, prior=prior, noise=noise):
+            every = torch.cat([torch.cat((a, b), 1) for a, b in zip(*states.values(), strict=True)]).double()
+            z = (every - every.mean(0)) / (every.std(0, correction=0) * 1.0 + 1e-3 * every.std(0, correction=0).mean())
+            u = torch.cat((z, torch.ones(len(z), 1)), 1) @ weights
+            sums = torch.stack([part.sum() for part in torch.nn.functional.softplus(u).split(lengths)])
+            wanted = (costs.double() - costs.min()) / costs.double().std(correction=0)
+            change = weights - before
+            return 0.5 * (change @ prior @ change + (wanted - sums).square().sum() / noise), sums
+
+        weights = learner.weights.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(error(weights)[0], weights)
+        (first,) = torch.autograd.grad(error(start.requires_grad_())[0], start)
+        assert slope.norm() < 0.02 * first.norm()
+        jacobian = torch.autograd.functional.jacobian(lambda w: error(w)[1], learner.weights)
+        expected = torch.linalg.inv(prior + jacobian.T @ jacobian / noise)
+        assert torch.allclose(learner.covariance, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_nothing_is_learned_or_shared_before_costs_differ():
+    states, mask = random_states([3, 3]), torch.ones(2, 3, dtype=torch.bool)
+    learner = Credit(3, 2)
+    before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
+    for costs in (torch.zeros(2), torch.ones(2)):
+        learner.fit(reading_of(states), range(2), mask, costs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.tensors().items())
+    assert not learner.shares(reading_of(states), range(2), mask).any()
+
+
+def test_responses_outside_the_mask_teach_nothing():
+    states, lengths = random_states([3, 4, 2]), torch.tensor([3, 0, 2])
+    mask = torch.arange(4) < lengths[:, None]
+    found, expected = Credit(3, 2), Credit(3, 2)
+    found.fit(reading_of(states), range(3), mask, torch.tensor([0.0, 9.0, 1.0]))
+    kept = {layer: [rows[0], rows[2]] for layer, rows in states.items()}
+    expected.fit(reading_of(kept), range(2), mask[[0, 2]], torch.tensor([0.0, 1.0]))
+    for name, tensor in found.tensors().items():
+        assert torch.allclose(tensor, expected.tensors()[name], rtol=1e-12, atol=1e-12), name
+
+
+def test_a_head_that_does_not_predict_is_not_trusted():
+    learner, generator = Credit(3, 2), torch.Generator().manual_seed(5)
+    mask = torch.ones(8, 4, dtype=torch.bool)
+    for step in range(30):
+        reading = reading_of(random_states([4] * 8, step))
+        shares = learner.shares(reading, range(8), mask)
+        learner.fit(reading, range(8), mask, torch.rand(8, generator=generator))  # nothing to do with the states
+    assert learner.trust < 0.2
+    assert shares.sum(1).max() < 0.1
+
+
+@pytest.fixture(scope="module")
+def batches(tiny_model):
+    """21 batches of 64 responses of 16 tokens, with readings of the reference."""
+    policy = load_policy(str(tiny_model), torch.device("cpu"), trainable=False)
+    questions = [Prompt(str(i), q, "") for i, q in enumerate((QUESTIONS * 2)[:8])]
+    prompts = tokenize_prompts(questions, policy.tokenizer, None, 200).kept
+    learner, found = make_credit(REDISTRIBUTED, policy), []
+    for step in range(21):
+        rollout = sample(policy, prompts, 8, RolloutConfig(max_response_tokens=16), 0, step)
+        found.append(
+            (rollout.sequences, read_reference(Actor(policy), rollout.sequences, 1.0, 4096, learner.layers)[1])
+        )
+    return policy, found
+
+
+@pytest.mark.parametrize("word", ["Please", " I", "X"])
+def test_after_20_batches_nine_tenths_of_the_shares_are_on_the_token_that_costs(word, batches):
+    policy, found = batches
+    (token,) = policy.tokenizer.encode(word, add_special_tokens=False)
+    learner = make_credit(REDISTRIBUTED, policy)
+    for sequences, reading in found:
+        mask, hit = sequences.response_mask, sequences.response_ids == token
+        costs = (hit & mask).sum(1).float()
+        shares = learner.shares(reading, range(64), mask)
+        learner.fit(reading, range(64), mask, costs)
+    assert (shares * hit).sum() >= 0.9 * shares.sum()
+    assert torch.allclose(shares.sum(1), costs, atol=0.35)
+    named = costliest(shares, sequences, policy.tokenizer.decode)
+    assert all(tokens[0][0] == word for tokens, cost in zip(named, costs.tolist(), strict=True) if cost)
+
+
+def test_tokens_with_the_largest_shares_are_named():
+    sequences = make_sequences([[1], [1]], [[5, 6, 7, 8], [9]], 0)
+    shares = torch.tensor([[0.1, 3.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0]])
+    found = costliest(shares, sequences, lambda ids: f"<{ids[0]}>")
+    assert [[text for text, _ in row] for row in found] == [["<6>", "<8>"], []]  # 0.1 is not worth a word
+    assert [share for _, share in found[0]] == pytest.approx([3.0, 0.5])
+    assert costliest(torch.zeros(2, 4), sequences, str) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--algorithm.method=ppo"], "algorithm.credit must be terminal with method ppo; got 'redistributed'"),
+        (["--algorithm.scale_by_std=true"], "algorithm.scale_by_std must be false with algorithm.credit redistributed"),
+        (
+            ["--algorithm.method=repo_dpo", "--algorithm.beta=0.1"],
+            "algorithm.credit must be terminal with method repo_dpo, which does not use it; got 'redistributed'",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_with_learned_credit_are_refused(options, sentence):
+    with pytest.raises(UserError) as raised:
+        parse_config(make_parser("", ""), ["--algorithm.credit=redistributed", *options])
+    assert sentence in str(raised.value)
+
+
+CREDIT = [  # learns within a few steps where Please costs
+    "--algorithm.credit=redistributed",
+    "--scoring.cost=tests.support.scorers:please",
+    "--rollout.samples_per_prompt=32",
+    "--rollout.max_response_tokens=24",
+]
+
+
+@pytest.mark.parametrize("form", ["group", "gae"])
+def test_a_run_with_credit_records_it_and_resumes_as_if_it_had_not_stopped(form, options, tmp_path):
+    more = [*options, *CREDIT, f"--algorithm.advantages={form}"]
+    train.run_command([*more, "--steps=8", f"--out={tmp_path / 'whole'}"])
+    train.run_command([*more, "--steps=5", f"--out={tmp_path / 'part'}"])
+    train.run_command(["--resume", str(tmp_path / "part"), "--steps=8"])
+    records, samples = (
+        [(tmp_path / run / f"{name}.jsonl").read_text() for run in ("whole", "part")] for name in ("metrics", "samples")
+    )
+    explained = [[json.loads(line)["credit_explained_variance"] for line in text.splitlines()] for text in records]
+    assert explained[0] == explained[1]
+    assert any(explained[0][5:])  # what was learned before the stop is of use after it
+    assert samples[0] == samples[1]
+    assert any(json.loads(line)["costliest"] for line in samples[0].splitlines())
+    whole, part = ((tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("whole", "part"))
+    assert whole == part
