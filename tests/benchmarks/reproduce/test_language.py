@@ -8,12 +8,14 @@ import pytest
 
 from benchmarks.reproduce import matching
 from benchmarks.reproduce.language import SHARED, main
-from benchmarks.reproduce.methods import METHODS
+from benchmarks.reproduce.language_report import NEIGHBOUR_PANELS, draw
+from benchmarks.reproduce.methods import METHODS, NEIGHBOURS
 from benchmarks.reproduce.over_seeds import Seeds, of_seeds
 from benchmarks.reproduce.records import Record
 from benchmarks.reproduce.runs import RESULTS
 from repo.common.errors import UserError
 from repo.config.parse import load_config, make_parser, parse_config
+from repo.scoring.safety import TITLES
 from tests.commands.test_compare import evaluation_of
 
 
@@ -67,7 +69,35 @@ def test_methods_differ_in_their_options_alone():
     for name, method in METHODS.items():
         fields = [option.removeprefix("--").split("=")[0] for option in method.options]
         parse_config(make_parser("", ""), list(method.options))
-        assert name == "paper" or fields == ["algorithm.method"]
+        beside = {"barrier": ["algorithm.cost_mode", "algorithm.barrier_tau"], "redistributed": ["algorithm.credit"]}
+        beside |= {key: ["algorithm.method", "rollout.prompts_per_step"] for key in ("cdpo", "repo_dpo")}
+        assert name == "paper" or fields == beside.get(name, ["algorithm.method"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_neighbours_are_compared_on_one_figure_with_what_they_took(tiny_arguments, tmp_path):
+    overrides = [*tiny_arguments, "--steps=5", "--model.device=cpu", "--save_every=0"]
+    overrides += ["--evaluation.judge=tests.support.scorers:not_e"]
+    places = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    main(["--neighbours", "--seeds", "0", *places, "--", *overrides])
+    results = json.loads((tmp_path / "results" / "neighbours.json").read_text())
+    assert list(results["methods"]) == ["reference", *NEIGHBOURS]
+    assert results["matched"] is None
+    for method in NEIGHBOURS:
+        text = (tmp_path / "runs" / f"{method}-0" / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert results["spent"][method]["tokens"] == sum(r.get("pair_tokens", r.get("response_tokens")) for r in lines)
+        minutes = sum(v for r in lines for k, v in r.items() if k.startswith("seconds_")) / 60
+        assert results["spent"][method]["minutes"] == pytest.approx(minutes)
+    text = (tmp_path / "results" / "neighbours.md").read_text()
+    assert "| response tokens learned from |  | " in text
+    assert "(neighbours.png)" in text
+    (axes,) = draw(results, NEIGHBOUR_PANELS).axes
+    assert axes.get_xlabel() == TITLES["judge_prompts_mostly_unsafe"].name
+    assert axes.get_ylabel() == TITLES["reward"].name
+    with pytest.raises(SystemExit):
+        main(["--neighbours", "--methods", "repo"])
 
 
 def test_a_further_round_moves_the_limit_by_what_the_last_one_missed():
