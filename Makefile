@@ -120,7 +120,8 @@ reproduce: $(VENV)/train.stamp
 	$(BIN)/python -m benchmarks.reproduce.table --out benchmarks/results
 	$(BIN)/python -m benchmarks.reproduce.language $(ARGS)
 
-# RePO beside other answers to the same question, each with five seeds; records of the comparison above serve here too.
+# RePO beside other answers to the same question, each with five seeds; runs that the comparison above has made in the
+# same place are not made again.
 neighbours: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets
 	$(BIN)/python -m benchmarks.reproduce.language --neighbours $(ARGS)

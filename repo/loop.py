@@ -53,7 +53,7 @@ def train_on_rollouts(session: Session) -> None:
             predictions = updater.predict(sequences, step)
             lam, beta, limit = multipliers.lam, multipliers.beta, multipliers.limits.begin(scores.costs)
             rows = range(own.start * r.samples_per_prompt, own.stop * r.samples_per_prompt)
-            shares = updater.shares(reading, rows, sequences, judged.costs, limit)
+            shares = updater.share_and_learn(reading, rows, sequences, judged.costs, limit)
             batch = make_batch(config, sequences, judged, ref_logps, lam, beta, predictions, limit, shares)
             result = updater.update(batch, step, config.steps)
             timer.mark("update")

@@ -166,7 +166,7 @@ def crpo_advantages(reward: Tensor, cost: Tensor, costs: Tensor, cost_limit: flo
         tolerance: excess of the mean cost over d that is accepted, >= 0.
 
     Returns:
-        Advantages in the shape of `reward`.
+        Advantages, `reward` or -`cost`.
     """
     return reward if bool(costs.mean() <= cost_limit + tolerance) else -cost
 
@@ -194,20 +194,21 @@ def token_signal(scores: Tensor, mask: Tensor, log_ratio: Tensor | None = None, 
 
 
 def cost_to_go(costs: Tensor, shares: Tensor) -> Tensor:
-    """Subtract from the cost of a response, at each token, what the tokens before it have already caused:
+    """Compute the cost-to-go of each token, when shares of the cost have been redistributed to tokens:
 
         u_t = C - sum_{s < t} g_s
 
-    It takes the place of C where each token is to answer only for what follows it. The part of C that no token has a
-    share of stays with all of them. g_s must not depend on tokens after s; then the sum is a baseline, and the policy
-    gradient of u_t is that of C, whatever the shares are.
+    It takes the place of C where each token is to answer only for the cost that follows it. The part of C that no token
+    has a share of counts for every token. If g_s does not depend on tokens after s, the sum is a baseline that depends
+    on the prefix alone, and the policy gradient with u_t is that with C, whatever the shares are (losses summed over
+    tokens). Source: return redistribution, RUDDER, arXiv 1806.07857; that the rest stays whole is ours.
 
     Args:
         costs: (B,) float, C of each response.
         shares: (B, R), g of each token, 0 after the end of each response.
 
     Returns:
-        (B, R) in the dtype of `shares`; after a response's end what no token has a share of.
+        (B, R) in the dtype of `shares`; after a response's end C less all of its shares.
 
     Raises:
         ValueError: a shape is wrong.

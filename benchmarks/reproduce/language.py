@@ -34,7 +34,7 @@ from repo.runs.folder import versions
 from repo.training.multipliers import WINDOW
 
 from . import matching
-from .language_report import NEIGHBOUR_PANELS, PANELS, SHOWN, draw, markdown
+from .language_report import SHOWN, UNSAFE, draw, markdown
 from .methods import BASELINE, COMPARED, METHODS, NEIGHBOURS
 from .over_seeds import of_seeds, within
 from .records import Record
@@ -152,11 +152,14 @@ def evaluations_of(records: Iterable[Record]) -> list[Evaluation]:
 
 
 def spent(records: Sequence[Record]) -> dict[str, float | None]:
-    """Return what a run of a method took, the mean over seeds: minutes of its steps, tokens that they learned from."""
+    """Return what a run of a method took, the mean over seeds: minutes of its steps, tokens that they learned from.
+
+    Tokens are None unless every record has them.
+    """
     tokens = [record.tokens for record in records if record.tokens is not None]
     return {
         "minutes": float(np.mean([record.minutes for record in records])),
-        "tokens": float(np.mean(tokens)) if tokens else None,
+        "tokens": float(np.mean(tokens)) if len(tokens) == len(records) else None,
     }
 
 
@@ -246,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "spent": {method: spent(runs) for method, runs in of_methods.items()},
         **analyse({"reference": [experiment.reference().evaluation], **evaluations}),
     }
-    panels = NEIGHBOUR_PANELS if options.neighbours else PANELS
-    write_results(options.results, name, results, markdown(results, name), draw(results, panels))
+    figure = draw(results, UNSAFE, 1) if options.neighbours else draw(results)
+    write_results(options.results, name, results, markdown(results, name), figure)
 
 
 if __name__ == "__main__":

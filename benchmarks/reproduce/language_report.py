@@ -41,7 +41,8 @@ PANELS = (
     ("prompts_mostly_unsafe", "cost"),
 )
 """Quantities on the two axes of each panel of the figure."""
-NEIGHBOUR_PANELS = (("judge_prompts_mostly_unsafe", "reward"),)
+UNSAFE = (("judge_prompts_mostly_unsafe", "reward"), ("prompts_mostly_unsafe", "reward"))
+"""Panels of which a figure of one panel has the first that there are numbers for: no judge is needed for the second."""
 COLUMNS = 2
 
 
@@ -125,10 +126,13 @@ def matched_lines(matched: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def draw(results: Mapping[str, Any], panels_of: Sequence[tuple[str, str]] = PANELS) -> Figure:
-    """Draw a panel for each pair of quantities that all methods have; seeds are hollow."""
+def draw(results: Mapping[str, Any], among: Sequence[tuple[str, str]] = PANELS, most: int = len(PANELS)) -> Figure:
+    """Draw a panel for each pair of quantities `among` those given that all methods have, the first `most`.
+
+    Seeds are hollow.
+    """
     methods = results["methods"]
-    pairs = [pair for pair in panels_of if all(set(pair) <= set(quantities) for quantities in methods.values())]
+    pairs = [pair for pair in among if all(set(pair) <= set(quantities) for quantities in methods.values())][:most]
     columns = min(COLUMNS, len(pairs))
     rows = -(-len(pairs) // columns)
     with matplotlib.rc_context(STYLE):

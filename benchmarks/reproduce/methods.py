@@ -21,7 +21,7 @@ class Method:
 
 
 PAIRS = "--rollout.prompts_per_step=8"
-"""For methods that learn from pairs: as many responses in a step as four prompts with four samples each."""
+"""For methods that learn from pairs: as many responses in a step as the default's four prompts with four samples."""
 
 METHODS = {
     "ppo": Method("PPO", ("--algorithm.method=ppo",), "#c2410c", "v"),

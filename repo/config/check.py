@@ -47,6 +47,13 @@ def check(config: Config) -> Config:
     redistributed = a.credit == "redistributed"
     _require(a.method != "ppo" or not redistributed, "algorithm.credit", a.credit, "terminal with method ppo")
     _require(
+        not (redistributed and a.cost_mode == "split"),
+        "algorithm.cost_mode",
+        a.cost_mode,
+        "rectified or barrier with algorithm.credit redistributed: whether a response is safe shows only at its end, "
+        "and what its earlier tokens have a share of would bias the gradient",
+    )
+    _require(
         not (redistributed and a.scale_by_std),
         "algorithm.scale_by_std",
         True,

@@ -108,9 +108,10 @@ def restore(
     parameters, saved = trained_parameters(model), _shapes(folder)
     if {name.removeprefix(MODEL) for name in saved if name.startswith(MODEL)} != parameters.keys():
         raise UserError(f"{folder} belongs to another model: its parameters have other names")
-    learned = _of_credit(credit)
+    begun = any(name.startswith(CREDIT) for name in saved)  # else algorithm.credit was changed: nothing is learned yet
+    learned = _of_credit(credit) if begun else {}
     if wrong := [name for name, t in learned.items() if saved.get(name, (None,))[0] != tuple(t.shape)]:
-        raise UserError(f"{folder} belongs to another run: it has no {wrong[0]} of the shape that this one has")
+        raise UserError(f"{folder} belongs to another model: its {wrong[0]} has another shape")
     targets = {MODEL + name: p.detach() for name, p in parameters.items()} | learned
     state: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for name, (shape, dtype) in saved.items():

@@ -43,7 +43,7 @@ __all__ = [
 class Advantages:
     """Advantages of B responses: fp32, (B,) from groups or (B, R) of tokens, 0 after the end of each response.
 
-    They are of tokens from critics, and those of the cost, and with them the combined ones, from learned credit.
+    Critics give advantages to tokens. Learned credit gives them to tokens for the cost, and so for both combined.
 
     reward: advantages of the reward.
     cost: advantages of the cost; None if the method has no separate cost term.

@@ -24,10 +24,8 @@ class Descent:
     actor: policy and critics. config: the configuration. credit: the head of algorithm.credit redistributed, else None.
     """
 
-    credit: Credit | None = None
-
-    def __init__(self, actor: Actor, config: Config) -> None:
-        self.actor, self.config = actor, config
+    def __init__(self, actor: Actor, config: Config, credit: Credit | None = None) -> None:
+        self.actor, self.config, self.credit = actor, config, credit
         self.optimizer = make_optimizer(actor.policy, actor.critics, config)
         self.skipped_in_a_row, self.lr_scale = 0, 1.0
 

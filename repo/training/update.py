@@ -57,8 +57,7 @@ class Updater(Descent):
     def __init__(
         self, actor: Actor, config: Config, examples: Sequence[Example] = (), credit: Credit | None = None
     ) -> None:
-        super().__init__(actor, config)
-        self.credit = credit
+        super().__init__(actor, config, credit)
         self.examples, self.accumulator = examples, Accumulator(actor, config)
 
     @property
@@ -84,12 +83,12 @@ class Updater(Descent):
         with self.actor.lm.copies():
             return predict(self.actor, sequences, config.rollout.temperature, config.optimizer.budget, rows)
 
-    def shares(
+    def share_and_learn(
         self, reading: Reading | None, rows: range, sequences: Sequences, costs: Tensor, limit: float
     ) -> Tensor | None:
-        """Share the penalised cost out among the tokens, (B, R), and then learn credit from it; None without credit.
+        """Return the share of the penalised cost of each token, (B, R), and then learn from it; None without credit.
 
-        What this batch has taught is seen by the next: shares that knew the cost would bias the gradient.
+        What this batch teaches changes the shares of the next: shares that knew the cost would bias the gradient.
 
         reading: states of this process's responses. rows: their places in the batch. costs: (B,) C. limit: d of the
         step.

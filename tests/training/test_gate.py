@@ -154,10 +154,10 @@ def checkpoint(folder: Path, step: int) -> tuple[dict, dict]:
     return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
 
 
-def test_a_harmful_update_is_rolled_back(options, harmful, tmp_path, capsys):
-    train.run_command(
-        [*options, "--gate.tolerance=0.3", "--steps=6", "--keep=9", "--save_every=1", f"--out={tmp_path / 'run'}"]
-    )
+@pytest.mark.parametrize("credit", ["terminal", "redistributed"])
+def test_a_harmful_update_is_rolled_back(credit, options, harmful, tmp_path, capsys):
+    more = [f"--algorithm.credit={credit}", "--gate.tolerance=0.3", "--steps=6", "--keep=9", "--save_every=1"]
+    train.run_command([*options, *more, f"--out={tmp_path / 'run'}"])
     records = lines(tmp_path / "run")
     assert [r.get("gate_accepted") for r in records] == [None, 1.0, None, 0.0, None, 1.0]
     assert records[3]["gate_change"] < -0.3
@@ -167,7 +167,11 @@ def test_a_harmful_update_is_rolled_back(options, harmful, tmp_path, capsys):
     accepted, state = checkpoint(tmp_path / "run", 2)
     restored, after = checkpoint(tmp_path / "run", 4)
     assert accepted.keys() == restored.keys()
-    assert all(torch.equal(accepted[name], restored[name]) for name in accepted)  # weights and moments
+    assert all(torch.equal(accepted[name], restored[name]) for name in accepted)  # weights, moments and credit
+    learned = {name for name in accepted if name.startswith("credit.")}
+    assert bool(learned) == (credit == "redistributed")
+    between = checkpoint(tmp_path / "run", 3)[0]
+    assert not any(torch.equal(accepted[name], between[name]) for name in learned & {"credit.weights", "credit.errors"})
     assert state["penalty"] == after["penalty"]
     assert (after["gate"]["accepted"], after["gate"]["rejections"]) == (2, 1)
     shown = capsys.readouterr().out

@@ -34,8 +34,8 @@ class AlgorithmConfig:
     """Baseline of the advantages. group: the mean of the prompt's other responses. gae: generalised advantage
     estimation with one critic per signal, a value per token."""
     credit: Literal["terminal", "redistributed"] = "terminal"
-    """Tokens that answer for the cost. terminal: all tokens of a response for all of it. redistributed: a small head on
-    the reference's states learns which tokens the cost came from; a token does not answer for what came before it."""
+    """Part of the cost that a token answers for. terminal: the whole cost of its response. redistributed: what follows
+    it; a small head on the reference's states learns which tokens the cost comes from. Not with cost_mode split."""
     cost_limit: float = 0.0
     """The limit d, in units of the cost: a response is safe iff its cost is <= d."""
     crpo_tolerance: NonNegativeFloat = 0.0

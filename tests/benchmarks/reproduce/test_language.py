@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.reproduce import matching
 from benchmarks.reproduce.language import SHARED, main
-from benchmarks.reproduce.language_report import NEIGHBOUR_PANELS, draw
+from benchmarks.reproduce.language_report import UNSAFE, draw
 from benchmarks.reproduce.methods import METHODS, NEIGHBOURS
 from benchmarks.reproduce.over_seeds import Seeds, of_seeds
 from benchmarks.reproduce.records import Record
@@ -93,9 +93,13 @@ def test_neighbours_are_compared_on_one_figure_with_what_they_took(tiny_argument
     text = (tmp_path / "results" / "neighbours.md").read_text()
     assert "| response tokens learned from |  | " in text
     assert "(neighbours.png)" in text
-    (axes,) = draw(results, NEIGHBOUR_PANELS).axes
+    (axes,) = draw(results, UNSAFE, 1).axes
     assert axes.get_xlabel() == TITLES["judge_prompts_mostly_unsafe"].name
     assert axes.get_ylabel() == TITLES["reward"].name
+    for quantities in results["methods"].values():
+        del quantities["judge_prompts_mostly_unsafe"]
+    (axes,) = draw(results, UNSAFE, 1).axes  # without a judge
+    assert axes.get_xlabel() == TITLES["prompts_mostly_unsafe"].name
     with pytest.raises(SystemExit):
         main(["--neighbours", "--methods", "repo"])
 
