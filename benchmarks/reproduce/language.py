@@ -154,12 +154,13 @@ def evaluations_of(records: Iterable[Record]) -> list[Evaluation]:
 def spent(records: Sequence[Record]) -> dict[str, float | None]:
     """Return what a run of a method took, the mean over seeds: minutes of its steps, tokens that they learned from.
 
-    Tokens are None unless every record has them.
+    counted: records that have tokens, over which their mean is.
     """
     tokens = [record.tokens for record in records if record.tokens is not None]
     return {
         "minutes": float(np.mean([record.minutes for record in records])),
-        "tokens": float(np.mean(tokens)) if len(tokens) == len(records) else None,
+        "tokens": float(np.mean(tokens)) if tokens else None,
+        "counted": len(tokens),
     }
 
 

@@ -89,14 +89,20 @@ def table(methods: Mapping[str, Mapping[str, Any]], keys: tuple[str, ...], cell:
     return lines
 
 
-def spent_rows(methods: Mapping[str, Any], spent: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+def spent_rows(methods: Mapping[str, Any], spent: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the rows of a table's last quantities: what a run took. The reference has taken nothing."""
-    rows = {"minutes": ("minutes of training", "{:.1f}"), "tokens": ("response tokens learned from", "{:.0f}")}
-    lines = []
-    for key, (title, form) in rows.items():
-        values = [spent.get(method, {}).get(key) for method in methods]
-        lines.append(f"| {title} | {' | '.join('' if v is None else form.format(v) for v in values)} |")
-    return lines
+
+    def tokens(of: Mapping[str, Any], seeds: int) -> str:
+        if of.get("tokens") is None:
+            return ""
+        return f"{of['tokens']:.0f}" + (f" ({of['counted']} of {seeds} seeds)" if of["counted"] < seeds else "")
+
+    runs = [(spent.get(method, {}), len(quantities["reward"]["seeds"])) for method, quantities in methods.items()]
+    minutes = " | ".join(f"{of['minutes']:.1f}" if of else "" for of, _ in runs)
+    return [
+        f"| minutes of training | {minutes} |",
+        f"| response tokens learned from | {' | '.join(tokens(*run) for run in runs)} |",
+    ]
 
 
 def by_seed(key: str, value: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.reproduce import matching
 from benchmarks.reproduce.language import SHARED, main
-from benchmarks.reproduce.language_report import UNSAFE, draw
+from benchmarks.reproduce.language_report import UNSAFE, draw, spent_rows
 from benchmarks.reproduce.methods import METHODS, NEIGHBOURS
 from benchmarks.reproduce.over_seeds import Seeds, of_seeds
 from benchmarks.reproduce.records import Record
@@ -172,3 +172,11 @@ def test_methods_that_do_not_differ_are_rarely_told_apart(seeds):
         difference = a.minus(b)
         apart += not difference["low"] <= 0 <= difference["high"]
     assert apart <= 30
+
+
+def test_tokens_of_some_seeds_alone_are_marked():
+    methods = {name: {"reward": {"seeds": [0.0] * 5}} for name in ("reference", "repo", "cdpo")}
+    known = {"minutes": 9.96, "tokens": 30000.4, "counted": 4}
+    minutes, tokens = spent_rows(methods, {"repo": known, "cdpo": known | {"tokens": None, "counted": 0}})
+    assert minutes == "| minutes of training |  | 10.0 | 10.0 |"
+    assert tokens == "| response tokens learned from |  | 30000 (4 of 5 seeds) |  |"
