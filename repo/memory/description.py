@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from ..common.config_fields import config_field
 from ..common.errors import first_line
 from ..data.packing import Packed
 from .activations import Activations, activations_of
@@ -160,11 +161,21 @@ def _try(compute: Callable[[], T], name: str, uncounted: list[str]) -> T | None:
         return None
 
 
+def _credit_bytes(process: Process) -> int:
+    """Return the bytes of learned credit: its covariance and two more of that size, and two states of each token."""
+    model: Any = process.model
+    rollout, hidden = process.config.rollout, int(config_field(model.config.get_text_config(), "hidden_size", 0))
+    responses = -(-rollout.prompts_per_step // process.processes) * rollout.samples_per_prompt
+    return 3 * 8 * (2 * hidden + 1) ** 2 + 4 * 2 * hidden * responses * rollout.max_response_tokens
+
+
 def _never_counted(process: Process) -> list[str]:
     """Name what is not counted."""
     config, names = process.config, list[str]()
     names += [] if process.scorers is not None else ["scorers"]
     names.append("what scorers and libraries allocate while they run")
+    if config.algorithm.credit == "redistributed":
+        names.append(f"nor learned credit, in the processor's memory {_credit_bytes(process) / GIB:.2f} GiB")
     if process.critics is None and config.algorithm.advantages == "gae" and config.critic.init_from == "scorers":
         names.append(
             f"nor the critics, {8 + states_per_weight(process):g} bytes per parameter of the scorers they copy"

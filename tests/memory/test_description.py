@@ -43,6 +43,18 @@ def test_the_table_lists_weights_activations_and_the_cache():
     assert text.splitlines()[-2].endswith("at most at once, without what scorers and libraries allocate while they run")
 
 
+def test_learned_credit_is_named_with_its_bytes():
+    process = make_process()
+    config = replace(process.config, algorithm=AlgorithmConfig(credit="redistributed"))
+    text = describe_memory(replace(process, config=config))
+    bytes_ = 3 * 129**2 * 8 + 16 * 100 * 2 * 64 * 4  # covariances; two states of each token of 16 responses
+    assert f"nor learned credit, in the processor's memory {bytes_ / 2**30:.2f} GiB" in text
+    large = make_process(LlamaConfig(**SIZES | {"hidden_size": 4096}, intermediate_size=64, num_attention_heads=32))
+    assert f"{(3 * 8193**2 * 8 + 16 * 100 * 2 * 4096 * 4) / 2**30:.2f} GiB" in describe_memory(
+        replace(large, config=config)
+    )
+
+
 def test_the_cache_holds_keys_and_values_of_grouped_heads_at_the_longest():
     process = make_process()
     rows, tokens, numbers = 64, 60 + 100, 3 * 2 * 2 * 16  # the evaluation's rows; layers, k and v, heads, head size
