@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BartConfig, BartForCausalLM
 
 from repo import train
 from repo.common.errors import UserError
@@ -22,7 +24,7 @@ from repo.rollout.sample import sample
 from repo.scoring.embedded import Reading
 from repo.training.advantages import method_advantages, penalised_cost
 from repo_kernels.advantages import cost_to_go, gae, group_advantages, token_signal
-from tests.support.tiny import QUESTIONS
+from tests.support.tiny import QUESTIONS, make_tokenizer
 
 REDISTRIBUTED = AlgorithmConfig(credit="redistributed")
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
@@ -280,6 +282,31 @@ def test_a_first_batch_of_nearly_equal_costs_does_not_set_the_units_for_good(bat
         learner.fit(reading, range(64), mask, costs)
     assert (shares * hit).sum() >= 0.9 * shares.sum()
     assert learner.trust > 0.9
+
+
+@pytest.mark.parametrize(("encoder", "decoder", "middle"), [(4, 2, 1), (2, 4, 2)])
+def test_the_middle_layer_is_that_of_the_model_and_not_of_what_its_config_says(encoder, decoder, middle, tmp_path):
+    """A decoder of an encoder-decoder family: its config gives the encoder's number of layers."""
+    tokenizer = make_tokenizer()
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 1}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "forced_eos_token_id": None}
+    config = BartConfig(encoder_layers=encoder, decoder_layers=decoder, **ids, **heads, **sizes)
+    assert config.num_hidden_layers == encoder
+    BartForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), torch.device("cpu"), trainable=False)
+    learner = make_credit(REDISTRIBUTED, policy)
+    assert learner is not None
+    assert learner.layers == (0, middle)
+    assert len(learner.weights) == 2 * 16 + 1
+
+
+def test_a_model_without_states_of_layers_is_refused(batches, monkeypatch):
+    policy, _ = batches
+    monkeypatch.setattr(module, "trunk_of", lambda model: lambda **_: SimpleNamespace(hidden_states=None))
+    with pytest.raises(UserError, match=r"^algorithm\.credit: redistributed needs the states of every layer"):
+        make_credit(REDISTRIBUTED, policy)
 
 
 def test_tokens_with_the_largest_shares_are_named():
