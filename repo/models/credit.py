@@ -79,10 +79,12 @@ class Credit:
         Responses without a token in the mask are left out. Nothing is learned before costs differ.
         """
         counted, costs = mask.any(1), costs.double()
-        spread = costs[counted].std(correction=0) if bool(counted.any()) else torch.zeros(())
-        if float(spread) > WIDER * float(self.units[1]):
-            self._begin(reading, rows, mask, torch.stack((costs[counted].min(), spread)))
-        if not self.units[1] or not bool(counted.any()):
+        if not bool(counted.any()):
+            return
+        deviation = costs[counted].std(correction=0)
+        if deviation > WIDER * self.units[1]:
+            self._begin(reading, rows, mask, torch.stack((costs[counted].min(), deviation)))
+        if not self.units[1]:
             return
         wanted = torch.where(counted, (costs - self.units[0]) / self.units[1], 0.0)
         sums, slopes = self._linearise(reading, rows, mask, self.weights)

@@ -1,18 +1,25 @@
 """Learned credit in training: advantages of tokens, and runs."""
 
 import dataclasses
+import io
 import itertools
 import json
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from repo import train
 from repo.common.errors import UserError
 from repo.config.parse import make_parser, parse_config
-from repo.config.schema import AlgorithmConfig, CriticConfig
+from repo.config.schema import AlgorithmConfig, Config, CriticConfig
+from repo.runs.console import show_samples
+from repo.runs.records import credit_record
 from repo.training.advantages import method_advantages, penalised_cost
+from repo.training.update import Updater
 from repo_kernels.advantages import cost_to_go, gae, group_advantages, token_signal
 
 REDISTRIBUTED = AlgorithmConfig(credit="redistributed")
@@ -140,6 +147,58 @@ def test_fields_that_do_not_go_with_learned_credit_are_refused(options, sentence
     with pytest.raises(UserError) as raised:
         parse_config(make_parser("", ""), ["--algorithm.credit=redistributed", *options])
     assert sentence in str(raised.value)
+
+
+def test_a_batch_does_not_see_what_it_teaches():
+    """Shares that knew the cost would bias the gradient."""
+    calls = []
+
+    class Watched:
+        def shares(self, *given):
+            calls.append(("shares", given))
+            return torch.full((6, 4), 0.5)
+
+        def fit(self, *given):
+            calls.append(("fit", given))
+
+    updater = object.__new__(Updater)
+    updater.credit, updater.config = Watched(), Config(algorithm=REDISTRIBUTED)
+    sequences, reading, costs = SimpleNamespace(response_mask=MASK), object(), torch.tensor([2.0, -1, 0, 3, 0.5, 1])
+    found = updater.share_and_learn(reading, range(6), sequences, costs, 0.5)
+    assert torch.equal(found, torch.full((6, 4), 0.5))
+    assert [name for name, _ in calls] == ["shares", "fit"]
+    assert calls[0][1] == (reading, range(6), MASK)
+    assert torch.equal(calls[1][1][3], torch.tensor([1.5, 0, 0, 2.5, 0, 0.5]))  # {C - d}^+ of the step's limit
+    updater.credit = None
+    assert updater.share_and_learn(None, range(6), sequences, costs, 0.5) is None
+
+
+def test_the_explained_variance_is_that_of_the_penalised_cost_at_the_limit_of_the_step():
+    costs, lengths = torch.tensor([2.0, -4, 0.5, 3]), torch.tensor([2, 2, 0, 1])
+    shares = torch.tensor([[0.5, 0.5], [0.0, 0.1], [0.0, 0.0], [1.7, 0.0]])
+    batch = SimpleNamespace(
+        shares=shares, costs=costs, cost_limit=1.0, sequences=SimpleNamespace(response_lengths=lengths)
+    )
+    penalised, explained = np.array([1.0, 0.0, 2.0]), np.array([1.0, 0.1, 1.7])  # the masked response is left out
+    expected = 1 - np.var(penalised - explained) / np.var(penalised)
+    assert credit_record(REDISTRIBUTED, batch)["credit_explained_variance"] == pytest.approx(expected, rel=1e-6)
+    assert credit_record(REDISTRIBUTED, SimpleNamespace(shares=None)) == {}
+
+
+def test_a_run_may_change_to_learned_credit(options, tmp_path):
+    train.run_command([*options, "--steps=2", f"--out={tmp_path / 'run'}"])
+    change = ["--algorithm.credit=redistributed", "--allow-change", "algorithm.credit"]
+    train.run_command(["--resume", str(tmp_path / "run"), "--steps=4", *change])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["credit_explained_variance" in line for line in lines] == [False, False, True, True]
+
+
+def test_the_console_names_the_tokens_that_cost(capsys):
+    sample = {"safe": False, "reward": 0.5, "cost": 2.0, "advantage": -1.0, "prompt": "p", "response": "r"}
+    console = Console(file=io.StringIO(), width=100)
+    show_samples(console, [sample | {"costliest": [[" bomb", 1.25], ["[", 0.5]]}, sample | {"costliest": []}, sample])
+    assert console.file.getvalue().count("cost by token: ' bomb' 1.25, '[' 0.50\n") == 1
+    assert console.file.getvalue().count("cost by token") == 1
 
 
 def steps_to_safety(folder):
