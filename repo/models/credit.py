@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,28 @@ DRIFT = 1e-3  # process noise, in parts of the prior variance: weights can follo
 SILENT = 0.04  # sum of the softplus over a response of mean length, before anything is learned
 WIDER = 2.0  # costs of so much more spread than the units are begin anew
 LISTED = 3  # tokens with the largest shares, in samples.jsonl
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """The reference's states at the tokens of responses.
+
+    reading: states of this process's responses. rows: their places among the B of the batch; those of all processes
+    follow each other. mask: (B, R) bool, true on the tokens of each response.
+    """
+
+    reading: Reading
+    rows: range
+    mask: Tensor
+
+    def each(self, layers: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the place among this process's responses and the states (n, D) fp32 of each that has tokens.
+
+        layers: whose states stand side by side.
+        """
+        for own, row in enumerate(self.rows):
+            if length := int(self.mask[row].sum()):
+                yield own, torch.cat([self.reading.states[layer][own][1 : length + 1] for layer in layers], 1)
 
 
 class Credit:
@@ -60,46 +83,40 @@ class Credit:
         """Return the part of the cost's variance that predictions of late have explained, in [0, 1]."""
         return float((1 - self.errors[0] / self.errors[1].clamp_min(1e-12)).clamp(0, 1))
 
-    def shares(self, reading: Reading, rows: range, mask: Tensor) -> Tensor:
-        """Compute g_t of every token, (B, R) fp32 in units of the cost, 0 outside the mask.
-
-        reading: states of this process's responses. rows: their places among the B of the batch; those of all processes
-        follow each other. mask: (B, R) bool, true on the tokens of each response.
-        """
-        shares, factor = torch.zeros(len(rows), mask.shape[1]), float(self.units[1]) * self.trust
-        for own, states in self._states(reading, rows, mask) if factor else ():
+    def shares(self, tokens: TokenStates) -> Tensor:
+        """Compute g_t of every token, (B, R) fp32 in units of the cost, 0 outside the mask."""
+        shares, factor = torch.zeros(len(tokens.rows), tokens.mask.shape[1]), float(self.units[1]) * self.trust
+        for own, states in tokens.each(self.layers) if factor else ():
             shares[own, : len(states)] = (
                 factor * torch.nn.functional.softplus(self._scores(states, self.weights)).float()
             )
         return torch.cat(self.world.gather(shares))
 
-    def fit(self, reading: Reading, rows: range, mask: Tensor, costs: Tensor) -> None:
-        """Learn from a batch. costs: (B,) of the responses, as the advantages take them; the rest as in `shares`.
+    def fit(self, tokens: TokenStates, costs: Tensor) -> None:
+        """Learn from a batch. costs: (B,) of the responses, as the advantages take them.
 
         Responses without a token in the mask are left out. Nothing is learned before costs differ.
         """
-        counted, costs = mask.any(1), costs.double()
+        counted, costs = tokens.mask.any(1), costs.double()
         if not bool(counted.any()):
             return
         deviation = costs[counted].std(correction=0)
         if deviation > WIDER * self.units[1]:
-            self._begin(reading, rows, mask, torch.stack((costs[counted].min(), deviation)))
+            self._begin(tokens, torch.stack((costs[counted].min(), deviation)))
         if not self.units[1]:
             return
         wanted = torch.where(counted, (costs - self.units[0]) / self.units[1], 0.0)
-        sums, slopes = self._linearise(reading, rows, mask, self.weights)
+        sums, slopes = self._linearise(tokens, self.weights)
         measured = torch.stack(((wanted - sums)[counted].square().mean(), wanted[counted].var(correction=0)))
         self.errors = DECAY * self.errors + (1 - DECAY) * measured
         noise = float(self.errors[0].clamp_min(LEAST_NOISE))
         self.covariance.diagonal().add_(DRIFT * self._prior())
-        slopes = self._search(reading, rows, mask, wanted, noise, sums, slopes)
+        slopes = self._search(tokens, wanted, noise, sums, slopes)
         spread = slopes @ self.covariance
         self.covariance -= spread.T @ _solve(spread @ slopes.T, noise, spread)
         self.covariance = (self.covariance + self.covariance.T) / 2
 
-    def _search(
-        self, reading: Reading, rows: range, mask: Tensor, wanted: Tensor, noise: float, sums: Tensor, slopes: Tensor
-    ) -> Tensor:
+    def _search(self, tokens: TokenStates, wanted: Tensor, noise: float, sums: Tensor, slopes: Tensor) -> Tensor:
         """Move the weights by Gauss-Newton steps, and return the slopes (B, D + 1) where they end.
 
         Each step goes as far as lowers |wanted - sums|^2 / noise + change^T covariance^-1 change. The first process
@@ -121,7 +138,7 @@ class Credit:
             step, pull_step = self.world.from_first(partial(towards, sums, slopes, pull))
             for part in STEPS:
                 there, pull_there = self.weights + part * step, pull + part * pull_step
-                sums_there, slopes_there = self._linearise(reading, rows, mask, there)
+                sums_there, slopes_there = self._linearise(tokens, there)
                 lower = error(sums_there, there, pull_there) <= error(sums, self.weights, pull)
                 if self.world.gather(lower)[0]:
                     self.weights, pull, sums, slopes = there, pull_there, sums_there, slopes_there
@@ -130,10 +147,10 @@ class Credit:
                 break
         return slopes
 
-    def _begin(self, reading: Reading, rows: range, mask: Tensor, units: Tensor) -> None:
+    def _begin(self, tokens: TokenStates, units: Tensor) -> None:
         """Forget what was learned, and standardise states by a batch. units: offset and scale of its costs."""
         moments = torch.zeros(3, len(self.mean), dtype=torch.float64)  # number, sum and sum of squares
-        for _, states in self._states(reading, rows, mask):
+        for _, states in tokens.each(self.layers):
             states = states.double()
             moments += torch.stack((torch.full_like(self.mean, len(states)), states.sum(0), states.square().sum(0)))
         count, total, squares = self.world.sum(moments)
@@ -143,7 +160,7 @@ class Credit:
         self.units, self.errors = units, torch.ones(2, dtype=torch.float64)
         self.covariance = torch.diag(self._prior())
         self.weights = torch.zeros_like(self.weights)
-        length = count[0] / mask.any(1).sum()
+        length = count[0] / tokens.mask.any(1).sum()
         self.weights[-1] = torch.log(torch.expm1(SILENT / length))  # the inverse of softplus
 
     def _prior(self) -> Tensor:
@@ -151,21 +168,15 @@ class Credit:
         size = len(self.mean)
         return torch.cat((torch.full((size,), SPREAD / size, dtype=torch.float64), self.mean.new_ones(1)))
 
-    def _states(self, reading: Reading, rows: range, mask: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield the place among this process's responses and the states (n, D) fp32 of each that counts."""
-        for own, row in enumerate(rows):
-            if length := int(mask[row].sum()):
-                yield own, torch.cat([reading.states[layer][own][1 : length + 1] for layer in self.layers], 1)
-
     def _scores(self, states: Tensor, weights: Tensor) -> Tensor:
         """Compute w z_t + b, (n,) fp64, of states (n, D), which are standardised by way of the weights."""
         scaled = weights[:-1] * self.inverse_deviation
         return (states @ scaled.float()).double() + (weights[-1] - self.mean @ scaled)
 
-    def _linearise(self, reading: Reading, rows: range, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _linearise(self, tokens: TokenStates, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the sum of the softplus over each of B responses, (B,), and its gradient by weights, (B, D + 1)."""
-        own_sums = torch.zeros(len(rows), 1 + len(weights), dtype=torch.float64)
-        for own, states in self._states(reading, rows, mask):
+        own_sums = torch.zeros(len(tokens.rows), 1 + len(weights), dtype=torch.float64)
+        for own, states in tokens.each(self.layers):
             scores = self._scores(states, weights)
             slopes = torch.sigmoid(scores)
             z = (slopes.float() @ states).double() - slopes.sum() * self.mean

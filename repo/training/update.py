@@ -17,7 +17,7 @@ from ..config.schema import Config
 from ..data.prompts import Example, batch_at
 from ..data.sequences import Sequences
 from ..models.actor import Actor, Predictions, predict
-from ..models.credit import Credit
+from ..models.credit import Credit, TokenStates
 from ..models.sharding import require_finite_weights
 from ..scoring.embedded import Reading
 from .accumulation import Accumulator
@@ -97,8 +97,9 @@ class Updater(Descent):
             return None
         assert reading is not None
         mask, penalised = sequences.response_mask, penalised_cost(self.config.algorithm, costs, limit)
-        shares = self.credit.shares(reading, rows, mask)
-        self.credit.fit(reading, rows, mask, penalised)
+        tokens = TokenStates(reading, rows, mask)
+        shares = self.credit.shares(tokens)
+        self.credit.fit(tokens, penalised)
         return shares
 
     @property

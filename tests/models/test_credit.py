@@ -12,7 +12,7 @@ from repo.data.prompts import Prompt, tokenize_prompts
 from repo.data.sequences import make_sequences
 from repo.models import credit as module
 from repo.models.actor import Actor, read_reference
-from repo.models.credit import Credit, costliest, make_credit
+from repo.models.credit import Credit, TokenStates, costliest, make_credit
 from repo.models.policy import load_policy
 from repo.rollout.sample import sample
 from repo.scoring.embedded import Reading
@@ -53,7 +53,7 @@ def test_one_fit_is_the_minimum_of_its_error_and_its_covariance_the_inverse_of_t
         return torch.stack([part.sum() for part in torch.nn.functional.softplus(z @ weights).split(lengths)])
 
     for _ in range(2):  # the second begins from other weights and another covariance
-        learner.fit(reading_of(states), range(5), mask, costs)
+        learner.fit(TokenStates(reading_of(states), range(5), mask), costs)
         precision = torch.linalg.inv(covariance + module.DRIFT * torch.diag(variance))
         noise = max(learner.errors[0].item(), module.LEAST_NOISE)
 
@@ -84,18 +84,18 @@ def test_nothing_is_learned_or_shared_before_costs_differ():
     learner = head()
     before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
     for costs in (torch.zeros(2), torch.ones(2)):
-        learner.fit(reading_of(states), range(2), mask, costs)
+        learner.fit(TokenStates(reading_of(states), range(2), mask), costs)
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.tensors().items())
-    assert not learner.shares(reading_of(states), range(2), mask).any()
+    assert not learner.shares(TokenStates(reading_of(states), range(2), mask)).any()
 
 
 def test_responses_outside_the_mask_teach_nothing():
     states, lengths = random_states([3, 4, 2]), torch.tensor([3, 0, 2])
     mask = torch.arange(4) < lengths[:, None]
     found, expected = head(), head()
-    found.fit(reading_of(states), range(3), mask, torch.tensor([0.0, 9.0, 1.0]))
+    found.fit(TokenStates(reading_of(states), range(3), mask), torch.tensor([0.0, 9.0, 1.0]))
     kept = {layer: [rows[0], rows[2]] for layer, rows in states.items()}
-    expected.fit(reading_of(kept), range(2), mask[[0, 2]], torch.tensor([0.0, 1.0]))
+    expected.fit(TokenStates(reading_of(kept), range(2), mask[[0, 2]]), torch.tensor([0.0, 1.0]))
     for name, tensor in found.tensors().items():
         assert torch.allclose(tensor, expected.tensors()[name], rtol=1e-12, atol=1e-12), name
 
@@ -103,11 +103,11 @@ def test_responses_outside_the_mask_teach_nothing():
 def test_a_batch_in_which_nothing_counts_changes_nothing():
     states, mask = random_states([3, 3]), torch.ones(2, 3, dtype=torch.bool)
     learner = head()
-    learner.fit(reading_of(states), range(2), mask, torch.tensor([0.0, 1.0]))
+    learner.fit(TokenStates(reading_of(states), range(2), mask), torch.tensor([0.0, 1.0]))
     before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
-    learner.fit(reading_of(states), range(2), torch.zeros_like(mask), torch.tensor([0.0, 1.0]))
+    learner.fit(TokenStates(reading_of(states), range(2), torch.zeros_like(mask)), torch.tensor([0.0, 1.0]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.tensors().items())
-    assert not learner.shares(reading_of(states), range(2), torch.zeros_like(mask)).any()
+    assert not learner.shares(TokenStates(reading_of(states), range(2), torch.zeros_like(mask))).any()
 
 
 def test_a_head_that_does_not_predict_is_not_trusted():
@@ -115,8 +115,9 @@ def test_a_head_that_does_not_predict_is_not_trusted():
     mask = torch.ones(8, 4, dtype=torch.bool)
     for step in range(30):
         reading = reading_of(random_states([4] * 8, step))
-        shares = learner.shares(reading, range(8), mask)
-        learner.fit(reading, range(8), mask, torch.rand(8, generator=generator))  # nothing to do with the states
+        shares = learner.shares(TokenStates(reading, range(8), mask))
+        unrelated = torch.rand(8, generator=generator)  # nothing to do with the states
+        learner.fit(TokenStates(reading, range(8), mask), unrelated)
     assert learner.trust < 0.2
     assert shares.sum(1).max() < 0.1
 
@@ -151,8 +152,8 @@ def test_after_20_batches_nine_tenths_of_the_shares_are_on_the_token_that_costs(
     for sequences, reading in found:
         mask, hit = sequences.response_mask, sequences.response_ids == token
         costs = (hit & mask).sum(1).float()
-        shares = learner.shares(reading, range(64), mask)
-        learner.fit(reading, range(64), mask, costs)
+        shares = learner.shares(TokenStates(reading, range(64), mask))
+        learner.fit(TokenStates(reading, range(64), mask), costs)
     assert (shares * hit).sum() >= 0.9 * shares.sum()
     assert torch.allclose(shares.sum(1), costs, atol=0.35)
     named = costliest(shares, sequences, policy.tokenizer.decode)
@@ -167,8 +168,8 @@ def test_a_first_batch_of_nearly_equal_costs_does_not_set_the_units_for_good(bat
     for step, (sequences, reading) in enumerate(found):
         mask, hit = sequences.response_mask, sequences.response_ids == token
         costs = (hit & mask).sum(1).float() if step else torch.tensor([0.01] + [0.0] * 63)
-        shares = learner.shares(reading, range(64), mask)
-        learner.fit(reading, range(64), mask, costs)
+        shares = learner.shares(TokenStates(reading, range(64), mask))
+        learner.fit(TokenStates(reading, range(64), mask), costs)
     assert (shares * hit).sum() >= 0.9 * shares.sum()
     assert learner.trust > 0.9
 

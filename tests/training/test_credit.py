@@ -16,6 +16,7 @@ from repo import train
 from repo.common.errors import UserError
 from repo.config.parse import make_parser, parse_config
 from repo.config.schema import AlgorithmConfig, Config, CriticConfig
+from repo.models.credit import TokenStates
 from repo.runs.console import show_samples
 from repo.runs.records import credit_record
 from repo.training.advantages import method_advantages, penalised_cost
@@ -167,8 +168,8 @@ def test_a_batch_does_not_see_what_it_teaches():
     found = updater.share_and_learn(reading, range(6), sequences, costs, 0.5)
     assert torch.equal(found, torch.full((6, 4), 0.5))
     assert [name for name, _ in calls] == ["shares", "fit"]
-    assert calls[0][1] == (reading, range(6), MASK)
-    assert torch.equal(calls[1][1][3], torch.tensor([1.5, 0, 0, 2.5, 0, 0.5]))  # {C - d}^+ of the step's limit
+    assert calls[0][1] == (TokenStates(reading, range(6), MASK),)
+    assert torch.equal(calls[1][1][1], torch.tensor([1.5, 0, 0, 2.5, 0, 0.5]))  # {C - d}^+ of the step's limit
     updater.credit = None
     assert updater.share_and_learn(None, range(6), sequences, costs, 0.5) is None
 
