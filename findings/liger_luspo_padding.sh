@@ -15,8 +15,8 @@
 # batches without padding. TRL had the form of the first until August 2026 (pull request 6654); its repair has not
 # reached either of these.
 #
-# It meets whoever takes loss_type="luspo" with a KL, or from Triton, on responses of unequal length: the longest response
-# of a batch decides how much the others count. Use sequence level and beta 0 with the fused loss, or TRL's own.
+# It meets whoever takes loss_type="luspo" with a KL, or from Triton, on responses of unequal length: the longest of a
+# batch decides how much the others count. Use sequence level and beta 0 with the fused loss, or TRL's own.
 #
 # Output seen (2026-11-29), the loss as given, after (a), after (b), and the gradient behind the end:
 #   formula sequence, KL 0: 0.594 0.594 0.594
