@@ -8,8 +8,8 @@
 #   masked 0 or 2047   fused_selective_log_softmax agrees to 1e-5, all gradients of triton_grpo_loss are finite
 #   masked 2048        every log-probability is NaN, and so is every gradient, of both tokens; the loss is -0.8
 # The kernels walk over the vocabulary in blocks of 2048 with a running maximum that begins at -inf. A first block
-# without a finite logit leaves it there, and exp(-inf - (-inf)) rescales the sum by NaN. One finite column in that block
-# is enough to hide it, so that small test vocabularies never show it.
+# without a finite logit leaves it there, and exp(-inf - (-inf)) rescales the sum by NaN. One finite column in that
+# block is enough to hide it, so that small test vocabularies never show it.
 # The loss hides it as well: the ratio is NaN, but the clamp and the minimum of the clipped surrogate give the number
 # instead of the NaN in the interpreter, so that a loss of -0.8 is logged (1 is right: ratio one, advantage one).
 #
