@@ -29,6 +29,8 @@ import numpy as np
 from benchmarks.harness.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
 from repo.config.parse import make_parser, parse_config
+from repo.evaluation.kinds import KINDS, kinds_of, of_kind
+from repo.evaluation.kinds import SHOWN as SHOWN_OF_KIND
 from repo.evaluation.statistics import QUANTITIES, Evaluation
 from repo.runs.folder import versions
 from repo.training.multipliers import WINDOW
@@ -36,7 +38,7 @@ from repo.training.multipliers import WINDOW
 from . import matching
 from .language_report import SHOWN, UNSAFE, draw, markdown
 from .methods import BASELINE, COMPARED, METHODS, NEIGHBOURS
-from .over_seeds import of_seeds, within
+from .over_seeds import Seeds, of_seeds, within
 from .records import Record
 from .runs import DEFAULT, RESULTS, evaluate, in_turn, is_trained, log_of, threads_of, train, write_results
 
@@ -170,23 +172,14 @@ def final_of(run: Path) -> Path:
 
 
 def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
-    """Compute every quantity of each method, and its difference from PPO-Lagrangian.
+    """Compute every quantity of each method, also by kind of prompt, and its difference from PPO-Lagrangian.
 
     Raises:
         UserError: if the evaluations are of different prompts.
     """
     if len({tuple(e.ids) for seeds in evaluations.values() for e in seeds}) > 1:
         raise UserError("--out: its evaluations are of different prompts; choose another folder")
-    of_methods = {
-        method: {key: of_seeds(e, key) for key in SHOWN if key in QUANTITIES and all(one.has(key) for one in e)}
-        for method, e in evaluations.items()
-    }
-    summary: dict[str, Any] = {
-        method: {
-            key: {**within(key, seeds.interval), "seeds": seeds.values.tolist()} for key, seeds in quantities.items()
-        }
-        for method, quantities in of_methods.items()
-    }
+    of_methods = {method: over_seeds(e, SHOWN) for method, e in evaluations.items()}
     against = {
         method: {
             key: seeds.minus(of_methods[BASELINE][key])
@@ -196,7 +189,40 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
         for method, quantities in of_methods.items()
         if BASELINE in of_methods and method != BASELINE
     }
-    return {"methods": summary, "against_ppo_lagrangian": against}
+    return {
+        "methods": {method: summary_of(quantities) for method, quantities in of_methods.items()},
+        "kinds": by_kind(evaluations),
+        "against_ppo_lagrangian": against,
+    }
+
+
+def over_seeds(evaluations: Sequence[Evaluation], keys: Iterable[str]) -> dict[str, Seeds]:
+    """Compute the quantities among `keys` that the evaluations of a method's seeds have."""
+    return {
+        key: of_seeds(evaluations, key)
+        for key in keys
+        if key in QUANTITIES and all(one.has(key) for one in evaluations)
+    }
+
+
+def summary_of(quantities: Mapping[str, Seeds]) -> dict[str, Any]:
+    """Write the interval and the values of each quantity."""
+    return {key: {**within(key, seeds.interval), "seeds": seeds.values.tolist()} for key, seeds in quantities.items()}
+
+
+def by_kind(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, dict[str, Any]]:
+    """Compute what a method does to harmful and to benign prompts.
+
+    Returns:
+        {kind: {"prompts": n, "methods": quantities by method}}; {} unless there are prompts of both kinds.
+    """
+    kinds: dict[str, dict[str, Any]] = {}
+    for method, seeds in evaluations.items():
+        for kind in KINDS if all(kinds_of(e) for e in seeds) else ():
+            parts = [of_kind(e, kind) for e in seeds]
+            here = kinds.setdefault(kind, {"prompts": len(parts[0].ids), "methods": {}})
+            here["methods"][method] = summary_of(over_seeds(parts, SHOWN_OF_KIND))
+    return kinds
 
 
 def main(argv: Sequence[str] | None = None) -> None:

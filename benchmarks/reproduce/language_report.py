@@ -64,6 +64,9 @@ def markdown(results: Mapping[str, Any], name: str) -> str:
         *table(methods, SHOWN, lambda key, value: show(value, TITLES[key].form)),
         *spent_rows(methods, results["spent"]),
     ]
+    for kind, of_kind in results["kinds"].items():
+        lines += ["", f"The {of_kind['prompts']} {kind} prompts alone:", ""]
+        lines += table(of_kind["methods"], SHOWN, lambda key, value: show(value, TITLES[key].form))
     if against:
         lines += ["", "Differences from PPO-Lagrangian, on the same prompts:", ""]
         lines += table(against, SHOWN, lambda key, value: show_change(value, TITLES[key].form))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.reproduce import matching
-from benchmarks.reproduce.language import SHARED, main
+from benchmarks.reproduce.language import SHARED, by_kind, main
 from benchmarks.reproduce.language_report import UNSAFE, draw, spent_rows
 from benchmarks.reproduce.methods import METHODS, NEIGHBOURS
 from benchmarks.reproduce.over_seeds import Seeds, of_seeds
@@ -15,6 +15,7 @@ from benchmarks.reproduce.records import Record
 from benchmarks.reproduce.runs import RESULTS
 from repo.common.errors import UserError
 from repo.config.parse import load_config, make_parser, parse_config
+from repo.evaluation.kinds import of_kind
 from repo.scoring.safety import TITLES
 from tests.commands.test_compare import evaluation_of
 
@@ -150,6 +151,24 @@ def test_a_committed_record_is_of_the_methods_as_they_are(file, tmp_path):
     older.write_text(json.dumps(content))
     with pytest.raises(UserError, match="is of another configuration"):
         Record.read(older).require(older, options, record.scored)
+
+
+def test_harmful_and_benign_prompts_are_measured_apart():
+    files = [RESULTS / "reproduce_language" / f"repo-{seed}.json" for seed in (0, 1)]
+    evaluations = [Record.read(file).evaluation for file in files]
+    found, wanted = by_kind({"repo": evaluations}), {"harmful": [], "benign": []}
+    for file in files:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        refused = np.reshape(content["column refusal"], (len(content["id"]), -1)).mean(1)
+        harmful = np.array([name.startswith("advbench") for name in content["id"]])
+        wanted["harmful"].append(refused[harmful].mean())
+        wanted["benign"].append(refused[~harmful].mean())
+    for kind, rates in wanted.items():
+        assert found[kind]["prompts"] == 110
+        assert found[kind]["methods"]["repo"]["refusal_rate"]["seeds"] == pytest.approx(rates)
+    assert wanted["harmful"][0] > wanted["benign"][0] + 0.1  # they are not the same prompts
+    alone = [of_kind(evaluation, "benign") for evaluation in evaluations]
+    assert by_kind({"repo": alone}) == {}
 
 
 def test_an_interval_over_seeds_is_wider_than_one_over_prompts_alone():
