@@ -125,7 +125,7 @@ def matched_lines(matched: Mapping[str, Any]) -> list[str]:
         verdict = f"the same, within {matched['within']:g}"
     times = "" if matched["ratio"] is None else f"{matched['ratio']:.2f} times as many as RePO; "
     return [
-        "PPO-Lagrangian at RePO's mean cost:",
+        "PPO-Lagrangian with RePO's mean cost as its limit:",
         "",
         f"- RePO's policies have a mean cost of {matched['target']:.3f} in the last {matched['responses']} responses "
         "of training, the mean over seeds; held-out prompts take no part in this.",

@@ -33,7 +33,7 @@ METHODS = {
     "repo_dpo": Method("rectified DPO", ("--algorithm.method=repo_dpo", PAIRS), "#00829b", ">"),
     "barrier": Method("barrier", ("--algorithm.cost_mode=barrier", "--algorithm.barrier_tau=0.25"), "#5f6b00", "p"),
     "redistributed": Method("RePO, learned credit", ("--algorithm.credit=redistributed",), "#003a70", "*"),
-    "matched": Method("PPO-Lagrangian at RePO's E[C]", ("--algorithm.method=ppo_lagrangian",), "#d6409f", "X"),
+    "matched": Method("PPO-Lagrangian, limit at RePO's E[C]", ("--algorithm.method=ppo_lagrangian",), "#d6409f", "X"),
 }
 """By name. matched also gets a cost limit: the mean cost that RePO reaches in training."""
 COMPARED = ("ppo", "fixed_penalty", "ppo_lagrangian", "repo", "paper")
