@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.harness.machine import machine
 from repo.common.errors import UserError, exit_with_sentence
 from repo.config.parse import make_parser, parse_config
-from repo.evaluation.kinds import KINDS, kinds_of, of_kind
+from repo.evaluation.kinds import KINDS, kinds_of
 from repo.evaluation.kinds import SHOWN as SHOWN_OF_KIND
 from repo.evaluation.statistics import QUANTITIES, Evaluation
 from repo.runs.folder import versions
@@ -179,7 +179,7 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     """
     if len({tuple(e.ids) for seeds in evaluations.values() for e in seeds}) > 1:
         raise UserError("--out: its evaluations are of different prompts; choose another folder")
-    of_methods = {method: over_seeds(e, SHOWN) for method, e in evaluations.items()}
+    of_methods = {method: quantities_of(e, SHOWN) for method, e in evaluations.items()}
     against = {
         method: {
             key: seeds.minus(of_methods[BASELINE][key])
@@ -196,7 +196,7 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     }
 
 
-def over_seeds(evaluations: Sequence[Evaluation], keys: Iterable[str]) -> dict[str, Seeds]:
+def quantities_of(evaluations: Sequence[Evaluation], keys: Iterable[str]) -> dict[str, Seeds]:
     """Compute the quantities among `keys` that the evaluations of a method's seeds have."""
     return {
         key: of_seeds(evaluations, key)
@@ -218,10 +218,11 @@ def by_kind(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, dict[s
     """
     kinds: dict[str, dict[str, Any]] = {}
     for method, seeds in evaluations.items():
-        for kind in KINDS if all(kinds_of(e) for e in seeds) else ():
-            parts = [of_kind(e, kind) for e in seeds]
+        divided = [kinds_of(e) for e in seeds]
+        for kind in KINDS if all(divided) else ():
+            parts = [parts[kind] for parts in divided]
             here = kinds.setdefault(kind, {"prompts": len(parts[0].ids), "methods": {}})
-            here["methods"][method] = summary_of(over_seeds(parts, SHOWN_OF_KIND))
+            here["methods"][method] = summary_of(quantities_of(parts, SHOWN_OF_KIND))
     return kinds
 
 

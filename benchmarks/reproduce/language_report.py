@@ -64,9 +64,7 @@ def markdown(results: Mapping[str, Any], name: str) -> str:
         *table(methods, SHOWN, lambda key, value: show(value, TITLES[key].form)),
         *spent_rows(methods, results["spent"]),
     ]
-    for kind, of_kind in results["kinds"].items():
-        lines += ["", f"The {of_kind['prompts']} {kind} prompts alone:", ""]
-        lines += table(of_kind["methods"], SHOWN, lambda key, value: show(value, TITLES[key].form))
+    lines += kind_lines(results["kinds"])
     if against:
         lines += ["", "Differences from PPO-Lagrangian, on the same prompts:", ""]
         lines += table(against, SHOWN, lambda key, value: show_change(value, TITLES[key].form))
@@ -89,6 +87,15 @@ def table(methods: Mapping[str, Mapping[str, Any]], keys: tuple[str, ...], cell:
         if all(key in quantities for quantities in methods.values()):
             cells = " | ".join(cell(key, quantities[key]) for quantities in methods.values())
             lines.append(f"| {TITLES[key].name} | {cells} |")
+    return lines
+
+
+def kind_lines(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Write a table for each kind of prompt."""
+    lines = list[str]()
+    for kind, here in kinds.items():
+        lines += ["", f"The {here['prompts']} {kind} prompts alone:", ""]
+        lines += table(here["methods"], SHOWN, lambda key, value: show(value, TITLES[key].form))
     return lines
 
 

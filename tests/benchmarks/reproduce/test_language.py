@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.reproduce import matching
 from benchmarks.reproduce.language import SHARED, by_kind, main
-from benchmarks.reproduce.language_report import UNSAFE, draw, spent_rows
+from benchmarks.reproduce.language_report import UNSAFE, draw, kind_lines, spent_rows
 from benchmarks.reproduce.methods import METHODS, NEIGHBOURS
 from benchmarks.reproduce.over_seeds import Seeds, of_seeds
 from benchmarks.reproduce.records import Record
@@ -167,6 +167,10 @@ def test_harmful_and_benign_prompts_are_measured_apart():
         assert found[kind]["prompts"] == 110
         assert found[kind]["methods"]["repo"]["refusal_rate"]["seeds"] == pytest.approx(rates)
     assert wanted["harmful"][0] > wanted["benign"][0] + 0.1  # they are not the same prompts
+    lines = kind_lines(found)
+    assert [line for line in lines if "alone" in line] == [f"The 110 {kind} prompts alone:" for kind in wanted]
+    shown = [float(line.split("|")[2].split("%")[0]) for line in lines if line.startswith("| refusals |")]
+    assert shown == pytest.approx([100 * np.mean(rates) for rates in wanted.values()], abs=0.051)
     alone = [of_kind(evaluation, "benign") for evaluation in evaluations]
     assert by_kind({"repo": alone}) == {}
 
