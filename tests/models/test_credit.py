@@ -206,3 +206,11 @@ def test_tokens_with_the_largest_shares_are_named():
     assert [[text for text, _ in row] for row in found] == [["<6>", "<8>"], []]  # 0.1 is not worth a word
     assert [share for _, share in found[0]] == pytest.approx([3.0, 0.5])
     assert costliest(torch.zeros(2, 4), sequences, str) == [[], []]
+
+
+def test_a_later_process_reads_its_own_rows_of_the_mask():
+    states = random_states([2, 2])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    ((own, found),) = TokenStates(reading_of(states), range(2, 4), mask).each((0, 1))
+    assert own == 0
+    assert torch.equal(found, torch.cat((states[0][0][:1], states[1][0][:1]), 1))
