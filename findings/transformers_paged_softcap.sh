@@ -3,7 +3,7 @@
 #
 # Versions: transformers 5.23.0, torch 2.13.0 (CPU), Linux x86-64, Python 3.11, from PyPI.
 #
-# Behaviour. Gemma 2 bounds its attention scores by 50 tanh(score / 50), and asks for eager attention, since SDPA cannot.
+# Behaviour. Gemma 2 bounds its attention scores by 50 tanh(score / 50) and wants eager attention, since SDPA cannot.
 # generate_batch replaces "eager" by "paged|eager", one function for all families, which adds the mask to the scores and
 # takes the softmax; `softcap` arrives among the keyword arguments and is dropped without a word. (SDPA warns.) A tiny
 # random Gemma 2 with scores as large as 61 continues two prompts greedily; its log-probabilities of the tokens that
