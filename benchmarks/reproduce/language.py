@@ -154,13 +154,14 @@ def evaluations_of(records: Iterable[Record]) -> list[Evaluation]:
 
 
 def spent(records: Sequence[Record]) -> dict[str, float | None]:
-    """Return what a run of a method took, the mean over seeds: minutes of its steps, tokens that they learned from.
+    """Return what a run of a method took: minutes of its steps, tokens that they learned from.
 
-    counted: records that have tokens, over which their mean is.
+    minutes: the median over seeds, since what else a machine did makes some runs several times as long as others.
+    tokens: the mean over the records that have them, whose number is `counted`.
     """
     tokens = [record.tokens for record in records if record.tokens is not None]
     return {
-        "minutes": float(np.mean([record.minutes for record in records])),
+        "minutes": float(np.median([record.minutes for record in records])),
         "tokens": float(np.mean(tokens)) if tokens else None,
         "counted": len(tokens),
     }

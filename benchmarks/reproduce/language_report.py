@@ -110,7 +110,7 @@ def spent_rows(methods: Mapping[str, Any], spent: Mapping[str, Mapping[str, Any]
     runs = [(spent.get(method, {}), len(quantities["reward"]["seeds"])) for method, quantities in methods.items()]
     minutes = " | ".join(f"{of['minutes']:.1f}" if of else "" for of, _ in runs)
     return [
-        f"| minutes of training | {minutes} |",
+        f"| minutes of training, median of the seeds | {minutes} |",
         f"| response tokens learned from | {' | '.join(tokens(*run) for run in runs)} |",
     ]
 
