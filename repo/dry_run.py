@@ -15,6 +15,7 @@ from .common.errors import UserError, first_line
 from .common.hub import require_model
 from .config.schema import Config
 from .data.sources import load_data
+from .gate.prompts import gate_data
 from .memory.budget import free_bytes, pick, with_micro_batches
 from .memory.description import describe_memory
 from .memory.process import Process
@@ -81,7 +82,8 @@ def dry_run(config: Config, console: Console, world: World = ALONE, trust: bool 
     text = shape.get_text_config()
     for token in config.rollout.stop_tokens:
         stop_id(tokenizer, token, text.vocab_size)
-    prompts = [*itertools.chain(*load_data(config, folder, tokenizer, (), text, console)[:2])]
+    train, held_out, _ = load_data(config, folder, tokenizer, (), text, console)
+    prompts = [*itertools.chain(*gate_data(config, folder, train, tokenizer, text, console), held_out)]
     process = Process(
         config,
         model,

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -146,12 +146,11 @@ class Shared:
         from .evaluation.shielded import ShieldedEvaluator
         from .scoring.scorers import load_scorer
 
-        timeout, date = self.config.scoring.timeout, self.config.data.date
-        where = (timeout, self.folder, None, None, str(self.device), self.trust, date)
+        config, device = self.config, str(self.device)
+        where = (config.scoring.timeout, self.folder, None, None, device, self.trust, config.data.date)
         known = {part.name: part.scorer for part in self.scorers.parts["cost"]}
-        ensemble: list[CostScorer] = [known.get(name) or load_scorer(name, "cost", *where) for name in settings.scorers]
-        ensemble = ensemble or [self.scorers]
-        return ShieldedEvaluator(self.config, self.scorers, self.judge, settings, ensemble, self.console)
+        own: list[CostScorer] = [known.get(name) or load_scorer(name, "shield", *where) for name in settings.scorers]
+        return ShieldedEvaluator(config, self.scorers, self.judge, settings, own or [self.scorers], self.console)
 
     def evaluate(self, policy: Policy, prompts: list[Prompt], name: str) -> Evaluation:
         """Evaluate a prepared policy under a progress bar. name: label of the bar."""
@@ -163,16 +162,19 @@ class Shared:
         return evaluator.with_progress(name, policy)
 
 
-def load_shared(config: Config, reference_name: str | None, trust: bool, console: Console) -> Shared:
+def load_shared(
+    config: Config, reference_name: str | None, trust: bool, console: Console, named: Sequence[str] = ()
+) -> Shared:
     """Load the reference, the scorers and the judge of a configuration, and print what the scores mean.
 
-    reference_name: model that the KL is measured from; None for none. Raises UserError for what cannot be loaded.
+    reference_name: model that the KL is measured from; None for none. named: further scorers, which may need the
+    embedded assets. Raises UserError for what cannot be loaded.
     """
     from .models.policy import choose_device
     from .scoring.judge import load_judge
     from .setup import find_assets, load_named, scorers_beside
 
-    device, folder = choose_device(config.model.device), find_assets(config, console)
+    device, folder = choose_device(config.model.device), find_assets(config, console, named)
     reference = load_named(reference_name, config, device, trust) if reference_name else None
     scorers = scorers_beside(config, folder, reference, reference_name, str(device), trust)
     timeout, date = config.scoring.timeout, config.data.date
@@ -316,7 +318,8 @@ def run_command(argv: list[str]) -> None:
     console = console_of()
     transformers_logging.disable_progress_bar()
     chosen = checked(command, list(targets(command, config, choose_device(config.model.device))))
-    shared = load_shared(config, command.reference, command.trust, console)
+    named = () if command.shield is None else command.shield.scorers
+    shared = load_shared(config, command.reference, command.trust, console, named)
     shield = None if command.shield is None else shared.load_shield(command.shield)
     for target in chosen:
         policy, prompts = shared.prepare(target.load(), target.name)

@@ -81,7 +81,7 @@ def export(
         policy = load_checkpoint_policy(source, config, cpu, trust, scale)
     else:
         policy = load_patched_policy(source, config, cpu, trust, scale, keep, console_of())
-    policy = merged(policy) if merge else policy
+    policy = merged(policy, "--merge") if merge else policy
     steps = read_state(source)[0].step
 
     def write(staging: Path) -> None:

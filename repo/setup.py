@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .common.distributed import ALONE, World
 from .common.errors import UserError
 from .config.schema import Config
 from .data.prompts import Example, Prompt, batch_at
-from .data.sources import is_embedded, load_data, read_prompts
+from .data.sources import is_embedded, load_data
 from .gate.prompts import gate_data
 from .models.actor import Actor
 from .models.critic import make_critics
@@ -62,15 +63,17 @@ class Parts:
     gate_prompts: list[Prompt]
 
 
-def find_assets(config: Config, console: Console) -> Path | None:
-    """Return the folder of the embedded assets, built first if needed; None if the configuration uses none.
+def find_assets(config: Config, console: Console, named: Sequence[str] = ()) -> Path | None:
+    """Return the folder of the embedded assets, built first if needed; None if nothing uses any.
+
+    named: scorers besides those of the configuration.
 
     Raises AssetError if something embedded is required and cannot be built. A judge that cannot be built is only
     reported, and the evaluation goes without it.
     """
     evaluates = config.evaluation.prompts > 0
     sources = [config.data.train, *([config.data.eval] if evaluates else [])]
-    required = EMBEDDED in (config.model.path, *scorer_names(config.scoring)) or any(map(is_embedded, sources))
+    required = EMBEDDED in (config.model.path, *scorer_names(config.scoring), *named) or any(map(is_embedded, sources))
     if not (required or (evaluates and config.evaluation.judge == EMBEDDED)):
         return None
 
@@ -203,17 +206,19 @@ def load_patched_policy(
     """
     folder = find_assets(config, console)
     model = dataclasses.replace(config.model, dtype="float32")
-    trained = merged(load_checkpoint_policy(source, dataclasses.replace(config, model=model), device, trust)).model
+    trained = load_checkpoint_policy(source, dataclasses.replace(config, model=model), device, trust)
+    update = dict(merged(trained, "--keep").model.named_parameters())
     whole = dataclasses.replace(config, model=dataclasses.replace(model, lora_rank=0))
     policy = load_policy(model_path(config, folder), device, True, whole.model, trust)
     policy, _ = with_stop_tokens(policy, config.rollout.stop_tokens)
     shape = policy.model.config.get_text_config()
-    prompts = read_prompts(config, config.data.train, "train", folder, policy.tokenizer, shape, console)
+    prompts, _, _ = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
+    prompts, _ = gate_data(config, folder, prompts, policy.tokenizer, shape, console)
     asked = batch_at(prompts, 0, min(CALIBRATION, len(prompts)), config.seed, "patch")
     rollout = sample(policy, asked, max(2, config.rollout.samples_per_prompt), config.rollout, config.seed, "patch")
     costs = scorers_beside(config, folder, None, None, str(device), trust).costs(rollout.prompts, rollout.texts)
     gradient = cost_gradient(Actor(policy), whole, rollout, costs)
-    added = patch(policy.model, dict(trained.named_parameters()), gradient, scale, keep)
+    added = patch(policy.model, update, gradient, scale, keep)
     if not added:
         raise UserError(
             f"--keep: the cost has no gradient, since the {len(costs)} responses to {len(asked)} training prompts cost "

@@ -6,7 +6,7 @@ from datetime import date
 from math import isfinite
 
 from ..common.errors import UserError
-from .schema import BOUNDED, AlgorithmConfig, Config, PenaltyConfig
+from .schema import BOUNDED, AlgorithmConfig, Config, CriticConfig, PenaltyConfig
 
 LEAST_TEMPERATURE = 0.01  # of vLLM
 
@@ -74,6 +74,8 @@ def check(config: Config) -> Config:
         weighted or a.kl_estimator != "k1", "algorithm.kl_importance_weighted", weighted, "true with kl_estimator k1"
     )
     _check_penalty(a, config.penalty)
+    gate = config.gate
+    _require(bool(gate.every) or not gate.tolerance, "gate.tolerance", gate.tolerance, "0 without gate.every")
     _require(all(b < 1 for b in o.betas), "optimizer.betas", list(o.betas), "two numbers in [0, 1)")
     sharded = config.model.shard != 1
     _require(not (sharded and config.model.lora_rank), "model.shard", config.model.shard, "1 with model.lora_rank")
@@ -113,13 +115,18 @@ def _check_penalty(algorithm: AlgorithmConfig, penalty: PenaltyConfig) -> None:
     _require(not interior or penalty.lr <= 1, "penalty.lr", penalty.lr, slow)
     barrier = algorithm.cost_mode == "barrier"
     _require(not barrier or method == "repo", "algorithm.method", method, "repo with algorithm.cost_mode barrier")
-    margin = algorithm.barrier_margin
+    margin, tau, plain = algorithm.barrier_margin, algorithm.barrier_tau, Config()
     _require(barrier or not margin, "algorithm.barrier_margin", margin, "0 without algorithm.cost_mode barrier")
-    schedule, start = penalty.limit_schedule, penalty.limit_start
+    width = plain.algorithm.barrier_tau
+    _require(barrier or tau == width, "algorithm.barrier_tau", tau, f"{width} without algorithm.cost_mode barrier")
+    schedule, start, over = penalty.limit_schedule, penalty.limit_start, penalty.limit_steps
     reads = method not in ("fixed_penalty", "ppo")
     takes = f"constant with method {method}, which has no limit"
     _require(reads or schedule == "constant", "penalty.limit_schedule", schedule, takes)
     _require(start is None or schedule != "constant", "penalty.limit_start", start, "null with limit_schedule constant")
+    steps = plain.penalty.limit_steps
+    unused = f"{steps} with limit_schedule constant"
+    _require(over == steps or schedule != "constant", "penalty.limit_steps", over, unused)
     in_range = start is None or (isfinite(start) and start >= limit)
     _require(in_range, "penalty.limit_start", start, f"finite and >= algorithm.cost_limit = {limit}, or null")
 
@@ -131,8 +138,9 @@ UNUSED_ON_PAIRS = {
         "loss_agg_mode",
     ),
     "penalty": ("limit_schedule",),
-    "rollout": ("truncated", "engine"),
-    "ptx": ("data",),
+    "rollout": ("truncated", "engine", "truncation_penalty"),
+    "ptx": ("data", "coef"),
+    "critic": tuple(vars(CriticConfig())),
 }
 """Group -> fields that cdpo and repo_dpo do not use."""
 

@@ -22,23 +22,27 @@ VALIDATION = "valid"
 
 
 def chosen(prompts: Sequence[Prompt], count: int = PROMPTS) -> list[Prompt]:
-    """Return `count` of the prompts, or all if there are fewer, chosen by a hash of their ids, whatever their order."""
-    return sorted(prompts, key=lambda prompt: seed_from("gate", prompt.id))[:count]
+    """Return `count` prompts of different texts, or all if there are fewer, chosen by a hash of their ids."""
+    ordered = sorted(prompts, key=lambda prompt: seed_from("gate", prompt.id), reverse=True)
+    of_text = {prompt.text: prompt for prompt in ordered}  # the last of a text stays, that of the smallest hash
+    return sorted(of_text.values(), key=lambda prompt: seed_from("gate", prompt.id))[:count]
 
 
 def set_apart(train: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """Divide training prompts: (those that are trained on, the gate's: PROMPTS, but at most half).
+    """Divide training prompts by their texts: (those that are trained on, the gate's: PROMPTS, but at most half).
 
+    A text occurs several times where a prompt has several pairs; all of them go to one side, once to the gate's.
     Raises UserError if too few would be left to either for an interval.
     """
-    gate = chosen(train, min(PROMPTS, len(train) // 2))
+    texts = len({prompt.text for prompt in train})
+    gate = chosen(train, min(PROMPTS, texts // 2))
     if len(gate) < FEWEST_PROMPTS:
         raise UserError(
             f"gate.every: the gate sets half of the training prompts apart, up to {PROMPTS}, and needs "
-            f"{FEWEST_PROMPTS}; data.train has only {len(train)}"
+            f"{FEWEST_PROMPTS}; data.train has only {texts} different ones"
         )
-    ids = {prompt.id for prompt in gate}
-    return [prompt for prompt in train if prompt.id not in ids], gate
+    taken = {prompt.text for prompt in gate}
+    return [prompt for prompt in train if prompt.text not in taken], gate
 
 
 def gate_data(

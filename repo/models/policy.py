@@ -285,10 +285,13 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
     policy.tokenizer.save_pretrained(folder)
 
 
-def merged(policy: Policy) -> Policy:
-    """Return a policy whose adapters are merged into its weights, in place; one without adapters as it is."""
+def merged(policy: Policy, option: str) -> Policy:
+    """Return a policy whose adapters are merged into its weights, in place; one without adapters as it is.
+
+    option: what asks for it. Raises UserError, which names it, if the weights are quantised.
+    """
     if has_adapters(policy.model):
         if quantised := quantisation(policy.model.config):
-            raise UserError(f"--merge: adapters cannot be merged into quantised weights ({quantised}) without a loss")
+            raise UserError(f"{option}: adapters cannot be merged into quantised weights ({quantised}) without a loss")
         merge_adapters(policy.model)
     return policy

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import UserError, require_package
 from ..common.files import write_bytes
+from ..config.method import describe_method
 from ..evaluation.outcome import verdict
 from ..evaluation.pairs import choose
 from ..evaluation.pairs import title as pair_title
@@ -36,7 +37,7 @@ SECTIONS = {
     "Cost distribution": ("distribution", "cumulative"),
     "Safety over steps": ("safe_rate", "compensation"),
     "Penalty and trade-off": ("penalty", "scatter"),
-    "Training signals": ("policy", "training"),
+    "Training signals": ("policy", "pairs", "training"),
 }
 
 
@@ -113,11 +114,8 @@ def _head(history: History, comparison: Comparison | None, figure: str) -> str:
     """Build what is above the sections. figure: FIRST as HTML, "" without one."""
     config, algorithm = history.config, history.config["algorithm"]
     done, planned = int(history.steps[-1]), config.get("steps")
-    # "mode" is the name that version 0.1 wrote
-    kinds = ("cost_mode", "mode", "advantages") if algorithm["method"] == "repo" else ("advantages",)
-    form = ", ".join(str(algorithm[k]) for k in kinds if k in algorithm)
     facts = (
-        ("Method", f"{algorithm['method']} ({form})"),
+        ("Method", describe_method(config)),
         ("Model", config.get("model", {}).get("path", "")),
         ("Steps done", f"{done} of {planned}" if planned else str(done)),
         ("Cost limit d", f"{algorithm['cost_limit']:g}"),

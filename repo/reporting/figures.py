@@ -14,15 +14,16 @@ from ..config.schema import BOUNDED
 from ..scoring.safety import is_safe
 from .held_out import held_out
 from .run_history import History, column
+from .small_panels import PAIRS, POLICY, TRAINING, draw_small
 from .style import (
     BAD,
     GOOD,
     INK,
     NOW,
-    POINTS,
     START,
     STYLE,
     WIDTH,
+    describe_points,
     edges_of,
     legend,
     log_axis,
@@ -33,7 +34,6 @@ from .style import (
     svg,
     thinned,
     trend,
-    window,
 )
 
 SCATTERED = 400  # most responses drawn on each side of the scatter plot
@@ -67,6 +67,7 @@ def draw_all(history: History) -> Iterator[Drawn]:
         _penalty,
         _scatter,
         _policy,
+        _pairs,
         _training,
     )
     with matplotlib.rc_context():
@@ -147,7 +148,8 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
     responses = "rectified" if hinge else "unsafe"
     panels[1].set_title(f"{responses} responses, C > d (%)")
     panels[1].set_ylim(0, 102)
-    caption = f"λ moves once per batch. Training batches: {_drawing(history)}"
+    often = "once per batch" if history.measured.all() else "in the steps that sample the policy"
+    caption = f"λ moves {often}. Training batches: {_drawing(history)}"
     if moves:
         panels[2].plot(*thinned(history.steps, history.series("limit")), color=NOW)
         panels[2].axhline(history.limit, color=INK, lw=1, ls=":")
@@ -253,73 +255,17 @@ def _scatter(history: History) -> tuple[Figure, str, str] | None:
     return figure, "Reward against cost", caption
 
 
-POLICY = (  # (key, title, factor) of each small panel
-    ("kl", "KL to reference, nats/token", 1),
-    ("entropy", "entropy, nats/token", 1),
-    ("length", "response length, tokens", 1),
-    ("clip_frac", "clipped ratios, %", 100),
-)
-TRAINING = (
-    ("grad_norm", "gradient norm", 1),
-    ("tokens_per_second", "sampling, tokens/s", 1),
-    ("reward_explained_variance", "reward critic, expl. var.", 1),
-    ("cost_explained_variance", "cost critic, expl. var.", 1),
-    ("credit_explained_variance", "credit of tokens, expl. var.", 1),
-)
-
-
 def _policy(history: History) -> tuple[Figure, str, str] | None:
-    return _small(history, POLICY, "Policy")
+    return draw_small(history, POLICY, "Policy")
+
+
+def _pairs(history: History) -> tuple[Figure, str, str] | None:
+    on_pairs = np.isfinite(history.series("pair_accuracy")).any()
+    return draw_small(history, PAIRS, "Pairs") if on_pairs else None
 
 
 def _training(history: History) -> tuple[Figure, str, str] | None:
-    return _small(history, TRAINING, "Optimiser, speed, critics")
-
-
-def _small(history: History, panels: Sequence[tuple[str, str, float]], title: str) -> tuple[Figure, str, str] | None:
-    """Draw the metrics that the run has in small panels, two in a row; None if it has none of them."""
-    known = [p for p in panels if np.isfinite(_metric(history, p[0])).any()]
-    if not known:
-        return None
-    rows = -(-len(known) // 2)
-    figure = Figure(figsize=(WIDTH, 1.6 * rows + 0.4))
-    grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
-    for axes, (key, name, scale) in zip(grid.flat, known, strict=False):
-        values = scale * _metric(history, key)
-        drawn = np.isfinite(values) | _sampled(history)
-        trend(axes, history.steps[drawn], values[drawn], NOW, "")
-        if (cap := _cap(history, key)) is not None:
-            axes.axhline(cap, color=INK, lw=1, ls=":")
-            name = f"{name} (of {cap:g})"
-        if np.nanmin(values) >= 0:
-            axes.set_ylim(0, 1.05 * max(np.nanmax(values), cap or 0) or 1.0)
-        axes.set_title(name, fontsize=9)
-        axes.tick_params(labelsize=9)
-    for axes in grid.flat[len(known) :]:
-        axes.set_axis_off()
-    for axes in grid[-1]:
-        step_axis(axes, 4)
-    return figure, title, f"Training batches: {_drawing(history)}"
-
-
-def _cap(history: History, key: str) -> float | None:
-    """Return the limit that the configuration sets to a metric, None if it sets none."""
-    rollout = history.config.get("rollout", {})
-    # "max_new_tokens" is the name that version 0.1 wrote
-    return rollout.get("max_response_tokens", rollout.get("max_new_tokens")) if key == "length" else None
-
-
-def _metric(history: History, key: str) -> np.ndarray:
-    """Return a metric by step, (S,). A missing length is computed from the step's response tokens and samples."""
-    written = history.series(key)
-    if key != "length" or np.isfinite(written).all():
-        return written
-    per_step = {r["step"]: 0 for r in history.metrics}
-    for sample in history.samples:
-        per_step[sample["step"]] = per_step.get(sample["step"], 0) + 1
-    counts = np.array([per_step[r["step"]] for r in history.metrics], dtype=float)
-    counted = history.series("response_tokens") / np.where(counts > 0, counts, np.nan)
-    return np.where(np.isfinite(written), written, counted)
+    return draw_small(history, TRAINING, "Optimiser, speed, critics")
 
 
 def _over_steps(
@@ -334,17 +280,9 @@ def _over_steps(
     offset: float = 0,
 ) -> None:
     values = history.series(key)
-    known = np.isfinite(values) | _sampled(history)
+    known = np.isfinite(values) | history.measured
     trend(axes, history.steps[known], offset + scale * values[known], colour, label, line, points)
 
 
-def _sampled(history: History) -> np.ndarray:
-    """Tell which steps have sampled the policy, (S,) bool: with methods that learn from pairs not all."""
-    safe_rate = np.isfinite(history.series("safe_rate"))
-    return safe_rate if safe_rate.any() else np.ones_like(safe_rate)
-
-
 def _drawing(history: History) -> str:
-    steps = int(_sampled(history).sum())
-    points = "points are steps" if steps <= POINTS else f"points are {POINTS} of {steps} steps"
-    return f"{points}, lines the mean of the last {window(steps)}." if window(steps) > 1 else f"{points}."
+    return describe_points(int(history.measured.sum()))

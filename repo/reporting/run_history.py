@@ -78,6 +78,12 @@ class History:
         """List the steps that have samples, counted from 0."""
         return sorted({s["step"] for s in self.samples})
 
+    @cached_property
+    def measured(self) -> np.ndarray:
+        """Tell which steps sampled the policy, (S,) bool: with methods that learn from pairs not all."""
+        safe_rate = np.isfinite(self.series("safe_rate"))
+        return safe_rate if safe_rate.any() else np.ones_like(safe_rate)
+
     @property
     def tenth(self) -> int:
         """Return the number of steps that `start` and `now` cover: a tenth of those with samples, at least 1."""

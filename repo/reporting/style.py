@@ -88,6 +88,12 @@ def window(steps: int) -> int:
     return max(1, min(steps // 4, max(5, steps // 20)))
 
 
+def describe_points(steps: int) -> str:
+    """Say what points and lines of `trend` are. steps: steps that are drawn."""
+    points = "points are steps" if steps <= POINTS else f"points are {POINTS} of {steps} steps"
+    return f"{points}, lines the mean of the last {window(steps)}." if window(steps) > 1 else f"{points}."
+
+
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Average the known values among the last `width` ones.
 

@@ -176,6 +176,8 @@ class Saver:
         self._prune(state.step)
 
     def _is_best(self, state: State) -> bool:
+        if state.gate and state.gate["accepted"] != state.step:
+            return False  # the gate may still take this policy back
         best = pointed(self.root / "best")
         if best is None:
             return True

@@ -29,6 +29,8 @@ def fingerprints(
 ) -> dict[str, str]:
     """Hash the inputs of a run.
 
+    train_prompts: those of data.train, also those that the gate judges by.
+
     Returns SHA-256 digests in hex by configuration field: of the reference's weights, of prompts and examples as
     tokens, and of each signal's scorers (manifest, and weights or the source of the function's module).
     """

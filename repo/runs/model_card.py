@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from ..config.method import describe_method
 from ..config.schema import Config
 from ..scoring.scorers import EMBEDDED, scorer_names
 
@@ -29,9 +31,8 @@ def model_card(
         "",
         "# Policy aligned with RePO's training loop",
         "",
-        f"Base model: {code(base)}. Method: `{algorithm.method}`"
-        + (f", cost mode `{algorithm.cost_mode}`" if algorithm.method == "repo" else "")
-        + f"; cost limit {algorithm.cost_limit}, beta {algorithm.beta}, {steps} steps, seed {config.seed}.",
+        f"Base model: {code(base)}. Method: {describe_method(asdict(config))}; cost limit {algorithm.cost_limit}, "
+        f"beta {algorithm.beta}, {steps} steps, seed {config.seed}.",
         f"Reward: {code(config.scoring.reward)}. Cost: {code(config.scoring.cost)}.",
         *_embedded(config),
         "",

@@ -28,13 +28,15 @@ def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Se
     algorithm, steps = config["algorithm"], f"{len(records)} steps"
     constrained, found = algorithm["method"] != "ppo", {}
     safe = _values(records, "safe_rate")
-    early = algorithm["method"] == "interior_point" or algorithm.get("cost_mode") == "barrier"  # acts within the limit
-    if constrained and not early and safe and min(safe) == 1:
+    hinged = algorithm["method"] == "repo" and algorithm.get("cost_mode") != "barrier"
+    vanishes = hinged or algorithm["method"] == "crpo"  # other costs act within the limit too
+    sampled = len(safe) >= FEWEST  # methods that learn from pairs sample the policy in some steps alone
+    if vanishes and sampled and min(safe) == 1:
         found["never binds"] = (
             f"every response of {steps} is within the limit d = {algorithm['cost_limit']:g}, so that the cost has no "
             "effect: this is plain PPO. Is the cost's sign or the limit right?"
         )
-    if constrained and safe and max(safe) == 0:
+    if constrained and sampled and max(safe) == 0:
         found["nothing safe"] = (
             f"no response of {steps} is within the limit d = {algorithm['cost_limit']:g}. Is the cost's sign or the "
             "limit right?"

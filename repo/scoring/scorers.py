@@ -20,6 +20,7 @@ from .classifier import ClassifierScorer, load_model
 from .embedded import HeadScorer, Reading, score_all
 from .function import FunctionScorer
 from .manifest import ANSWERS
+from .signals import field_of
 
 EMBEDDED = "embedded"
 SIGNALS = ("reward", "cost")
@@ -211,7 +212,8 @@ def load_scorer(
 ) -> Scorer:
     """Load one scorer by its name in the configuration and check its sign; arguments as for load_scorers.
 
-    signal: "reward" or "cost". timeout: seconds that one call of a function may take. Raises UserError as load_scorers.
+    signal: "reward", "cost" or "shield", a cost too. timeout: seconds that one call of a function may take. Raises
+    UserError as load_scorers.
     """
     scorer: Scorer
     if name == EMBEDDED:
@@ -220,7 +222,7 @@ def load_scorer(
         scorer = FunctionScorer(name, signal, timeout)
     else:
         scorer = load_model(name, signal, device, trust, date)
-    check_sign(scorer, f"scoring.{signal} {name!r}")
+    check_sign(scorer, f"{field_of(signal)} {name!r}")
     return scorer
 
 
@@ -234,8 +236,8 @@ def _load_embedded(
 ) -> HeadScorer:
     """Load the embedded scorer of a signal. Raises UserError if there is no assets folder."""
     if assets is None:
-        raise UserError(f"scoring.{signal} is 'embedded' but there is no assets folder; run python -m repo.assets")
-    folder = assets / "scorers" / signal
+        raise UserError(f"{field_of(signal)} is 'embedded' but there is no assets folder; run python -m repo.assets")
+    folder = assets / "scorers" / ("cost" if signal == "shield" else signal)
     return HeadScorer.load(folder, model=model, tokenizer=tokenizer, device=device, frozen=frozen)
 
 

@@ -1,6 +1,8 @@
-"""Signals: the configuration fields that name the scorers of reward, cost and judge."""
+"""Signals: the configuration fields, and the option, that name the scorers of reward, cost, judge and shield."""
+
+OTHERS = {"judge": "evaluation.judge", "shield": "--shield-scorer"}
 
 
 def field_of(signal: str) -> str:
-    """Return the configuration field that names the scorer of `signal`: "reward", "cost" or "judge"."""
-    return "evaluation.judge" if signal == "judge" else f"scoring.{signal}"
+    """Return what names the scorer of `signal`, "reward", "cost", "judge" or "shield", in messages."""
+    return OTHERS.get(signal, f"scoring.{signal}")

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from rich.console import Console
 
-from repo import evaluate, train
+from repo import evaluate, setup, train
 from repo.common.errors import UserError
 from repo.common.seeds import seed_from
+from repo.config.parse import load_config
 from repo.scoring.judge import load_judge
+from repo.scoring.scorers import load_scorer
 
 pytestmark = pytest.mark.slow
 
@@ -197,12 +200,22 @@ def test_a_model_behind_a_shield_needs_no_run(tiny_model, tiny_prompts, tmp_path
         (["--shield=2", "--shield-refusal= "], "--shield-refusal must be a text that is not empty"),
         (["--shield=2", "--shield-scorer="], "--shield-scorer must name a cost scorer"),
         (["--shield=2", "--shield-scorer=a:b", "--shield-scorer=a:b"], "'a:b' is given twice"),
-        (["--shield=2", "--shield-scorer=nowhere:b", "--out=x.json"], "scoring.cost: cannot import module 'nowhere'"),
+        (["--shield=2", "--shield-scorer=nowhere:b", "--out=x.json"], "--shield-scorer: cannot import module"),
     ],
 )
 def test_wrong_switches_of_a_shield_are_told_in_a_sentence(run, switches, sentence):
     with pytest.raises(UserError, match=sentence):
         evaluate.run_command([str(run), *switches])
+
+
+def test_an_embedded_shield_scorer_gets_its_assets_though_nothing_else_needs_any(run, tmp_path, monkeypatch):
+    config, console = load_config(run / "config.yaml"), Console(quiet=True)
+    monkeypatch.setattr(setup.assets, "build", lambda report: None)
+    monkeypatch.setattr(setup.assets, "assets_dir", lambda: tmp_path)
+    assert setup.find_assets(config, console) is None
+    assert setup.find_assets(config, console, ["embedded"]) == tmp_path
+    with pytest.raises(UserError, match=r"^--shield-scorer is 'embedded' but there is no assets folder"):
+        load_scorer("embedded", "shield", 1.0, None)
 
 
 def test_training_refuses_a_shield_on_its_command_line(tiny_arguments):

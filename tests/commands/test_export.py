@@ -1,5 +1,6 @@
 """A checkpoint as a model in Hugging Face format."""
 
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from repo import train
 from repo.common.errors import UserError
 from repo.export import run_command
+from repo.rollout.sample import sample
 from repo.training.cost_gradient import cost_gradient
 
 
@@ -148,6 +150,25 @@ def test_a_patch_adds_the_entries_that_matter_most_to_the_cost(tiny_arguments, t
         moved += int(sure.sum())
     assert 0.09 * len(entries) < moved <= 0.1 * len(entries)
     assert "only the share 0.1" in (out / "export-step-000002-scale-0.5-keep-0.1" / "README.md").read_text()
+
+
+def test_a_patch_is_chosen_by_prompts_not_held_out(tiny_arguments, tiny_prompts, tmp_path, monkeypatch):
+    from repo import setup
+
+    both, asked = tmp_path / "both.jsonl", []
+    both.write_text("".join(path.read_text() for path in tiny_prompts))
+
+    def sampled(policy, prompts, *arguments):
+        asked.extend(prompt.text for prompt in prompts)
+        return sample(policy, prompts, *arguments)
+
+    out, more = tmp_path / "run", ["--evaluation.prompts=9", "--evaluation.samples_per_prompt=1", "--steps=1"]
+    train.run_command([*tiny_arguments, f"--data.train={both}", *more, f"--out={out}"])
+    monkeypatch.setattr(setup, "sample", sampled)
+    run_command([str(out), "--keep=0.1"])
+    held_out = {json.loads(line)["prompt"] for line in tiny_prompts[1].read_text().splitlines()}
+    assert asked
+    assert held_out.isdisjoint(asked)
 
 
 @pytest.mark.parametrize("keep", ["0", "1.1", "-0.5", "nan"])

@@ -172,6 +172,12 @@ LINEAR = "--penalty.limit_schedule linear "
             "--algorithm.barrier_margin 0.5",
             "algorithm.barrier_margin must be 0 without algorithm.cost_mode barrier; got 0.5",
         ),
+        (
+            "--algorithm.barrier_tau 0.5",
+            "algorithm.barrier_tau must be 0.1 without algorithm.cost_mode barrier; got 0.5",
+        ),
+        ("--penalty.limit_steps 20", "penalty.limit_steps must be 10 with limit_schedule constant; got 20"),
+        ("--gate.tolerance 0.05", "gate.tolerance must be 0 without gate.every; got 0.05"),
         (INTERIOR, r"penalty.lr must be in \[0, 1\] with method interior_point, .*; got 2.0"),
         (INTERIOR + "--penalty.lr 0.1 --penalty.max inf", "penalty.max must be finite with method interior_point"),
         (INTERIOR + "--penalty.lr 0.1 --penalty.initial 0", "penalty.initial must be > 0 with method interior_point"),
@@ -200,7 +206,10 @@ def test_fields_of_the_limit_and_the_barrier_that_do_not_go_together_are_refused
     [
         BARRIER + "--algorithm.barrier_margin 0.5",
         INTERIOR + "--penalty.lr 0.1 " + LINEAR,
+        BARRIER + "--algorithm.barrier_tau 0.5",
         LINEAR + "--penalty.limit_start 0",
+        "--penalty.limit_schedule pi --penalty.limit_steps 20",
+        "--gate.every 5 --gate.tolerance 0.05",
         LINEAR + "--algorithm.method crpo",
         "--penalty.limit_schedule pi --algorithm.method ppo_lagrangian",
     ],

@@ -126,12 +126,24 @@ def test_the_decisions_of_a_gate_are_drawn_with_the_safe_rate(tmp_path):
 
 
 def test_an_odd_number_of_small_panels_leaves_no_empty_frame(tmp_path):
-    from repo.reporting.figures import _training
+    from repo.reporting.small_panels import TRAINING, draw_small
 
     run = write_run(tmp_path / "run", steps=8)
     rewrite(run, "metrics", lambda r: {"credit_explained_variance": 0.1 * r["step"]})
-    drawn = _training(read(run))
+    drawn = draw_small(read(run), TRAINING, "Training")
     assert drawn is not None
     shown = [axes.get_title() for axes in drawn[0].axes if axes.axison]
     assert shown == ["gradient norm", "sampling, tokens/s", "credit of tokens, expl. var."]
     assert len(drawn[0].axes) == 4
+
+
+def test_a_run_on_pairs_shows_how_the_pairs_are_learned(tmp_path):
+    run = write_run(tmp_path / "run", steps=10)
+    unsampled = {"safe_rate": None, "kl": None}
+    learned = {"pair_accuracy": 0.75, "pair_margin": 0.2, "pair_log_ratio": -0.1, "pair_confidence": 0.9}
+    rewrite(run, "metrics", lambda r: learned | ({} if r["step"] % 5 == 4 else unsampled))
+    text = Page(write_report(run).read_text()).text
+    for title in ("Pairs", "moved towards the better, %", "margin β Δ", "confidence of the labels, %"):
+        assert title in text
+    assert "λ moves in the steps that sample the policy." in text
+    assert "λ moves once per batch." in Page(write_report(write_run(tmp_path / "other", steps=8)).read_text()).text

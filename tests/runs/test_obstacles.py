@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from repo import train
-from repo.config.schema import Config, PenaltyConfig
+from repo.config.schema import BOUNDED, PAIRED, Config, PenaltyConfig
 from repo.reporting.document import write_report
 from repo.runs.obstacles import FEWEST, obstacles
 
@@ -56,10 +56,23 @@ def test_console_and_report_say_it_once(options, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("method", "mode", "told"),
-    [("repo", "rectified", True), ("repo", "barrier", False), ("interior_point", "rectified", False)],
+    [
+        ("repo", "rectified", True),
+        ("repo", "split", True),
+        ("crpo", "rectified", True),
+        ("repo", "barrier", False),
+        *((method, "rectified", False) for method in ("interior_point", "ppo_lagrangian", "fixed_penalty", *PAIRED)),
+    ],
 )
 def test_a_method_that_acts_within_the_limit_is_not_called_plain_ppo(method, mode, told):
     config = {"algorithm": {"method": method, "cost_mode": mode, "cost_limit": 0.0}, "penalty": {"max": 3.0}}
     records = [{"safe_rate": 1.0, "lam": 3.0}] * 4
     assert ("never binds" in obstacles(config, records, [])) == told
-    assert "lambda at its cap" in obstacles(config, records, [])
+    assert ("lambda at its cap" in obstacles(config, records, [])) == (method in BOUNDED)
+
+
+def test_steps_that_do_not_sample_the_policy_say_nothing_of_its_safety():
+    config = {"algorithm": {"method": "repo_dpo", "cost_limit": 0.0}}
+    records = [{"safe_rate": None if step % 5 else 0.0, "lam": 1.0} for step in range(15)]
+    assert obstacles(config, records, []) == {}  # three samples
+    assert "nothing safe" in obstacles(config, [*records, {"safe_rate": 0.0, "lam": 1.0}], [])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from repo.common.distributed import World
-from tests.runs.test_kills import CREDIT, GATE, assert_same_run, metrics
+from tests.runs.test_kills import BARRIER, CREDIT, GATE, INTERIOR, SIMMER, assert_same_run, metrics
 from tests.support.programs.processes import config_of, gradient
 
 ALONE = {"OMP_NUM_THREADS": "1"}
@@ -126,6 +126,15 @@ def test_a_run_on_pairs_learns_what_one_process_does(shard, options, tmp_path):
     more = [*options, "--algorithm.method=repo_dpo", "--optimizer.minibatches=3", "--steps=6"]
     run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
     run(2, "repo.train", *more, f"--model.shard={shard}", f"--out={tmp_path / 'two'}")
+    assert_close_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [SIMMER, BARRIER, INTERIOR], ids=["simmer", "barrier", "interior point"])
+def test_a_limit_or_a_barrier_moves_as_in_one_process(more, options, tmp_path):
+    more = [*more, *options, "--steps=5"]  # what follows a preset overrides it
+    run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
+    run(2, "repo.train", *more, f"--out={tmp_path / 'two'}")
     assert_close_run(tmp_path / "two", tmp_path / "one")
 
 

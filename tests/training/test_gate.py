@@ -117,8 +117,20 @@ def test_validation_prompts_are_set_apart_and_do_not_depend_on_the_order():
     assert [p.id for p in set_apart(every[::-1])[1]] == [p.id for p in gate]
     assert [len(part) for part in set_apart(prompts(21))] == [11, 10]
     assert len(chosen(prompts(30))) == 30
-    with pytest.raises(UserError, match=r"gate\.every: .* needs 10; data\.train has only 19"):
+    with pytest.raises(UserError, match=r"gate\.every: .* needs 10; data\.train has only 19 different ones"):
         set_apart(prompts(19))
+
+
+def test_no_text_is_on_both_sides_or_twice_before_the_gate():
+    """Several pairs of one prompt, each with an id of its own."""
+    several = [Prompt(f"{i}, pair {j}", f"question {i}", "test") for j in range(3) for i in range(40)]
+    train_on, gate = set_apart(several)
+    texts = {p.text for p in gate}
+    assert len(gate) == len(texts) == 20
+    assert len(train_on) == 60
+    assert texts.isdisjoint(p.text for p in train_on)
+    with pytest.raises(UserError, match="has only 19 different ones"):
+        set_apart([p for p in several if int(p.id.split(",")[0]) < 19])
 
 
 def harm(updater: Updater) -> None:
@@ -204,20 +216,45 @@ def test_the_accepted_checkpoint_outlives_newer_ones(options, harmful, tmp_path)
     assert lines(tmp_path / "run")[-1]["gate_accepted"] == 0.0
     accepted, restored = (checkpoint(tmp_path / "run", step)[0] for step in (0, 4))
     assert all(torch.equal(value, restored[name]) for name, value in accepted.items())
+    best = (tmp_path / "run" / "checkpoints" / "best").read_text()
+    assert best == "step-000000"  # and none of those that were taken back, which sampled safe responses
 
 
 STRICT = ["--optimizer.lr=1e-2", "--penalty.lr=0.5"]  # noise alone makes a strict gate reject
 
 
-def test_a_resumed_run_with_rejections_is_the_run_that_was_not_interrupted(options, tmp_path):
+def test_a_resumed_run_with_rejections_is_the_run_that_was_not_interrupted(options, tmp_path, capsys):
     train.run_command([*options, *STRICT, "--steps=8", f"--out={tmp_path / 'whole'}"])
     train.run_command([*options, *STRICT, "--steps=5", f"--out={tmp_path / 'part'}"])
     train.run_command(["--resume", str(tmp_path / "part"), "--steps=8"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a run of 8 steps with gate.every 2 would not have decided there" in told
     whole, part = (without_times(lines(tmp_path / name)) for name in ("whole", "part"))
     accepted = [r["gate_accepted"] for r in whole if "gate_accepted" in r]
     assert 0.0 in accepted
     assert whole[:4] == part[:4]  # the shorter run was judged once more, after its last step
     assert len(whole) == len(part) == 8
+
+
+def test_a_prompt_of_the_gate_that_changes_under_its_id_stops_a_resume(options, tmp_path):
+    path = tmp_path / "train.jsonl"
+    (given,) = (option.partition("=")[2] for option in options if option.startswith("--data.train="))
+    path.write_text(Path(given).read_text())
+    more = [*options, f"--data.train={path}", "--steps=2", f"--out={tmp_path / 'run'}"]
+    train.run_command(more)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    of_gate = set_apart([Prompt(r["id"], r["prompt"], "test") for r in records])[1][0].id
+    changed = [r | {"prompt": "Another one."} if r["id"] == of_gate else r for r in records]
+    path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+    with pytest.raises(UserError, match=r"the input named by data\.train has changed"):
+        train.run_command(["--resume", str(tmp_path / "run"), "--steps=4"])
+
+
+def test_a_dry_run_refuses_too_few_prompts_for_a_gate(options, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Number {i}."}) + "\n" for i in range(19)))
+    with pytest.raises(UserError, match=r"gate\.every: .* has only 19"):
+        train.run_command([*options, f"--data.train={path}", "--dry-run"])
 
 
 def test_a_run_that_stopped_goes_back_to_what_it_had_accepted(options, tmp_path):

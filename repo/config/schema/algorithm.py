@@ -9,6 +9,8 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 
 BOUNDED = ("repo", "ppo_lagrangian", "interior_point", "cdpo", "repo_dpo")
 """Methods whose lambda moves, up to penalty.max."""
+PAIRED = ("cdpo", "repo_dpo")
+"""Methods that learn from pairs of responses that are not the policy's own."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class AlgorithmConfig:
 
     @property
     def on_pairs(self) -> bool:
-        """Tell whether the method learns from pairs of responses that are not the policy's own."""
-        return self.method in ("cdpo", "repo_dpo")
+        """Tell whether the method is one of PAIRED."""
+        return self.method in PAIRED
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ class PenaltyConfig:
     value while the mean cost is above the limit."""
     limit_schedule: Literal["constant", "linear", "pi"] = "constant"
     """Course of the limit that advantages and lambda see; metrics and evaluations always use algorithm.cost_limit.
-    constant: that limit. linear: from limit_start to it over limit_steps. pi: from limit_start towards it while at most
-    10 % of the batch is unsafe at the limit of the step, and back where more is. Not for methods fixed_penalty, ppo,
-    cdpo and repo_dpo."""
+    constant: that limit. linear: from limit_start to it over limit_steps. pi: from limit_start towards it while,
+    in the batch and those before it, less than 10 % of the responses are unsafe at the limit of the step, and back
+    while more are. Not for methods fixed_penalty, ppo, cdpo and repo_dpo."""
     limit_start: float | None = None
     """First limit, at least algorithm.cost_limit, in units of the cost. null: the 90th percentile of the costs of the
     first batch, which the reference sampled, or algorithm.cost_limit if that is higher."""
