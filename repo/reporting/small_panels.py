@@ -36,14 +36,14 @@ def draw_small(
     history: History, panels: Sequence[tuple[str, str, float]], title: str
 ) -> tuple[Figure, str, str] | None:
     """Draw the metrics that the run has, with title and caption; None if it has none of them."""
-    known = [p for p in panels if np.isfinite(_metric(history, p[0])).any()]
+    known = [p for p in panels if np.isfinite(metric_of(history, p[0])).any()]
     if not known:
         return None
     rows = -(-len(known) // 2)
     figure = Figure(figsize=(WIDTH, 1.6 * rows + 0.4))
     grid, steps = figure.subplots(rows, 2, sharex=True, squeeze=False), 0
     for axes, (key, name, scale) in zip(grid.flat, known, strict=False):
-        values = scale * _metric(history, key)
+        values = scale * metric_of(history, key)
         drawn = np.isfinite(values) | history.measured
         steps = max(steps, int(drawn.sum()))
         trend(axes, history.steps[drawn], values[drawn], NOW, "")
@@ -68,7 +68,7 @@ def _cap(history: History, key: str) -> float | None:
     return rollout.get("max_response_tokens", rollout.get("max_new_tokens")) if key == "length" else None
 
 
-def _metric(history: History, key: str) -> np.ndarray:
+def metric_of(history: History, key: str) -> np.ndarray:
     """Return a metric by step, (S,). A missing length is computed from the step's response tokens and samples."""
     written = history.series(key)
     if key != "length" or np.isfinite(written).all():

@@ -19,11 +19,11 @@ from tests.support.pages import HOSTILE, Page, page_of, rewrite
 
 
 def test_lengths_are_those_of_the_steps_or_counted_from_the_samples(tmp_path):
-    from repo.reporting.figures import _metric
+    from repo.reporting.small_panels import metric_of
 
     run = write_run(tmp_path / "run")
     rewrite(run, "metrics", lambda r: {"length": 7.5 if r["step"] else None})
-    np.testing.assert_allclose(_metric(read(run), "length"), [9.0, *[7.5] * 5])
+    np.testing.assert_allclose(metric_of(read(run), "length"), [9.0, *[7.5] * 5])
 
 
 def test_samples_without_a_score_are_left_out_and_counted(tmp_path):
