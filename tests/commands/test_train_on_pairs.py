@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from repo import course, loop, train
 from repo.common.errors import UserError
 from repo.config.parse import PRESETS
-from repo.reporting import figures, run_history
+from repo.reporting import figures, run_history, small_panels
+from repo.reporting.small_panels import PAIRS
 from repo.rollout import pairs as drawing
 from repo.training.pairs import DUAL_EVERY
 from tests.support.run_folders import lines, run, without_times
@@ -88,10 +89,18 @@ def test_a_report_joins_the_steps_that_sampled(finished, monkeypatch):
     history = run_history.read(finished)
     assert history.sampled == [DUAL_EVERY - 1, 2 * DUAL_EVERY - 1]
     trend, steps = figures.trend, []
-    monkeypatch.setattr(figures, "trend", lambda axes, at, *more: steps.append(at.tolist()) or trend(axes, at, *more))
-    assert {"reward", "safe_rate", "penalty", "training"} <= {figure.name for figure in figures.draw_all(history)}
+
+    def noting(axes, at, *more):
+        steps.append(at.tolist())
+        trend(axes, at, *more)
+
+    for module in (figures, small_panels):
+        monkeypatch.setattr(module, "trend", noting)
+    drawn = {figure.name for figure in figures.draw_all(history)}
+    assert {"reward", "safe_rate", "penalty", "pairs", "training"} <= drawn
     assert [DUAL_EVERY, 2 * DUAL_EVERY] in steps
-    assert steps.count(list(range(1, STEPS + 1))) == 1  # the gradient norm, known in each
+    # the gradient norm and what is of pairs is known in each
+    assert steps.count(list(range(1, STEPS + 1))) == 1 + len(PAIRS)
     assert len({tuple(at) for at in steps}) == 2
 
 
