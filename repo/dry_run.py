@@ -13,7 +13,7 @@ from .common.adapter_folder import base_of
 from .common.distributed import ALONE, World
 from .common.errors import UserError, first_line
 from .common.hub import require_model
-from .config.schema import Config
+from .config.schema import DUAL_EVERY, Config
 from .data.sources import load_data
 from .gate.prompts import gate_data
 from .memory.budget import free_bytes, pick, with_micro_batches
@@ -26,7 +26,6 @@ from .models.quantised import require_trainable
 from .rollout.engine import check_engine
 from .rollout.stop_tokens import stop_id
 from .setup import find_assets, model_path, shards_of
-from .training.pairs import DUAL_EVERY
 
 
 def describe_batch(config: Config, world: World = ALONE) -> str:

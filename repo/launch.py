@@ -143,7 +143,7 @@ def open_folder(
     path, resumed: the results of choose_folder. Raises UserError if the folder cannot be written, or if an input has
     changed that --allow-change does not name.
     """
-    prompts = [*parts.train_prompts, *parts.gate_prompts], parts.eval_prompts, parts.examples
+    prompts = parts.train_prompts, parts.eval_prompts, parts.examples, parts.gate_prompts
     inputs = world.from_first(lambda: fingerprints(parts.reference.model, parts.scorers, *prompts))
     if switches.resume:
         warnings = world.from_first(lambda: check_inputs(path, inputs, switches.allow_change))

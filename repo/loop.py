@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .config.schema import DUAL_EVERY
 from .course import course_of
 from .data.prompts import batch_at
 from .models.actor import Actor, read_reference
@@ -13,7 +14,7 @@ from .session import Session
 from .training.batch import make_batch
 from .training.mismatch import agreement, describe_mismatch
 from .training.multipliers import Multipliers
-from .training.pairs import DUAL_EVERY, PairUpdater, make_pair_batch
+from .training.pairs import PairUpdater, make_pair_batch
 from .training.truncation import for_training
 from .training.update import Updater
 

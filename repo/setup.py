@@ -14,7 +14,7 @@ from torch import nn
 from . import assets
 from .common.distributed import ALONE, World
 from .common.errors import UserError
-from .config.schema import Config
+from .config.schema import Config, PtxConfig
 from .data.prompts import Example, Prompt, batch_at
 from .data.sources import is_embedded, load_data
 from .gate.prompts import gate_data
@@ -212,7 +212,8 @@ def load_patched_policy(
     policy = load_policy(model_path(config, folder), device, True, whole.model, trust)
     policy, _ = with_stop_tokens(policy, config.rollout.stop_tokens)
     shape = policy.model.config.get_text_config()
-    prompts, _, _ = load_data(config, folder, policy.tokenizer, policy.eos_ids, shape, console)
+    plain = dataclasses.replace(config, ptx=PtxConfig())  # without supervised examples
+    prompts, _, _ = load_data(plain, folder, policy.tokenizer, policy.eos_ids, shape, console)
     prompts, _ = gate_data(config, folder, prompts, policy.tokenizer, shape, console)
     asked = batch_at(prompts, 0, min(CALIBRATION, len(prompts)), config.seed, "patch")
     rollout = sample(policy, asked, max(2, config.rollout.samples_per_prompt), config.rollout, config.seed, "patch")

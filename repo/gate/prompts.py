@@ -31,7 +31,8 @@ def chosen(prompts: Sequence[Prompt], count: int = PROMPTS) -> list[Prompt]:
 def set_apart(train: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     """Divide training prompts by their texts: (those that are trained on, the gate's: PROMPTS, but at most half).
 
-    A text occurs several times where a prompt has several pairs; all of them go to one side, once to the gate's.
+    Where a text occurs several times, as in several pairs of a prompt, the gate gets one of its prompts and none is
+    trained on, or all are.
     Raises UserError if too few would be left to either for an interval.
     """
     texts = len({prompt.text for prompt in train})

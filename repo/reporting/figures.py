@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..config.schema import BOUNDED
+from ..config.schema import BOUNDED, PAIRED
 from ..scoring.safety import is_safe
 from .held_out import held_out
 from .run_history import History, column
@@ -148,7 +148,7 @@ def _penalty(history: History) -> tuple[Figure, str, str]:
     responses = "rectified" if hinge else "unsafe"
     panels[1].set_title(f"{responses} responses, C > d (%)")
     panels[1].set_ylim(0, 102)
-    often = "once per batch" if history.measured.all() else "in the steps that sample the policy"
+    often = "in the steps that sample the policy" if algorithm["method"] in PAIRED else "once per batch"
     caption = f"λ moves {often}. Training batches: {_drawing(history)}"
     if moves:
         panels[2].plot(*thinned(history.steps, history.series("limit")), color=NOW)

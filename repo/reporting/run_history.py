@@ -80,7 +80,10 @@ class History:
 
     @cached_property
     def measured(self) -> np.ndarray:
-        """Tell which steps sampled the policy, (S,) bool: with methods that learn from pairs not all."""
+        """Tell which steps sampled the policy, (S,) bool: with methods that learn from pairs not all.
+
+        All, where no step says so: records of earlier versions may not.
+        """
         safe_rate = np.isfinite(self.series("safe_rate"))
         return safe_rate if safe_rate.any() else np.ones_like(safe_rate)
 

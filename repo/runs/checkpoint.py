@@ -86,7 +86,7 @@ class Saver:
 
     run: the run folder.
     keep: number of newest checkpoints to keep. The best stays too: the one with the highest reward among those whose
-        safe rate reaches `safety_target`, or the safest if none does.
+        safe rate reaches `safety_target`, or the safest if none does; with a gate among those that it accepted.
     safety_target: safe rate in [0, 1].
     world: the processes of the run.
     sharded: each process holds a part of the weights.
@@ -184,6 +184,8 @@ class Saver:
         try:
             before, _ = read_state(best)
         except UserError:
+            return True
+        if state.gate and before.gate.get("accepted") != before.step:  # it is from a time without the gate
             return True
         if math.isnan(before.safe_rate):  # nothing is known of it: the newest one stays until something is
             return True

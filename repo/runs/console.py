@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..config.schema import Config
+from ..config.schema import DUAL_EVERY, Config
 from .obstacles import obstacles
 from .panel import WINDOW, SafetyPanel
 
@@ -127,7 +127,8 @@ class Display:
         self.panel = SafetyPanel(console, config.algorithm.cost_limit)
         self.bar, self.started, self.warned = progress_bar(console, self.panel), time.perf_counter(), False
         self.settings, self.told = asdict(config), set[str]()
-        self.recent: deque[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] = deque(maxlen=WINDOW)
+        steps = WINDOW * DUAL_EVERY if config.algorithm.on_pairs else WINDOW  # of those on pairs WINDOW sample
+        self.recent: deque[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] = deque(maxlen=steps)
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -158,7 +159,7 @@ class Display:
         self.bar.advance(self.task)
 
     def _obstacles(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Print each obstacle to learning, in the last WINDOW steps, when it is first found."""
+        """Print each obstacle to learning, in the last WINDOW steps that sampled, when it is first found."""
         self.recent.append((record, samples))
         records = [r for r, _ in self.recent]
         found = obstacles(self.settings, records, [s for _, part in self.recent for s in part])

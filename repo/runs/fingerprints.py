@@ -26,10 +26,9 @@ def fingerprints(
     train_prompts: Sequence[Prompt],
     eval_prompts: Sequence[Prompt],
     examples: Sequence[Example],
+    gate_prompts: Sequence[Prompt] = (),
 ) -> dict[str, str]:
     """Hash the inputs of a run.
-
-    train_prompts: those of data.train, also those that the gate judges by.
 
     Returns SHA-256 digests in hex by configuration field: of the reference's weights, of prompts and examples as
     tokens, and of each signal's scorers (manifest, and weights or the source of the function's module).
@@ -38,6 +37,8 @@ def fingerprints(
     hashes = {"model.path": of_reference, "data.train": _of_json([_of_prompt(p) for p in train_prompts])}
     if eval_prompts:
         hashes["data.eval"] = _of_json([_of_prompt(p) for p in eval_prompts])
+    if gate_prompts:
+        hashes["gate.every"] = _of_json([_of_prompt(p) for p in gate_prompts])
     if examples:
         hashes["ptx.data"] = _of_json([[e.prompt_ids, e.response_ids] for e in examples])
     for signal, parts in scorers.parts.items():

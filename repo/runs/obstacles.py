@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config.schema import BOUNDED
+from ..config.schema import BOUNDED, PAIRED
 
 FEWEST = 4
 """Fewest steps that a sentence is based on."""
@@ -21,22 +21,30 @@ def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Se
 
     config: the configuration as nested mappings. records, samples: lines of metrics.jsonl and samples.jsonl of the same
     steps; keys that older versions did not write may be missing.
-    Returns a sentence for each kind of obstacle, by its name; none before FEWEST steps.
+    Returns a sentence for each kind of obstacle, by its name; none before FEWEST steps, with methods that learn from
+    pairs FEWEST of those that sampled the policy.
     """
+    algorithm, found = config["algorithm"], dict[str, str]()
+    confidence = _values(records, "pair_confidence")
+    if len(confidence) >= FEWEST and max(confidence) < FLAT:
+        found["no spread"] = (
+            f"the two responses of nearly every pair of {len(confidence)} steps are worth the same, so that nothing is "
+            "learned from them: do the scores differ?"
+        )
+    if algorithm["method"] in PAIRED:
+        records = [record for record in records if record.get("safe_rate") is not None]
     if len(records) < FEWEST:
-        return {}
-    algorithm, steps = config["algorithm"], f"{len(records)} steps"
-    constrained, found = algorithm["method"] != "ppo", {}
+        return found
+    constrained, steps = algorithm["method"] != "ppo", f"{len(records)} steps"
     safe = _values(records, "safe_rate")
     hinged = algorithm["method"] == "repo" and algorithm.get("cost_mode") != "barrier"
     vanishes = hinged or algorithm["method"] == "crpo"  # other costs act within the limit too
-    sampled = len(safe) >= FEWEST  # methods that learn from pairs sample the policy in some steps alone
-    if vanishes and sampled and min(safe) == 1:
+    if vanishes and safe and min(safe) == 1:
         found["never binds"] = (
             f"every response of {steps} is within the limit d = {algorithm['cost_limit']:g}, so that the cost has no "
             "effect: this is plain PPO. Is the cost's sign or the limit right?"
         )
-    if constrained and sampled and max(safe) == 0:
+    if constrained and safe and max(safe) == 0:
         found["nothing safe"] = (
             f"no response of {steps} is within the limit d = {algorithm['cost_limit']:g}. Is the cost's sign or the "
             "limit right?"
@@ -49,12 +57,6 @@ def obstacles(config: Mapping[str, Any], records: Sequence[Mapping], samples: Se
                 f"in {flat:.0%} of the groups of {steps} all responses to the prompt have the same advantage 0: their "
                 "scores do not differ, so that nothing is learned from them"
             )
-    confidence = _values(records, "pair_confidence")
-    if confidence and max(confidence) < FLAT:
-        found["no spread"] = (
-            f"the two responses of nearly every pair of {steps} are worth the same, so that nothing is learned from "
-            "them: do the scores differ?"
-        )
     lam, cap = _values(records[-FEWEST:], "lam"), config.get("penalty", {}).get("max")
     bounded = algorithm["method"] in BOUNDED and cap is not None
     if bounded and len(lam) == FEWEST and min(lam) >= cap > 0:

@@ -83,11 +83,11 @@ def check_resume(folder: Path, config: Config, allowed: Sequence[str] = ()) -> R
     done = state.step if state else 0
     if done > config.steps or (done == config.steps and (folder / "final").exists()):
         raise UserError(f"--resume: the run already has {done} steps; ask for more with --steps")
-    gate = config.gate.every
+    gate = saved.gate.every
     if gate and done == saved.steps < config.steps and done % gate:
         warnings.append(
-            f"the gate decided after step {done}, the last one then; a run of {config.steps} steps with gate.every "
-            f"{gate} would not have decided there"
+            f"the gate decided after step {done}, the last one then; a run of {config.steps} steps from the beginning "
+            "would not have decided there"
         )
     for name, offset in (state.offsets if state else {}).items():
         path = path_of(folder, name)

@@ -55,7 +55,7 @@ class ClassifierScorer:
 
         name: `path`, `path#label` or `path#label:unit`, where path is a folder or hub name, or the folder of a LoRA
             adapter; the label is needed if there are several, and the unit is logodds, prob or logit.
-        signal: "reward", "cost" or "judge", for messages. trust: run Python code that comes with the model.
+        signal: "reward", "cost", "judge" or "shield", for messages. trust: run Python code that comes with the model.
         date: YYYY-MM-DD, today's date for a chat template that prints it; None: today.
         """
         path, _, output = name.partition("#")
@@ -280,7 +280,7 @@ def _context_of(model: Any) -> int | None:
 def load_model(name: str, signal: str, device: str, trust: bool = False, date: str | None = None) -> ClassifierScorer:
     """Load the scorer that fits the architecture in the model's config. Raises UserError if it cannot be loaded.
 
-    name: folder or hub name, with #label if needed. signal: "reward", "cost" or "judge", for messages.
+    name: folder or hub name, with #label if needed. signal: "reward", "cost", "judge" or "shield", for messages.
     trust: run Python code that comes with the model. date: today's date for chat templates, YYYY-MM-DD.
     """
     path = name.partition("#")[0]

@@ -33,8 +33,8 @@ class FunctionScorer:
     def __init__(self, name: str, signal: str, timeout: float) -> None:
         """Import the function. Raises UserError if that fails or its manifest is wrong.
 
-        name: `module:function`; the module may lie in the working directory. signal: "reward", "cost" or "judge", for
-        messages. timeout: seconds that a call may take.
+        name: `module:function`; the module may lie in the working directory. signal: "reward", "cost", "judge" or
+        "shield", for messages. timeout: seconds that a call may take.
         """
         self.where, self.timeout = f"{field_of(signal)} {name!r}", timeout
         self.function = load_function(name, signal)

@@ -27,9 +27,6 @@ from ..models.sharding import require_finite_weights
 from ..scoring.scorers import Scores
 from .descent import Descent
 
-DUAL_EVERY = 5
-"""Steps from one sample of the policy, by whose costs lambda moves, to the next."""
-
 
 def require_pairs_in_one_pass(attention: Attention, path: str) -> None:
     """Raise UserError if the model at `path` reads one response at a time, so that no pass holds a pair."""

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from repo import course, loop, train
 from repo.common.errors import UserError
 from repo.config.parse import PRESETS
+from repo.config.schema import DUAL_EVERY
 from repo.reporting import figures, run_history, small_panels
 from repo.reporting.small_panels import PAIRS
 from repo.rollout import pairs as drawing
-from repo.training.pairs import DUAL_EVERY
 from tests.support.run_folders import lines, run, without_times
 from tests.support.tiny import QUESTIONS, TEXT
 
@@ -169,6 +169,9 @@ def test_given_pairs_are_learned_from_and_nothing_is_sampled_for_them(on_pairs, 
         (["--algorithm.clip_range=[0.1, 0.2]"], "algorithm.clip_range must be (0.2, 0.2) with method cdpo"),
         (["--algorithm.kl_target=0.1"], "algorithm.kl_target must be null with method cdpo"),
         (["--rollout.truncated=mask"], "rollout.truncated must be keep with method cdpo"),
+        (["--rollout.truncation_penalty=2"], "rollout.truncation_penalty must be 1.0 with method cdpo"),
+        (["--ptx.coef=0.5"], "ptx.coef must be 16.0 with method cdpo"),
+        (["--critic.lr=1e-3"], "critic.lr must be 0.0001 with method cdpo"),
         (["--rollout.engine=vllm"], "rollout.engine must be transformers with method cdpo"),
         (["--algorithm.beta=0"], "algorithm.beta must be > 0 with method cdpo; got 0.0"),
         (["--penalty.initial=20"], "penalty.max must be >= penalty.initial = 20.0"),

@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+from rich.console import Console
 
 from repo import train
-from repo.config.schema import BOUNDED, PAIRED, Config, PenaltyConfig
+from repo.config.schema import BOUNDED, DUAL_EVERY, PAIRED, AlgorithmConfig, Config, PenaltyConfig
 from repo.reporting.document import write_report
+from repo.runs.console import Display
 from repo.runs.obstacles import FEWEST, obstacles
 
 FINE = {"safe_rate": 0.5, "lam": 2.0, "truncated": 0.5}
@@ -71,8 +73,24 @@ def test_a_method_that_acts_within_the_limit_is_not_called_plain_ppo(method, mod
     assert ("lambda at its cap" in obstacles(config, records, [])) == (method in BOUNDED)
 
 
-def test_steps_that_do_not_sample_the_policy_say_nothing_of_its_safety():
-    config = {"algorithm": {"method": "repo_dpo", "cost_limit": 0.0}}
-    records = [{"safe_rate": None if step % 5 else 0.0, "lam": 1.0} for step in range(15)]
-    assert obstacles(config, records, []) == {}  # three samples
-    assert "nothing safe" in obstacles(config, [*records, {"safe_rate": 0.0, "lam": 1.0}], [])
+def on_pairs(steps, **metrics):
+    """The lines of a run on pairs, which samples the policy in every fifth step."""
+    unknown = dict.fromkeys(("safe_rate", "truncated"))
+    return [{"step": i, "lam": 1.0} | (metrics if i % DUAL_EVERY == DUAL_EVERY - 1 else unknown) for i in range(steps)]
+
+
+def test_steps_that_do_not_sample_the_policy_say_nothing_of_it():
+    config = {"algorithm": {"method": "repo_dpo", "cost_limit": 0.0}, "penalty": {"max": 1.0}}
+    sampled = {"safe_rate": 0.0, "truncated": 1.0}
+    assert obstacles(config, on_pairs(19, **sampled), []) == {}  # three samples
+    found = obstacles(config, on_pairs(20, **sampled), [])
+    assert list(found) == ["nothing safe", "lambda at its cap", "cut off"]
+    assert "no response of 4 steps" in found["nothing safe"]
+
+
+def test_the_console_remembers_enough_steps_to_speak_of_pairs(capsys):
+    config = Config(steps=40, algorithm=AlgorithmConfig(method="cdpo"))
+    display = Display(Console(width=200), config, 0)
+    for record in on_pairs(20, safe_rate=0.0, truncated=0.5):
+        display._obstacles(record, [])
+    assert "note: no response of 4 steps is within the limit" in capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_a_run_on_pairs_learns_what_one_process_does(shard, options, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("more", [SIMMER, BARRIER, INTERIOR], ids=["simmer", "barrier", "interior point"])
 def test_a_limit_or_a_barrier_moves_as_in_one_process(more, options, tmp_path):
-    more = [*more, *options, "--steps=5"]  # what follows a preset overrides it
+    more = [*more, *options, "--steps=5"]  # presets come first, so that the options override them
     run(1, "repo.train", *more, f"--out={tmp_path / 'one'}")
     run(2, "repo.train", *more, f"--out={tmp_path / 'two'}")
     assert_close_run(tmp_path / "two", tmp_path / "one")

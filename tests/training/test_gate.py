@@ -228,7 +228,7 @@ def test_a_resumed_run_with_rejections_is_the_run_that_was_not_interrupted(optio
     train.run_command([*options, *STRICT, "--steps=5", f"--out={tmp_path / 'part'}"])
     train.run_command(["--resume", str(tmp_path / "part"), "--steps=8"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "a run of 8 steps with gate.every 2 would not have decided there" in told
+    assert "a run of 8 steps from the beginning would not have decided there" in told
     whole, part = (without_times(lines(tmp_path / name)) for name in ("whole", "part"))
     accepted = [r["gate_accepted"] for r in whole if "gate_accepted" in r]
     assert 0.0 in accepted
@@ -246,7 +246,7 @@ def test_a_prompt_of_the_gate_that_changes_under_its_id_stops_a_resume(options, 
     of_gate = set_apart([Prompt(r["id"], r["prompt"], "test") for r in records])[1][0].id
     changed = [r | {"prompt": "Another one."} if r["id"] == of_gate else r for r in records]
     path.write_text("".join(json.dumps(r) + "\n" for r in changed))
-    with pytest.raises(UserError, match=r"the input named by data\.train has changed"):
+    with pytest.raises(UserError, match=r"the input named by gate\.every has changed"):
         train.run_command(["--resume", str(tmp_path / "run"), "--steps=4"])
 
 

@@ -3,7 +3,7 @@
 python -m repo.train --config run.yaml --optimizer.lr 1e-5 --steps 40
 """
 
-from .algorithm import BOUNDED, PAIRED, AlgorithmConfig, CriticConfig, PenaltyConfig
+from .algorithm import BOUNDED, DUAL_EVERY, PAIRED, AlgorithmConfig, CriticConfig, PenaltyConfig
 from .data import DataConfig, PtxConfig
 from .gate import GateConfig
 from .model import ModelConfig
@@ -14,6 +14,7 @@ from .scoring import EvaluationConfig, ScoringConfig
 
 __all__ = [
     "BOUNDED",
+    "DUAL_EVERY",
     "PAIRED",
     "AlgorithmConfig",
     "Config",

@@ -11,6 +11,8 @@ BOUNDED = ("repo", "ppo_lagrangian", "interior_point", "cdpo", "repo_dpo")
 """Methods whose lambda moves, up to penalty.max."""
 PAIRED = ("cdpo", "repo_dpo")
 """Methods that learn from pairs of responses that are not the policy's own."""
+DUAL_EVERY = 5
+"""With methods of PAIRED: steps from one sample of the policy, by whose costs lambda moves, to the next."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Config:
     """Number of steps between checkpoints; one is always saved at the end. 0: only that one."""
     keep: PositiveInt = 1
     """Number of newest checkpoints to keep. The best one is kept too: the highest mean reward among those that reach
-    safety_target."""
+    safety_target, and that the gate accepted if there is one."""
     safety_target: ClosedUnitInterval = 0.95
     """Safe rate, over the steps since the checkpoint before, that a checkpoint needs to be the best by reward. If none
     reaches it, the safest is the best."""
