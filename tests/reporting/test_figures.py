@@ -138,12 +138,13 @@ def test_an_odd_number_of_small_panels_leaves_no_empty_frame(tmp_path):
 
 
 def test_a_run_on_pairs_shows_how_the_pairs_are_learned(tmp_path):
-    run = write_run(tmp_path / "run", steps=10)
+    run = write_run(tmp_path / "run", steps=10, method="cdpo")
     unsampled = {"safe_rate": None, "kl": None}
     learned = {"pair_accuracy": 0.75, "pair_margin": 0.2, "pair_log_ratio": -0.1, "pair_confidence": 0.9}
     rewrite(run, "metrics", lambda r: learned | ({} if r["step"] % 5 == 4 else unsampled))
     text = Page(write_report(run).read_text()).text
     for title in ("Pairs", "moved towards the better, %", "margin β Δ", "confidence of the labels, %"):
         assert title in text
+    assert "Method cdpo (pairs)" in text
     assert "λ moves in the steps that sample the policy." in text
     assert "λ moves once per batch." in Page(write_report(write_run(tmp_path / "other", steps=8)).read_text()).text
