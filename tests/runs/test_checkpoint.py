@@ -5,6 +5,7 @@ import pickle
 import random
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -314,3 +315,20 @@ def test_a_save_that_fails_is_told_when_it_is_waited_for(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*step-000002: .*; what was there before is intact"):
         saver.wait()
     saver.wait()  # told once
+
+
+@pytest.mark.parametrize(
+    ("accepted", "best"),
+    [([None, 2, 2], 2), ([None, None, 3], 3), ([1, 1, 3], 1), ([1, 1, 1], 1)],
+    ids=["the gate came later", "the gate came last", "accepted, of less merit", "taken back"],
+)
+def test_only_an_accepted_policy_is_the_best_beside_a_gate(accepted, best, tmp_path):
+    """Rewards fall from step to step; in the last case they rise."""
+    model, optimizer = make_model()
+    rewards = [1.0, 2.0, 3.0] if accepted == [1, 1, 1] else [3.0, 2.0, 1.0]
+    for step, (by, reward) in enumerate(zip(accepted, rewards, strict=True), 1):
+        saver = saver_of(tmp_path, keep=9)
+        gate = {} if by is None else {"accepted": by}
+        saver.start(replace(state(step, safe_rate=1.0, reward=reward), gate=gate), model, optimizer)
+        saver.wait()
+    assert (tmp_path / "checkpoints" / "best").read_text() == f"step-00000{best}"
