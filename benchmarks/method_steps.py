@@ -26,12 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import provenance, told
-from benchmarks.reproduce.methods import METHODS, NEIGHBOURS, title_of
+from benchmarks.reproduce.methods import METHODS, NEIGHBOURS, OURS, title_of
 from benchmarks.reproduce.runs import DEFAULT, call
 from repo.common.errors import UserError, exit_with_sentence
 
-AGAINST = "repo"
-"""The method whose seconds the others' are divided by."""
 UNTIMED = 1
 """Steps at the start of a process, which also warm it up."""
 PARTS = "seconds_"
@@ -77,11 +75,11 @@ def table(methods: Mapping[str, Mapping[str, Any]]) -> str:
     """Return Markdown with a row for each method: its seconds, those of its parts, and how often RePO's they are."""
     parts = dict.fromkeys(part for one in methods.values() for part in one["parts"])
     lines = [
-        f"| | seconds a step, mean [least, most of the rounds] | times {title_of(AGAINST)}'s | {' | '.join(parts)} |",
+        f"| | seconds a step, mean [least, most of the rounds] | times {title_of(OURS)}'s | {' | '.join(parts)} |",
         "|---|---|---|" + "---|" * len(parts),
     ]
     for name, one in methods.items():
-        ratio = f"{one['seconds'] / methods[AGAINST]['seconds']:.2f}" if AGAINST in methods else ""
+        ratio = f"{one['seconds'] / methods[OURS]['seconds']:.2f}" if OURS in methods else ""
         cells = " | ".join(f"{one['parts'][part]:.2f}" if part in one["parts"] else "" for part in parts)
         span = f"{one['seconds']:.2f} [{min(one['rounds']):.2f}, {max(one['rounds']):.2f}]"
         lines.append(f"| {title_of(name)} | {span} | {ratio} | {cells} |")

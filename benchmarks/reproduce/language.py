@@ -37,7 +37,7 @@ from repo.training.multipliers import WINDOW
 
 from . import matching
 from .language_report import SHOWN, UNSAFE, draw, markdown
-from .methods import BASELINE, COMPARED, METHODS, NEIGHBOURS
+from .methods import BASELINE, COMPARED, METHODS, NEIGHBOURS, OURS
 from .over_seeds import Seeds, of_seeds, within
 from .records import Record
 from .runs import DEFAULT, RESULTS, evaluate, in_turn, is_trained, log_of, threads_of, train, write_results
@@ -172,8 +172,8 @@ def final_of(run: Path) -> Path:
     return run / "eval" / "final.json"
 
 
-def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
-    """Compute every quantity of each method, also by kind of prompt, and its difference from PPO-Lagrangian.
+def analyse(evaluations: Mapping[str, Sequence[Evaluation]], baseline: str) -> dict[str, Any]:
+    """Compute every quantity of each method, also by kind of prompt, and its difference from the method `baseline`.
 
     Raises:
         UserError: if the evaluations are of different prompts.
@@ -183,17 +183,17 @@ def analyse(evaluations: Mapping[str, Sequence[Evaluation]]) -> dict[str, Any]:
     of_methods = {method: quantities_of(e, SHOWN) for method, e in evaluations.items()}
     against = {
         method: {
-            key: seeds.minus(of_methods[BASELINE][key])
+            key: seeds.minus(of_methods[baseline][key])
             for key, seeds in quantities.items()
-            if key in of_methods[BASELINE]
+            if key in of_methods[baseline]
         }
         for method, quantities in of_methods.items()
-        if BASELINE in of_methods and method != BASELINE
+        if baseline in of_methods and method != baseline
     }
     return {
         "methods": {method: summary_of(quantities) for method, quantities in of_methods.items()},
         "kinds": by_kind(evaluations),
-        "against_ppo_lagrangian": against,
+        "against": {"method": baseline, "methods": against},
     }
 
 
@@ -276,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cost_limit": first.cost_limit,
         "matched": matched,
         "spent": {method: spent(runs) for method, runs in of_methods.items()},
-        **analyse({"reference": [experiment.reference().evaluation], **evaluations}),
+        **analyse(
+            {"reference": [experiment.reference().evaluation], **evaluations}, OURS if options.neighbours else BASELINE
+        ),
     }
     figure = draw(results, UNSAFE, 1) if options.neighbours else draw(results)
     write_results(options.results, name, results, markdown(results, name), figure)

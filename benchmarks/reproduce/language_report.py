@@ -48,7 +48,7 @@ COLUMNS = 2
 
 def markdown(results: Mapping[str, Any], name: str) -> str:
     """Return the results as Markdown. name: of the files that hold them."""
-    methods, against = results["methods"], results["against_ppo_lagrangian"]
+    methods, against = results["methods"], results["against"]
     trained = ", ".join(f"{count} on {machine}" for machine, count in results["machines"].items())
     runs = f"{results['minutes']:.0f} minutes of training in all ({trained}), runs at a time: {results['jobs']}"
     lines = [
@@ -65,9 +65,9 @@ def markdown(results: Mapping[str, Any], name: str) -> str:
         *spent_rows(methods, results["spent"]),
     ]
     lines += kind_lines(results["kinds"])
-    if against:
-        lines += ["", "Differences from PPO-Lagrangian, on the same prompts:", ""]
-        lines += table(against, SHOWN, lambda key, value: show_change(value, TITLES[key].form))
+    if against["methods"]:
+        lines += ["", f"Differences from {title_of(against['method'])}, on the same prompts:", ""]
+        lines += table(against["methods"], SHOWN, lambda key, value: show_change(value, TITLES[key].form))
     if results["matched"]:
         lines += ["", *matched_lines(results["matched"])]
     lines += ["", "By seed:", "", *table(methods, BY_SEED, by_seed)]

@@ -40,7 +40,8 @@ COMPARED = ("ppo", "fixed_penalty", "ppo_lagrangian", "repo", "paper")
 """Methods that are trained if no others are named."""
 NEIGHBOURS = ("ppo_lagrangian", "repo", "cdpo", "repo_dpo", "barrier", "redistributed")
 """Methods that --neighbours compares: other answers to the same question, in the same loop."""
-BASELINE = "ppo_lagrangian"
+OURS, BASELINE = "repo", "ppo_lagrangian"
+"""Methods from which differences are taken: of the neighbours, and of COMPARED."""
 
 
 def title_of(name: str) -> str:

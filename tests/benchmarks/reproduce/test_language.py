@@ -35,7 +35,8 @@ def test_methods_are_trained_evaluated_and_compared(tiny_arguments, tmp_path, ca
     for quantities in results["methods"].values():
         assert quantities["reward"]["low"] <= quantities["reward"]["mean"] <= quantities["reward"]["high"]
     assert len(results["methods"]["repo"]["safe_rate"]["seeds"]) == 1
-    assert set(results["against_ppo_lagrangian"]) == {"reference", "repo", "matched"}
+    assert results["against"]["method"] == "ppo_lagrangian"
+    assert set(results["against"]["methods"]) == {"reference", "repo", "matched"}
     limit = results["matched"]["rounds"][0]["limit"]
     assert limit == pytest.approx(results["matched"]["target"], abs=1e-3)
     assert load_config(tmp_path / "runs" / "matched1-0" / "config.yaml").algorithm.cost_limit == limit
@@ -85,6 +86,8 @@ def test_neighbours_are_compared_on_one_figure_with_what_they_took(tiny_argument
     results = json.loads((tmp_path / "results" / "neighbours.json").read_text())
     assert list(results["methods"]) == ["reference", *NEIGHBOURS]
     assert results["matched"] is None
+    assert results["against"]["method"] == "repo"
+    assert set(results["against"]["methods"]) == {"reference", *NEIGHBOURS} - {"repo"}
     for method in NEIGHBOURS:
         text = (tmp_path / "runs" / f"{method}-0" / "metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
@@ -94,6 +97,7 @@ def test_neighbours_are_compared_on_one_figure_with_what_they_took(tiny_argument
     text = (tmp_path / "results" / "neighbours.md").read_text()
     assert "| response tokens learned from |  | " in text
     assert "(neighbours.png)" in text
+    assert "Differences from RePO, on the same prompts:" in text
     (axes,) = draw(results, UNSAFE, 1).axes
     assert axes.get_xlabel() == TITLES["judge_prompts_mostly_unsafe"].name
     assert axes.get_ylabel() == TITLES["reward"].name
