@@ -268,7 +268,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": machine(),
         "machines": dict(Counter(record.machine for record in records)),
         "minutes": sum(record.minutes for record in records),
-        "jobs": options.jobs,
         "versions": versions(),
         "seeds": options.seeds,
         "prompts": len(first.ids),

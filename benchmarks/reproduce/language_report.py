@@ -49,8 +49,8 @@ COLUMNS = 2
 def markdown(results: Mapping[str, Any], name: str) -> str:
     """Return the results as Markdown. name: of the files that hold them."""
     methods, against = results["methods"], results["against"]
-    trained = ", ".join(f"{count} on {machine}" for machine, count in results["machines"].items())
-    runs = f"{results['minutes']:.0f} minutes of training in all ({trained}), runs at a time: {results['jobs']}"
+    trained = ", ".join(f"{count} runs on {machine}" for machine, count in results["machines"].items())
+    runs = f"{results['minutes']:.0f} minutes of training in all: {trained}"
     lines = [
         "# Every prompt or the average: the methods on the embedded language model",
         "",
