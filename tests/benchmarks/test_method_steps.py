@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import method_steps
+from benchmarks.workloads import method_steps
 from repo.common.errors import UserError
 
 

@@ -1,7 +1,7 @@
 """How many seconds does a training step of each neighbouring method take, and in which of its parts?
 
-    python -m benchmarks.method_steps                       # ten timed steps of each, twice; --steps, --rounds, --out
-    python -m benchmarks.method_steps -- --threads 1        # after --: options of every run
+    python -m benchmarks.workloads.method_steps             # ten timed steps of each, twice; --steps, --rounds, --out
+    python -m benchmarks.workloads.method_steps -- --rollout.max_response_tokens=80     # options of every run
 
 The methods of `benchmarks.reproduce.language --neighbours` train the default configuration in turn, each in a process
 of its own and without evaluations; then all of them once more, so that what else slows the machine meets every method.
