@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for field in ("steps", "rounds"):
         if getattr(options, field) < 1:
             raise UserError(f"--{field} is {getattr(options, field)}; it takes a whole number from 1")
+    if options.out and not options.out.parent.is_dir():
+        raise UserError(f"--out is {options.out}; it takes a file in a folder that exists")
     where, measured = provenance(), {method: list[list[dict[str, float]]]() for method in options.methods}
     for seed in range(options.rounds):
         for method, rounds in measured.items():

@@ -38,7 +38,9 @@ def test_parts_are_divided_among_all_timed_steps_and_methods_take_turns(logged, 
     assert "| constrained DPO | 12.00 [12.00, 12.00] | 2.00 | 8.00 | 4.00 |" in printed
 
 
-def test_a_count_below_one_is_refused(logged):
+def test_what_cannot_be_measured_or_written_is_refused_before_any_run(logged, tmp_path):
     with pytest.raises(UserError, match="--rounds is 0; it takes a whole number from 1"):
         method_steps.main(["--rounds", "0"])
+    with pytest.raises(UserError, match="--out is .*missing/a.json; it takes a file in a folder that exists"):
+        method_steps.main(["--out", str(tmp_path / "missing" / "a.json")])
     assert not logged
