@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import provenance, told
-from benchmarks.reproduce.methods import METHODS, NEIGHBOURS, OURS, title_of
-from benchmarks.reproduce.runs import DEFAULT, call
+from benchmarks.reproduce.language import SHARED
+from benchmarks.reproduce.methods import COMPARED, METHODS, NEIGHBOURS, OURS, title_of
+from benchmarks.reproduce.runs import call
 from repo.common.errors import UserError, exit_with_sentence
 
 UNTIMED = 1
@@ -41,8 +42,7 @@ def train(method: str, steps: int, seed: int, overrides: Sequence[str]) -> list[
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         own = [f"--steps={steps + UNTIMED}", f"--seed={seed}", f"--out={run}"]
-        quiet = ["--evaluation.prompts=0", "--save_every=0", "--sample_every=0"]
-        options = [DEFAULT, *quiet, *METHODS[method].options, *overrides, *own]
+        options = [*SHARED, *METHODS[method].options, *overrides, *own]
         call(["repo.train", *options], None, Path(name) / "log")
         return seconds_of(run / "metrics.jsonl")[UNTIMED:]
 
@@ -89,7 +89,8 @@ def table(methods: Mapping[str, Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure all methods in turn, print the table, write it as JSON to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(NEIGHBOURS), help="methods to time")
+    named = list(dict.fromkeys((*COMPARED, *NEIGHBOURS)))
+    parser.add_argument("--methods", nargs="+", choices=named, default=list(NEIGHBOURS), help="methods to time")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each method, with seeds 0, 1, ...")
     parser.add_argument("--out", type=Path, help="JSON file to write")
